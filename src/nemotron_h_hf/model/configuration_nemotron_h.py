@@ -1,0 +1,421 @@
+"""The configuration of every `model_type: nemotron_h` model: reads all spellings in the wild, writes one that all readers take.
+
+A layer is one mixer: Mamba-2 (M), attention (*), MLP (-) or mixture of experts (E). The order is a pattern string such as
+`M-M*-`. What this class guarantees after construction:
+
+    layers_block_type   list of "linear_attention" | "full_attention" | "mlp" | "moe", one per layer (transformers' names)
+    mlp_widths          one width per MLP layer, in order (`intermediate_size` may be one int or such a list)
+    time_step_limit     (low, high) of the Mamba step size; absent or null means (0, inf), never (time_step_min, inf)
+
+Widths are never derived from `expand` or `hidden_size`: the Mamba width is heads * head_dim (`mamba_intermediate_size`).
+"""
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+
+LETTER_TO_TYPE = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
+TYPE_TO_LETTER = {name: letter for letter, name in LETTER_TO_TYPE.items()}
+LEGACY_TYPES = {"mamba": "linear_attention", "attention": "full_attention"}
+
+# Older spellings of a field -> the field. The value in the older spelling is used only where the field itself is absent.
+SYNONYMS = {
+    "attention_head_dim": "head_dim",
+    "rms_norm_eps": "layer_norm_epsilon",
+    "mamba_n_groups": "n_groups",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_d_state": "ssm_state_size",
+    "mamba_expand": "expand",
+    "mamba_dt_min": "time_step_min",
+    "mamba_dt_max": "time_step_max",
+    "mamba_dt_limit": "time_step_limit",
+    "mamba_dt_init_floor": "time_step_floor",
+    "mamba_conv_bias": "use_conv_bias",
+    "mamba_chunk_size": "chunk_size",
+    "num_local_experts": "n_routed_experts",
+}
+
+# Written only when the model has experts: llama.cpp takes a dense model for a mixture of experts if it sees them.
+MOE_FIELDS = (
+    "n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size",
+    "moe_shared_expert_intermediate_size", "moe_latent_size", "moe_shared_expert_overlap", "routed_scaling_factor",
+    "n_group", "topk_group", "norm_topk_prob", "output_router_logits", "router_aux_loss_coef",
+)  # fmt: skip
+MTP_FIELDS = ("num_nextn_predict_layers", "mtp_hybrid_override_pattern")
+
+MAMBA_IMPLEMENTATIONS = ("auto", "torch", "kernels")
+
+_PATTERN_8B = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+
+
+class NemotronHConfig(PreTrainedConfig):
+    """Configuration of a Nemotron-H model; the defaults are the 8B of arXiv 2504.03624.
+
+    Layers come from `hybrid_override_pattern` ("M-M*-"), or from a list in `layers_block_type` (or `layer_types`) with
+    the names linear_attention/mamba, full_attention/attention, mlp, moe. Sizes are counts of elements.
+    `intermediate_size` is one width for every MLP layer or a list with one width per MLP layer.
+    `mamba_implementation` chooses the ops: "auto" (kernels where the tensors and the packages allow), "torch", "kernels".
+
+    Raises:
+        ValueError: naming the field, the value and what is allowed.
+    """
+
+    model_type = "nemotron_h"
+    keys_to_ignore_at_inference = ["past_key_values"]
+    attribute_map = {"layer_types": "layers_block_type", "num_local_experts": "n_routed_experts"}
+    # in_proj packs five blocks of rows (gate, x, B, C, dt), so it is gathered before they are cut apart; conv and scan run
+    # on every rank, while the weights, which are nearly all of a Mamba layer, are split.
+    base_model_tp_plan = {
+        "embeddings": "embedding_rowwise",
+        "layers.*.mixer.in_proj": "colwise_gather_output",
+        "layers.*.mixer.out_proj": "rowwise_split_input",
+        "layers.*.mixer.q_proj": "colwise",
+        "layers.*.mixer.k_proj": "colwise",
+        "layers.*.mixer.v_proj": "colwise",
+        "layers.*.mixer.o_proj": "rowwise",
+        "layers.*.mixer.up_proj": "colwise",
+        "layers.*.mixer.down_proj": "rowwise",
+        "layers.*.mixer.shared_experts.up_proj": "colwise",
+        "layers.*.mixer.shared_experts.down_proj": "rowwise",
+        "layers.*.mixer.experts.up_proj": "colwise",
+        "layers.*.mixer.experts.down_proj": "rowwise",
+        "layers.*.mixer.experts": "moe_tp_experts",
+    }
+    base_model_ep_plan = {
+        "layers.*.mixer.experts.up_proj": "grouped_gemm",
+        "layers.*.mixer.experts.down_proj": "grouped_gemm",
+        "layers.*.mixer.experts": "ep_dispatch_experts",
+    }
+    base_model_fsdp_plan = {
+        "embeddings": "free_full_weight",
+        "layers.*": "free_full_weight",
+        "norm_f": "keep_full_weight",
+    }
+
+    vocab_size: int = 131072
+    hidden_size: int = 4096
+    layers_block_type: list[str] | None = None
+    tie_word_embeddings: bool = False
+    use_cache: bool = True
+    num_logits_to_keep: int = 1
+    pad_token_id: int | None = 0
+    bos_token_id: int | None = 1
+    eos_token_id: int | list[int] | None = 2
+    max_position_embeddings: int = 8192
+    # attention: grouped queries, no position embedding
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = 8
+    head_dim: int = 128
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    # MLP
+    intermediate_size: int | list[int] = 21504
+    mlp_hidden_act: str = "relu2"
+    mlp_bias: bool = False
+    # Mamba-2
+    mamba_num_heads: int = 128
+    mamba_head_dim: int = 64
+    ssm_state_size: int = 128
+    n_groups: int = 8
+    conv_kernel: int = 4
+    chunk_size: int = 128
+    expand: int = 2
+    mamba_hidden_act: str = "silu"
+    use_conv_bias: bool = True
+    use_bias: bool = False
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    time_step_limit: list[float] | tuple[float, float] | None = (0.0, float("inf"))
+    mamba_ssm_cache_dtype: str = "float32"
+    mamba_implementation: str = "auto"
+    # mixture of experts
+    n_routed_experts: int = 8
+    num_experts_per_tok: int = 2
+    n_shared_experts: int = 1
+    moe_intermediate_size: int = 7688
+    moe_shared_expert_intermediate_size: int = 7688
+    moe_latent_size: int | None = None
+    moe_shared_expert_overlap: bool = True
+    routed_scaling_factor: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    norm_topk_prob: bool = True
+    output_router_logits: bool = False
+    router_aux_loss_coef: float = 0.0
+    # multi-token prediction
+    num_nextn_predict_layers: int = 0
+    mtp_layers_block_type: list[str] | None = None
+    # everywhere
+    layer_norm_epsilon: float = 1e-5
+    initializer_range: float = 0.02
+    residual_in_fp32: bool = False
+    rescale_prenorm_residual: bool = True
+    hidden_dropout: float = 0.0
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for old, field in SYNONYMS.items():
+            if old in kwargs:
+                value = kwargs.pop(old)
+                if getattr(self, field) == type(self).__dataclass_fields__[field].default:
+                    setattr(self, field, value)
+        self.layers_block_type = _read_layers(
+            kwargs.pop("layer_types", None) or self.layers_block_type,
+            kwargs.pop("hybrid_override_pattern", None),
+            kwargs.pop("num_hidden_layers", None),
+        )
+        mtp_pattern = kwargs.pop("mtp_hybrid_override_pattern", None)
+        mtp_layers = kwargs.pop("mtp_layer_types", None) or self.mtp_layers_block_type
+        if self.num_nextn_predict_layers is None:
+            self.num_nextn_predict_layers = 0
+        self.mtp_layers_block_type = (
+            _read_layers(mtp_layers, mtp_pattern, None, default="*E", field="mtp_layers_block_type")
+            if self.num_nextn_predict_layers or mtp_pattern or mtp_layers
+            else None
+        )
+        if kwargs.pop("use_mamba_kernels", True) is False and self.mamba_implementation == "auto":
+            self.mamba_implementation = "torch"
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        self.time_step_limit = _read_time_step_limit(self.time_step_limit)
+        super().__post_init__(**kwargs)
+        _validate(self)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> "NemotronHConfig":
+        """The released shape called `name` ("nemotron-h-8b", "nano-9b-v2", "3-super", ...), with fields overridden."""
+        short = name.lower()
+        for prefix in ("nvidia/", "nvidia-", "nemotron-", "h-"):
+            short = short.removeprefix(prefix)
+        if short not in PRESETS:
+            raise ValueError(f"preset={name!r} is unknown; allowed: {', '.join(preset_names())}")
+        return cls(**{**PRESETS[short], **overrides})
+
+    # Derived sizes, each computed in one place.
+
+    @property
+    def num_hidden_layers(self) -> int:
+        return len(self.layers_block_type)
+
+    @num_hidden_layers.setter
+    def num_hidden_layers(self, value: int | None) -> None:
+        if value is not None and value != len(self.layers_block_type):
+            raise ValueError(
+                f"num_hidden_layers={value} does not match the {len(self.layers_block_type)} layers of "
+                f"hybrid_override_pattern={self.hybrid_override_pattern!r}; change the pattern instead"
+            )
+
+    @property
+    def hybrid_override_pattern(self) -> str:
+        return "".join(TYPE_TO_LETTER[name] for name in self.layers_block_type)
+
+    @property
+    def mtp_hybrid_override_pattern(self) -> str:
+        return "".join(TYPE_TO_LETTER[name] for name in self.mtp_layers_block_type or [])
+
+    @property
+    def mamba_intermediate_size(self) -> int:
+        """Width of a Mamba layer: heads * head_dim."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def conv_dim(self) -> int:
+        """Channels of the causal convolution: x, B and C."""
+        return self.mamba_intermediate_size + 2 * self.n_groups * self.ssm_state_size
+
+    @property
+    def mlp_widths(self) -> tuple[int, ...]:
+        """Width of each MLP layer of the main stack, in order."""
+        count = self.layers_block_type.count("mlp")
+        if isinstance(self.intermediate_size, int):
+            return (self.intermediate_size,) * count
+        return tuple(self.intermediate_size)
+
+    @property
+    def has_experts(self) -> bool:
+        return "moe" in self.layers_block_type or "moe" in (self.mtp_layers_block_type or [])
+
+    # Writing.
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `PreTrainedConfig.to_dict`, in the one layout that old and new readers accept."""
+        output = super().to_dict()
+        for name in ("layers_block_type", "mtp_layers_block_type"):
+            output.pop(name, None)
+        output["hybrid_override_pattern"] = self.hybrid_override_pattern
+        output["num_hidden_layers"] = self.num_hidden_layers
+        output["time_step_limit"] = list(self.time_step_limit)
+        if self.mtp_layers_block_type:
+            output["mtp_hybrid_override_pattern"] = self.mtp_hybrid_override_pattern
+        dropped = () if self.has_experts else MOE_FIELDS
+        dropped += () if self.num_nextn_predict_layers else MTP_FIELDS
+        return {key: value for key, value in output.items() if key not in dropped}
+
+    @classmethod
+    def _encode_special_floats(cls, obj: Any) -> Any:
+        # A plain `Infinity` is what every reader takes; transformers' tagged form breaks mlx-lm and llama.cpp.
+        return obj
+
+
+def preset_names() -> list[str]:
+    """Names that `NemotronHConfig.from_preset` takes, in order of release."""
+    return [f"nemotron-h-{name}" if name[0].isdigit() and name.endswith("b") and "-" not in name else f"nemotron-{name}"
+            for name in PRESETS]  # fmt: skip
+
+
+def _read_layers(
+    layers: list[str] | None,
+    pattern: str | None,
+    count: int | None,
+    default: str = _PATTERN_8B,
+    field: str = "layers_block_type",
+) -> list[str]:
+    pattern_field = "hybrid_override_pattern" if field == "layers_block_type" else "mtp_hybrid_override_pattern"
+    if pattern is not None:
+        if not isinstance(pattern, str) or not pattern or set(pattern) - set(LETTER_TO_TYPE):
+            raise ValueError(f"{pattern_field}={pattern!r}: allowed are strings of {', '.join(LETTER_TO_TYPE)}")
+        from_pattern = [LETTER_TO_TYPE[letter] for letter in pattern]
+    if layers is not None:
+        if not isinstance(layers, (list, tuple)) or not layers:
+            raise ValueError(f"{field}={layers!r}: allowed is a non-empty list of {', '.join(TYPE_TO_LETTER)}")
+        layers = [LEGACY_TYPES.get(name, name) for name in layers]
+        for index, name in enumerate(layers):
+            if name not in TYPE_TO_LETTER:
+                allowed = ", ".join([*TYPE_TO_LETTER, *LEGACY_TYPES])
+                raise ValueError(f"{field}[{index}]={name!r}: allowed are {allowed}")
+        if pattern is not None and layers != from_pattern:
+            raise ValueError(f"{pattern_field}={pattern!r} and {field}={layers} describe different layers; give one of them")
+    else:
+        layers = from_pattern if pattern is not None else [LETTER_TO_TYPE[letter] for letter in default]
+    if count is not None and count != len(layers):
+        given = f"{pattern_field}={pattern!r}" if pattern is not None else field
+        raise ValueError(f"num_hidden_layers={count} does not match {given}, which has {len(layers)} layers")
+    return layers
+
+
+def _read_time_step_limit(value: Any) -> tuple[float, float]:
+    """(low, high); null, absent, `Infinity`, "inf" and {"__float__": "Infinity"} are all spellings found in files."""
+    if value is None:
+        return (0.0, float("inf"))
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise ValueError(f"time_step_limit={value!r}: allowed is null or a pair [low, high]")
+    low, high = (item.get("__float__") if isinstance(item, dict) else item for item in value)
+    try:
+        low, high = float(0.0 if low is None else low), float("inf" if high is None else high)
+    except (TypeError, ValueError):
+        raise ValueError(f"time_step_limit={value!r}: allowed is null or a pair of numbers [low, high]") from None
+    if not 0.0 <= low < high:
+        raise ValueError(f"time_step_limit={value!r}: allowed is 0 <= low < high")
+    return (low, high)
+
+
+def _validate(config: NemotronHConfig) -> None:
+    def require(condition: bool, field: str, allowed: str) -> None:
+        if not condition:
+            raise ValueError(f"{field}={getattr(config, field)!r}: allowed is {allowed}")
+
+    def is_count(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+    counts = ["vocab_size", "hidden_size", "max_position_embeddings", "num_attention_heads", "num_key_value_heads",
+              "head_dim", "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "chunk_size"]  # fmt: skip
+    if config.has_experts:
+        counts += ["n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "n_group",
+                   "topk_group", "moe_shared_expert_intermediate_size"]  # fmt: skip
+    for field in counts:
+        require(is_count(getattr(config, field)), field, "a positive integer")
+    widths, count = config.intermediate_size, config.layers_block_type.count("mlp")
+    if isinstance(widths, (list, tuple)):
+        config.intermediate_size = widths = list(widths)
+        require(all(is_count(w) for w in widths), "intermediate_size", "an integer or a list of positive integers")
+        require(len(widths) == count, "intermediate_size", f"one width per MLP layer; the pattern has {count} of them")
+    else:
+        require(is_count(widths), "intermediate_size", "a positive integer or a list of them, one per MLP layer")
+    require(is_count(config.conv_kernel) and config.conv_kernel > 1, "conv_kernel", "an integer of 2 or more")
+    require(
+        config.num_attention_heads % config.num_key_value_heads == 0, "num_attention_heads",
+        f"a multiple of num_key_value_heads={config.num_key_value_heads}",
+    )  # fmt: skip
+    require(config.mamba_num_heads % config.n_groups == 0, "mamba_num_heads", f"a multiple of n_groups={config.n_groups}")
+    for field in ("layer_norm_epsilon", "initializer_range", "time_step_min", "time_step_max", "time_step_floor"):
+        require(is_number(getattr(config, field)) and getattr(config, field) > 0, field, "a positive number")
+    for field in ("attention_dropout", "hidden_dropout"):
+        require(is_number(getattr(config, field)) and 0 <= getattr(config, field) < 1, field, "a number in [0, 1)")
+    require(config.mlp_hidden_act in ACT2FN, "mlp_hidden_act", f"one of {', '.join(sorted(ACT2FN))}")
+    require(config.mamba_hidden_act in ("silu", "swish"), "mamba_hidden_act", "'silu' (or its other name 'swish')")
+    require(
+        config.mamba_implementation in MAMBA_IMPLEMENTATIONS, "mamba_implementation",
+        f"one of {', '.join(MAMBA_IMPLEMENTATIONS)}",
+    )  # fmt: skip
+    mtp_depth = config.num_nextn_predict_layers
+    require(mtp_depth == 0 or is_count(mtp_depth), "num_nextn_predict_layers", "a non-negative integer")
+    if config.has_experts:
+        experts, top_k = config.n_routed_experts, config.num_experts_per_tok
+        require(top_k <= experts, "num_experts_per_tok", f"at most n_routed_experts={experts}")
+        require(experts % config.n_group == 0, "n_group", f"a divisor of n_routed_experts={experts}")
+        require(config.topk_group <= config.n_group, "topk_group", f"at most n_group={config.n_group}")
+        latent = config.moe_latent_size
+        require(latent is None or is_count(latent), "moe_latent_size", "null or a positive integer")
+        require(is_number(config.routed_scaling_factor), "routed_scaling_factor", "a number")
+
+
+# Released shapes (facts of the family: NVIDIA's provider code and model cards). Fields not named are the class defaults.
+_MOE = {"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "n_shared_experts": 1}
+_NANO_30B = {
+    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", "hidden_size": 2688,
+    "intermediate_size": 1856, "num_key_value_heads": 2, "mamba_num_heads": 64, "max_position_embeddings": 262144,
+    "n_routed_experts": 128, "num_experts_per_tok": 6, "moe_intermediate_size": 1856,
+    "moe_shared_expert_intermediate_size": 3712, "routed_scaling_factor": 2.5, **_MOE,
+}  # fmt: skip
+PRESETS: dict[str, dict[str, Any]] = {
+    "4b": {"hybrid_override_pattern": _PATTERN_8B, "hidden_size": 3072, "intermediate_size": 12288, "mamba_num_heads": 112},
+    "8b": {"hybrid_override_pattern": _PATTERN_8B},
+    "47b": {
+        "hybrid_override_pattern": "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M"
+        "-M*-M-M-M-M-M-",
+        "hidden_size": 8192, "intermediate_size": 30720, "num_attention_heads": 64, "mamba_num_heads": 256,
+        "ssm_state_size": 256,
+    },
+    "56b": {
+        "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*"
+        "-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
+        "hidden_size": 8192, "intermediate_size": 32768, "num_attention_heads": 64, "mamba_num_heads": 256,
+        "ssm_state_size": 256,
+    },
+    "nano-9b-v2": {
+        "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-", "hidden_size": 4480,
+        "intermediate_size": 15680, "num_attention_heads": 40, "mamba_head_dim": 80, "max_position_embeddings": 131072,
+    },
+    "nano-12b-v2": {
+        "hybrid_override_pattern": "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-", "hidden_size": 5120,
+        "intermediate_size": 20480, "num_attention_heads": 40, "mamba_head_dim": 80, "max_position_embeddings": 131072,
+    },
+    "3-nano-4b": {
+        "hybrid_override_pattern": "M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-", "hidden_size": 3136,
+        "intermediate_size": 12544, "num_attention_heads": 40, "mamba_num_heads": 96, "mamba_head_dim": 80,
+        "chunk_size": 256, "max_position_embeddings": 262144,
+    },
+    "3-nano-30b-a3b": _NANO_30B,
+    "3-super": {
+        "hybrid_override_pattern": "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEME"
+        "ME",
+        "hidden_size": 4096, "num_key_value_heads": 2, "mamba_num_heads": 128, "max_position_embeddings": 262144,
+        "n_routed_experts": 512, "num_experts_per_tok": 22, "moe_intermediate_size": 2688,
+        "moe_shared_expert_intermediate_size": 5376, "moe_latent_size": 1024, "routed_scaling_factor": 5.0,
+        "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E", **_MOE,
+    },
+    "3-ultra": {
+        "hybrid_override_pattern": "MEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EM"
+        "EMEM*EMEMEMEM*EMEMEMEME",
+        "hidden_size": 8192, "intermediate_size": 5120, "num_attention_heads": 64, "num_key_value_heads": 2,
+        "mamba_num_heads": 256, "max_position_embeddings": 262144, "n_routed_experts": 512, "num_experts_per_tok": 22,
+        "moe_intermediate_size": 5120, "moe_shared_expert_intermediate_size": 10240, "moe_latent_size": 2048,
+        "routed_scaling_factor": 5.0, "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E", **_MOE,
+    },
+    "3.5-lightning": {**_NANO_30B, "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"},
+}  # fmt: skip

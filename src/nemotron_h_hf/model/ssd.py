@@ -1,0 +1,242 @@
+"""Mamba-2's ops in plain PyTorch: causal convolution, state-space scan, one-token steps, gated norm. Any device, forward and backward.
+
+The recurrence (Dao & Gu 2024, arXiv 2405.21060), for each head, with a_t = dt_t * A < 0:
+
+    S_t = exp(a_t) * S_{t-1} + dt_t * x_t (outer) B_t        y_t = S_t @ C_t + D * x_t
+
+The scan cuts the sequence in chunks of q tokens. Inside a chunk the recurrence is a masked matrix product; between chunks
+only the state S travels. B and C are shared by the heads of a group, so the large products run per group with the heads of
+the group side by side as columns, and B and C are never repeated. Chunks are worked on in segments of about a thousand
+tokens, each with the state of the one before, so that the (length, chunk, heads) tensors exist for one segment only; when
+gradients are needed a segment is recomputed in the backward pass instead of kept.
+
+Documents packed in one row are told apart by `seq_idx` (b, l): non-decreasing integers. Nothing crosses a change of it.
+Padding needs no code here: a token with dt = 0 leaves the state as it is.
+
+    b batch, l length, h heads, p head_dim, g groups, r heads per group, n state, c chunks, q tokens in a chunk,
+    d channels, k conv taps
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+
+SEGMENT_TOKENS = 1024  # tokens scanned at a time: bounds the memory, and keeps the work in a CPU's cache
+
+
+def discretize(dt: Tensor, dt_bias: Tensor, limit: tuple[float, float]) -> Tensor:
+    """Step sizes: clamp(softplus(dt + dt_bias), *limit), in fp32 whatever the input. dt (..., h), dt_bias (h)."""
+    steps = F.softplus(dt.float() + dt_bias.float())
+    return steps if limit == (0.0, float("inf")) else steps.clamp(*limit)
+
+
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None = None, seq_idx: Tensor | None = None
+) -> Tensor:
+    """Depthwise causal convolution, then SiLU.
+
+    Args:
+        x: (b, l, d) inputs.
+        weight, bias: (d, k) taps, the last one for the current token, and (d) or None.
+        initial_state: (b, d, k) the k inputs before x (the oldest is not needed), or None for zeros.
+        seq_idx: (b, l) documents of a packed row, or None.
+
+    Returns:
+        (b, l, d) in x's dtype.
+    """
+    taps, length = weight.shape[1], x.shape[1]
+    if initial_state is None:
+        padded = F.pad(x, (0, 0, taps - 1, 0))
+    else:
+        padded = torch.cat([initial_state[..., 1:].transpose(1, 2).to(x.dtype), x], dim=1)
+    weight = weight.to(x.dtype)
+    out = x * weight[:, -1]
+    for back in range(1, taps):
+        shifted = padded[:, taps - 1 - back : taps - 1 - back + length]
+        if seq_idx is not None:
+            shifted = shifted * _same_document(seq_idx, back).to(x.dtype)
+        out = torch.addcmul(out, shifted, weight[:, taps - 1 - back])
+    if bias is not None:
+        out = out + bias.to(x.dtype)
+    return F.silu(out)
+
+
+def conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One token of `causal_conv`: x (b, d), state (b, d, k) of the k inputs before it -> output (b, d), new state."""
+    state = torch.cat([state[..., 1:], x.to(state.dtype)[..., None]], dim=-1)
+    out = (state.to(x.dtype) * weight.to(x.dtype)).sum(-1)
+    if bias is not None:
+        out = out + bias.to(x.dtype)
+    return F.silu(out), state
+
+
+def conv_window(x: Tensor, taps: int, initial_state: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """The last k inputs of each row, the state that `causal_conv` continues from.
+
+    Args:
+        x: (b, l, d) inputs, real tokens first.
+        taps: k.
+        initial_state: (b, d, k) inputs before x, or None for zeros.
+        lengths: (b) how many inputs of each row are real, or None for all.
+
+    Returns:
+        (b, d, k).
+    """
+    before = x.new_zeros(x.shape[0], taps, x.shape[2]) if initial_state is None else initial_state.transpose(1, 2)
+    if lengths is None:
+        return torch.cat([before.to(x.dtype), x[:, -taps:]], dim=1)[:, -taps:].transpose(1, 2)
+    rows = torch.cat([before.to(x.dtype), x], dim=1)  # (b, k + l, d)
+    window = lengths[:, None] + torch.arange(taps, device=x.device)  # (b, k)
+    return rows.gather(1, window[..., None].expand(-1, -1, x.shape[2])).transpose(1, 2)
+
+
+def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor:
+    """RMSNorm over groups of channels of x * silu(gate), in fp32. x, gate (..., d), weight (d) -> (..., d) in gate's dtype."""
+    gated = x.float() * F.silu(gate.float())
+    groups = gated.unflatten(-1, (-1, group_size))
+    normed = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
+    return (normed.flatten(-2) * weight.float()).to(gate.dtype)
+
+
+def scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    chunk_size: int,
+    initial_state: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The whole recurrence over a sequence, chunk by chunk.
+
+    Args:
+        x: (b, l, h, p).
+        dt: (b, l, h) step sizes from `discretize`, fp32; 0 marks padding.
+        A: (h), negative, fp32.
+        B, C: (b, l, g, n).
+        D: (h).
+        chunk_size: q; any length l is allowed.
+        initial_state: (b, h, p, n) fp32, or None for zeros; it belongs to the document of the first token.
+        seq_idx: (b, l) documents of a packed row, or None.
+
+    Returns:
+        y (b, l, h, p) in x's dtype, and the last state (b, h, p, n) in fp32.
+    """
+    b, l, h, p = x.shape
+    n = B.shape[-1]
+    state = x.new_zeros(b, h, p, n, dtype=torch.float32) if initial_state is None else initial_state.float()
+    segment = max(chunk_size, SEGMENT_TOKENS // chunk_size * chunk_size)
+    recompute = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C, D, state))
+    outputs, document = [], None
+    for start in range(0, l, segment):
+        part = slice(start, min(start + segment, l))
+        documents = None if seq_idx is None else seq_idx[:, part]
+        args = (x[:, part], dt[:, part], A, B[:, part], C[:, part], D, min(chunk_size, l), state, documents, document)
+        if recompute:
+            y, state = checkpoint(_scan_segment, *args, use_reentrant=False, preserve_rng_state=False)
+        else:
+            y, state = _scan_segment(*args)
+        outputs.append(y)
+        document = None if seq_idx is None else documents[:, -1]
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state
+
+
+def scan_step(
+    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token of `scan`: x (b, h, p), dt (b, h), B, C (b, g, n), state (b, h, p, n) -> y (b, h, p), new state in fp32."""
+    b, h, p = x.shape
+    g, n = B.shape[1:]
+    x32 = x.float()
+    decay = torch.exp(dt * A)[..., None, None]
+    heads = (b, g, h // g)
+    inputs = (dt[..., None] * x32).view(*heads, p, 1) * B.float().view(b, g, 1, 1, n)
+    state = torch.addcmul(inputs.view(b, h, p, n), state.float(), decay)
+    y = torch.matmul(state.view(b, g, -1, n), C.float()[..., None]).view(b, h, p)
+    return (y + D.float()[:, None] * x32).to(x.dtype), state
+
+
+def final_state(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, initial_state: Tensor) -> Tensor:
+    """The state after a few tokens, without outputs: shapes as in `scan`; for replaying recorded tokens after a roll-back."""
+    b, l, h, p = x.shape
+    g, n = B.shape[2:]
+    total = torch.cumsum(dt * A, dim=1)  # (b, l, h)
+    weights = dt * torch.exp(total[:, -1:] - total)
+    columns = (x.float() * weights[..., None]).view(b, l, g, -1)
+    added = torch.einsum("blgn,blgk->bgkn", B.float(), columns).reshape(b, h, p, n)
+    return initial_state.float() * torch.exp(total[:, -1])[..., None, None] + added
+
+
+def _same_document(seq_idx: Tensor, back: int) -> Tensor:
+    """(b, l, 1) whether the token `back` places before belongs to the same document; the initial state counts as the first's."""
+    earlier = torch.cat([seq_idx[:, :1].expand(-1, back), seq_idx[:, :-back]], dim=1)[:, : seq_idx.shape[1]]
+    return (earlier == seq_idx)[..., None]
+
+
+def _scan_segment(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor,
+    q: int,
+    state: Tensor,
+    seq_idx: Tensor | None,
+    document: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """`scan` of one segment. `document` (b) is the one that `state` belongs to, None for that of the first token."""
+    b, l, h, p = x.shape
+    g, n = B.shape[2:]
+    r, c = h // g, -(-l // q)
+    if pad := c * q - l:
+        x, dt, B, C = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) for t in (x, dt, B, C))
+        seq_idx = None if seq_idx is None else torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, pad)], dim=1)
+    x, dt = x.float().view(b, c, q, h, p), dt.view(b, c, q, h)
+    B = B.float().view(b, c, q, g, n).transpose(2, 3)  # (b, c, g, q, n)
+    C = C.float().view(b, c, q, g, n).transpose(2, 3)
+    total = torch.cumsum(dt * A, dim=2)  # (b, c, q, h): log decay from the chunk's start through each token
+
+    # 1. Inside a chunk: y_i += sum over j <= i of (C_i . B_j) exp(total_i - total_j) dt_j x_j
+    by_head = total.transpose(2, 3)  # (b, c, h, q)
+    log_decay = by_head[..., :, None] - by_head[..., None, :]  # (b, c, h, q, q)
+    hidden = torch.ones(q, q, dtype=torch.bool, device=x.device).triu(1)
+    if seq_idx is not None:
+        chunk_docs = seq_idx.view(b, c, q)
+        hidden = hidden | (chunk_docs[..., :, None] != chunk_docs[..., None, :])
+        hidden = hidden[:, :, None]
+    scores = torch.exp(log_decay.masked_fill(hidden, -torch.inf)).view(b, c, g, r, q, q)
+    scores = (scores * (C @ B.transpose(-1, -2))[:, :, :, None]).view(b, c, h, q, q)
+    x_dt = x * dt[..., None]
+    y = (scores @ x_dt.transpose(2, 3)).transpose(2, 3)  # (b, c, q, h, p)
+
+    # 2. What each chunk adds to the state, and how much of the state it is given survives it
+    to_end, from_start = total[:, :, -1:] - total, total
+    survives = total[:, :, -1]  # (b, c, h)
+    if seq_idx is not None:
+        last = chunk_docs[:, :, -1]
+        given = torch.cat([chunk_docs[:, :1, 0] if document is None else document[:, None], last[:, :-1]], dim=1)
+        to_end = to_end.masked_fill((chunk_docs != last[..., None])[..., None], -torch.inf)
+        from_start = from_start.masked_fill((chunk_docs != given[..., None])[..., None], -torch.inf)
+        survives = survives.masked_fill((last != given)[..., None], -torch.inf)
+    columns = (x_dt * torch.exp(to_end)[..., None]).view(b, c, q, g, r * p).transpose(2, 3)  # (b, c, g, q, r*p)
+    added = B.transpose(-1, -2) @ columns  # (b, c, g, n, r*p)
+
+    # 3. The recurrence over chunks
+    keep = torch.exp(survives).view(b, c, g, r, 1).expand(-1, -1, -1, -1, p).reshape(b, c, g, 1, r * p)
+    state = state.view(b, g, r * p, n).transpose(-1, -2)  # (b, g, n, r*p)
+    states = []
+    for i in range(c):
+        states.append(state)
+        state = torch.addcmul(added[:, i], state, keep[:, i])
+
+    # 4. From the state that a chunk is given: y_i += exp(total_i) C_i . S, and the skip D x
+    carried = (C @ torch.stack(states, dim=1)).transpose(2, 3).reshape(b, c, q, h, p)
+    y = torch.addcmul(y, carried, torch.exp(from_start)[..., None])
+    y = torch.addcmul(y, x, D.float()[:, None])
+    y = y.reshape(b, c * q, h, p)[:, :l]
+    return y, state.transpose(-1, -2).reshape(b, h, p, n)
