@@ -1,0 +1,49 @@
+# Everything a clone needs, with nothing but python3 and pip. `make help` lists the targets.
+PYTHON ?= python3
+VENV   ?= .venv
+OLDEST  = .venv-oldest
+PYTEST  = -m pytest -q -n auto --maxprocesses=8
+
+# One thread per process: the tests run in parallel, and threads fighting over cores are slower than none.
+export OMP_NUM_THREADS ?= 1
+# Tests and the demo use the embedded model, never the network.
+test test-slow test-oldest demo: export HF_HUB_OFFLINE = 1
+
+.PHONY: help install demo test test-slow test-oldest quality bench
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
+
+install: $(VENV)/.installed  ## set up .venv with the package (editable) and the tested versions
+
+demo: $(VENV)/.installed  ## load the embedded model, generate, compare cache memory with a transformer's
+	@$(VENV)/bin/nemotron-h demo
+
+test: $(VENV)/.installed  ## the tests (under 5 minutes)
+	$(VENV)/bin/python $(PYTEST)
+
+test-slow: $(VENV)/.installed  ## the slow tests: compilation, many processes, large files
+	$(VENV)/bin/python $(PYTEST) -m slow
+
+test-oldest: $(OLDEST)/.installed  ## the tests on transformers 5.17.0, the oldest supported (torch 2.13.0, as in constraints.txt)
+	$(OLDEST)/bin/python $(PYTEST)
+
+quality: $(VENV)/.installed  ## lint and formatting, checked but not changed
+	$(VENV)/bin/ruff check src tests examples
+	$(VENV)/bin/ruff format --check src tests examples
+
+bench: $(VENV)/.installed  ## speed on this CPU beside transformers' own model; writes docs/results
+	$(VENV)/bin/nemotron-h bench cpu
+
+# A stamp is newer than what it was installed from, so a second `make` installs nothing.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+$(OLDEST)/.installed: pyproject.toml constraints.txt
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	sed -E '/^(transformers|tokenizers|huggingface-hub)==/d' constraints.txt > $(OLDEST)/constraints.txt
+	echo 'transformers==5.17.0' >> $(OLDEST)/constraints.txt
+	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[dev]'
+	@touch $@
