@@ -1,0 +1,1 @@
+"""Making models smaller; today the part that only counts: what a configuration costs (`cost.py`)."""

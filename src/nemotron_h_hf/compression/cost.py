@@ -1,0 +1,227 @@
+"""What a Nemotron-H configuration costs: parameters, checkpoint tensors, bytes on disk and bytes per sequence.
+
+Everything is derived from one list: the tensors of a checkpoint as the released files hold them (one matrix per
+expert, `mtp.*` included). Nothing is allocated, so a 550B model is counted in milliseconds.
+
+    per layer   d hidden, i = heads x head_dim of Mamba, c = i + 2 x groups x state (what the convolution sees)
+    M  Mamba-2    in_proj d x (i + c + heads), conv c x kernel, A_log/D/dt_bias heads, gated norm i, out_proj i x d
+    *  attention  q, k, v, o
+    -  MLP        up and down, one width per MLP layer
+    E  MoE        router, its correction bias, routed experts, shared expert, and two projections when latent
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from ..model.configuration_nemotron_h import NemotronHConfig
+
+BYTES_PER_ELEMENT = {
+    "float64": 8,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "float8_e4m3fn": 1,
+}
+"""Stored bytes of one element, by torch's name of the dtype."""
+
+KINDS = (
+    "embeddings",
+    "lm_head",
+    "norms",
+    "mamba",
+    "attention",
+    "mlp",
+    "moe_router",
+    "moe_latent",
+    "moe_routed",
+    "moe_shared",
+    "mtp",
+)
+"""The kinds that parameters are counted by. `mtp` is all of the multi-token-prediction block, its norms included."""
+
+
+class Tensor(NamedTuple):
+    """One tensor of a checkpoint, or `copies` alike ones (`{e}` in the name is the expert's number)."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    copies: int = 1
+
+    @property
+    def num_elements(self) -> int:
+        """Elements over all copies."""
+        return math.prod(self.shape) * self.copies
+
+
+def checkpoint_tensors(config: NemotronHConfig) -> Iterator[Tensor]:
+    """Every tensor of a released-style checkpoint of `config`, in order of depth."""
+    yield Tensor("backbone.embeddings.weight", (config.vocab_size, config.hidden_size), "embeddings")
+    yield from _stack(config)
+    yield Tensor("backbone.norm_f.weight", (config.hidden_size,), "norms")
+    if not config.tie_word_embeddings:
+        yield Tensor("lm_head.weight", (config.vocab_size, config.hidden_size), "lm_head")
+    yield from _mtp(config)
+
+
+def parameters_by_kind(config: NemotronHConfig) -> dict[str, int]:
+    """Exact number of stored elements of each kind in `KINDS`, the router's correction bias included."""
+    counts = Counter({kind: 0 for kind in KINDS})
+    for tensor in checkpoint_tensors(config):
+        counts[tensor.kind] += tensor.num_elements
+    return dict(counts)
+
+
+def num_parameters(config: NemotronHConfig, with_mtp: bool = True) -> int:
+    """Exact number of stored elements; `with_mtp=False` counts the main stack alone."""
+    counts = parameters_by_kind(config)
+    return sum(counts.values()) - (0 if with_mtp else counts["mtp"])
+
+
+def num_active_parameters(config: NemotronHConfig) -> int:
+    """Parameters of the main stack that one token uses: all but the routed experts it is not sent to."""
+    routed = parameters_by_kind(config)["moe_routed"]
+    if routed == 0:
+        return num_parameters(config, with_mtp=False)
+    unused = routed // config.n_routed_experts * (config.n_routed_experts - config.num_experts_per_tok)
+    return num_parameters(config, with_mtp=False) - unused
+
+
+def num_checkpoint_tensors(config: NemotronHConfig) -> int:
+    """Tensors in a released-style checkpoint, where each expert has its own matrices."""
+    return sum(tensor.copies for tensor in checkpoint_tensors(config))
+
+
+def weight_bytes(config: NemotronHConfig, dtype: str = "bfloat16") -> int:
+    """Bytes of all weights stored in `dtype`; the router's correction bias is float32 in every release."""
+    element_bytes = bytes_per_element(dtype)
+    return sum(
+        tensor.num_elements * (4 if tensor.name.endswith("e_score_correction_bias") else element_bytes)
+        for tensor in checkpoint_tensors(config)
+    )
+
+
+def kv_bytes_per_token(config: NemotronHConfig, dtype: str = "bfloat16") -> int:
+    """Bytes that every further token adds to one sequence's cache: keys and values of the attention layers."""
+    num_attention_layers = config.layers_block_type.count("full_attention")
+    return 2 * num_attention_layers * config.num_key_value_heads * config.head_dim * bytes_per_element(dtype)
+
+
+def ssm_state_bytes(config: NemotronHConfig, dtype: str = "float32") -> int:
+    """Bytes of the recurrent state (heads x head_dim x state per Mamba layer) of one sequence of any length."""
+    num_mamba_layers = config.layers_block_type.count("linear_attention")
+    return num_mamba_layers * config.mamba_intermediate_size * config.ssm_state_size * bytes_per_element(dtype)
+
+
+def conv_state_bytes(config: NemotronHConfig, dtype: str = "bfloat16") -> int:
+    """Bytes of the convolution windows (conv_dim x kernel per Mamba layer) of one sequence of any length."""
+    num_mamba_layers = config.layers_block_type.count("linear_attention")
+    return num_mamba_layers * config.conv_dim * config.conv_kernel * bytes_per_element(dtype)
+
+
+def cache_bytes(config: NemotronHConfig, num_tokens: int, dtype: str = "bfloat16") -> int:
+    """Bytes of one sequence's whole cache after `num_tokens`, the recurrent state in float32."""
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens is {num_tokens}; it must be 0 or more")
+    growing = num_tokens * kv_bytes_per_token(config, dtype)
+    return growing + ssm_state_bytes(config) + conv_state_bytes(config, dtype)
+
+
+def bytes_per_element(dtype: str) -> int:
+    """Bytes of one element of `dtype`, named as in torch but without `torch.`."""
+    if dtype not in BYTES_PER_ELEMENT:
+        raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(BYTES_PER_ELEMENT)}")
+    return BYTES_PER_ELEMENT[dtype]
+
+
+def _stack(config: NemotronHConfig) -> Iterator[Tensor]:
+    widths = iter(config.mlp_widths)
+    for index, block_type in enumerate(config.layers_block_type):
+        prefix = f"backbone.layers.{index}."
+        width = next(widths) if block_type == "mlp" else 0
+        yield Tensor(prefix + "norm.weight", (config.hidden_size,), "norms")
+        yield from _mixer(config, block_type, prefix + "mixer.", width)
+
+
+def _mixer(config: NemotronHConfig, block_type: str, prefix: str, mlp_width: int) -> Iterator[Tensor]:
+    if block_type == "linear_attention":
+        yield from _mamba(config, prefix)
+    elif block_type == "full_attention":
+        yield from _attention(config, prefix)
+    elif block_type == "mlp":
+        yield from _linear(prefix + "up_proj", config.hidden_size, mlp_width, config.mlp_bias, "mlp")
+        yield from _linear(prefix + "down_proj", mlp_width, config.hidden_size, config.mlp_bias, "mlp")
+    else:
+        yield from _moe(config, prefix)
+
+
+def _linear(name: str, num_in: int, num_out: int, bias: bool, kind: str) -> Iterator[Tensor]:
+    yield Tensor(f"{name}.weight", (num_out, num_in), kind)
+    if bias:
+        yield Tensor(f"{name}.bias", (num_out,), kind)
+
+
+def _mamba(config: NemotronHConfig, prefix: str) -> Iterator[Tensor]:
+    inner, heads = config.mamba_intermediate_size, config.mamba_num_heads
+    num_in_proj = inner + config.conv_dim + heads  # gate, what the convolution sees, dt
+    yield from _linear(prefix + "in_proj", config.hidden_size, num_in_proj, config.use_bias, "mamba")
+    yield Tensor(prefix + "conv1d.weight", (config.conv_dim, 1, config.conv_kernel), "mamba")
+    if config.use_conv_bias:
+        yield Tensor(prefix + "conv1d.bias", (config.conv_dim,), "mamba")
+    for name in ("A_log", "D", "dt_bias"):
+        yield Tensor(prefix + name, (heads,), "mamba")
+    yield Tensor(prefix + "norm.weight", (inner,), "mamba")
+    yield from _linear(prefix + "out_proj", inner, config.hidden_size, config.use_bias, "mamba")
+
+
+def _attention(config: NemotronHConfig, prefix: str) -> Iterator[Tensor]:
+    hidden, bias = config.hidden_size, config.attention_bias
+    query = config.num_attention_heads * config.head_dim
+    key_value = config.num_key_value_heads * config.head_dim
+    yield from _linear(prefix + "q_proj", hidden, query, bias, "attention")
+    yield from _linear(prefix + "k_proj", hidden, key_value, bias, "attention")
+    yield from _linear(prefix + "v_proj", hidden, key_value, bias, "attention")
+    yield from _linear(prefix + "o_proj", query, hidden, bias, "attention")
+
+
+def _moe(config: NemotronHConfig, prefix: str) -> Iterator[Tensor]:
+    hidden, experts, bias = config.hidden_size, config.n_routed_experts, config.mlp_bias
+    yield Tensor(prefix + "gate.weight", (experts, hidden), "moe_router")
+    yield Tensor(prefix + "gate.e_score_correction_bias", (experts,), "moe_router")
+    width, latent = config.moe_intermediate_size, config.moe_latent_size
+    size = latent or hidden
+    yield Tensor(prefix + "experts.{e}.up_proj.weight", (width, size), "moe_routed", experts)
+    yield Tensor(prefix + "experts.{e}.down_proj.weight", (size, width), "moe_routed", experts)
+    if latent:
+        yield from _linear(prefix + "fc1_latent_proj", hidden, latent, bias, "moe_latent")
+        yield from _linear(prefix + "fc2_latent_proj", latent, hidden, bias, "moe_latent")
+    shared = config.moe_shared_expert_intermediate_size
+    yield from _linear(prefix + "shared_experts.up_proj", hidden, shared, bias, "moe_shared")
+    yield from _linear(prefix + "shared_experts.down_proj", shared, hidden, bias, "moe_shared")
+
+
+def _mtp(config: NemotronHConfig) -> Iterator[Tensor]:
+    """The multi-token-prediction blocks: each joins embedding and hidden state, runs its layers, and norms."""
+    for step in range(config.num_nextn_predict_layers):
+        block_types = config.mtp_layers_block_type
+        for inner, block_type in enumerate(block_types):
+            prefix = f"mtp.layers.{step * len(block_types) + inner}."
+            for name, shape in _mtp_extras(config, first=inner == 0, last=inner == len(block_types) - 1):
+                yield Tensor(prefix + name, shape, "mtp")
+            yield Tensor(prefix + "norm.weight", (config.hidden_size,), "mtp")
+            for tensor in _mixer(config, block_type, prefix + "mixer.", mlp_width=0):
+                yield tensor._replace(kind="mtp")
+
+
+def _mtp_extras(config: NemotronHConfig, first: bool, last: bool) -> Iterator[tuple[str, tuple[int, ...]]]:
+    hidden = config.hidden_size
+    if first:
+        yield "eh_proj.weight", (hidden, 2 * hidden)
+        yield "enorm.weight", (hidden,)
+        yield "hnorm.weight", (hidden,)
+    if last:
+        yield "final_layernorm.weight", (hidden,)
