@@ -1,0 +1,149 @@
+"""The facts of one checkpoint, from its configuration and file headers: what `info` prints and a model card states."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig
+
+from .compression import cost
+from .headers import Contents, read_contents
+from .model.configuration_nemotron_h import NemotronHConfig
+
+LAYER_NAMES = {"M": "Mamba-2", "*": "attention", "-": "MLP", "E": "MoE"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Counts are exact; bytes are for weights and KV cache in `dtype`, SSM state in float32."""
+
+    target: str
+    pattern: str
+    mtp_pattern: str
+    hidden_size: int
+    vocab_size: int
+    parameters: dict[str, int]
+    num_parameters: int
+    num_active_parameters: int
+    num_checkpoint_tensors: int
+    dtype: str
+    weight_bytes: int
+    kv_bytes_per_token: int
+    ssm_state_bytes: int
+    conv_state_bytes: int
+
+    @property
+    def layer_counts(self) -> dict[str, int]:
+        """Layers of each kind by its name, in the order M * - E, kinds that are absent left out."""
+        counts = Counter(self.pattern)
+        return {name: counts[letter] for letter, name in LAYER_NAMES.items() if counts[letter]}
+
+    def cache_bytes(self, num_tokens: int) -> int:
+        """Bytes of one sequence's cache after `num_tokens`."""
+        return num_tokens * self.kv_bytes_per_token + self.ssm_state_bytes + self.conv_state_bytes
+
+
+def load_target(target: str | os.PathLike) -> tuple[NemotronHConfig, Contents | None]:
+    """Configuration of a checkpoint folder, preset or hub id, and for a folder with weights what its headers say.
+
+    Raises `ValueError` if the target is none of the three or is not a Nemotron-H model.
+    """
+    target = os.fspath(target)
+    if Path(target).is_dir():
+        return _load_config(target), read_contents(target)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", target) and not Path(target).parent.is_dir():
+        return _load_config(target), None
+    try:
+        return NemotronHConfig.from_preset(target), None
+    except ValueError as error:
+        raise ValueError(f"target={target!r} is no folder and no hub id (owner/name); as a preset: {error}") from None
+
+
+def describe(target: str, config: NemotronHConfig, contents: Contents | None = None, dtype: str | None = None) -> Facts:
+    """Facts of `config`; `dtype` defaults to what most stored weights have, then to the configuration's, then bfloat16.
+
+    The bytes of the weights are the stored ones where `contents` has them.
+    """
+    dtype = dtype or _main_dtype(config, contents)
+    return Facts(
+        target=str(target),
+        pattern=config.hybrid_override_pattern,
+        mtp_pattern=config.mtp_hybrid_override_pattern * config.num_nextn_predict_layers,
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        parameters=cost.parameters_by_kind(config),
+        num_parameters=cost.num_parameters(config),
+        num_active_parameters=cost.num_active_parameters(config),
+        num_checkpoint_tensors=cost.num_checkpoint_tensors(config),
+        dtype=dtype,
+        weight_bytes=contents.num_bytes if contents else cost.weight_bytes(config, dtype),
+        kv_bytes_per_token=cost.kv_bytes_per_token(config, dtype),
+        ssm_state_bytes=cost.ssm_state_bytes(config),
+        conv_state_bytes=cost.conv_state_bytes(config, dtype),
+    )
+
+
+def disagreements(config: NemotronHConfig, contents: Contents) -> list[str]:
+    """One line for each tensor that the configuration asks for and the files lack or hold in another shape.
+
+    Tensors that the configuration knows nothing of (scales of quantised weights, say) are no disagreement.
+    """
+    stored = _by_template(contents)
+    lines = []
+    for tensor in cost.checkpoint_tensors(config):
+        shapes = stored.get(tensor.name, [])
+        if len(shapes) != tensor.copies:
+            expected = f"{tensor.copies} of shape {list(tensor.shape)}"
+            lines.append(f"{tensor.name}: config.json asks for {expected}, the files hold {len(shapes)}")
+        elif set(shapes) != {tensor.shape}:
+            found = sorted(list(shape) for shape in set(shapes) - {tensor.shape})[0]
+            lines.append(f"{tensor.name}: config.json asks for shape {list(tensor.shape)}, the files hold {found}")
+    return lines
+
+
+def human_bytes(num_bytes: int) -> str:
+    """1536 -> '1.5 KiB'."""
+    size, units = float(num_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:
+        size, units = size / 1024, units[1:]
+    return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+
+
+def human_count(count: int) -> str:
+    """8100852736 -> '8.10 B'."""
+    for limit, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= limit:
+            return f"{count / limit:.2f} {unit}"
+    return str(count)
+
+
+def _load_config(name: str) -> NemotronHConfig:
+    config = AutoConfig.from_pretrained(name)
+    if not isinstance(config, NemotronHConfig):
+        raise ValueError(f"model_type of {name} is {config.model_type!r}; allowed: 'nemotron_h'")
+    return config
+
+
+def _main_dtype(config: NemotronHConfig, contents: Contents | None) -> str:
+    stored = list(contents.elements_by_dtype()) if contents else []
+    if stored and stored[0] in cost.BYTES_PER_ELEMENT:
+        return stored[0]
+    return str(config.dtype).removeprefix("torch.") if config.dtype else "bfloat16"
+
+
+def _by_template(contents: Contents) -> dict[str, list[tuple[int, ...]]]:
+    """Stored shapes under released names; experts' numbers become `{e}`, stacked experts are taken apart."""
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for tensor in contents.tensors.values():
+        name = re.sub(r"^model\.", "backbone.", tensor.name)
+        name = re.sub(r"\.experts\.\d+\.", ".experts.{e}.", name)
+        stacked = re.sub(r"\.experts\.(up|down)_proj$", r".experts.{e}.\1_proj.weight", name)
+        if stacked != name:
+            shapes[stacked] = [tensor.shape[1:]] * tensor.shape[0]
+        else:
+            shapes.setdefault(name, []).append(tensor.shape)
+    return shapes

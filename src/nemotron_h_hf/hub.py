@@ -1,0 +1,189 @@
+"""Ship a checkpoint folder: its model card, the model code beside the weights, the upload.
+
+The user's folder is only ever read, except by `attach_code` and `save_tokenizer`, whose purpose is to write into it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import string
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi
+
+from .facts import LAYER_NAMES, Facts, describe, human_bytes, human_count, load_target
+
+PACKAGE = Path(__file__).parent
+CARD_TEMPLATE = PACKAGE / "assets" / "model_card_template.md"
+AUTO_MAP = {
+    "AutoConfig": "configuration_nemotron_h.NemotronHConfig",
+    "AutoModel": "modeling_nemotron_h.NemotronHModel",
+    "AutoModelForCausalLM": "modeling_nemotron_h.NemotronHForCausalLM",
+    "AutoModelForSequenceClassification": "modeling_nemotron_h.NemotronHForSequenceClassification",
+}
+"""What config.json says so that `trust_remote_code=True` finds the classes in the files beside the weights."""
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
+
+
+def attach_code(folder: str | os.PathLike) -> list[str]:
+    """Put the model code into a checkpoint folder and name it in config.json; returns the names written.
+
+    A file of the same name with other content is a `ValueError`: nothing of the user's is replaced.
+    """
+    folder = Path(folder)
+    files = {name: content for name, content in code_files().items() if _is_new(folder / name, content)}
+    config = with_auto_map(_read_text(folder / "config.json"))
+    for name, content in files.items():
+        _write_atomically(folder / name, content)
+    _write_atomically(folder / "config.json", config)
+    return sorted(files)
+
+
+def code_files() -> dict[str, bytes]:
+    """The files of the flat `model/` folder by name, as they travel beside the weights."""
+    return {path.name: path.read_bytes() for path in sorted((PACKAGE / "model").glob("[a-z]*.py"))}
+
+
+def with_auto_map(config_text: str) -> bytes:
+    """`config.json` with our classes in its `auto_map`; other entries of the map are kept."""
+    config = json.loads(config_text)
+    config["auto_map"] = {**config.get("auto_map", {}), **AUTO_MAP}
+    return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def save_tokenizer(tokenizer, folder: str | os.PathLike) -> None:
+    """Save a tokenizer so that every reader takes it: with the class name that transformers 4 and 5 both know."""
+    tokenizer.save_pretrained(folder)
+    path = Path(folder) / "tokenizer_config.json"
+    _write_atomically(path, with_plain_tokenizer_class(_read_text(path)))
+
+
+def with_plain_tokenizer_class(tokenizer_config_text: str) -> bytes:
+    """`tokenizer_config.json` with `TokenizersBackend`, which only transformers 5 reads, named as everywhere else."""
+    config = json.loads(tokenizer_config_text)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def model_card(folder: str | os.PathLike, repo_id: str, with_code: bool = False, license: str | None = None) -> str:
+    """The card of a checkpoint folder: our template with the model's own facts."""
+    config, contents = load_target(folder)
+    facts = describe(repo_id, config, contents)
+    dtypes = ", ".join(f"{dtype} ({human_count(count)})" for dtype, count in contents.elements_by_dtype().items())
+    code_note = (
+        "The model code lies beside the weights; `trust_remote_code=True` runs it where the package is not installed."
+        if with_code
+        else "Importing `nemotron_h_hf` is optional: transformers has a `nemotron_h` of its own."
+    )
+    imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    return string.Template(CARD_TEMPLATE.read_text(encoding="utf-8")).substitute(
+        _card_numbers(facts),
+        license_line=f"license: {license}\n" if license else "",
+        name=repo_id.split("/")[-1],
+        repo_id=repo_id,
+        dtypes=dtypes,
+        imports="\n".join(imports if with_code else ["import nemotron_h_hf  # optional", *imports]),
+        load_arguments=", trust_remote_code=True" if with_code else "",
+        code_note=code_note,
+        training="Not described by the uploader.",
+        limits="Not evaluated by the uploader. A language model's text can be wrong.",
+    )
+
+
+def plan_upload(
+    folder: str | os.PathLike,
+    repo_id: str,
+    with_code: bool = False,
+    overwrite_card: bool = False,
+    license: str | None = None,
+) -> dict[str, Path | bytes]:
+    """What an upload of `folder` holds: path in the repository -> the file, or the bytes that stand in for it.
+
+    Hidden files, caches, unfinished files and pickles stay behind. `ValueError` if weights are missing or damaged.
+    """
+    folder = Path(folder)
+    _refuse_incomplete(folder)
+    plan: dict[str, Path | bytes] = {
+        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if _belongs(path, folder)
+    }
+    if overwrite_card or "README.md" not in plan:
+        plan["README.md"] = model_card(folder, repo_id, with_code, license).encode()
+    if "tokenizer_config.json" in plan:
+        plan["tokenizer_config.json"] = with_plain_tokenizer_class(_read_text(folder / "tokenizer_config.json"))
+    if with_code:
+        plan["config.json"] = with_auto_map(_read_text(folder / "config.json"))
+        plan.update({name: content for name, content in code_files().items() if _is_new(folder / name, content)})
+    return plan
+
+
+def upload(plan: dict[str, Path | bytes], repo_id: str, private: bool = False) -> str:
+    """Send a plan to the hub (`HF_ENDPOINT`, `HF_TOKEN`) as one commit, making the repository if new; its address."""
+    api = HfApi()
+    repo = api.create_repo(repo_id, private=private, exist_ok=True)
+    operations = [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=source if isinstance(source, bytes) else str(source))
+        for name, source in plan.items()
+    ]
+    api.create_commit(repo.repo_id, operations=operations, commit_message="Upload Nemotron-H checkpoint")
+    return str(repo)
+
+
+def size_of(source: Path | bytes) -> int:
+    """Bytes that one entry of a plan sends."""
+    return len(source) if isinstance(source, bytes) else source.stat().st_size
+
+
+def _card_numbers(facts: Facts) -> dict[str, str]:
+    mixers = [name for name in facts.layer_counts if name in ("MLP", "MoE")]
+    return {
+        "feed_forward": {"MLP": "MLP layers", "MoE": "mixture-of-experts layers"}[mixers[0]]
+        if len(mixers) == 1
+        else "feed-forward layers",
+        "num_parameters": f"{facts.num_parameters:,} ({human_count(facts.num_parameters)})",
+        "num_active_parameters": f"{facts.num_active_parameters:,} ({human_count(facts.num_active_parameters)})",
+        "num_layers": str(len(facts.pattern)),
+        "layer_counts": ", ".join(f"{count} {name}" for name, count in facts.layer_counts.items()),
+        "pattern": facts.pattern,
+        "hidden_size": f"{facts.hidden_size:,}",
+        "vocab_size": f"{facts.vocab_size:,}",
+        "weight_bytes": human_bytes(facts.weight_bytes),
+        "kv_bytes_per_token": human_bytes(facts.kv_bytes_per_token),
+        "ssm_state_bytes": human_bytes(facts.ssm_state_bytes),
+        "conv_state_bytes": human_bytes(facts.conv_state_bytes),
+        "dtype": facts.dtype,
+        "legend": ", ".join(f"`{letter}` {name}" for letter, name in LAYER_NAMES.items() if letter in facts.pattern),
+    }
+
+
+def _refuse_incomplete(folder: Path) -> None:
+    _, contents = load_target(folder)
+    broken = [*contents.missing_files, *contents.damaged_files, *contents.missing_tensors]
+    if broken:
+        raise ValueError(f"{folder} is not whole, nothing was sent; missing or damaged: {', '.join(broken)}")
+
+
+def _belongs(path: Path, folder: Path) -> bool:
+    parts = path.relative_to(folder).parts
+    hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
+    return path.is_file() and not hidden and path.suffix not in (*PICKLES, ".tmp")
+
+
+def _is_new(path: Path, content: bytes) -> bool:
+    """Whether `content` is still to be written there; another file of that name is in the way."""
+    if not path.exists():
+        return True
+    if path.read_bytes() != content:
+        raise ValueError(f"{path} exists with other content than this package's; remove or rename it")
+    return False
+
+
+def _read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_bytes(content)
+    os.replace(temporary, path)
