@@ -1,0 +1,57 @@
+"""`nemotron-h COMMAND ...`: a table of commands; only the module of the command asked for is imported."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+
+# name, module with `main(argv)`, one line of help
+COMMANDS = (
+    ("demo", "nemotron_h_hf.scripts.demo", "load the embedded model, generate, compare cache memory"),
+    ("generate", "nemotron_h_hf.scripts.generate", "continue a prompt, printing tokens as they come"),
+    ("info", "nemotron_h_hf.scripts.info", "pattern, parameters and memory of a folder, hub id or preset"),
+    ("bench", "nemotron_h_hf.scripts.bench", "measure speed beside transformers' own model"),
+    ("push", "nemotron_h_hf.scripts.push", "upload a checkpoint folder with a model card of its own facts"),
+    ("train-tiny", "nemotron_h_hf.scripts.train_tiny", "train the embedded model again from text"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 failed on its input, 2 wrong usage."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    modules = {name: module for name, module, _ in COMMANDS}
+    if argv[0] not in modules:
+        print(unknown_command(argv[0]), file=sys.stderr)
+        return 2
+    try:
+        return importlib.import_module(modules[argv[0]]).main(argv[1:]) or 0
+    except (ValueError, OSError) as error:
+        print(f"nemotron-h {argv[0]}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def usage() -> str:
+    """The text of `nemotron-h --help`."""
+    lines = [f"  {name:<12}{help_line}" for name, _, help_line in COMMANDS]
+    return "\n".join(
+        ["usage: nemotron-h COMMAND [OPTIONS]", "", "commands:", *lines, "", "nemotron-h COMMAND --help tells more."]
+    )
+
+
+def unknown_command(name: str) -> str:
+    """What to say about a command that is not in the table, with the nearest name that is."""
+    names = [command for command, _, _ in COMMANDS]
+    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"commands: {', '.join(names)}"
+    return f"nemotron-h: unknown command {name!r}; {hint}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One module per `nemotron-h` command, each with `main(argv)`; no script imports another."""

@@ -1,0 +1,152 @@
+"""The main job on the embedded model: load it, let it write, and compare its cache with a transformer's.
+
+    nemotron-h demo            # what `make demo` runs; nothing is downloaded
+
+The table is measured, not computed: one context is fed piece by piece through the model and its cache asked for its
+bytes; the transformer's figures are those of a real cache of transformers' own, filled with tensors of its shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, PreTrainedModel, set_seed
+
+from nemotron_h_hf import EMBEDDED_MODEL, HybridCache, NemotronHConfig
+from nemotron_h_hf.compression.cost import num_parameters
+from nemotron_h_hf.facts import human_bytes, human_count
+
+CONTEXTS = (256, 1024, 4096, 16384)
+PIECE_TOKENS = 1024
+
+NEXT_STEPS = """What to try next
+  nemotron-h generate --prompt "class Stack:" --temperature 0.5    continue your own prompt
+  nemotron-h info nemotron-h-8b                                    pattern, parameters and memory of a released shape
+  nemotron-h info path/to/checkpoint                               the same, and a check of its files
+  nemotron-h bench cpu                                             speed on this machine, beside transformers' own model
+  README.md                                                        loading it from Python"""
+
+
+@dataclass(frozen=True)
+class DemoArguments:
+    """What the command line says."""
+
+    prompt: str
+    max_new_tokens: int
+    seed: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print three sections: text, memory, next steps."""
+    arguments = parse(argv)
+    set_seed(arguments.seed)
+    start = time.perf_counter()
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL).eval()
+    print(f"AutoModelForCausalLM.from_pretrained gave a {type(model).__name__} in {time.perf_counter() - start:.1f} s:")
+    print(f"  {model.config.hybrid_override_pattern}  (M Mamba-2, * attention, - MLP)")
+    print(f"  {human_count(num_parameters(model.config))} parameters, {model.dtype}, on {model.device}\n")
+    print(f"It continues {arguments.prompt!r} like this:\n")
+    print(write(model, tokenizer, arguments))
+    print()
+    print("\n".join(memory_table(model)))
+    print(f"\n{NEXT_STEPS}")
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> DemoArguments:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="nemotron-h demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--prompt", default="def read_lines(path):\n", help="text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=120, help="tokens to write (120)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    return DemoArguments(**vars(parser.parse_args(argv)))
+
+
+def write(model: PreTrainedModel, tokenizer, arguments: DemoArguments) -> str:
+    """Prompt and continuation, indented; says how fast."""
+    inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False)
+    start = time.perf_counter()
+    output = model.generate(
+        **inputs, max_new_tokens=arguments.max_new_tokens, do_sample=True, temperature=0.6, top_p=0.95
+    )
+    seconds = time.perf_counter() - start
+    num_new = output.shape[1] - inputs["input_ids"].shape[1]
+    text = tokenizer.decode(output[0], skip_special_tokens=True)
+    body = "\n".join(f"  | {line}" for line in text.splitlines())
+    return f"{body}\n\n{num_new} tokens in {seconds:.1f} s, {num_new / seconds:.0f} tokens/s with the prompt."
+
+
+def memory_table(model: PreTrainedModel) -> list[str]:
+    """Cache bytes of both models at growing contexts, one string per line."""
+    llama, num_llama = same_size_transformer(model.config)
+    lines = [
+        "Cache memory of one sequence as its context grows, measured in this run:",
+        f"  a pure transformer of the same size: {llama.num_hidden_layers} Llama layers of the same width and the same "
+        f"key/value heads, {human_count(num_llama)} parameters",
+        "",
+        f"  {'context':>8}  {'Nemotron-H':>12}  {'transformer':>12}  {'ratio':>6}",
+    ]
+    for context, hybrid_bytes in zip(CONTEXTS, hybrid_cache_bytes(model), strict=True):
+        transformer_bytes = transformer_cache_bytes(llama, context, model.dtype)
+        ratio = transformer_bytes / hybrid_bytes
+        lines.append(
+            f"  {context:>8,}  {human_bytes(hybrid_bytes):>12}  {human_bytes(transformer_bytes):>12}  {ratio:>5.1f}x"
+        )
+    return lines
+
+
+def same_size_transformer(config: NemotronHConfig) -> tuple[LlamaConfig, int]:
+    """A Llama shape of equal width and heads with as many layers as bring it nearest in parameters; their number.
+
+    Its gated MLP has three matrices where ours has two, so it gets two thirds of the MLP width.
+    """
+    hidden, mlp_width = config.hidden_size, max(config.mlp_widths) * 2 // 3
+    attention = 2 * hidden * (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    per_layer = attention + 3 * hidden * mlp_width + 2 * hidden
+    embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2) + hidden
+    num_layers = max(1, round((num_parameters(config) - embeddings) / per_layer))
+    llama = LlamaConfig(
+        vocab_size=config.vocab_size,
+        hidden_size=hidden,
+        intermediate_size=mlp_width,
+        num_hidden_layers=num_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        tie_word_embeddings=config.tie_word_embeddings,
+    )
+    return llama, embeddings + num_layers * per_layer
+
+
+@torch.inference_mode()
+def hybrid_cache_bytes(model: PreTrainedModel) -> Iterator[int]:
+    """Feed one sequence piece by piece; the bytes of its cache at each of `CONTEXTS`."""
+    cache, num_seen = HybridCache(model.config), 0
+    for context in CONTEXTS:
+        while num_seen < context:
+            piece = min(PIECE_TOKENS, context - num_seen)
+            input_ids = torch.randint(model.config.vocab_size, (1, piece))
+            model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            num_seen += piece
+        yield cache.memory_bytes()
+
+
+def transformer_cache_bytes(config: LlamaConfig, context: int, dtype: torch.dtype) -> int:
+    """Bytes of a real `DynamicCache` of `config` after `context` tokens."""
+    cache = DynamicCache(config=config)
+    shape = (1, config.num_key_value_heads, context, config.head_dim)
+    for layer in range(config.num_hidden_layers):
+        cache.update(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype), layer)
+    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""Continue a prompt with a Nemotron-H model, printing tokens as they come.
+
+    nemotron-h generate                                            # the embedded model and a prompt of its own kind
+    nemotron-h generate --prompt "import os" --max-new-tokens 64
+    echo "def main" | nemotron-h generate --prompt - --temperature 0
+    nemotron-h generate --model owner/name --dtype bfloat16 --device cuda --cache static
+
+The text goes to standard output, a line with the speed to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer, set_seed
+
+from nemotron_h_hf import EMBEDDED_MODEL
+
+DEFAULT_PROMPT = "def read_lines(path):\n"
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class GenerateArguments:
+    """What the command line says; temperature 0 is greedy, prompt_lookup 0 is off."""
+
+    model: str
+    prompt: str
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+    device: str
+    dtype: str
+    cache: str
+    prompt_lookup: int
+
+
+class TimedStreamer(TextStreamer):
+    """Prints text as it comes, counts tokens, and notes when the first and the last of them came."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self.num_tokens = -1  # the first call brings the prompt
+        self.first = self.last = self.start = time.perf_counter()
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt (first call) or the next tokens, on any device."""
+        is_prompt = self.num_tokens < 0
+        self.num_tokens = 0 if is_prompt else self.num_tokens + value.numel()
+        super().put(value)
+        self.last = time.perf_counter()
+        if is_prompt or self.num_tokens == value.numel():
+            self.first = self.last
+
+    def report(self, num_prompt_tokens: int) -> str:
+        """The line about speed: the prompt with the first token, then the tokens after it."""
+        prefill = self.first - self.start
+        line = f"{num_prompt_tokens} prompt tokens and the first new one in {prefill:.2f} s"
+        if self.num_tokens > 1:
+            line += f"; {(self.num_tokens - 1) / (self.last - self.first):.1f} tokens/s after it"
+        return f"{line}; {self.num_tokens} new tokens"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Load, generate, print."""
+    arguments = parse(argv)
+    set_seed(arguments.seed)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
+    model = model.to(arguments.device).eval()
+    inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False).to(arguments.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise ValueError(f"--prompt {arguments.prompt!r} has no tokens; at least one is needed")
+    streamer = TimedStreamer(tokenizer)
+    model.generate(**inputs, streamer=streamer, **generation_options(arguments))
+    print(streamer.report(inputs["input_ids"].shape[1]), file=sys.stderr)
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> GenerateArguments:
+    """Read and check the command line."""
+    parser = argparse.ArgumentParser(
+        prog="nemotron-h generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=EMBEDDED_MODEL, help="checkpoint folder or hub id (the embedded model)")
+    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="text to continue; - reads it from standard input")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="stop after so many tokens (128)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token each time (0.7)")
+    parser.add_argument("--top-p", type=float, default=0.95, help="sample from this share of the probability (0.95)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (auto: as stored)")
+    parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="growing or fixed cache")
+    parser.add_argument(
+        "--prompt-lookup", type=int, default=0, metavar="N", help="guess up to N tokens from the prompt (0: off)"
+    )
+    arguments = GenerateArguments(**vars(parser.parse_args(argv)))
+    if arguments.prompt == "-":
+        arguments = GenerateArguments(**{**vars(arguments), "prompt": sys.stdin.read()})
+    check(arguments)
+    return arguments
+
+
+def check(arguments: GenerateArguments) -> None:
+    """`ValueError` naming the option that is out of range."""
+    if not arguments.prompt:
+        raise ValueError("--prompt is empty; give some text, or - and text on standard input")
+    if arguments.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {arguments.max_new_tokens}; it must be 1 or more")
+    if arguments.temperature < 0:
+        raise ValueError(f"--temperature is {arguments.temperature}; it must be 0 (greedy) or more")
+    if not 0 < arguments.top_p <= 1:
+        raise ValueError(f"--top-p is {arguments.top_p}; it must be above 0 and at most 1")
+    if arguments.prompt_lookup < 0:
+        raise ValueError(f"--prompt-lookup is {arguments.prompt_lookup}; it must be 0 (off) or more")
+    if arguments.prompt_lookup and arguments.cache == "static":
+        raise ValueError("--prompt-lookup needs --cache dynamic: a fixed cache cannot take guesses back")
+
+
+def generation_options(arguments: GenerateArguments) -> dict:
+    """The options of `generate()` that the arguments ask for."""
+    options: dict = {"max_new_tokens": arguments.max_new_tokens, "do_sample": arguments.temperature > 0}
+    if options["do_sample"]:
+        options |= {"temperature": arguments.temperature, "top_p": arguments.top_p}
+    if arguments.cache == "static":
+        options["cache_implementation"] = "static"
+    if arguments.prompt_lookup:
+        options["prompt_lookup_num_tokens"] = arguments.prompt_lookup
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

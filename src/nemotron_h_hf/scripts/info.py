@@ -1,0 +1,169 @@
+"""What a Nemotron-H checkpoint is and costs, without loading a weight.
+
+    nemotron-h info                                   # the embedded model
+    nemotron-h info nemotron-h-8b                     # a released shape, by preset
+    nemotron-h info path/to/checkpoint --context 32768 --json
+
+For a folder the headers of the safetensors files are read: dtypes and bytes are the stored ones, and files or tensors
+that are missing, truncated or of another shape are named (exit status 1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from nemotron_h_hf import EMBEDDED_MODEL
+from nemotron_h_hf.compression.cost import BYTES_PER_ELEMENT
+from nemotron_h_hf.facts import LAYER_NAMES, Facts, describe, disagreements, human_bytes, human_count, load_target
+from nemotron_h_hf.headers import Contents
+
+COLOURS = {"M": "\033[36m", "*": "\033[31;1m", "-": "\033[90m", "E": "\033[33m"}
+RESET = "\033[0m"
+MAX_PROBLEMS_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class InfoArguments:
+    """What the command line says; `memory_gib` is that of the device the sequences should fit on."""
+
+    target: str
+    context: int
+    memory_gib: float
+    dtype: str | None
+    json: bool
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the facts of one target; 1 if a folder's files are not what its configuration asks for."""
+    arguments = parse(argv)
+    config, contents = load_target(arguments.target)
+    facts = describe(arguments.target, config, contents, arguments.dtype)
+    problems = find_problems(config, contents)
+    if arguments.json:
+        print(json.dumps(as_json(facts, contents, problems, arguments), indent=2))
+    else:
+        print("\n".join(as_text(facts, contents, arguments, colour=sys.stdout.isatty())))
+        for line in shorten(problems):
+            print(f"problem: {line}", file=sys.stderr)
+    return 1 if problems else 0
+
+
+def parse(argv: Sequence[str] | None) -> InfoArguments:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="nemotron-h info", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("target", nargs="?", default=EMBEDDED_MODEL, help="checkpoint folder, hub id or preset")
+    parser.add_argument("--context", type=int, default=8192, help="tokens per sequence for the memory figures (8192)")
+    parser.add_argument("--memory-gib", type=float, default=80.0, help="device memory to fit sequences in (80)")
+    parser.add_argument("--dtype", choices=tuple(BYTES_PER_ELEMENT), help="of weights and KV cache (as stored)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    arguments = InfoArguments(**vars(parser.parse_args(argv)))
+    if arguments.context < 1:
+        raise ValueError(f"--context is {arguments.context}; it must be 1 or more")
+    if not arguments.memory_gib > 0:
+        raise ValueError(f"--memory-gib is {arguments.memory_gib}; it must be above 0")
+    return arguments
+
+
+def find_problems(config, contents: Contents | None) -> list[str]:
+    """What is wrong with a folder's files: first the files themselves, then tensors against the configuration."""
+    if contents is None:
+        return []
+    lines = [f"{file} is missing" for file in contents.missing_files]
+    lines += list(contents.damaged_files.values())
+    lines += [f"{name} is in the index but in no file" for name in contents.missing_tensors]
+    return lines if lines else disagreements(config, contents)
+
+
+def shorten(problems: list[str]) -> list[str]:
+    """The first problems, and how many more there are."""
+    rest = len(problems) - MAX_PROBLEMS_SHOWN
+    return problems if rest <= 0 else [*problems[:MAX_PROBLEMS_SHOWN], f"... and {rest} more"]
+
+
+def sequences_that_fit(facts: Facts, arguments: InfoArguments) -> int:
+    """Sequences of `context` tokens whose caches fit beside the weights; activations are not counted."""
+    free_bytes = int(arguments.memory_gib * 2**30) - facts.weight_bytes
+    return max(0, free_bytes // max(1, facts.cache_bytes(arguments.context)))
+
+
+def as_json(facts: Facts, contents: Contents | None, problems: list[str], arguments: InfoArguments) -> dict:
+    """Everything that is printed, as plain numbers."""
+    stored = None
+    if contents is not None:
+        stored = {
+            "num_tensors": len(contents.tensors),
+            "num_bytes": contents.num_bytes,
+            "elements_by_dtype": contents.elements_by_dtype(),
+            "missing_files": contents.missing_files,
+            "damaged_files": contents.damaged_files,
+        }
+    return {
+        **asdict(facts),
+        "layer_counts": facts.layer_counts,
+        "stored": stored,
+        "problems": problems,
+        "context": arguments.context,
+        "cache_bytes_at_context": facts.cache_bytes(arguments.context),
+        "memory_gib": arguments.memory_gib,
+        "sequences_that_fit": sequences_that_fit(facts, arguments),
+    }
+
+
+def as_text(facts: Facts, contents: Contents | None, arguments: InfoArguments, colour: bool) -> list[str]:
+    """The report for people, one string per line."""
+    lines = [facts.target, "", draw_pattern(facts.pattern, colour), legend(facts, colour)]
+    if facts.mtp_pattern:
+        lines.append(f"multi-token prediction: {draw_pattern(facts.mtp_pattern, colour)}")
+    return [*lines, "", *parameter_lines(facts), "", *memory_lines(facts, contents, arguments)]
+
+
+def draw_pattern(pattern: str, colour: bool) -> str:
+    """The layers as one line of letters, first layer first."""
+    return "".join(f"{COLOURS[letter]}{letter}{RESET}" if colour else letter for letter in pattern)
+
+
+def legend(facts: Facts, colour: bool) -> str:
+    """`24 x M Mamba-2, ...` for the kinds that occur."""
+    letters = {name: letter for letter, name in LAYER_NAMES.items()}
+    parts = [f"{count} x {draw_pattern(letters[name], colour)} {name}" for name, count in facts.layer_counts.items()]
+    return f"{len(facts.pattern)} layers: {', '.join(parts)}; hidden {facts.hidden_size}, vocab {facts.vocab_size}"
+
+
+def parameter_lines(facts: Facts) -> list[str]:
+    """Parameters by kind, with shares."""
+    rows = [(kind, count) for kind, count in facts.parameters.items() if count]
+    lines = [f"  {kind:<12}{count:>18,}  {count / facts.num_parameters:6.1%}" for kind, count in rows]
+    lines += [f"  {'total':<12}{facts.num_parameters:>18,}  = {human_count(facts.num_parameters)}"]
+    if facts.parameters["moe_routed"]:
+        active = facts.num_active_parameters
+        lines += [f"  {'active':<12}{active:>18,}  = {human_count(active)} per token, embeddings included, without mtp"]
+    return ["parameters", *lines]
+
+
+def memory_lines(facts: Facts, contents: Contents | None, arguments: InfoArguments) -> list[str]:
+    """Bytes of the weights and of one sequence."""
+    stored = ""
+    if contents is not None:
+        shares = ", ".join(f"{human_count(count)} {name}" for name, count in contents.elements_by_dtype().items())
+        stored = f" in {len(contents.tensors)} stored tensors: {shares}"
+    context, dtype = arguments.context, facts.dtype
+    return [
+        f"memory ({dtype}; SSM state in float32)",
+        f"  weights           {human_bytes(facts.weight_bytes):>12}{stored}",
+        f"  KV cache          {human_bytes(facts.kv_bytes_per_token):>12} per token",
+        f"  SSM state         {human_bytes(facts.ssm_state_bytes):>12} per sequence, whatever its length",
+        f"  conv state        {human_bytes(facts.conv_state_bytes):>12} per sequence, whatever its length",
+        f"  one sequence      {human_bytes(facts.cache_bytes(context)):>12} at {context:,} tokens",
+        f"  sequences of {context:,} tokens that fit beside the weights in {arguments.memory_gib:g} GiB: "
+        f"{sequences_that_fit(facts, arguments):,} (activations not counted)",
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
