@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from nemotron_h_hf import NemotronHConfig
+from nemotron_h_hf import HybridCache, NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.compression import cost
 
 MIB = 2**20
@@ -85,9 +86,25 @@ def test_cache_grows_only_with_attention():
     assert cost.cache_bytes(recurrent, 10_000) == cost.cache_bytes(recurrent, 0)
 
 
+@pytest.mark.parametrize("pattern", ["M*-M", "ME*E"])
+def test_counts_are_those_of_a_real_model(pattern):
+    """Our list of tensors against what the model allocates; experts are stacked there, apart on disk."""
+    config = small_config(hybrid_override_pattern=pattern, moe_latent_size=8 if "E" in pattern else None)
+    model = NemotronHForCausalLM(config)
+    assert cost.num_parameters(config) == sum(t.numel() for t in model.state_dict().values())
+
+
+def test_cache_bytes_are_what_the_cache_takes():
+    config = small_config(hybrid_override_pattern="M*-M")
+    model, cache = NemotronHForCausalLM(config).eval(), HybridCache(config)
+    with torch.inference_mode():
+        model(torch.arange(23)[None], past_key_values=cache, use_cache=True)
+    assert cache.memory_bytes() == cost.cache_bytes(config, 23, "float32")
+
+
 def test_bad_values_are_named():
     config = small_config(hybrid_override_pattern="M*-")
-    with pytest.raises(ValueError, match="int3.*allowed"):
+    with pytest.raises(ValueError, match=r"int3.*allowed"):
         cost.weight_bytes(config, "int3")
     with pytest.raises(ValueError, match="num_tokens is -1"):
         cost.cache_bytes(config, -1)
@@ -96,4 +113,6 @@ def test_bad_values_are_named():
 def small_config(**fields) -> NemotronHConfig:
     sizes = dict(vocab_size=64, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=8)
     mamba = dict(mamba_num_heads=4, mamba_head_dim=16, n_groups=2, ssm_state_size=8, chunk_size=16)
-    return NemotronHConfig(**{"intermediate_size": 48, **sizes, **mamba, **fields})
+    moe = dict(n_routed_experts=4, moe_intermediate_size=24, moe_shared_expert_intermediate_size=40)
+    experts = moe if "E" in fields["hybrid_override_pattern"] else {}
+    return NemotronHConfig(**{"intermediate_size": 48, **sizes, **mamba, **experts, **fields})

@@ -1,0 +1,190 @@
+"""The command line: its table, its help without torch, and every command of this file on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from nemotron_h_hf import EMBEDDED_MODEL, cli
+from nemotron_h_hf.headers import read_contents, read_header
+from nemotron_h_hf.scripts import demo, generate, info
+
+COMMAND = Path(sys.executable).with_name("nemotron-h")
+
+
+def test_help_does_not_import_torch():
+    """Through the installed entry point's own target, in a process that has imported nothing else."""
+    (entry,) = [line for line in COMMAND.read_text().splitlines() if line.startswith("from ")]
+    code = f"{entry}\nimport sys\nstatus = main(['--help'])\nassert 'torch' not in sys.modules\nsys.exit(status)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    for name, _, help_line in cli.COMMANDS:
+        assert name in done.stdout and help_line in done.stdout
+
+
+def test_installed_command_answers():
+    done = subprocess.run([COMMAND, "--help"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("usage: nemotron-h COMMAND")
+
+
+def test_unknown_command_suggests_the_nearest(capsys):
+    assert cli.main(["genrate"]) == 2
+    assert "did you mean 'generate'?" in capsys.readouterr().err
+    assert cli.main(["zzz"]) == 2
+    assert "commands: demo, generate, info" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, module", [row[:2] for row in cli.COMMANDS])
+def test_every_command_has_help(name, module, capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.main([name, "--help"])
+    assert done.value.code == 0
+    assert f"nemotron-h {name}" in capsys.readouterr().out
+
+
+def test_errors_are_one_line(capsys):
+    assert cli.main(["info", "no-such-model"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("nemotron-h info: error: target='no-such-model'") and "nemotron-h-8b" in error
+    assert error.count("\n") == 1
+
+
+def test_info_of_a_preset(capsys):
+    assert info.main(["nemotron-h-8b"]) == 0
+    text = capsys.readouterr().out
+    assert "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-" in text
+    assert "8,100,852,736" in text and "16.0 KiB per token" in text and "96.0 MiB per sequence" in text
+    assert "\033" not in text
+
+
+def test_info_counts_active_parameters_of_experts(capsys):
+    assert info.main(["nemotron-3-super", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert round(facts["num_active_parameters"] / 1e9, 2) == 12.77
+    assert facts["mtp_pattern"] == "*E"
+
+
+def test_info_memory_at_a_context(capsys):
+    assert info.main(["nemotron-h-8b", "--json", "--context", "1000", "--memory-gib", "16"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    one = 1000 * facts["kv_bytes_per_token"] + facts["ssm_state_bytes"] + facts["conv_state_bytes"]
+    assert facts["cache_bytes_at_context"] == one
+    assert facts["sequences_that_fit"] == (16 * 2**30 - facts["weight_bytes"]) // one
+
+
+def test_info_of_the_embedded_model(capsys):
+    """Default target; the stored tensors, counted by loading them, are what the configuration asks for."""
+    assert info.main(["--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    tensors = load_file(Path(EMBEDDED_MODEL) / "model.safetensors")
+    assert facts["stored"]["num_tensors"] == len(tensors) == facts["num_checkpoint_tensors"]
+    assert facts["stored"]["num_bytes"] == facts["weight_bytes"] == sum(t.nbytes for t in tensors.values())
+    assert facts["num_parameters"] == sum(t.numel() for t in tensors.values())
+    assert facts["problems"] == []
+
+
+def test_pattern_is_coloured_on_a_terminal():
+    assert info.draw_pattern("M*", colour=False) == "M*"
+    coloured = info.draw_pattern("M*", colour=True)
+    assert coloured.count("\033[0m") == 2 and coloured.replace("\033[0m", "") != "M*"
+
+
+def test_info_names_missing_and_truncated_shards(tmp_path, capsys):
+    folder = sharded_copy(tmp_path / "model")
+    (folder / "model-00001-of-00003.safetensors").unlink()
+    shard = folder / "model-00002-of-00003.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    assert info.main([str(folder)]) == 1
+    errors = capsys.readouterr().err
+    assert "model-00001-of-00003.safetensors is missing" in errors
+    assert "model-00002-of-00003.safetensors: truncated" in errors
+    assert "00003-of" not in errors
+
+
+def test_info_names_tensors_that_do_not_fit_the_configuration(tmp_path, capsys):
+    folder = sharded_copy(tmp_path / "model")
+    assert info.main([str(folder)]) == 0
+    config = json.loads((folder / "config.json").read_text())
+    config["vocab_size"] += 1
+    (folder / "config.json").write_text(json.dumps(config))
+    assert info.main([str(folder)]) == 1
+    errors = capsys.readouterr().err
+    assert "backbone.embeddings.weight: config.json asks for shape" in errors
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x00" * 7, b"\xff" * 64, b"\x02\x00\x00\x00\x00\x00\x00\x00[]", b"text, not tensors"]
+)
+def test_header_of_a_file_that_is_none(tmp_path, content):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match="model.safetensors"):
+        read_header(tmp_path / "model.safetensors")
+    assert list(read_contents(tmp_path).damaged_files) == ["model.safetensors"]
+
+
+def test_index_may_not_leave_the_folder(tmp_path):
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../elsewhere.safetensors"}}')
+    with pytest.raises(ValueError, match="plain file name"):
+        read_contents(tmp_path)
+
+
+def test_generate_streams_the_embedded_model(capsys):
+    argv = ["--prompt", "import os\n", "--max-new-tokens", "6", "--seed", "1"]
+    assert generate.main(argv) == 0
+    first = capsys.readouterr()
+    assert first.out.startswith("import os\n") and len(first.out) > len("import os\n\n")
+    assert "tokens/s" in first.err
+    generate.main(argv)
+    assert capsys.readouterr().out == first.out
+
+
+@pytest.mark.parametrize("option", [["--cache", "static"], ["--prompt-lookup", "3"]])
+def test_generate_options_do_not_change_greedy_text(option, capsys):
+    argv = ["--prompt", "import os\nimport os\n", "--max-new-tokens", "8", "--temperature", "0"]
+    generate.main(argv)
+    plain = capsys.readouterr().out
+    generate.main([*argv, *option])
+    assert capsys.readouterr().out == plain
+
+
+@pytest.mark.parametrize(
+    "argv, name",
+    [
+        (["--prompt", ""], "--prompt is empty"),
+        (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
+        (["--temperature", "-1"], "--temperature is -1.0"),
+        (["--top-p", "0"], "--top-p is 0.0"),
+        (["--prompt-lookup", "2", "--cache", "static"], "--prompt-lookup needs --cache dynamic"),
+    ],
+)
+def test_generate_names_bad_options(argv, name, capsys):
+    assert cli.main(["generate", *argv]) == 1
+    assert f"nemotron-h generate: error: {name}" in capsys.readouterr().err
+
+
+def test_demo_prints_text_memory_and_next_steps(capsys, monkeypatch):
+    monkeypatch.setattr(demo, "CONTEXTS", (64, 256))
+    assert demo.main(["--max-new-tokens", "4"]) == 0
+    text = capsys.readouterr().out
+    assert "def read_lines(path):" in text and "What to try next" in text
+    assert "       64  " in text and "      256  " in text
+
+
+def sharded_copy(folder: Path) -> Path:
+    """The embedded model in three shards."""
+    folder.mkdir()
+    tensors = load_file(Path(EMBEDDED_MODEL) / "model.safetensors")
+    weight_map = {}
+    for number in range(3):
+        file = f"model-{number + 1:05}-of-00003.safetensors"
+        part = dict(list(tensors.items())[number::3])
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "config.json").write_text((Path(EMBEDDED_MODEL) / "config.json").read_text())
+    return folder

@@ -1,0 +1,84 @@
+"""Who may import whom: the table of CONTRIBUTING.md, checked on the source without running it."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "src" / "nemotron_h_hf"
+
+# part -> the other parts of ours that it may import; `public` is what `import nemotron_h_hf` gives
+MAY_IMPORT = {
+    "model": set(),
+    "checkpoint": set(),
+    "headers": set(),
+    "data": set(),
+    "training": set(),
+    "compression": {"model", "checkpoint"},
+    "elastic": {"compression", "model", "training"},
+    "facts": {"compression", "headers", "model"},
+    "hub": {"facts"},
+    "scripts": {
+        "public",
+        "model",
+        "checkpoint",
+        "headers",
+        "data",
+        "training",
+        "compression",
+        "elastic",
+        "facts",
+        "hub",
+    },
+    "cli": set(),
+}
+# part -> packages beside the standard library that it may import, where that is limited
+THIRD_PARTY = {
+    "model": {"torch", "transformers", "safetensors", "mamba_ssm", "causal_conv1d", "peft"},
+    "checkpoint": {"torch", "safetensors"},
+    "headers": set(),
+    "cli": set(),
+}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_follow_the_table(path):
+    here = path.relative_to(PACKAGE).with_suffix("").parts
+    modules = [name.split(".") for name in imported_names(path)]
+    ours = [names[1:3] for names in modules if names[0] == "nemotron_h_hf"]
+    for first, *rest in ours:
+        part = first if first in MAY_IMPORT else "public"
+        if part == here[0] == "scripts":
+            assert rest == [here[1]], f"a script imports another script, {rest}"
+        elif part != here[0]:
+            assert part in MAY_IMPORT[here[0]], f"{here[0]} may not import {first}"
+    packages = {names[0] for names in modules} - {"nemotron_h_hf"} - sys.stdlib_module_names
+    assert packages <= THIRD_PARTY.get(here[0], packages)
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "model").glob("[a-z]*.py")), ids=lambda path: path.name)
+def test_hub_folder_is_flat(path):
+    """transformers' loader of remote code follows nothing but `from .name import x` to a file beside it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1 and node.module, ast.unparse(node)
+            assert (path.parent / f"{node.module}.py").is_file(), ast.unparse(node)
+    assert "TYPE_CHECKING" not in path.read_text()
+
+
+def imported_names(path: Path) -> list[str]:
+    """Absolute dotted names that a file imports, wherever in it; `from a import b` gives a.b."""
+    package = ("nemotron_h_hf", *path.relative_to(PACKAGE).parts)
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level] if node.level else ()
+            module = [*base, *([node.module] if node.module else [])]
+            names += [".".join([*module, alias.name]) for alias in node.names]
+    return names

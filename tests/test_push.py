@@ -1,0 +1,171 @@
+"""`nemotron-h push` against a hub on loopback, and the files that it writes on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from loopback_hub import LoopbackHub, loopback_hub
+
+from nemotron_h_hf import EMBEDDED_MODEL, hub
+from nemotron_h_hf.scripts import push
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The embedded model without a card, with things in it that must stay behind."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(EMBEDDED_MODEL, folder, ignore=shutil.ignore_patterns("*.md"))
+    (folder / "optimizer.pt").write_bytes(b"pickle")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "secret").write_text("local")
+    (folder / "model.safetensors.tmp").write_bytes(b"unfinished")
+    return folder
+
+
+def run_push(server: LoopbackHub, *argv: object) -> subprocess.CompletedProcess:
+    """The command in a process of its own, since huggingface_hub reads its environment when imported."""
+    environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+    environment |= {
+        "HF_ENDPOINT": server.url,
+        "HF_TOKEN": "hf_loopback",
+        "HF_HUB_DISABLE_XET": "1",
+        "NO_PROXY": "127.0.0.1",
+    }
+    command = [sys.executable, "-m", "nemotron_h_hf.scripts.push", *map(str, argv)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_push_sends_the_checkpoint_with_card_and_code(folder):
+    before = snapshot(folder)
+    with loopback_hub() as server:
+        done = run_push(server, folder, "owner/tiny", "--private", "--with-code")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"{server.url}/owner/tiny"
+    assert server.private == {"owner/tiny": True} and server.tokens == {"Bearer hf_loopback"}
+    received = server.repos["owner/tiny"]
+    assert received["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert len(server.objects) >= 1, "the weights did not go through LFS"
+    assert {"README.md", "config.json", "tokenizer.json", "modeling_nemotron_h.py"} <= set(received)
+    assert not {"optimizer.pt", ".cache/secret", "model.safetensors.tmp", "__init__.py"} & set(received)
+    auto_map = json.loads(received["config.json"])["auto_map"]
+    assert auto_map["AutoModelForCausalLM"] == "modeling_nemotron_h.NemotronHForCausalLM"
+    for target in auto_map.values():
+        module, name = target.split(".")
+        assert f"class {name}(" in received[f"{module}.py"].decode()
+    assert snapshot(folder) == before, "the user's folder was changed"
+
+
+def test_dry_run_sends_nothing_and_shows_the_card(folder):
+    with loopback_hub() as server:
+        done = run_push(server, folder, "owner/tiny", "--dry-run", "--license", "apache-2.0")
+    assert done.returncode == 0, done.stderr
+    assert server.repos == {} and "dry run" in done.stderr
+    assert "license: apache-2.0" in done.stdout and "# tiny" in done.stdout
+
+
+def test_card_states_the_models_own_facts(folder):
+    card = hub.model_card(folder, "owner/tiny")
+    config = json.loads((folder / "config.json").read_text())
+    num_attention_layers = config["hybrid_override_pattern"].count("*")
+    _, contents = hub.load_target(folder)
+    num_parameters = sum(tensor.num_elements for tensor in contents.tensors.values())
+    element_bytes = (
+        next(iter(contents.tensors.values())).num_bytes // next(iter(contents.tensors.values())).num_elements
+    )
+    kv_bytes = 2 * num_attention_layers * config["num_key_value_heads"] * config["head_dim"] * element_bytes
+    assert f"| parameters | {num_parameters:,} (" in card
+    assert f"| pattern | `{config['hybrid_override_pattern']}` |" in card
+    assert f"| KV cache | {hub.human_bytes(kv_bytes)} per token" in card
+    assert "$" not in card and "license:" not in card
+
+
+def test_a_card_that_is_there_is_sent_as_it_is(folder):
+    (folder / "README.md").write_text("my own words")
+    plan = hub.plan_upload(folder, "owner/tiny")
+    assert plan["README.md"] == folder / "README.md"
+    replaced = hub.plan_upload(folder, "owner/tiny", overwrite_card=True)
+    assert replaced["README.md"].decode().count("# tiny\n") == 1
+    assert (folder / "README.md").read_text() == "my own words"
+
+
+def test_tokenizer_class_is_one_that_every_reader_knows(folder):
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "tokenizer_class": "TokenizersBackend"}))
+    sent = json.loads(hub.plan_upload(folder, "owner/tiny")["tokenizer_config.json"])
+    assert sent == {**config, "tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def test_save_tokenizer_writes_the_plain_class(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    hub.save_tokenizer(tokenizer, tmp_path)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
+    text = "def f(x):\n    return x"
+    assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == tokenizer(text)["input_ids"]
+
+
+def test_incomplete_checkpoint_is_refused(folder):
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"nothing was sent; missing or damaged: model\.safetensors"):
+        hub.plan_upload(folder, "owner/tiny")
+
+
+@pytest.mark.parametrize(
+    "argv, named", [(["nowhere", "a/b"], "folder is 'nowhere'"), ([EMBEDDED_MODEL, "b"], "repo_id is 'b'")]
+)
+def test_bad_arguments_are_named(argv, named):
+    with pytest.raises(ValueError, match=named):
+        push.main(argv)
+
+
+def test_attach_code_writes_once_and_replaces_nothing(folder):
+    written = hub.attach_code(folder)
+    assert "configuration_nemotron_h.py" in written and hub.attach_code(folder) == []
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == hub.AUTO_MAP
+    (folder / "modeling_nemotron_h.py").write_text("# changed by its owner\n")
+    with pytest.raises(ValueError, match=r"modeling_nemotron_h\.py exists with other content"):
+        hub.attach_code(folder)
+    assert (folder / "modeling_nemotron_h.py").read_text() == "# changed by its owner\n"
+
+
+def test_attached_code_runs_without_the_package(folder, tmp_path):
+    """In a process that cannot import the package: the files beside the weights give the same logits."""
+    hub.attach_code(folder)
+    code = """
+import sys
+sys.modules["nemotron_h_hf"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model).__module__
+print(model(torch.arange(9)[None]).logits.double().abs().sum().item())
+"""
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(reference_sum(folder), rel=1e-9)
+
+
+def reference_sum(folder: Path) -> float:
+    """What the installed package computes for the same tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return model(torch.arange(9)[None]).logits.double().abs().sum().item()
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder with its content."""
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
