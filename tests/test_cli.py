@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from nemotron_h_hf import EMBEDDED_MODEL, cli
+import nemotron_h_cli as cli
+from nemotron_h_hf import EMBEDDED_MODEL
 from nemotron_h_hf.headers import read_contents, read_header
 from nemotron_h_hf.scripts import demo, generate, info
 

@@ -20,6 +20,8 @@ def wheel_names(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         (source / name).write_bytes((ROOT / name).read_bytes())
+    (source / "src").mkdir()
+    shutil.copy(ROOT / "src" / "nemotron_h_cli.py", source / "src")
     shutil.copytree(PACKAGE, source / "src" / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
     subprocess.run([*command, "--wheel-dir", target, source], check=True, capture_output=True, timeout=120)
@@ -40,9 +42,11 @@ def test_wheel_holds_every_asset(wheel_names):
 def test_wheel_holds_every_module(wheel_names):
     modules = {f"nemotron_h_hf/{p.relative_to(PACKAGE).as_posix()}" for p in PACKAGE.rglob("*.py")}
     assert "nemotron_h_hf/model/modeling_nemotron_h.py" in modules
-    assert modules <= wheel_names
+    assert {*modules, "nemotron_h_cli.py"} <= wheel_names
 
 
 def test_wheel_holds_nothing_else(wheel_names):
-    others = {name for name in wheel_names if not name.startswith(("nemotron_h_hf/", "nemotron_h_hf-"))}
+    others = {
+        name for name in wheel_names if not name.startswith(("nemotron_h_hf/", "nemotron_h_hf-", "nemotron_h_cli.py"))
+    }
     assert others == set()

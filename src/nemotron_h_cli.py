@@ -1,4 +1,8 @@
-"""`nemotron-h COMMAND ...`: a table of commands; only the module of the command asked for is imported."""
+"""`nemotron-h COMMAND ...`: a table of commands; only the module of the command asked for is imported.
+
+It lies beside the package and not in it because importing any part of the package imports torch, which takes seconds;
+help and a mistyped command answer at once.
+"""
 
 from __future__ import annotations
 
