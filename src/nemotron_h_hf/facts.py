@@ -8,8 +8,6 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig
-
 from .compression import cost
 from .headers import Contents, read_contents
 from .model.configuration_nemotron_h import NemotronHConfig
@@ -122,10 +120,10 @@ def human_count(count: int) -> str:
 
 
 def _load_config(name: str) -> NemotronHConfig:
-    config = AutoConfig.from_pretrained(name)
-    if not isinstance(config, NemotronHConfig):
-        raise ValueError(f"model_type of {name} is {config.model_type!r}; allowed: 'nemotron_h'")
-    return config
+    fields, _ = NemotronHConfig.get_config_dict(name)
+    if fields.get("model_type") != "nemotron_h":
+        raise ValueError(f"model_type of {name} is {fields.get('model_type')!r}; allowed: 'nemotron_h'")
+    return NemotronHConfig.from_dict(fields)
 
 
 def _main_dtype(config: NemotronHConfig, contents: Contents | None) -> str:

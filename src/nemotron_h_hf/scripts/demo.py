@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, PreTrainedModel, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL, HybridCache, NemotronHConfig
 from nemotron_h_hf.compression.cost import num_parameters
@@ -44,6 +45,7 @@ class DemoArguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print three sections: text, memory, next steps."""
     arguments = parse(argv)
+    disable_progress_bar()
     set_seed(arguments.seed)
     start = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL
 
@@ -70,6 +71,7 @@ class TimedStreamer(TextStreamer):
 def main(argv: Sequence[str] | None = None) -> int:
     """Load, generate, print."""
     arguments = parse(argv)
+    disable_progress_bar()
     set_seed(arguments.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
