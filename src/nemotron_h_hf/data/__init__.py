@@ -1,0 +1,1 @@
+"""Training text: where documents come from and how they become batches."""

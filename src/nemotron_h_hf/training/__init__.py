@@ -1,0 +1,1 @@
+"""Training and measuring: loops, optimizers and evaluations that are handed a model."""
