@@ -183,6 +183,10 @@ class NemotronHConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         _validate(self)
 
+    def validate(self) -> None:
+        """Check every field again; transformers calls it before saving."""
+        _validate(self)
+
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "NemotronHConfig":
         """The released shape called `name` ("nemotron-h-8b", "nano-9b-v2", "3-super", ...), with fields overridden."""

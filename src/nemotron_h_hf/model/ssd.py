@@ -26,9 +26,14 @@ from torch.utils.checkpoint import checkpoint
 SEGMENT_TOKENS = 1024  # tokens scanned at a time: bounds the memory, and keeps the work in a CPU's cache
 
 
+def wide(x: Tensor) -> Tensor:
+    """The dtype that the recurrence, the step sizes and the norms are computed in: fp32, or float64 for float64 inputs."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def discretize(dt: Tensor, dt_bias: Tensor, limit: tuple[float, float]) -> Tensor:
     """Step sizes: clamp(softplus(dt + dt_bias), *limit), in fp32 whatever the input. dt (..., h), dt_bias (h)."""
-    steps = F.softplus(dt.float() + dt_bias.float())
+    steps = F.softplus(wide(dt) + wide(dt_bias))
     return steps if limit == (0.0, float("inf")) else steps.clamp(*limit)
 
 
@@ -94,10 +99,10 @@ def conv_window(x: Tensor, taps: int, initial_state: Tensor | None, lengths: Ten
 
 def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor:
     """RMSNorm over groups of channels of x * silu(gate), in fp32. x, gate (..., d), weight (d) -> (..., d) in gate's dtype."""
-    gated = x.float() * F.silu(gate.float())
+    gated = wide(x) * F.silu(wide(gate))
     groups = gated.unflatten(-1, (-1, group_size))
     normed = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
-    return (normed.flatten(-2) * weight.float()).to(gate.dtype)
+    return (normed.flatten(-2) * wide(weight)).to(gate.dtype)
 
 
 def scan(
@@ -124,11 +129,11 @@ def scan(
         seq_idx: (b, l) documents of a packed row, or None.
 
     Returns:
-        y (b, l, h, p) in x's dtype, and the last state (b, h, p, n) in fp32.
+        y (b, l, h, p) and the last state (b, h, p, n), both in fp32.
     """
     b, l, h, p = x.shape
     n = B.shape[-1]
-    state = x.new_zeros(b, h, p, n, dtype=torch.float32) if initial_state is None else initial_state.float()
+    state = wide(x).new_zeros(b, h, p, n) if initial_state is None else wide(initial_state)
     segment = max(chunk_size, SEGMENT_TOKENS // chunk_size * chunk_size)
     recompute = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C, D, state))
     outputs, document = [], None
@@ -148,16 +153,16 @@ def scan(
 def scan_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token of `scan`: x (b, h, p), dt (b, h), B, C (b, g, n), state (b, h, p, n) -> y (b, h, p), new state in fp32."""
+    """One token of `scan`: x (b, h, p), dt (b, h), B, C (b, g, n), state (b, h, p, n) -> y (b, h, p), new state, in fp32."""
     b, h, p = x.shape
     g, n = B.shape[1:]
-    x32 = x.float()
+    x32 = wide(x)
     decay = torch.exp(dt * A)[..., None, None]
     heads = (b, g, h // g)
-    inputs = (dt[..., None] * x32).view(*heads, p, 1) * B.float().view(b, g, 1, 1, n)
-    state = torch.addcmul(inputs.view(b, h, p, n), state.float(), decay)
-    y = torch.matmul(state.view(b, g, -1, n), C.float()[..., None]).view(b, h, p)
-    return (y + D.float()[:, None] * x32).to(x.dtype), state
+    inputs = (dt[..., None] * x32).view(*heads, p, 1) * wide(B).view(b, g, 1, 1, n)
+    state = torch.addcmul(inputs.view(b, h, p, n), wide(state), decay)
+    y = torch.matmul(state.view(b, g, -1, n), wide(C)[..., None]).view(b, h, p)
+    return y + wide(D)[:, None] * x32, state
 
 
 def final_state(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, initial_state: Tensor) -> Tensor:
@@ -166,9 +171,9 @@ def final_state(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, initial_state: Tens
     g, n = B.shape[2:]
     total = torch.cumsum(dt * A, dim=1)  # (b, l, h)
     weights = dt * torch.exp(total[:, -1:] - total)
-    columns = (x.float() * weights[..., None]).view(b, l, g, -1)
-    added = torch.einsum("blgn,blgk->bgkn", B.float(), columns).reshape(b, h, p, n)
-    return initial_state.float() * torch.exp(total[:, -1])[..., None, None] + added
+    columns = (wide(x) * weights[..., None]).view(b, l, g, -1)
+    added = torch.einsum("blgn,blgk->bgkn", wide(B), columns).reshape(b, h, p, n)
+    return wide(initial_state) * torch.exp(total[:, -1])[..., None, None] + added
 
 
 def _same_document(seq_idx: Tensor, back: int) -> Tensor:
@@ -196,9 +201,9 @@ def _scan_segment(
     if pad := c * q - l:
         x, dt, B, C = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) for t in (x, dt, B, C))
         seq_idx = None if seq_idx is None else torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, pad)], dim=1)
-    x, dt = x.float().view(b, c, q, h, p), dt.view(b, c, q, h)
-    B = B.float().view(b, c, q, g, n).transpose(2, 3)  # (b, c, g, q, n)
-    C = C.float().view(b, c, q, g, n).transpose(2, 3)
+    x, dt = wide(x).view(b, c, q, h, p), dt.view(b, c, q, h)
+    B = wide(B).view(b, c, q, g, n).transpose(2, 3)  # (b, c, g, q, n)
+    C = wide(C).view(b, c, q, g, n).transpose(2, 3)
     total = torch.cumsum(dt * A, dim=2)  # (b, c, q, h): log decay from the chunk's start through each token
 
     # 1. Inside a chunk: y_i += sum over j <= i of (C_i . B_j) exp(total_i - total_j) dt_j x_j
@@ -237,6 +242,6 @@ def _scan_segment(
     # 4. From the state that a chunk is given: y_i += exp(total_i) C_i . S, and the skip D x
     carried = (C @ torch.stack(states, dim=1)).transpose(2, 3).reshape(b, c, q, h, p)
     y = torch.addcmul(y, carried, torch.exp(from_start)[..., None])
-    y = torch.addcmul(y, x, D.float()[:, None])
+    y = torch.addcmul(y, x, wide(D)[:, None])
     y = y.reshape(b, c * q, h, p)[:, :l]
     return y, state.transpose(-1, -2).reshape(b, h, p, n)

@@ -1,0 +1,29 @@
+"""Nemotron-H for Hugging Face transformers. Importing the package registers its classes for `model_type: nemotron_h`."""
+
+from pathlib import Path
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from .model.cache import HybridCache
+from .model.configuration_nemotron_h import NemotronHConfig
+from .model.modeling_nemotron_h import NemotronHForCausalLM, NemotronHForSequenceClassification, NemotronHModel
+
+
+__version__ = "0.1.0"
+
+# The small trained model that comes with the package.
+EMBEDDED_MODEL = str(Path(__file__).parent / "assets" / "nemotron-h-tiny")
+
+AutoConfig.register("nemotron_h", NemotronHConfig, exist_ok=True)
+AutoModel.register(NemotronHConfig, NemotronHModel, exist_ok=True)
+AutoModelForCausalLM.register(NemotronHConfig, NemotronHForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(NemotronHConfig, NemotronHForSequenceClassification, exist_ok=True)
+
+__all__ = [
+    "EMBEDDED_MODEL",
+    "HybridCache",
+    "NemotronHConfig",
+    "NemotronHForCausalLM",
+    "NemotronHForSequenceClassification",
+    "NemotronHModel",
+]

@@ -1,0 +1,378 @@
+"""The hybrid cache: keys and values for attention layers, convolution and state-space states for Mamba layers, nothing for the rest.
+
+Keys and values reuse transformers' layer classes. What they lack, and `MambaCacheLayer` adds, is the way back: a recurrent
+state forgets which tokens made it, so while recording is on the layer keeps the state before the last few tokens and what
+those tokens fed into the recurrence, and `crop(-n)` replays all but the last n of them. This is what assisted generation,
+prompt lookup and multi-token verification need.
+
+    cache = HybridCache(model.config)                       # grows;  max_cache_len=4096 makes it static
+    model(**prompt, past_key_values=cache)
+    branch = cache.fork()                                   # continue many times from one prompt
+    cache.save("prompt.safetensors"); HybridCache.load("prompt.safetensors", model.config)
+
+    b batch, l length, d convolution channels, k conv taps, h heads, p head_dim, g groups, n state
+"""
+
+import copy
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicLayer, LinearAttentionLayer, StaticLayer
+
+from .ssd import conv_window, final_state
+
+
+RECORDED_TOKENS = 256  # how far `crop` can go back; bounds what recording keeps
+FILE_FORMAT = "nemotron_h_hf.cache.v1"
+
+
+class MambaCacheLayer(LinearAttentionLayer):
+    """Convolution state (b, d, k) and state-space state (b, h, p, n) of one Mamba layer, with roll-back.
+
+    The states are updated in place, so that their addresses stay the same for compiled graphs.
+    """
+
+    is_croppable = True
+
+    def __init__(self, taps: int) -> None:
+        super().__init__()
+        self.taps = taps
+        self.tokens_seen = 0
+        self.drop_record()
+
+    def store(self, conv_state: Tensor, ssm_state: Tensor, num_tokens: int) -> None:
+        """Take the states after `num_tokens` more tokens."""
+        if torch.is_grad_enabled() and ssm_state.requires_grad:  # a graph may still need the old values
+            self._assign(conv_state, ssm_state)
+        else:
+            if not self.is_recurrent_states_initialized[0]:
+                self.lazy_initialization(conv_states=conv_state, recurrent_states=ssm_state)
+            self.conv_states[0].copy_(conv_state)
+            self.recurrent_states[0].copy_(ssm_state)
+        self.has_previous_state[0] = True
+        if not torch.compiler.is_compiling():
+            self.tokens_seen += num_tokens
+
+    # Roll-back
+
+    def drop_record(self) -> None:
+        """Forget how the last tokens made the state; they can no longer be removed."""
+        self.before: tuple[Tensor, Tensor] | None = None  # states before the recorded tokens
+        self.recorded: dict[str, Tensor] = {}  # what the tokens fed in, each (b, l, ...), real tokens first per forward
+
+    def record(self, before: tuple[Tensor | None, Tensor | None], A: Tensor, fed: dict[str, Tensor]) -> None:
+        """Remember tokens that are about to become part of the state.
+
+        Args:
+            before: the states that the tokens meet (None for zeros); used only if nothing is recorded yet.
+            A: (h) decay rates.
+            fed: `conv` (b, l, d) inputs of the convolution, `x` (b, l, h, p), `dt` (b, l, h), `B` (b, l, g, n) inputs of
+                the scan, `column` (b, l) each token's place in the row (-1 for padding).
+        """
+        self.A = A
+        if self.before is None:
+            self.before, self.recorded = self._snapshot(before, fed), fed
+        else:
+            offset = self.recorded["column"].shape[1]
+            column = torch.where(fed["column"] < 0, fed["column"], fed["column"] + offset)
+            fed = {**fed, "column": column}
+            self.recorded = {name: torch.cat([kept, fed[name]], dim=1) for name, kept in self.recorded.items()}
+        if (length := self.recorded["column"].shape[1]) > 2 * RECORDED_TOKENS:
+            self._commit(length - RECORDED_TOKENS)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """`crop(-n)` removes the last n tokens, `crop(0)` commits: the tokens so far can no longer be removed."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"tokens_to_remove={tokens_to_remove}: allowed is 0 (commit) or -n (remove n tokens)")
+        if tokens_to_remove < 0 and self.has_previous_state[0]:
+            length = self.recorded["column"].shape[1] if self.recorded else 0
+            if length < -tokens_to_remove:
+                raise ValueError(
+                    f"tokens_to_remove={tokens_to_remove}: {length} tokens are recorded since the last crop; call "
+                    f"activate_past_recording() before the forward passes to undo (at most {RECORDED_TOKENS} tokens back)"
+                )
+            conv_state, ssm_state = self._replay(length + tokens_to_remove)
+            self.store(conv_state, ssm_state, tokens_to_remove)
+        self.drop_record()
+
+    def _snapshot(self, states: tuple[Tensor | None, Tensor | None], fed: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        if states[0] is not None:
+            return states[0].clone(), states[1].clone()
+        (b, _, d), (h, p), n = fed["conv"].shape, fed["x"].shape[2:], fed["B"].shape[-1]
+        return fed["conv"].new_zeros(b, d, self.taps), fed["dt"].new_zeros(b, h, p, n)
+
+    def _replay(self, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """The states after the first `num_tokens` recorded columns."""
+        if num_tokens == 0:
+            return self.before
+        fed = self.recorded
+        kept = (fed["column"] >= 0) & (fed["column"] < num_tokens)
+        order = torch.argsort(~kept, dim=1, stable=True)
+        conv = fed["conv"].gather(1, order[..., None].expand_as(fed["conv"]))
+        conv_state = conv_window(conv, self.before[0].shape[-1], self.before[0], kept.sum(1))
+        dt = fed["dt"] * kept[..., None]
+        return conv_state, final_state(fed["x"], dt, self.A, fed["B"], self.before[1])
+
+    def _commit(self, num_tokens: int) -> None:
+        """Fold the oldest recorded tokens into the state before them."""
+        self.before = self._replay(num_tokens)
+        self.recorded = {name: kept[:, num_tokens:].clone() for name, kept in self.recorded.items()}
+        column = self.recorded["column"]
+        self.recorded["column"] = torch.where(column < 0, column, column - num_tokens)
+
+    # Rows and devices
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda t: t[indices.to(t.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def to(self, device: torch.device | str) -> None:
+        self._map(lambda t: t.to(device))
+        self.device = torch.device(device)
+
+    def reset(self) -> None:
+        super().reset()
+        self.tokens_seen = 0
+        self.drop_record()
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor the layer holds, records included."""
+        states = [t for t in (self.conv_states[0], self.recurrent_states[0]) if t is not None]
+        return states + list(self.before or ()) + list(self.recorded.values())
+
+    def _map(self, function) -> None:
+        """Apply a function of rows to all that is held; each tensor has the batch first."""
+        if self.is_recurrent_states_initialized[0]:
+            self._assign(function(self.conv_states[0]), function(self.recurrent_states[0]))
+        if self.before is not None:
+            self.before = tuple(function(state) for state in self.before)
+            self.recorded = {name: function(kept) for name, kept in self.recorded.items()}
+
+    def _assign(self, conv_state: Tensor, ssm_state: Tensor) -> None:
+        self.conv_states[0], self.recurrent_states[0] = conv_state, ssm_state
+        self.is_conv_states_initialized[0] = self.is_recurrent_states_initialized[0] = True
+        self.conv_kernel_size[0] = conv_state.shape[-1]
+        self.dtype, self.device = conv_state.dtype, conv_state.device
+
+
+class HybridCache(Cache):
+    """Cache of a Nemotron-H model: one entry per layer, as `config.layers_block_type` says.
+
+    Args:
+        config: the model's configuration.
+        max_cache_len: tokens that the attention layers have room for; None lets them grow. Mamba states have one size.
+        offloading: keep the keys and values of waiting layers in CPU memory (CUDA only; elsewhere they stay).
+
+    Raises:
+        ValueError: for a `max_cache_len` that is no positive integer below 2**31.
+    """
+
+    def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None, offloading: bool = False) -> None:
+        if max_cache_len is not None and not 0 < max_cache_len < 2**31:
+            raise ValueError(f"max_cache_len={max_cache_len}: allowed is None or a positive integer below 2**31")
+        layers = hybrid_layers(config, max_cache_len)
+        super().__init__(layers=layers, offloading=offloading and torch.cuda.is_available())
+        self.max_cache_len = max_cache_len
+
+    def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:
+        """Tokens seen, padding included (an attention-free model counts them in its Mamba layers)."""
+        return sequence_length(self)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if self.max_cache_len is not None and not torch.compiler.is_compiling():
+            needed = int(self.layers[layer_idx].get_seq_length()) + key_states.shape[-2]
+            if needed > self.max_cache_len:
+                raise ValueError(f"max_cache_len={self.max_cache_len}: the static cache is full, {needed} tokens are needed")
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """`crop(-n)` removes the last n tokens of every row; `crop(0)` commits what is recorded.
+
+        Raises:
+            ValueError: for a positive number, for more tokens than are held, for more tokens than Mamba layers recorded
+                (see `activate_past_recording`), or for a static cache.
+        """
+        if tokens_to_remove > 0 or -tokens_to_remove > int(self.get_seq_length()):
+            raise ValueError(
+                f"tokens_to_remove={tokens_to_remove}: allowed is 0 or -n with n at most the {int(self.get_seq_length())} "
+                "tokens in the cache"
+            )
+        if tokens_to_remove < 0 and self.max_cache_len is not None:
+            raise ValueError(f"tokens_to_remove={tokens_to_remove}: a static cache cannot be rolled back; use one that grows")
+        # Mamba layers first: they may refuse, and then nothing has changed.
+        for layer in sorted(self.layers, key=lambda layer: not isinstance(layer, MambaCacheLayer)):
+            if isinstance(layer, MambaCacheLayer) or tokens_to_remove:
+                layer.crop(tokens_to_remove)
+
+    def fork(self) -> "HybridCache":
+        """An independent copy, to continue several times from here."""
+        return copy.deepcopy(self)
+
+    def to(self, device: torch.device | str) -> "HybridCache":
+        """Move everything, for example to "cpu" while a conversation waits."""
+        for layer in self.layers:
+            if isinstance(layer, MambaCacheLayer):
+                layer.to(device)
+            elif isinstance(layer, CacheLayerMixin) and layer.is_initialized:
+                layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
+                layer.device = torch.device(device)
+                if isinstance(layer, StaticLayer):
+                    layer.cumulative_length = layer.cumulative_length.to(device)
+        return self
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes held: `attention` (keys and values), `mamba` (states, and records while recording), and their `total`."""
+        sizes = {"attention": 0, "mamba": 0}
+        for layer in self.layers:
+            if isinstance(layer, MambaCacheLayer):
+                sizes["mamba"] += sum(t.nbytes for t in layer.tensors())
+            elif isinstance(layer, CacheLayerMixin) and layer.is_initialized:
+                sizes["attention"] += layer.keys.nbytes + layer.values.nbytes
+        return {**sizes, "total": sum(sizes.values())}
+
+    def save(self, path: str | os.PathLike, overwrite: bool = False) -> None:
+        """Write the cache to one safetensors file. Records are not kept: a loaded cache starts committed.
+
+        Raises:
+            FileExistsError: if the file is there and `overwrite` is not set.
+        """
+        path = Path(path)
+        if path.exists() and not overwrite:
+            raise FileExistsError(f"{path} exists; pass overwrite=True to replace it")
+        length, tensors, shapes = int(self.get_seq_length()), {}, []
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, MambaCacheLayer) and layer.has_previous_state[0]:
+                conv_state, ssm_state = read_states(layer)
+                tensors |= {f"layers.{index}.conv_state": conv_state, f"layers.{index}.ssm_state": ssm_state}
+            elif isinstance(layer, CacheLayerMixin) and layer.is_initialized:
+                tensors |= {
+                    f"layers.{index}.keys": layer.keys[:, :, :length],
+                    f"layers.{index}.values": layer.values[:, :, :length],
+                }
+            shapes.append(type(layer).__name__)
+        metadata = {"format": FILE_FORMAT, "length": str(length), "num_layers": json.dumps(len(shapes))}
+        temporary = path.with_name(path.name + ".tmp")
+        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata)
+        os.replace(temporary, path)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, config: PreTrainedConfig, max_cache_len: int | None = None, device: str = "cpu"
+    ) -> "HybridCache":
+        """Read a cache that `save` wrote, for a model with this configuration.
+
+        Raises:
+            ValueError: if the file is damaged, is no cache, or was written by another model.
+        """
+        try:
+            file = safe_open(path, framework="pt", device=device)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
+        with file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FILE_FORMAT:
+                raise ValueError(f"{path} is not a saved cache: its format is {metadata.get('format')!r}, not {FILE_FORMAT!r}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        cache = cls(config, max_cache_len)
+        expected = set()
+        for index, layer in enumerate(cache.layers):
+            if isinstance(layer, MambaCacheLayer):
+                names = (f"layers.{index}.conv_state", f"layers.{index}.ssm_state")
+            elif isinstance(layer, CacheLayerMixin):
+                names = (f"layers.{index}.keys", f"layers.{index}.values")
+            else:
+                continue
+            expected |= set(names)
+            if not set(names) <= set(tensors):
+                break
+            if isinstance(layer, MambaCacheLayer):
+                layer.store(tensors[names[0]], tensors[names[1]], int(metadata["length"]))
+            else:
+                cache.update(tensors[names[0]], tensors[names[1]], index)
+        if expected != set(tensors) or metadata["num_layers"] != str(len(cache.layers)):
+            raise ValueError(f"{path} was written by another model: its layers are not those of this configuration")
+        check_cache(cache, config, batch_size=next(iter(tensors.values())).shape[0])
+        return cache
+
+
+def hybrid_layers(config: PreTrainedConfig, max_cache_len: int | None = None) -> list:
+    """One empty cache layer per layer of the model."""
+    attention = DynamicLayer if max_cache_len is None else lambda: StaticLayer(max_cache_len)
+    makers = {"full_attention": attention, "linear_attention": lambda: MambaCacheLayer(config.conv_kernel)}
+    return [makers.get(kind, DummyLayer)() for kind in config.layers_block_type]
+
+
+def read_states(layer: LinearAttentionLayer) -> tuple[Tensor | None, Tensor | None]:
+    """(convolution state (b, d, k), state-space state (b, h, p, n)), or (None, None) before the first token."""
+    if not layer.has_previous_state[0]:
+        return None, None
+    return layer.conv_states[0], layer.recurrent_states[0]
+
+
+def adopt_cache(cache: Cache, config: PreTrainedConfig) -> Cache:
+    """Fit a transformers cache to this model in place: layers it has yet to create, and roll-back for unused Mamba layers."""
+    if isinstance(cache, HybridCache):
+        return cache
+    if not isinstance(cache, Cache):
+        raise ValueError(f"past_key_values={type(cache).__name__}: allowed is HybridCache or another transformers Cache")
+    if not cache.layers:
+        cache.layers = hybrid_layers(config)
+        cache.layer_class_to_replicate = None
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is LinearAttentionLayer and not layer.has_previous_state[0]:
+            cache.layers[index] = MambaCacheLayer(config.conv_kernel)
+            cache.layers[index].record_past = layer.record_past
+    return cache
+
+
+def sequence_length(cache: Cache) -> int | Tensor:
+    """Tokens in a cache, whichever class it is and whether or not the model has attention layers."""
+    for layer in cache.layers:
+        if isinstance(layer, CacheLayerMixin):
+            return layer.get_seq_length()
+    for layer in cache.layers:
+        if isinstance(layer, MambaCacheLayer):
+            return layer.tokens_seen
+    return 0
+
+
+def check_cache(cache: Cache, config: PreTrainedConfig, batch_size: int) -> None:
+    """Refuse a cache of another model or of another batch.
+
+    Raises:
+        ValueError: naming the layer, what it holds and what the model needs.
+    """
+    kinds = config.layers_block_type
+    if len(cache.layers) != len(kinds):
+        raise ValueError(f"past_key_values has {len(cache.layers)} layers, the model has {len(kinds)}: a cache of another model")
+    ssm_shape = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
+    kv_shape = (config.num_key_value_heads, config.head_dim)
+    for index, (layer, kind) in enumerate(zip(cache.layers, kinds)):
+        if kind == "linear_attention" and isinstance(layer, LinearAttentionLayer):
+            if not layer.is_recurrent_states_initialized[0]:
+                continue
+            held, needed = layer.recurrent_states[0].shape, (batch_size, *ssm_shape)
+        elif kind == "full_attention" and isinstance(layer, CacheLayerMixin):
+            if not layer.is_initialized or layer.keys.numel() == 0:
+                continue
+            rows, heads, _, dim = layer.keys.shape
+            # under tensor parallelism a rank holds some of the heads
+            held, needed = (rows, min(heads, kv_shape[0]), dim), (batch_size, heads if kv_shape[0] % heads == 0 else -1, kv_shape[1])
+        elif kind in ("mlp", "moe") and isinstance(layer, DummyLayer):
+            continue
+        else:
+            raise ValueError(f"past_key_values.layers[{index}] is a {type(layer).__name__}, the model's layer is {kind}")
+        if tuple(held) != needed:
+            what = "another batch" if tuple(held)[1:] == needed[1:] else "another model"
+            raise ValueError(f"past_key_values.layers[{index}] holds {tuple(held)}, {needed} is needed: a cache of {what}")

@@ -1,0 +1,135 @@
+"""Loading and saving without surprises: files are checked before a byte is used, weights after, and writing is all or nothing.
+
+transformers renames `backbone.` to `model.` and merges per-expert matrices for its own classes only; the same rules are
+registered here for ours. Their key is shared with the native class in the process, which they fit as well.
+
+Each tensor keeps the dtype it has in the file: a checkpoint may hold A_log in fp32 beside bf16 projections.
+"""
+
+import contextvars
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+MAX_HEADER_BYTES = 100 * 2**20
+
+# Set while `from_pretrained` runs without an explicit dtype.
+keep_file_dtypes: contextvars.ContextVar[bool] = contextvars.ContextVar("keep_file_dtypes", default=False)
+
+
+def register_names() -> None:
+    """Teach transformers to read and write the released names for these classes."""
+    experts = [
+        WeightConverter(f"mixer.experts.*.{name}.weight", f"mixer.experts.{name}", [MergeModulelist(dim=0)])
+        for name in ("up_proj", "down_proj")
+    ]
+    register_checkpoint_conversion_mapping(
+        "nemotron_h", [WeightRenaming("backbone.", "model."), *experts], overwrite=True
+    )
+
+
+def read_header(path: str | os.PathLike) -> dict[str, dict]:
+    """Names, dtypes, shapes and offsets of a safetensors file, from its header alone.
+
+    Raises:
+        ValueError: naming the file, if it is cut short or no safetensors file.
+    """
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise ValueError(f"{path} is cut short or not a safetensors file ({size} bytes, header of {length})")
+        try:
+            header = json.loads(file.read(length))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a safetensors file: {error}") from None
+    header.pop("__metadata__", None)
+    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if end != size:
+        raise ValueError(f"{path} is cut short or damaged: its header describes {end} bytes, the file has {size}")
+    return header
+
+
+def stored_dtypes(files: Iterable[str], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Patterns of the model's parameter names -> their dtype in the files, for those that differ from `dtype`."""
+    by_suffix: dict[str, dict[str, torch.dtype]] = {}
+    for file in files:
+        for name, entry in read_header(file).items():
+            if entry["dtype"] in DTYPES:
+                name = re.sub(r"experts\.\d+\.(up_proj|down_proj)\.weight", r"experts.\1", name)
+                name = re.sub(r"^backbone\.", "model.", name)
+                by_suffix.setdefault(re.sub(r"^.*layers\.\d+\.", "", name), {})[name] = DTYPES[entry["dtype"]]
+    plan = {}
+    for suffix, names in by_suffix.items():
+        if set(names.values()) == {dtype}:
+            continue
+        if len(set(names.values())) == 1:
+            plan[suffix] = next(iter(names.values()))
+        else:
+            plan |= {name: stored for name, stored in names.items() if stored != dtype}
+    return plan
+
+
+def check_loaded(model: nn.Module, info: dict, path: str, new_on_load: tuple[str, ...], ignore: list[str]) -> None:
+    """Refuse a model whose configuration and weights do not match, or whose weights are not numbers.
+
+    Raises:
+        ValueError: naming tensors that are missing, left over, or hold NaN.
+    """
+    missing = sorted(name for name in info["missing_keys"] if name not in new_on_load)
+    if missing:
+        raise ValueError(f"{path} lacks {len(missing)} tensors that its config asks for: {_some(missing)}")
+    left_over = sorted(name for name in info["unexpected_keys"] if not any(re.search(rule, name) for rule in ignore))
+    if left_over:
+        raise ValueError(f"{path} has {len(left_over)} tensors that its config has no place for: {_some(left_over)}")
+    bad = [name for name, weight in model.named_parameters() if weight.is_floating_point() and _has_nan(weight)]
+    if bad:
+        raise ValueError(f"{path} has NaN in {len(bad)} tensors: {_some(bad)}")
+
+
+def save_whole(directory: str | os.PathLike, write: Callable[[str], None]) -> None:
+    """Let `write` fill a temporary folder beside `directory`, then move its files in, weights first and config last.
+
+    A crash leaves either the old files or all of the new ones' data under a name that starts with a dot. Shards of an
+    earlier save that are not part of this one are removed at the end.
+    """
+    target = Path(directory)
+    if target.is_file():
+        raise FileExistsError(f"{target} is a file, a folder is needed")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        write(str(temporary))
+        target.mkdir(exist_ok=True)
+        last = {"model.safetensors.index.json": 1, "config.json": 2}
+        written = sorted((p for p in temporary.rglob("*") if p.is_file()), key=lambda p: last.get(p.name, 0))
+        for path in written:
+            destination = target / path.relative_to(temporary)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, destination)
+        names = {path.name for path in written}
+        if any(name.endswith(".safetensors") for name in names):
+            for old in target.glob("model*.safetensors*"):
+                if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", old.name) and old.name not in names:
+                    old.unlink()
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _has_nan(weight: torch.Tensor) -> bool:
+    return not weight.is_meta and bool(weight.detach().isnan().any())
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

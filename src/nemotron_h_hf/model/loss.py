@@ -1,0 +1,55 @@
+"""Next-token loss from hidden states, a few positions at a time, so that the logits of a whole batch never exist.
+
+A vocabulary of 131,072 turns 8,192 positions into 4 GiB of fp32 logits, and training needs three such tensors. Here each
+chunk's logits live only while its loss (and later its gradient) is computed. `lm_head` is called as a module.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+LOGITS_PER_CHUNK = 2**24  # 64 MiB in fp32
+
+
+def next_token_loss(
+    hidden_states: Tensor,
+    lm_head: nn.Module,
+    vocab_size: int,
+    labels: Tensor | None = None,
+    num_items_in_batch: Tensor | int | None = None,
+    shift_labels: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """Cross-entropy of each position's prediction of the next token, in fp32.
+
+    Args:
+        hidden_states: (b, l, hidden), the last layer's output after the final norm.
+        lm_head: the module that makes logits (..., vocab_size).
+        labels: (b, l); position t is trained on labels[t + 1]. `ignore_index` counts as no label.
+        num_items_in_batch: divisor of the summed loss (gradient accumulation); None for the number of labels.
+        shift_labels: (b, l) labels already shifted; replaces `labels`.
+
+    Returns:
+        Scalar loss.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
+    targets = targets.to(hidden_states.device).flatten()
+    hidden_states = hidden_states.flatten(0, -2)
+    step = max(1, LOGITS_PER_CHUNK // vocab_size)
+    recompute = torch.is_grad_enabled() and len(targets) > step
+    total = None
+    for start in range(0, len(targets), step):
+        args = (hidden_states[start : start + step], targets[start : start + step], lm_head, ignore_index)
+        part = checkpoint(_summed_loss, *args, use_reentrant=False, preserve_rng_state=False) if recompute else _summed_loss(*args)
+        total = part if total is None else total + part
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != ignore_index).sum()
+    elif isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+def _summed_loss(hidden_states: Tensor, targets: Tensor, lm_head: nn.Module, ignore_index: int) -> Tensor:
+    return F.cross_entropy(lm_head(hidden_states).float(), targets, ignore_index=ignore_index, reduction="sum")

@@ -1,0 +1,570 @@
+"""Nemotron-H for transformers: blocks of one mixer each (Mamba-2, attention, MLP or mixture of experts), and the model heads.
+
+A block is x + mixer(norm(x)). What a mixer needs beyond its input (cache, masks, padding, documents) is worked out once per
+forward in `NemotronHModel` and handed to all of them; each takes what it knows and ignores the rest.
+
+Modules and parameters are named as in transformers' own `nemotron_h`, so adapters and device maps are interchangeable.
+
+    b batch, l length
+"""
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .cache import HybridCache, adopt_cache, check_cache, sequence_length
+from .configuration_nemotron_h import NemotronHConfig
+from .kernels import check_implementation
+from .loading import check_loaded, keep_file_dtypes, read_header, register_names, save_whole, stored_dtypes
+from .loss import next_token_loss
+from .mamba2 import NemotronHMamba2Mixer
+from .moe import NemotronHMLP, NemotronHMoE, NemotronHTopkRouter, init_experts, load_balancing_loss
+from .rows import Padding, find_documents, find_padding, flash_offsets
+
+
+class NemotronHRMSNorm(nn.Module):
+    """x / rms(x) * weight, all in fp32, in x's dtype."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)
+        weight = self.weight.to(wide)
+        return nn.functional.rms_norm(hidden_states.to(wide), weight.shape, weight, self.variance_epsilon).to(hidden_states.dtype)
+
+
+class NemotronHAttention(nn.Module):
+    """Causal attention with grouped keys and values and no position embedding (order comes from the Mamba layers)."""
+
+    def __init__(self, config: NemotronHConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim, self.scaling, self.is_causal = config.head_dim, config.head_dim**-0.5, True
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.attention_dropout = config.attention_dropout
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        padding: Padding | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(b, l, hidden) -> (b, l, hidden) and, from the eager implementation, weights (b, heads, l, past + l)."""
+        rows = hidden_states.shape[:-1]
+        query, key, value = (
+            proj(hidden_states).view(*rows, -1, self.head_dim).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(output.reshape(*rows, -1)), weights
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: object,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, for those who want its weights: query (b, heads, l, d), key, value (b, kv heads, past + l, d)."""
+    b, heads, l, d = query.shape
+    query = query.view(b, key.shape[1], -1, d)  # (b, kv heads, heads per kv head * l, d)
+    scores = (query @ key.transpose(-1, -2) * scaling).view(b, heads, l, -1)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    output = weights.view(b, value.shape[1], -1, value.shape[2]) @ value
+    return output.view(b, heads, l, d).transpose(1, 2), weights
+
+
+def make_mixer(config: NemotronHConfig, kind: str, layer_idx: int, mlp_width: int | None) -> nn.Module:
+    """The mixer of one layer; `mlp_width` is only for MLP layers, whose widths may differ."""
+    mixers = {
+        "linear_attention": lambda: NemotronHMamba2Mixer(config, layer_idx),
+        "full_attention": lambda: NemotronHAttention(config, layer_idx),
+        "mlp": lambda: NemotronHMLP(config, mlp_width),
+        "moe": lambda: NemotronHMoE(config),
+    }
+    return mixers[kind]()
+
+
+class NemotronHBlock(GradientCheckpointingLayer):
+    """x + mixer(norm(x))."""
+
+    def __init__(self, config: NemotronHConfig, layer_idx: int, kind: str, mlp_width: int | None) -> None:
+        super().__init__()
+        self.layer_idx, self.block_type = layer_idx, kind
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = NemotronHRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = make_mixer(config, kind, layer_idx, mlp_width)
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
+        output = self.mixer(self.norm(hidden_states.to(self.norm.weight.dtype)), **kwargs)
+        if self.block_type == "full_attention":
+            output, _ = output
+        return residual + output
+
+
+class NemotronHMTP(nn.Module):
+    """Weights of the multi-token prediction layers: loaded, kept and saved; no forward pass runs them yet.
+
+    Layer i of a depth holds norm and mixer; a depth's first layer also eh_proj, enorm, hnorm, its last final_layernorm.
+    """
+
+    def __init__(self, config: NemotronHConfig) -> None:
+        super().__init__()
+        kinds, hidden, eps = config.mtp_layers_block_type, config.hidden_size, config.layer_norm_epsilon
+        width = config.intermediate_size if isinstance(config.intermediate_size, int) else max(config.mlp_widths)
+        self.layers = nn.ModuleList()
+        for _ in range(config.num_nextn_predict_layers):
+            for position, kind in enumerate(kinds):
+                layer = nn.Module()
+                if position == 0:
+                    layer.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
+                    layer.enorm, layer.hnorm = NemotronHRMSNorm(hidden, eps), NemotronHRMSNorm(hidden, eps)
+                layer.norm = NemotronHRMSNorm(hidden, eps)
+                layer.mixer = make_mixer(config, kind, config.num_hidden_layers + len(self.layers), width)
+                if position == len(kinds) - 1:
+                    layer.final_layernorm = NemotronHRMSNorm(hidden, eps)
+                self.layers.append(layer)
+        self.requires_grad_(False)
+
+
+class NemotronHPreTrainedModel(PreTrainedModel):
+    """What all Nemotron-H models share: abilities, precision, fresh weights, loading and saving."""
+
+    config_class = NemotronHConfig
+    config: NemotronHConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["NemotronHBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _is_stateful = False  # the cache can be rolled back, so assisted generation is possible
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": NemotronHBlock,
+        "attentions": NemotronHAttention,
+        "router_logits": OutputRecorder(NemotronHTopkRouter, index=0),
+    }
+    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _new_on_load: tuple[str, ...] = ()  # parameters that a checkpoint need not have
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "NemotronHPreTrainedModel":
+        """As transformers', with every tensor in the dtype it is stored in unless `dtype` is given.
+
+        Raises:
+            ValueError: for files that are cut short, weights that do not fit the config, NaN, or pickled weights.
+        """
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors=False: allowed is safetensors alone, pickled weights can run code")
+        explicit = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        with_info = kwargs.pop("output_loading_info", False)
+        token = keep_file_dtypes.set(explicit in (None, "auto"))
+        try:
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, **{**kwargs, "use_safetensors": True}, output_loading_info=True
+            )
+        finally:
+            keep_file_dtypes.reset(token)
+        ignore = model._keys_to_ignore_on_load_unexpected or []
+        check_loaded(model, info, str(pretrained_model_name_or_path), cls._new_on_load, ignore)
+        return (model, info) if with_info else model
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        files = [file for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
+        for file in files:
+            read_header(file)  # refuses damaged files before anything is read
+        if keep_file_dtypes.get() and load_config.hf_quantizer is None:
+            plan = {**stored_dtypes(files, load_config.dtype), **load_config.dtype_plan}
+            load_config = replace(load_config, dtype_plan=plan)
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
+        """As transformers', into a temporary folder first: a crash never leaves a folder that only looks whole."""
+        if push_to_hub:
+            kwargs.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
+        write = super().save_pretrained
+        save_whole(save_directory, lambda folder: write(folder, push_to_hub=push_to_hub, **kwargs))
+
+    def set_mamba_implementation(self, implementation: str) -> None:
+        """Choose who computes the Mamba ops: "auto", "torch", or "kernels" (raises ImportError if they are not installed)."""
+        check_implementation(implementation)
+        self.config.mamba_implementation = implementation
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        # `init` leaves alone every tensor that came from a checkpoint.
+        super()._init_weights(module)
+        init_experts(module, self.config.initializer_range)
+        if isinstance(module, NemotronHMamba2Mixer):
+            module.init_state_parameters()
+            if self.config.rescale_prenorm_residual:  # the residual stream sums one output per layer (GPT-2)
+                bound = 1 / math.sqrt(module.out_proj.in_features * self.config.num_hidden_layers)
+                init.uniform_(module.out_proj.weight, -bound, bound)
+
+
+class NemotronHModel(NemotronHPreTrainedModel):
+    """Embeddings, the blocks, the final norm."""
+
+    # A longer input without gradients runs through the layers in parts of this many tokens, cache in hand: memory for
+    # activations stops growing with the prompt.
+    tokens_per_pass = 8192
+    _keys_to_ignore_on_load_unexpected = [r"^mtp\.", r"lm_head"]
+
+    def __init__(self, config: NemotronHConfig) -> None:
+        super().__init__(config)
+        check_implementation(config.mamba_implementation)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        widths = iter(config.mlp_widths)
+        self.layers = nn.ModuleList(
+            NemotronHBlock(config, index, kind, next(widths) if kind == "mlp" else None)
+            for index, kind in enumerate(config.layers_block_type)
+        )
+        self.norm_f = NemotronHRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        **kwargs,
+    ) -> MoeModelOutputWithPast:
+        """Run the stack.
+
+        Args:
+            input_ids, inputs_embeds: (b, l) or (b, l, hidden); exactly one of them.
+            attention_mask: (b, past + l), 0 for padding, wherever it stands; or the masks that `create_masks_for_generate` made.
+            position_ids: (b, l); the model has no position embedding, they only tell packed documents apart (by restarting).
+            past_key_values: a `HybridCache`, or an empty transformers cache, which is fitted to this model.
+            seq_idx: (b, l) document numbers of packed rows; wins over the next.
+            cu_seq_lens_q, cu_seq_lens_k: (documents + 1) offsets of packed documents, as padding-free collators give them.
+            max_length_q, max_length_k: their longest document (derived here; accepted from collators).
+
+        Raises:
+            ValueError: for inputs that do not fit the model, the cache or each other.
+        """
+        batch_size, length = self._check_input(input_ids, inputs_embeds)
+        if cu_seq_lens_k is not None and (cu_seq_lens_q is None or not torch.equal(cu_seq_lens_q, cu_seq_lens_k)):
+            raise ValueError("cu_seq_lens_k differs from cu_seq_lens_q: queries and keys must be the same documents")
+        masks_given = isinstance(attention_mask, dict)
+        mask_2d = attention_mask.get("linear_attention") if masks_given else attention_mask
+        padding = find_padding(mask_2d, length)
+        device = (input_ids if inputs_embeds is None else inputs_embeds).device
+        documents = find_documents(batch_size, length, device, position_ids, seq_idx, cu_seq_lens_q, padding)
+        cache = self._cache(past_key_values, use_cache, batch_size, packed=documents is not None)
+        source = input_ids if inputs_embeds is None else inputs_embeds
+        step = max(256, self.tokens_per_pass // batch_size)
+        if length > step and documents is None and self._may_split(mask_2d, kwargs):
+            hidden_states = self._run_in_parts(source, mask_2d, cache, step, kwargs)
+        else:
+            embeds = self.embeddings(source) if inputs_embeds is None else source
+            hidden_states = self._run(embeds, attention_mask, padding, documents, cache, kwargs)
+        return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=cache)
+
+    def _run(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | dict | None,
+        padding: Padding | None,
+        documents: Tensor | None,
+        cache: Cache | None,
+        kwargs: dict,
+    ) -> Tensor:
+        """All layers over one stretch of tokens: (b, l, hidden) -> (b, l, hidden)."""
+        if isinstance(attention_mask, dict):
+            mask = attention_mask["full_attention"]
+        else:
+            mask, more = self._attention_mask(hidden_states, attention_mask, documents, cache)
+            kwargs = {**kwargs, **more}
+        for block in self.layers:
+            hidden_states = block(
+                hidden_states,
+                past_key_values=cache,
+                attention_mask=mask if block.block_type == "full_attention" else None,
+                padding=padding,
+                seq_idx=documents,
+                **kwargs,
+            )
+        return self.norm_f(hidden_states)
+
+    def _run_in_parts(self, source: Tensor, mask: Tensor | None, cache: Cache | None, step: int, kwargs: dict) -> Tensor:
+        """`_run` over a long input, `step` tokens at a time, each part continuing from the cache of those before."""
+        length = source.shape[1]
+        cache = HybridCache(self.config) if cache is None else cache
+        hidden_states = None
+        for start in range(0, length, step):
+            end = min(start + step, length)
+            embeds = source[:, start:end]
+            embeds = self.embeddings(embeds) if embeds.dim() == 2 else embeds
+            seen = None if mask is None else mask[:, : mask.shape[1] - length + end]
+            part = self._run(embeds, seen, find_padding(seen, end - start), None, cache, kwargs)
+            if hidden_states is None:
+                hidden_states = part.new_empty(part.shape[0], length, part.shape[2])
+            hidden_states[:, start:end] = part
+        return hidden_states
+
+    def _attention_mask(
+        self, embeds: Tensor, mask: Tensor | None, documents: Tensor | None, cache: Cache | None
+    ) -> tuple[Tensor | None, dict]:
+        """The mask in the form that the attention implementation wants, and what FlashAttention wants for packed rows."""
+        if "full_attention" not in self.config.layers_block_type:
+            return None, {}
+        if documents is None:
+            return create_causal_mask(self.config, embeds, mask, cache), {}
+        if "flash" in self.config._attn_implementation:
+            return None, flash_offsets(documents, mask)
+
+        def same_document(row, _head, query, key):
+            return documents[row, query] == documents[row, key]
+
+        return create_causal_mask(self.config, embeds, mask, cache, and_mask_function=same_document), {}
+
+    def _cache(self, cache: Cache | None, use_cache: bool | None, batch_size: int, packed: bool) -> Cache | None:
+        """The cache to use: the caller's, a new one if asked for (by default outside training), or none."""
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if self.training and self.is_gradient_checkpointing:
+            use_cache, cache = False, None
+        if packed:  # later tokens would see all documents of the row
+            if cache is not None:
+                raise ValueError("packed rows (several documents in one row) cannot be cached: pass use_cache=False and no cache")
+            return None
+        if cache is None:
+            return HybridCache(self.config) if use_cache else None
+        cache = adopt_cache(cache, self.config)
+        if not torch.compiler.is_compiling():
+            check_cache(cache, self.config, batch_size)
+        return cache
+
+    def _check_input(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        source = input_ids if inputs_embeds is None else inputs_embeds
+        if source.dim() != (2 if inputs_embeds is None else 3):
+            wanted = "input_ids (batch, length)" if inputs_embeds is None else "inputs_embeds (batch, length, hidden)"
+            raise ValueError(f"{wanted} has shape {tuple(source.shape)}")
+        if source.shape[1] == 0 or source.shape[0] == 0:
+            raise ValueError(f"the prompt is empty: input has shape {tuple(source.shape)}")
+        one_token_on_gpu = source.shape[1] == 1 and source.device.type != "cpu"  # would wait for the device at every step
+        if inputs_embeds is None and not torch.compiler.is_compiling() and not one_token_on_gpu and not source.is_meta:
+            low, high = int(source.min()), int(source.max())
+            size = self.embeddings.weight.shape[0] if self.embeddings.weight.numel() else self.config.vocab_size
+            if low < 0 or high >= size:
+                raise ValueError(f"input_ids has {low if low < 0 else high}: allowed are token ids from 0 to {size - 1}")
+        return source.shape[0], source.shape[1]
+
+    def _may_split(self, mask: Tensor | None, kwargs: dict) -> bool:
+        """Whether a long input may run in parts: no gradients, no tracing, no per-layer outputs asked for."""
+        wanted = (kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}", False)) for name in self._can_record_outputs)
+        plain = mask is None or mask.dim() == 2
+        return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not any(wanted)
+
+
+@dataclass
+class NemotronHCausalLMOutput(MoeCausalLMOutputWithPast):
+    """As transformers' output; in training `logits` are made only when somebody reads the attribute."""
+
+    def make_logits_on_demand(self, make: Callable[[], Tensor]) -> None:
+        self.__dict__["_make_logits"] = make
+
+    def __getattribute__(self, name: str):
+        if name == "logits" and "_make_logits" in self.__dict__:
+            self["logits"] = self.__dict__.pop("_make_logits")()
+        return super().__getattribute__(name)
+
+
+class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
+    """The language model: stack, lm_head, loss, generation."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: NemotronHConfig) -> None:
+        super().__init__(config)
+        self.model = NemotronHModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.num_nextn_predict_layers:
+            self.mtp = NemotronHMTP(config)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | dict | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        skip_logits: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        shift_labels: Tensor | None = None,
+        **kwargs,
+    ) -> NemotronHCausalLMOutput:
+        """Logits, and the next-token loss if there are labels. Arguments not listed are those of `NemotronHModel.forward`.
+
+        Args:
+            labels: (b, l) token ids, -100 where there is nothing to learn; shifted here.
+            logits_to_keep: make logits for the last n positions only (0: all), or for the positions in this tensor.
+            skip_logits: with labels, compute the loss alone, without ever holding the logits of the whole batch; by
+                default in training, where `output.logits` is then computed only if it is read.
+            num_items_in_batch: divisor of the summed loss, as transformers' Trainer passes it.
+            shift_labels: (b, l) labels already shifted (sequence parallelism).
+        """
+        outputs: MoeModelOutputWithPast = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden_states = outputs.last_hidden_state
+        loss = aux_loss = None
+        has_labels = labels is not None or shift_labels is not None
+        if has_labels:
+            loss = next_token_loss(
+                hidden_states, self.lm_head, self.config.vocab_size, labels, num_items_in_batch, shift_labels
+            )
+        if outputs.router_logits:
+            aux_loss = load_balancing_loss(outputs.router_logits, self.config.num_experts_per_tok)
+            if has_labels:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        skip = has_labels and (self.training if skip_logits is None else skip_logits)
+
+        def make_logits() -> Tensor:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            return self.lm_head(hidden_states[:, kept])
+
+        output = NemotronHCausalLMOutput(
+            loss=loss,
+            aux_loss=aux_loss,
+            logits=None if skip else make_logits(),
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+        )
+        if skip:
+            output.make_logits_on_demand(make_logits)
+        return output
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int
+    ) -> None:
+        """As transformers', with `HybridCache` for its own dynamic and static caches, and a user's cache fitted to the model."""
+        if max_cache_length >= 2**31:
+            raise ValueError(f"max_length={max_cache_length}: allowed is less than 2**31 tokens")
+        kind = generation_config.cache_implementation
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            model_kwargs["past_key_values"] = adopt_cache(given, self.config)
+        elif kind not in (None, "dynamic", "dynamic_full", "offloaded", "static", "offloaded_static"):
+            raise ValueError(
+                f"cache_implementation={kind!r}: allowed are dynamic, offloaded, static, offloaded_static"
+            )
+        elif generation_config.use_cache is not False:
+            static = kind in ("static", "offloaded_static")
+            max_cache_len = max(max_cache_length, generation_config.max_cache_len or 0) if static else None
+            cache = HybridCache(self.config, max_cache_len, offloading=kind in ("offloaded", "offloaded_static"))
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+            model_kwargs["past_key_values"] = cache
+            return
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: NemotronHConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, **_: object
+    ) -> dict[str, Tensor | None]:
+        """Both masks of a forward, made outside a compiled step; padding only where there is some."""
+        length = inputs_embeds.shape[1]
+        attends = "full_attention" in config.layers_block_type
+        padded = find_padding(attention_mask, length) is not None
+        return {
+            "full_attention": create_causal_mask(config, inputs_embeds, attention_mask, past_key_values) if attends else None,
+            "linear_attention": attention_mask[:, -length:] if padded else None,
+        }
+
+
+class NemotronHForSequenceClassification(GenericForSequenceClassification, NemotronHPreTrainedModel):
+    """The stack with a classification head on the last token that is not padding."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^mtp\.", r"lm_head"]
+    _new_on_load = ("score.weight",)
+
+    def __init__(self, config: NemotronHConfig) -> None:
+        NemotronHPreTrainedModel.__init__(self, config)
+        self.num_labels = config.num_labels
+        self.model = NemotronHModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+register_names()
+
+__all__ = ["NemotronHForCausalLM", "NemotronHForSequenceClassification", "NemotronHModel", "NemotronHPreTrainedModel"]

@@ -1,0 +1,142 @@
+"""Mixture of experts: sigmoid router with a selection bias, squared-ReLU experts in one tensor each, shared and latent experts.
+
+    t tokens, e experts, k experts per token
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.integrations import use_experts_implementation
+
+from .configuration_nemotron_h import NemotronHConfig
+
+
+class NemotronHMLP(nn.Module):
+    """down_proj(act(up_proj(x))), with act = relu(x)^2 in the released models."""
+
+    def __init__(self, config: NemotronHConfig, width: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
+        self.act_fn = ACT2FN[config.mlp_hidden_act]
+
+    def forward(self, hidden_states: Tensor, **_: object) -> Tensor:
+        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+class NemotronHTopkRouter(nn.Module):
+    """Scores experts by sigmoid of fp32 logits; the bias takes part in choosing experts, never in weighting them."""
+
+    def __init__(self, config: NemotronHConfig) -> None:
+        super().__init__()
+        self.top_k, self.n_group, self.topk_group = config.num_experts_per_tok, config.n_group, config.topk_group
+        self.norm_topk_prob, self.routed_scaling_factor = config.norm_topk_prob, config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(t, hidden) -> logits (t, e), weights (t, k), indices (t, k), logits and weights in fp32."""
+        logits = F.linear(hidden_states.float(), self.weight.float())
+        scores = logits.sigmoid()
+        choice = scores + self.e_score_correction_bias
+        if self.n_group > 1:
+            choice = self._keep_best_groups(choice)
+        indices = torch.topk(choice, self.top_k, dim=-1, sorted=False).indices
+        weights = scores.gather(1, indices)
+        if self.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return logits, weights * self.routed_scaling_factor, indices
+
+    def _keep_best_groups(self, choice: Tensor) -> Tensor:
+        """Experts outside the `topk_group` groups with the best two experts are out of the choice."""
+        groups = choice.unflatten(-1, (self.n_group, -1))  # (t, groups, e / groups)
+        best = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
+        kept = torch.zeros_like(best).scatter_(1, best.topk(self.topk_group, dim=-1, sorted=False).indices, 1).bool()
+        return groups.masked_fill(~kept[..., None], -torch.inf).flatten(-2)
+
+    def _apply(self, fn, recurse: bool = True):
+        # `.to(dtype)` must not round the bias: it decides between experts whose scores nearly tie.
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        moved = self.e_score_correction_bias
+        if moved.dtype != torch.float32 and moved.is_floating_point():
+            self.e_score_correction_bias = bias.to(device=moved.device, dtype=torch.float32)
+        return self
+
+
+@use_experts_implementation(has_gate=False)
+class NemotronHExperts(nn.Module):
+    """All routed experts of a layer: up_proj (e, width, in), down_proj (e, in, width)."""
+
+    def __init__(self, config: NemotronHConfig) -> None:
+        super().__init__()
+        self.num_experts = config.n_routed_experts
+        size = config.moe_latent_size or config.hidden_size
+        self.up_proj = nn.Parameter(torch.empty(self.num_experts, config.moe_intermediate_size, size))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, size, config.moe_intermediate_size))
+        self.act_fn = ACT2FN[config.mlp_hidden_act]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(t, in), (t, k), (t, k) -> (t, in): each expert runs once, on the tokens that chose it."""
+        output = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
+        slots = top_k_index.flatten().argsort(stable=True)
+        tokens = slots.div(top_k_index.shape[1], rounding_mode="floor")
+        counts = torch.bincount(top_k_index.flatten(), minlength=self.num_experts + 1).tolist()
+        start = 0
+        for expert, count in enumerate(counts[: self.num_experts]):
+            if count == 0:
+                continue
+            chosen, slot = tokens[start : start + count], slots[start : start + count]
+            start += count
+            hidden = F.linear(hidden_states[chosen], self.up_proj[expert])
+            hidden = F.linear(self.act_fn(hidden), self.down_proj[expert])
+            weighted = hidden * top_k_weights.flatten()[slot, None]
+            output.index_add_(0, chosen, weighted.to(output.dtype))
+        return output.to(hidden_states.dtype)
+
+
+class NemotronHMoE(nn.Module):
+    """Routed experts (behind two projections to a smaller size in latent models) plus experts that every token uses."""
+
+    def __init__(self, config: NemotronHConfig) -> None:
+        super().__init__()
+        self.gate = NemotronHTopkRouter(config)
+        self.experts = NemotronHExperts(config)
+        self.shared_experts = NemotronHMLP(config, config.moe_shared_expert_intermediate_size)
+        self.fc1_latent_proj = self.fc2_latent_proj = nn.Identity()
+        if config.moe_latent_size is not None:
+            self.fc1_latent_proj = nn.Linear(config.hidden_size, config.moe_latent_size, bias=config.mlp_bias)
+            self.fc2_latent_proj = nn.Linear(config.moe_latent_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, hidden_states: Tensor, **_: object) -> Tensor:
+        """(b, l, hidden) -> (b, l, hidden); the router sees the full hidden state, the latent experts a projection of it."""
+        tokens = hidden_states.flatten(0, -2)
+        _, weights, indices = self.gate(tokens)
+        routed = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(tokens), indices, weights))
+        return routed.view_as(hidden_states) + self.shared_experts(hidden_states)
+
+
+def init_experts(module: nn.Module, std: float) -> None:
+    """Fresh weights for a router or a set of experts."""
+    if isinstance(module, NemotronHTopkRouter):
+        init.normal_(module.weight, mean=0.0, std=std)
+        init.zeros_(module.e_score_correction_bias)
+    elif isinstance(module, NemotronHExperts):
+        init.normal_(module.up_proj, mean=0.0, std=std)
+        init.normal_(module.down_proj, mean=0.0, std=std)
+
+
+def load_balancing_loss(router_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
+    """Mean over layers of e * sum over experts of (share of the choices) * (mean probability); 1 when balanced.
+
+    Probabilities are sigmoid scores normalised over experts; router_logits: (t, e) per layer. Source: arXiv 2101.03961, eq. 4.
+    """
+    losses = []
+    for logits in router_logits:
+        scores = logits.sigmoid()
+        probabilities = scores / scores.sum(-1, keepdim=True)
+        chosen = torch.zeros_like(scores).scatter_(1, scores.topk(top_k, dim=-1).indices, 1.0)
+        losses.append(scores.shape[1] * (chosen.mean(0) / top_k * probabilities.mean(0)).sum())
+    return torch.stack(losses).mean()

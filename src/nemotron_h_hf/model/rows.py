@@ -1,0 +1,130 @@
+"""Where the real tokens and the documents of each row of a batch are: padding and packing, worked out once per forward.
+
+Padding may stand anywhere (left, right, in the middle of a continued conversation). A recurrent layer must not see it, so
+Mamba layers move the real tokens of each row to the front, run, and move the results back.
+
+Packing puts several documents in one row. They are found in `position_ids` that restart, in `seq_idx`, or in
+`cu_seq_lens_q`, whichever is given, and become one tensor of document numbers that convolution, scan and attention honour.
+
+    b batch, l length
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Padding:
+    """How to bring the real tokens of each row to the front, and back."""
+
+    order: Tensor  # (b, l) column that each compacted place is filled from
+    inverse: Tensor  # (b, l) compacted place of each column
+    lengths: Tensor  # (b) real tokens per row
+    real: Tensor  # (b, l) bool: compacted places that hold a real token
+
+    def to(self, device: torch.device, **kwargs: object) -> "Padding":
+        """On another device, for layers that device_map placed there."""
+        return Padding(*(t.to(device) for t in (self.order, self.inverse, self.lengths, self.real)))
+
+    def compact(self, x: Tensor) -> Tensor:
+        """(b, l, ...) -> (b, l, ...) with the real tokens first."""
+        return _gather(x, self.order)
+
+    def restore(self, x: Tensor) -> Tensor:
+        """The inverse of `compact`."""
+        return _gather(x, self.inverse)
+
+
+def find_padding(attention_mask: Tensor | None, length: int) -> Padding | None:
+    """Padding of the last `length` columns of a 2-D mask (b, past + l), or None if every token is real.
+
+    Raises:
+        ValueError: for a mask with fewer columns than there are tokens.
+    """
+    if attention_mask is None or attention_mask.dim() != 2:
+        return None
+    if attention_mask.shape[1] < length:
+        raise ValueError(f"attention_mask has {attention_mask.shape[1]} columns, the input has {length} tokens")
+    real = attention_mask[:, -length:].bool()
+    if not torch.compiler.is_compiling() and bool(real.all()):
+        return None
+    order = torch.argsort(~real, dim=1, stable=True)
+    lengths = real.sum(1)
+    places = torch.arange(length, device=real.device)
+    return Padding(order, torch.argsort(order, dim=1), lengths, places < lengths[:, None])
+
+
+def find_documents(
+    batch_size: int,
+    length: int,
+    device: torch.device,
+    position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seq_lens: Tensor | None = None,
+    padding: Padding | None = None,
+) -> Tensor | None:
+    """Document number of each token (b, l), non-decreasing over the real tokens of a row; None if no row holds two documents.
+
+    Args:
+        position_ids: (b, l) or (1, l); a document starts where the next position is not one more.
+        seq_idx: (b, l) or (1, l) document numbers; wins over the others.
+        cu_seq_lens: (documents + 1) offsets into the row (batch 1) or into all rows laid end to end.
+
+    Raises:
+        ValueError: for shapes or offsets that do not fit the batch.
+    """
+    if seq_idx is not None:
+        values, step = _expect_rows("seq_idx", seq_idx, batch_size, length).to(device), 0
+    elif cu_seq_lens is not None:
+        values, step = _documents_from_offsets(cu_seq_lens, batch_size, length, device), 0
+    elif position_ids is not None and position_ids.dim() == 2 and length > 1:
+        values, step = _expect_rows("position_ids", position_ids, batch_size, length).to(device), 1
+    else:
+        return None
+    values = values if padding is None else padding.compact(values)
+    starts = torch.diff(values, dim=1, prepend=values[:, :1] - step) != step
+    if padding is not None:  # what follows the real tokens belongs to the last document
+        starts = starts & padding.real
+    if not torch.compiler.is_compiling() and not bool(starts.any()):
+        return None
+    documents = starts.cumsum(1)
+    return documents if padding is None else padding.restore(documents)
+
+
+def flash_offsets(documents: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor | int]:
+    """What variable-length FlashAttention wants: offsets over all rows laid end to end; a run of padding is a document of its own."""
+    b, l = documents.shape
+    change = torch.diff(documents, dim=1, prepend=documents[:, :1] - 1) != 0
+    if attention_mask is not None:
+        real = attention_mask[:, -l:].bool()
+        change[:, 1:] |= real[:, 1:] != real[:, :-1]
+    starts = change.flatten().nonzero().flatten()
+    offsets = torch.cat([starts, starts.new_tensor([b * l])]).int()
+    longest = int(offsets.diff().max())
+    return {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest, "max_length_k": longest}
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    index = index.reshape(index.shape + (1,) * (x.dim() - 2)).expand(*index.shape, *x.shape[2:])
+    return x.gather(1, index)
+
+
+def _expect_rows(name: str, rows: Tensor, batch_size: int, length: int) -> Tensor:
+    if rows.dim() != 2 or rows.shape[0] not in (1, batch_size) or rows.shape[1] != length:
+        raise ValueError(f"{name} has shape {tuple(rows.shape)}: allowed is {(batch_size, length)} or {(1, length)}")
+    return rows.expand(batch_size, -1)
+
+
+def _documents_from_offsets(cu_seq_lens: Tensor, batch_size: int, length: int, device: torch.device) -> Tensor:
+    total = batch_size * length
+    if not torch.compiler.is_compiling():
+        fits = cu_seq_lens.dim() == 1 and len(cu_seq_lens) > 1 and int(cu_seq_lens[0]) == 0
+        if not fits or int(cu_seq_lens[-1]) != total or bool((cu_seq_lens.diff() < 0).any()):
+            raise ValueError(
+                f"cu_seq_lens_q={cu_seq_lens.tolist()}: allowed are offsets that rise from 0 to {total}, the tokens in the batch"
+            )
+    places = torch.arange(total, device=device)
+    offsets = cu_seq_lens.to(device=device, dtype=torch.long).contiguous()
+    return torch.searchsorted(offsets, places, right=True).view(batch_size, length)
