@@ -86,10 +86,15 @@ def test_cache_grows_only_with_attention():
     assert cost.cache_bytes(recurrent, 10_000) == cost.cache_bytes(recurrent, 0)
 
 
-@pytest.mark.parametrize("pattern", ["M*-M", "ME*E"])
+@pytest.mark.parametrize("pattern", ["M*-", "ME*E"])
 def test_counts_are_those_of_a_real_model(pattern):
     """Our list of tensors against what the model allocates; experts are stacked there, apart on disk."""
-    config = small_config(hybrid_override_pattern=pattern, moe_latent_size=8 if "E" in pattern else None)
+    config = small_config(
+        hybrid_override_pattern=pattern,
+        moe_latent_size=8 if "E" in pattern else None,
+        num_nextn_predict_layers=2,
+        mtp_hybrid_override_pattern="*" + pattern[-2:],
+    )
     model = NemotronHForCausalLM(config)
     assert cost.num_parameters(config) == sum(t.numel() for t in model.state_dict().values())
 
@@ -99,7 +104,10 @@ def test_cache_bytes_are_what_the_cache_takes():
     model, cache = NemotronHForCausalLM(config).eval(), HybridCache(config)
     with torch.inference_mode():
         model(torch.arange(23)[None], past_key_values=cache, use_cache=True)
-    assert cache.memory_bytes() == cost.cache_bytes(config, 23, "float32")
+    measured = cache.memory_bytes()
+    assert measured["attention"] == 23 * cost.kv_bytes_per_token(config, "float32")
+    assert measured["mamba"] == cost.ssm_state_bytes(config) + cost.conv_state_bytes(config, "float32")
+    assert measured["total"] == cost.cache_bytes(config, 23, "float32")
 
 
 def test_bad_values_are_named():

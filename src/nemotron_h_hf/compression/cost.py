@@ -206,6 +206,8 @@ def _moe(config: NemotronHConfig, prefix: str) -> Iterator[Tensor]:
 
 def _mtp(config: NemotronHConfig) -> Iterator[Tensor]:
     """The multi-token-prediction blocks: each joins embedding and hidden state, runs its layers, and norms."""
+    sizes = config.intermediate_size
+    mlp_width = sizes if isinstance(sizes, int) else max(sizes)
     for step in range(config.num_nextn_predict_layers):
         block_types = config.mtp_layers_block_type
         for inner, block_type in enumerate(block_types):
@@ -213,7 +215,7 @@ def _mtp(config: NemotronHConfig) -> Iterator[Tensor]:
             for name, shape in _mtp_extras(config, first=inner == 0, last=inner == len(block_types) - 1):
                 yield Tensor(prefix + name, shape, "mtp")
             yield Tensor(prefix + "norm.weight", (config.hidden_size,), "mtp")
-            for tensor in _mixer(config, block_type, prefix + "mixer.", mlp_width=0):
+            for tensor in _mixer(config, block_type, prefix + "mixer.", mlp_width):
                 yield tensor._replace(kind="mtp")
 
 

@@ -138,7 +138,7 @@ def hybrid_cache_bytes(model: PreTrainedModel) -> Iterator[int]:
             input_ids = torch.randint(model.config.vocab_size, (1, piece))
             model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             num_seen += piece
-        yield cache.memory_bytes()
+        yield cache.memory_bytes()["total"]
 
 
 def transformer_cache_bytes(config: LlamaConfig, context: int, dtype: torch.dtype) -> int:
