@@ -45,6 +45,17 @@ def test_model_cards_have_the_same_sections():
     assert headings(ROOT / "MODEL_CARD.md") == headings(PACKAGE / "assets" / "model_card_template.md")
 
 
+def test_model_card_states_what_push_would_write():
+    from nemotron_h_hf import EMBEDDED_MODEL, hub
+
+    assert facts_of((ROOT / "MODEL_CARD.md").read_text()) == facts_of(hub.model_card(EMBEDDED_MODEL, "owner/name"))
+
+
+def facts_of(card: str) -> str:
+    """The section of facts."""
+    return card.split("## Facts\n")[1].split("## Use\n")[0]
+
+
 def headings(path: Path) -> list[str]:
     """The second-level headings of a Markdown file."""
     return [line for line in path.read_text().splitlines() if line.startswith("## ")]
