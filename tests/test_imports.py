@@ -16,6 +16,7 @@ MAY_IMPORT = {
     "checkpoint": set(),
     "headers": set(),
     "data": set(),
+    "benchmark": {"public", "compression", "model"},
     "training": set(),
     "compression": {"model", "checkpoint"},
     "elastic": {"compression", "model", "training"},
