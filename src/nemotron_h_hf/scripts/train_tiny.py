@@ -56,8 +56,8 @@ class TrainTinyArguments:
     device: str = _flag("cpu", "cpu (float32) or cuda (bfloat16 autocast)")
     threads: int = _flag(0, "CPU threads, 0 for PyTorch's choice; resuming bit by bit needs the same number")
     vocab_size: int = _flag(2048, "tokens of the tokenizer")
-    hidden_size: int = _flag(256, "width, a multiple of 128; sets the heads (of 64) of attention and Mamba layers")
-    intermediate_size: int = _flag(768, "width of the MLP layers (Llama's follows from the parameter count)")
+    hidden_size: int = _flag(192, "width, a multiple of 64; sets the heads (of 64) of attention and Mamba layers")
+    intermediate_size: int = _flag(576, "width of the MLP layers (Llama's follows from the parameter count)")
     pattern: str = _flag("M-M*-M-", "layers: M Mamba-2, - MLP, * attention")
     sequence_length: int = _flag(1024, "tokens per window, a multiple of the scan's chunk of 64")
     batch_size: int = _flag(2, "windows per step")
@@ -106,7 +106,7 @@ def parse_arguments(argv: Sequence[str] | None) -> TrainTinyArguments:
         choices = item.metadata["choices"]
         parser.add_argument(flag, type=item.type, default=item.default, choices=choices, help=help_text)
     arguments = TrainTinyArguments(**vars(parser.parse_args(argv)))
-    for name, multiple in (("hidden_size", 2 * HEAD_DIM), ("sequence_length", 64)):
+    for name, multiple in (("hidden_size", HEAD_DIM), ("sequence_length", 64)):
         value = getattr(arguments, name)
         if value <= 0 or value % multiple:
             raise ValueError(f"{name}: got {value}, allowed is a positive multiple of {multiple}")
@@ -185,20 +185,21 @@ def llama_config(arguments: TrainTinyArguments, parameter_budget: int) -> LlamaC
     """A Llama with one block per two layers of the pattern, its MLP as wide as the budget allows (multiple of 8)."""
     num_layers = (len(arguments.pattern) + 1) // 2
     hidden = arguments.hidden_size
-    attention = 3 * hidden * hidden  # q and o full, k and v half width
+    shared = shared_config(arguments)
+    attention = 2 * hidden * HEAD_DIM * (shared["num_attention_heads"] + shared["num_key_value_heads"])  # q, o, k, v
     outside = 2 * arguments.vocab_size * hidden + hidden
     per_layer = (parameter_budget - outside) / num_layers - attention - 2 * hidden
     width = max(8, round(per_layer / (3 * hidden) / 8) * 8)
-    shape = {"num_hidden_layers": num_layers, "intermediate_size": width, "rms_norm_eps": 1e-5}
-    return LlamaConfig(**shape, **shared_config(arguments))
+    return LlamaConfig(num_hidden_layers=num_layers, intermediate_size=width, rms_norm_eps=1e-5, **shared)
 
 
 def shared_config(arguments: TrainTinyArguments) -> dict:
     heads = arguments.hidden_size // HEAD_DIM
     return {
         "vocab_size": arguments.vocab_size, "hidden_size": arguments.hidden_size, "head_dim": HEAD_DIM,
-        "num_attention_heads": heads, "num_key_value_heads": heads // 2, "max_position_embeddings": MAX_POSITIONS,
-        "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1,
+        "num_attention_heads": heads, "num_key_value_heads": heads // 2 if heads % 2 == 0 else 1,
+        "max_position_embeddings": MAX_POSITIONS, "tie_word_embeddings": False,
+        "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1,
     }  # fmt: skip
 
 
