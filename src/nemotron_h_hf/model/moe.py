@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from .configuration_nemotron_h import NemotronHConfig
+from .ssd import wide
 
 
 class NemotronHMLP(nn.Module):
@@ -38,7 +39,7 @@ class NemotronHTopkRouter(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(t, hidden) -> logits (t, e), weights (t, k), indices (t, k), logits and weights in fp32."""
-        logits = F.linear(hidden_states.float(), self.weight.float())
+        logits = F.linear(wide(hidden_states), wide(self.weight))
         scores = logits.sigmoid()
         choice = scores + self.e_score_correction_bias
         if self.n_group > 1:
