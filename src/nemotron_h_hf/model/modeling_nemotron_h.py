@@ -32,6 +32,7 @@ from .loading import check_loaded, keep_file_dtypes, read_header, register_names
 from .loss import next_token_loss
 from .mamba2 import NemotronHMamba2Mixer
 from .moe import NemotronHMLP, NemotronHMoE, NemotronHTopkRouter, init_experts, load_balancing_loss
+from .peft_support import allow_adapters_on_out_proj
 from .rows import Padding, find_documents, find_padding, flash_offsets
 
 
@@ -81,7 +82,7 @@ class NemotronHAttention(nn.Module):
         )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
         output, weights = attend(
             self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
@@ -89,7 +90,7 @@ class NemotronHAttention(nn.Module):
         return self.o_proj(output.reshape(*rows, -1)), weights
 
 
-def eager_attention(
+def eager_attention_forward(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -227,6 +228,11 @@ class NemotronHPreTrainedModel(PreTrainedModel):
             kwargs.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
         write = super().save_pretrained
         save_whole(save_directory, lambda folder: write(folder, push_to_hub=push_to_hub, **kwargs))
+
+    def named_modules(self, *args, **kwargs):
+        """As torch's. PEFT walks the modules before it checks what it may adapt, whenever it was imported."""
+        allow_adapters_on_out_proj(NemotronHPreTrainedModel)
+        return super().named_modules(*args, **kwargs)
 
     def set_mamba_implementation(self, implementation: str) -> None:
         """Choose who computes the Mamba ops: "auto", "torch", or "kernels" (raises ImportError if they are not installed)."""
@@ -565,6 +571,7 @@ class NemotronHForSequenceClassification(GenericForSequenceClassification, Nemot
         self.post_init()
 
 
+# transformers asks whether the words `@use_experts_implementation` stand in this file; the decorated class is in moe.py.
 register_names()
 
 __all__ = ["NemotronHForCausalLM", "NemotronHForSequenceClassification", "NemotronHModel", "NemotronHPreTrainedModel"]
