@@ -64,7 +64,8 @@ class MambaCacheLayer(LinearAttentionLayer):
     def drop_record(self) -> None:
         """Forget how the last tokens made the state; they can no longer be removed."""
         self.before: tuple[Tensor, Tensor] | None = None  # states before the recorded tokens
-        self.recorded: dict[str, Tensor] = {}  # what the tokens fed in, each (b, l, ...), real tokens first per forward
+        self.recorded: dict[str, Tensor] = {}  # what the tokens fed in, each (b, l, ...), in the order of the columns
+        self.A: Tensor | None = None
 
     def record(self, before: tuple[Tensor | None, Tensor | None], A: Tensor, fed: dict[str, Tensor]) -> None:
         """Remember tokens that are about to become part of the state.
@@ -73,17 +74,15 @@ class MambaCacheLayer(LinearAttentionLayer):
             before: the states that the tokens meet (None for zeros); used only if nothing is recorded yet.
             A: (h) decay rates.
             fed: `conv` (b, l, d) inputs of the convolution, `x` (b, l, h, p), `dt` (b, l, h), `B` (b, l, g, n) inputs of
-                the scan, `column` (b, l) each token's place in the row (-1 for padding).
+                the scan, `real` (b, l) bool, False for padding (where dt is 0).
         """
         self.A = A
         if self.before is None:
-            self.before, self.recorded = self._snapshot(before, fed), fed
+            self.before = self._snapshot(before, fed)
+            self.recorded = {name: t.clone() for name, t in fed.items()}  # not views that keep larger tensors alive
         else:
-            offset = self.recorded["column"].shape[1]
-            column = torch.where(fed["column"] < 0, fed["column"], fed["column"] + offset)
-            fed = {**fed, "column": column}
             self.recorded = {name: torch.cat([kept, fed[name]], dim=1) for name, kept in self.recorded.items()}
-        if (length := self.recorded["column"].shape[1]) > 2 * RECORDED_TOKENS:
+        if (length := self.recorded["real"].shape[1]) > 2 * RECORDED_TOKENS:
             self._commit(length - RECORDED_TOKENS)
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -91,7 +90,7 @@ class MambaCacheLayer(LinearAttentionLayer):
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove={tokens_to_remove}: allowed is 0 (commit) or -n (remove n tokens)")
         if tokens_to_remove < 0 and self.has_previous_state[0]:
-            length = self.recorded["column"].shape[1] if self.recorded else 0
+            length = self.recorded["real"].shape[1] if self.recorded else 0
             if length < -tokens_to_remove:
                 raise ValueError(
                     f"tokens_to_remove={tokens_to_remove}: {length} tokens are recorded since the last crop; call "
@@ -111,20 +110,16 @@ class MambaCacheLayer(LinearAttentionLayer):
         """The states after the first `num_tokens` recorded columns."""
         if num_tokens == 0:
             return self.before
-        fed = self.recorded
-        kept = (fed["column"] >= 0) & (fed["column"] < num_tokens)
-        order = torch.argsort(~kept, dim=1, stable=True)
+        fed = {name: t[:, :num_tokens] for name, t in self.recorded.items()}
+        order = torch.argsort(~fed["real"], dim=1, stable=True)
         conv = fed["conv"].gather(1, order[..., None].expand_as(fed["conv"]))
-        conv_state = conv_window(conv, self.before[0].shape[-1], self.before[0], kept.sum(1))
-        dt = fed["dt"] * kept[..., None]
-        return conv_state, final_state(fed["x"], dt, self.A, fed["B"], self.before[1])
+        conv_state = conv_window(conv, self.taps, self.before[0], fed["real"].sum(1))
+        return conv_state, final_state(fed["x"], fed["dt"], self.A, fed["B"], self.before[1])
 
     def _commit(self, num_tokens: int) -> None:
         """Fold the oldest recorded tokens into the state before them."""
         self.before = self._replay(num_tokens)
         self.recorded = {name: kept[:, num_tokens:].clone() for name, kept in self.recorded.items()}
-        column = self.recorded["column"]
-        self.recorded["column"] = torch.where(column < 0, column, column - num_tokens)
 
     # Rows and devices
 
@@ -139,6 +134,7 @@ class MambaCacheLayer(LinearAttentionLayer):
 
     def to(self, device: torch.device | str) -> None:
         self._map(lambda t: t.to(device))
+        self.A = None if self.A is None else self.A.to(device)
         self.device = torch.device(device)
 
     def reset(self) -> None:
@@ -217,7 +213,10 @@ class HybridCache(Cache):
 
     def fork(self) -> "HybridCache":
         """An independent copy, to continue several times from here."""
-        return copy.deepcopy(self)
+        tensors = [t for layer in self.layers if isinstance(layer, MambaCacheLayer) for t in layer.tensors()]
+        tensors += [t for layer in self.layers for t in vars(layer).values() if isinstance(t, Tensor)]
+        graph = {id(t): t.detach().clone() for t in tensors if not t.is_leaf}  # results of a forward with gradients
+        return copy.deepcopy(self, graph)
 
     def to(self, device: torch.device | str) -> "HybridCache":
         """Move everything, for example to "cpu" while a conversation waits."""
@@ -357,18 +356,21 @@ def check_cache(cache: Cache, config: PreTrainedConfig, batch_size: int) -> None
     if len(cache.layers) != len(kinds):
         raise ValueError(f"past_key_values has {len(cache.layers)} layers, the model has {len(kinds)}: a cache of another model")
     ssm_shape = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
-    kv_shape = (config.num_key_value_heads, config.head_dim)
+    conv_shape = (config.conv_dim, config.conv_kernel)
+    kv_heads, tensor_parallel = config.num_key_value_heads, torch.distributed.is_available() and torch.distributed.is_initialized()
     for index, (layer, kind) in enumerate(zip(cache.layers, kinds)):
         if kind == "linear_attention" and isinstance(layer, LinearAttentionLayer):
             if not layer.is_recurrent_states_initialized[0]:
                 continue
             held, needed = layer.recurrent_states[0].shape, (batch_size, *ssm_shape)
+            if layer.conv_states[0].shape[1:] != conv_shape:
+                held, needed = layer.conv_states[0].shape, (batch_size, *conv_shape)
         elif kind == "full_attention" and isinstance(layer, CacheLayerMixin):
             if not layer.is_initialized or layer.keys.numel() == 0:
                 continue
             rows, heads, _, dim = layer.keys.shape
-            # under tensor parallelism a rank holds some of the heads
-            held, needed = (rows, min(heads, kv_shape[0]), dim), (batch_size, heads if kv_shape[0] % heads == 0 else -1, kv_shape[1])
+            own_heads = heads if tensor_parallel and kv_heads % heads == 0 else kv_heads  # a rank may hold some of them
+            held, needed = (rows, heads, dim), (batch_size, own_heads, config.head_dim)
         elif kind in ("mlp", "moe") and isinstance(layer, DummyLayer):
             continue
         else:

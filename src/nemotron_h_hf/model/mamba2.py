@@ -101,7 +101,9 @@ class NemotronHMamba2Mixer(nn.Module):
         if layer is not None:
             taps, lengths = self.config.conv_kernel, None if padding is None else padding.lengths
             if layer.record_past:
-                fed = {"conv": conv_in, "x": x, "dt": dt, "B": B, "column": _columns(padding, dt)}
+                fed = {"conv": conv_in, "x": x, "dt": dt, "B": B}
+                fed["real"] = torch.ones_like(dt[..., 0], dtype=torch.bool) if padding is None else padding.real
+                fed = fed if padding is None else {name: padding.restore(t) for name, t in fed.items()}
                 layer.record((conv_state, ssm_state), A, fed)
             layer.store(conv_window(conv_in, taps, conv_state, lengths), last, dt.shape[1])
         return self.norm(y.flatten(-2), gate, implementation)
@@ -116,9 +118,8 @@ class NemotronHMamba2Mixer(nn.Module):
         dt, A = discretize(dt, self.dt_bias, self.time_step_limit), self._decay()
         y, ssm_next = scan_step(x, dt, A, B, C, self.D, ssm_state, implementation)
         if layer.record_past:
-            fed = {"conv": conv_in, "x": x, "dt": dt, "B": B}
-            fed = {name: t[:, None] for name, t in fed.items()} | {"column": _columns(None, dt[:, None])}
-            layer.record((conv_state, ssm_state), A, fed)
+            fed = {"conv": conv_in, "x": x, "dt": dt, "B": B, "real": torch.ones_like(dt[:, 0], dtype=torch.bool)}
+            layer.record((conv_state, ssm_state), A, {name: t[:, None] for name, t in fed.items()})
         layer.store(conv_next, ssm_next, 1)
         return self.norm(y.flatten(-2), gate, implementation)
 
@@ -144,10 +145,3 @@ class NemotronHMamba2Mixer(nn.Module):
         init.copy_(self.A_log, torch.log(torch.arange(1, self.num_heads + 1, dtype=torch.float32)))
         init.ones_(self.D)
         init.copy_(self.dt_bias, steps + torch.log(-torch.expm1(-steps)))  # softplus(dt_bias) = steps
-
-
-def _columns(padding: Padding | None, dt: Tensor) -> Tensor:
-    """Column (b, l) that each token came from, -1 for padding."""
-    if padding is None:
-        return torch.arange(dt.shape[1], device=dt.device).expand(dt.shape[:2])
-    return padding.order.where(padding.real, -1)
