@@ -1,9 +1,11 @@
 """Chooses, per call, who computes an op of a Mamba layer: the CUDA kernels of mamba_ssm and causal_conv1d, or `ssd.py`.
 
-"auto" takes the kernels where the tensor is on an NVIDIA GPU and the packages are installed, op by op; "torch" never does;
-"kernels" insists on them and raises where they cannot run. Every function here has the signature and the result of its
-namesake in `ssd.py`. Only ops are replaced, never a module: the kernels that swallow `out_proj` are not used, because they
-read its weight past LoRA, quantised and FP8 layers.
+"auto" takes the kernels where the tensor is on a GPU, the package is installed and the kernel can do what this call asks;
+where it cannot, PyTorch does it, with one warning that says why. "torch" never takes them; "kernels" insists on them and
+raises instead of falling back. Every function here has the signature and the result of its namesake in `ssd.py`.
+
+Only ops are replaced, never a module: the kernels that swallow `out_proj` are not used, because they read its weight past
+LoRA, quantised and FP8 layers.
 """
 
 import os
@@ -33,6 +35,10 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 INSTALL = "pip install --no-build-isolation mamba-ssm causal-conv1d"
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+CONV_TAPS = (2, 3, 4)  # kernel widths that causal_conv1d is compiled for
+CONV_ALIGNMENT = 8  # channels; causal_conv1d loads this many at once, so that rows must start at multiples of it
+NORM_GROUP_BYTES = 65536  # largest group that one program of rmsnorm_fn holds
 
 
 def available() -> dict[str, bool]:
@@ -41,7 +47,7 @@ def available() -> dict[str, bool]:
 
 
 def check_implementation(implementation: str) -> None:
-    """Refuse "kernels" where they are not installed, or have no device to run on.
+    """Refuse "kernels" where they are not installed.
 
     Raises:
         ImportError: naming the missing packages and how to install them.
@@ -62,16 +68,16 @@ def causal_conv(
     seq_idx: Tensor | None,
     implementation: str,
 ) -> Tensor:
-    """`ssd.causal_conv`; the kernel cannot take a state and documents at once, which then runs in PyTorch."""
-    both = initial_state is not None and seq_idx is not None
-    if both or not _use("causal_conv1d", x, implementation):
+    """`ssd.causal_conv`."""
+    obstacle = _conv_obstacle(weight)
+    if initial_state is not None and seq_idx is not None:
+        obstacle = "causal_conv1d takes a state or documents, not both at once"
+    if not _use("causal_conv1d", x, implementation, obstacle):
         return torch_causal_conv(x, weight, bias, initial_state, seq_idx)
-    before = None if initial_state is None else _channels_last(initial_state[..., 1:].to(x.dtype))
+    before = None if initial_state is None else _rows(initial_state[..., 1:].transpose(1, 2).to(x.dtype)).transpose(1, 2)
     documents = None if seq_idx is None else seq_idx.int().contiguous()
     bias = None if bias is None else bias.to(x.dtype)
-    out = causal_conv1d_fn(
-        _channels_last(x.transpose(1, 2)), weight.to(x.dtype), bias, documents, before, activation="silu"
-    )
+    out = causal_conv1d_fn(_rows(x).transpose(1, 2), weight.to(x.dtype), bias, documents, before, activation="silu")
     return out.transpose(1, 2)
 
 
@@ -79,12 +85,13 @@ def conv_step(
     x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, implementation: str
 ) -> tuple[Tensor, Tensor]:
     """`ssd.conv_step`."""
-    if not _use("causal_conv1d", x, implementation):
+    obstacle = _conv_obstacle(weight) or _no_backward("causal_conv1d_update", x, state, weight)
+    if not _use("causal_conv1d", x, implementation, obstacle):
         return torch_conv_step(x, state, weight, bias)
-    state = state.clone()
+    after = state.to(x.dtype, copy=True)  # updated in place by the kernel, which wants it in x's dtype
     bias = None if bias is None else bias.to(x.dtype)
-    out = causal_conv1d_update(x.contiguous(), state, weight.to(x.dtype), bias, activation="silu")
-    return out, state
+    out = causal_conv1d_update(x.contiguous(), after, weight.to(x.dtype), bias, activation="silu")
+    return out, after.to(state.dtype)
 
 
 def scan(
@@ -99,8 +106,8 @@ def scan(
     seq_idx: Tensor | None,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    """`ssd.scan`; y comes in x's dtype."""
-    if not _use("mamba_ssm", x, implementation):
+    """`ssd.scan`; from the kernel y comes in x's dtype."""
+    if not _use("mamba_ssm", x, implementation, None):
         return torch_scan(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx)
     # The kernel takes the initial state for that of document 0.
     documents = None if seq_idx is None else (seq_idx - seq_idx[:, :1]).int().contiguous()
@@ -112,42 +119,75 @@ def scan(
 def scan_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor, implementation: str
 ) -> tuple[Tensor, Tensor]:
-    """`ssd.scan_step`."""
-    if not _use("mamba_ssm", x, implementation) or torch.is_grad_enabled():
+    """`ssd.scan_step`; from the kernel y comes in x's dtype."""
+    if not _use("mamba_ssm", x, implementation, _no_backward("selective_state_update", x, dt, A, B, C, D, state)):
         return torch_scan_step(x, dt, A, B, C, D, state)
-    state = state.clone()
+    state = state.clone()  # updated in place by the kernel
     p, n = state.shape[2:]
-    # zero strides over head_dim and state tell the kernel that a head has one step size, decay and skip
+    # Zero strides over head_dim and state tell the kernel that a head has one step size, decay and bias. A bias of zero,
+    # as dt has its own already: without one mamba_ssm 2.3 asks None for its stride.
     y = selective_state_update(
-        state, x, dt[..., None].expand(-1, -1, p), A[:, None, None].expand(-1, p, n), B, C, D.float()[:, None].expand(-1, p)
+        state,
+        x,
+        dt[..., None].expand(-1, -1, p),
+        A[:, None, None].expand(-1, p, n),
+        B,
+        C,
+        D.float()[:, None].expand(-1, p),
+        dt_bias=torch.zeros_like(A)[:, None].expand(-1, p),
     )
     return y, state
 
 
 def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, group_size: int, eps: float, implementation: str) -> Tensor:
     """`ssd.gated_norm`."""
-    if not _use("mamba_ssm", x, implementation):
+    obstacle = None
+    if group_size * x.element_size() > NORM_GROUP_BYTES:
+        obstacle = f"rmsnorm_fn takes groups up to {NORM_GROUP_BYTES} bytes, this one has {group_size} values of {x.dtype}"
+    if not _use("mamba_ssm", x, implementation, obstacle):
         return torch_gated_norm(x, gate, weight, group_size, eps)
     out = rmsnorm_fn(x, weight, None, z=gate, eps=eps, group_size=group_size, norm_before_gate=False)
     return out.to(gate.dtype)
 
 
-def _use(package: str, x: Tensor, implementation: str) -> bool:
-    """Whether this call runs on `package`'s kernels."""
-    if implementation == "torch":
+def _use(package: str, x: Tensor, implementation: str, obstacle: str | None) -> bool:
+    """Whether this call runs on `package`'s kernels. `obstacle` says why they cannot do it, None that they can."""
+    if implementation == "torch" or (implementation == "auto" and not x.is_cuda):
         return False
-    there = available()[package]
-    can_run = x.is_cuda or (x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    if x.dtype not in KERNEL_DTYPES:
+        obstacle = f"{package} has no kernels for {x.dtype}"
     if implementation == "kernels":
         check_implementation(implementation)
-        if not can_run:
-            raise RuntimeError(f"mamba_implementation='kernels' runs on CUDA tensors, this one is on {x.device}")
+        if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+            obstacle = f"the kernels run on CUDA tensors, this one is on {x.device}"
+        if obstacle:
+            raise RuntimeError(f"mamba_implementation='kernels': {obstacle}; 'auto' runs such calls in PyTorch")
         return True
-    if x.is_cuda and not there:
-        logger.warning_once(f"{package} is not installed: Mamba layers run on the slower PyTorch path. {INSTALL}")
-    return x.is_cuda and there
+    if not available()[package]:
+        obstacle = f"{package} is not installed: {INSTALL}"
+    if obstacle and not torch.compiler.is_compiling():
+        logger.warning_once(f"A Mamba op runs on the slower PyTorch path: {obstacle}")
+    return obstacle is None
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    """(b, d, l) with d contiguous, the layout that the convolution kernel needs for states and documents."""
-    return x if x.stride(1) == 1 else x.transpose(1, 2).contiguous().transpose(1, 2)
+def _conv_obstacle(weight: Tensor) -> str | None:
+    """What causal_conv1d cannot do with these taps (d, k)."""
+    channels, taps = weight.shape
+    if taps not in CONV_TAPS:
+        return f"causal_conv1d takes 2 to 4 taps, conv_kernel={taps}"
+    if channels % CONV_ALIGNMENT:
+        return f"causal_conv1d takes channels in multiples of {CONV_ALIGNMENT}, there are {channels}"
+    return None
+
+
+def _no_backward(kernel: str, *inputs: Tensor) -> str | None:
+    if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+        return f"{kernel} has no backward pass; decode under torch.no_grad()"
+    return None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(b, l, d) with every row of d channels contiguous and aligned, as causal_conv1d loads them."""
+    aligned = all(start % CONV_ALIGNMENT == 0 for start in (x.stride(0), x.stride(1), x.storage_offset()))
+    # `contiguous` would return a single unaligned row as it is
+    return x if aligned and x.stride(2) == 1 else x.clone(memory_format=torch.contiguous_format)
