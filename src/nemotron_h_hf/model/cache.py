@@ -23,9 +23,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DummyLayer, DynamicLayer, LinearAttentionLayer, StaticLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer, StaticLayer
 
 from .ssd import conv_window, final_state
+
+
+try:
+    from transformers.cache_utils import DummyLayer
+except ImportError:  # transformers 5.17 puts a state layer there, which stays empty
+
+    class DummyLayer(LinearAttentionLayer):
+        """The entry of a layer that keeps nothing."""
+
+        is_croppable = True
+
+        def crop(self, tokens_to_remove: int) -> None:
+            """There is nothing to remove."""
+
+        def batch_repeat_interleave(self, repeats: int) -> None:
+            """There are no rows."""
+
+        def batch_select_indices(self, indices: Tensor) -> None:
+            """There are no rows."""
 
 
 RECORDED_TOKENS = 256  # how far `crop` can go back; bounds what recording keeps
@@ -174,6 +193,8 @@ class HybridCache(Cache):
         ValueError: for a `max_cache_len` that is no positive integer below 2**31.
     """
 
+    max_cache_len: int | None = None  # in transformers 5.17 a property of the base class
+
     def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None, offloading: bool = False) -> None:
         if max_cache_len is not None and not 0 < max_cache_len < 2**31:
             raise ValueError(f"max_cache_len={max_cache_len}: allowed is None or a positive integer below 2**31")
@@ -191,6 +212,13 @@ class HybridCache(Cache):
             if needed > self.max_cache_len:
                 raise ValueError(f"max_cache_len={self.max_cache_len}: the static cache is full, {needed} tokens are needed")
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def reset(self) -> None:
+        """Start over; static layers keep their memory."""
+        super().reset()
+        for index, layer in enumerate(self.layers):
+            if type(layer) is DynamicLayer:  # transformers 5.17 keeps its length
+                self.layers[index] = DynamicLayer()
 
     def crop(self, tokens_to_remove: int) -> None:
         """`crop(-n)` removes the last n tokens of every row; `crop(0)` commits what is recorded.
@@ -328,9 +356,9 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> Cache:
     if not cache.layers:
         cache.layers = hybrid_layers(config)
         cache.layer_class_to_replicate = None
-    for index, layer in enumerate(cache.layers):
+    for index, (layer, kind) in enumerate(zip(cache.layers, config.layers_block_type)):
         if type(layer) is LinearAttentionLayer and not layer.has_previous_state[0]:
-            cache.layers[index] = MambaCacheLayer(config.conv_kernel)
+            cache.layers[index] = MambaCacheLayer(config.conv_kernel) if kind == "linear_attention" else DummyLayer()
             cache.layers[index].record_past = layer.record_past
     return cache
 

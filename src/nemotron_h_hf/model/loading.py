@@ -17,9 +17,13 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
+from transformers.utils import logging
 
+
+logger = logging.get_logger(__name__)
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER_BYTES = 100 * 2**20
@@ -62,22 +66,26 @@ def read_header(path: str | os.PathLike) -> dict[str, dict]:
 
 
 def stored_dtypes(files: Iterable[str], dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Patterns of the model's parameter names -> their dtype in the files, for those that differ from `dtype`."""
-    by_suffix: dict[str, dict[str, torch.dtype]] = {}
+    """Regular expressions for names of parameters -> their dtype in the files, for those that differ from `dtype`.
+
+    Layers that agree share one expression: transformers tries them all on every name.
+    """
+    by_place: dict[str, dict[str, torch.dtype]] = {}
     for file in files:
         for name, entry in read_header(file).items():
             if entry["dtype"] in DTYPES:
-                name = re.sub(r"experts\.\d+\.(up_proj|down_proj)\.weight", r"experts.\1", name)
-                name = re.sub(r"^backbone\.", "model.", name)
-                by_suffix.setdefault(re.sub(r"^.*layers\.\d+\.", "", name), {})[name] = DTYPES[entry["dtype"]]
+                name = re.sub(r"experts\.\d+\.(up_proj|down_proj)\.weight$", r"experts.\1", name)
+                name = re.sub(r"^(backbone|model)\.", "", name)
+                place = re.sub(r"^((?:mtp\.)?layers)\.\d+\.", r"\1.N.", name)
+                by_place.setdefault(place, {})[name] = DTYPES[entry["dtype"]]
     plan = {}
-    for suffix, names in by_suffix.items():
-        if set(names.values()) == {dtype}:
-            continue
+    for place, names in by_place.items():
         if len(set(names.values())) == 1:
-            plan[suffix] = next(iter(names.values()))
-        else:
-            plan |= {name: stored for name, stored in names.items() if stored != dtype}
+            names = {place: next(iter(names.values()))}
+        for name, stored in names.items():
+            if stored != dtype:
+                pattern = re.escape(name).replace(r"layers\.N\.", r"layers\.\d+\.")
+                plan[rf"^(?:model\.)?{pattern}$"] = stored
     return plan
 
 
@@ -85,8 +93,10 @@ def check_loaded(model: nn.Module, info: dict, path: str, new_on_load: tuple[str
     """Refuse a model whose configuration and weights do not match, or whose weights are not numbers.
 
     Raises:
-        ValueError: naming tensors that are missing, left over, or hold NaN.
+        ValueError: naming tensors that have another shape, are missing, left over, or hold NaN.
     """
+    for name, stored, expected in sorted(info["mismatched_keys"]):
+        raise ValueError(f"{path} has {name} in shape {tuple(stored)}, its config asks for {tuple(expected)}")
     missing = sorted(name for name in info["missing_keys"] if name not in new_on_load)
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} tensors that its config asks for: {_some(missing)}")
@@ -96,6 +106,35 @@ def check_loaded(model: nn.Module, info: dict, path: str, new_on_load: tuple[str
     bad = [name for name, weight in model.named_parameters() if weight.is_floating_point() and _has_nan(weight)]
     if bad:
         raise ValueError(f"{path} has NaN in {len(bad)} tensors: {_some(bad)}")
+
+
+def drop_absent_mtp(model: nn.Module, info: dict) -> None:
+    """Take multi-token prediction out of a model whose checkpoint has none of it, whatever its config says.
+
+    transformers' own class leaves `mtp.*` out when it saves and keeps `num_nextn_predict_layers`.
+    """
+    expected = {name for name in model.state_dict() if name.startswith("mtp.")}
+    if expected and expected <= set(info["missing_keys"]):
+        logger.warning(
+            f"num_nextn_predict_layers={model.config.num_nextn_predict_layers}, but the checkpoint has no mtp.* weights "
+            "(transformers' own class drops them on saving): multi-token prediction is left out."
+        )
+        del model.mtp
+        model.config.num_nextn_predict_layers, model.config.mtp_layers_block_type = 0, None
+        info["missing_keys"] = set(info["missing_keys"]) - expected
+
+
+def warn_of_other_readers(config: PreTrainedConfig) -> None:
+    """Say what transformers' own nemotron_h does not take from a checkpoint with this configuration."""
+    reasons = {
+        "tie_word_embeddings": (config.tie_word_embeddings, "draws a new lm_head"),
+        "attention_bias": (config.attention_bias, "leaves the biases of attention out"),
+        "intermediate_size": (isinstance(config.intermediate_size, list), "refuses a list of widths (vLLM takes it)"),
+    }
+    for field, (applies, effect) in reasons.items():
+        if applies:
+            value = getattr(config, field)
+            logger.warning_once(f"{field}={value}: without this package, transformers' own nemotron_h {effect}.")
 
 
 def save_whole(directory: str | os.PathLike, write: Callable[[str], None]) -> None:

@@ -28,7 +28,16 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .cache import HybridCache, adopt_cache, check_cache, sequence_length
 from .configuration_nemotron_h import NemotronHConfig
 from .kernels import check_implementation
-from .loading import check_loaded, keep_file_dtypes, read_header, register_names, save_whole, stored_dtypes
+from .loading import (
+    check_loaded,
+    drop_absent_mtp,
+    keep_file_dtypes,
+    read_header,
+    register_names,
+    save_whole,
+    stored_dtypes,
+    warn_of_other_readers,
+)
 from .loss import next_token_loss
 from .mamba2 import NemotronHMamba2Mixer
 from .moe import NemotronHMLP, NemotronHMoE, NemotronHTopkRouter, init_experts, load_balancing_loss
@@ -201,13 +210,14 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         with_info = kwargs.pop("output_loading_info", False)
         token = keep_file_dtypes.set(explicit in (None, "auto"))
         try:
-            model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, **{**kwargs, "use_safetensors": True}, output_loading_info=True
-            )
+            checked = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+            model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, **checked})
         finally:
             keep_file_dtypes.reset(token)
+        drop_absent_mtp(model, info)
         ignore = model._keys_to_ignore_on_load_unexpected or []
-        check_loaded(model, info, str(pretrained_model_name_or_path), cls._new_on_load, ignore)
+        accepted = {**info, "mismatched_keys": set()} if kwargs.get("ignore_mismatched_sizes") else info
+        check_loaded(model, accepted, str(pretrained_model_name_or_path), cls._new_on_load, ignore)
         return (model, info) if with_info else model
 
     @staticmethod
@@ -226,6 +236,7 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         """As transformers', into a temporary folder first: a crash never leaves a folder that only looks whole."""
         if push_to_hub:
             kwargs.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
+        warn_of_other_readers(self.config)
         write = super().save_pretrained
         save_whole(save_directory, lambda folder: write(folder, push_to_hub=push_to_hub, **kwargs))
 
