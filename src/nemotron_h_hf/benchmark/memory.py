@@ -1,0 +1,136 @@
+"""Peak memory of one job, measured in a process of its own so that nothing else leaves traces in it. Linux only.
+
+The peak is the kernel's own (VmHWM of /proc/self/status), reset just before the job; what counts is how far it rises
+above the resident memory of that moment, when the weights are there and nothing else.
+"""
+
+import contextlib
+import gc
+import multiprocessing
+import re
+import resource
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .sides import Shape, build_sides, random_tokens, train_step
+
+STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+RESET_PEAK = "5"  # what to write to clear_refs, man 5 proc
+WARM_UP_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Memory of one job beyond what was resident before it; `failure` instead of `extra_bytes` if it ran out of it."""
+
+    extra_bytes: int | None
+    seconds: float
+    failure: str | None = None
+    at_least_bytes: int | None = None  # of a failed job: what it had got, and what it asked for next
+
+
+def can_measure() -> bool:
+    """Whether this system tells and resets a process's peak."""
+    return STATUS.exists() and CLEAR_REFS.exists()
+
+
+def measure_apart(
+    job: str, side: str, shape: Shape, length: int, threads: int, limit_bytes: int | None = None
+) -> Footprint:
+    """Build one side in a new process, run `job` ("train" or "prefill") over `length` tokens there, tell its memory.
+
+    Args:
+        limit_bytes: what the job may allocate beyond the weights; None for what the machine has.
+    """
+    context = multiprocessing.get_context("forkserver")  # a fork of this process would inherit dead OpenMP threads
+    context.set_forkserver_preload([__name__])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        try:
+            return pool.submit(_measure, job, side, shape, length, threads, limit_bytes).result()
+        except BrokenProcessPool:
+            return Footprint(None, 0.0, "the process was ended, probably because the machine ran out of memory")
+
+
+def _measure(job: str, side: str, shape: Shape, length: int, threads: int, limit_bytes: int | None) -> Footprint:
+    logging.set_verbosity_error()
+    torch.set_num_threads(threads)
+    sides = build_sides(shape)
+    model = sides.ours if side == "ours" else sides.native
+    del sides
+    jobs = {"train": train_step, "prefill": _prefill}
+    jobs[job](model, shape, WARM_UP_TOKENS)  # loads what is loaded on first use
+    model.zero_grad(set_to_none=True)
+    return footprint(lambda: jobs[job](model, shape, length), limit_bytes)
+
+
+def footprint(job: Callable[[], object], limit_bytes: int | None = None) -> Footprint:
+    """Run a job in this process and tell its memory and seconds."""
+    gc.collect()
+    CLEAR_REFS.write_text(RESET_PEAK)
+    before = status_bytes("VmRSS")
+    start = time.perf_counter()
+    failure = None
+    try:
+        with memory_guard(limit_bytes):
+            job()
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        failure = str(error)
+    seconds = time.perf_counter() - start
+    extra = max(0, status_bytes("VmHWM") - before)
+    if failure is None:
+        return Footprint(extra, seconds)
+    wanted = re.search(r"allocate (\d+) bytes", failure)
+    at_least = extra + int(wanted.group(1)) if wanted else extra
+    return Footprint(None, seconds, failure.splitlines()[0], at_least)
+
+
+def status_bytes(name: str) -> int:
+    """A size that the kernel keeps about this process: VmRSS, VmHWM (peak of it), VmData, ..."""
+    found = re.search(rf"^{name}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
+    return int(found.group(1)) * 1024
+
+
+@contextlib.contextmanager
+def memory_guard(limit_bytes: int | None = None) -> Iterator[None]:
+    """Let allocations fail inside, with an error that can be caught, instead of the kernel ending the process.
+
+    They fail when `limit_bytes` more than now are allocated; None stands for most of what the machine has left.
+    """
+    if not can_measure():
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    allowed = int(0.9 * _available_bytes()) if limit_bytes is None else limit_bytes
+    limit = status_bytes("VmData") + allowed
+    limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error of PyTorch says that an allocation failed."""
+    signs = ("allocate memory", "bad_alloc", "could not create a primitive")  # the last is oneDNN's way of saying it
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
+
+
+def _available_bytes() -> int:
+    found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+    return int(found.group(1)) * 1024
+
+
+def _prefill(model: nn.Module, shape: Shape, length: int) -> object:
+    with torch.no_grad():
+        return model.eval()(random_tokens(shape, length), use_cache=True, logits_to_keep=1)
