@@ -1,11 +1,12 @@
 """Chooses, per call, who computes an op of a Mamba layer: the CUDA kernels of mamba_ssm and causal_conv1d, or `ssd.py`.
 
-"auto" takes the kernels where the tensor is on a GPU, the package is installed and the kernel can do what this call asks;
-where it cannot, PyTorch does it, with one warning that says why. "torch" never takes them; "kernels" insists on them and
-raises instead of falling back. Every function here has the signature and the result of its namesake in `ssd.py`.
+"auto" takes the kernels where the tensor is on a GPU, the package is installed and the kernel can do what this call
+asks; where it cannot, PyTorch does it, with one warning that says why. "torch" never takes them; "kernels" insists on
+them and raises instead of falling back. Every function here has the signature and the result of its namesake in
+`ssd.py`.
 
-Only ops are replaced, never a module: the kernels that swallow `out_proj` are not used, because they read its weight past
-LoRA, quantised and FP8 layers.
+Only ops are replaced, never a module: the kernels that swallow `out_proj` are not used, because they read its weight
+past LoRA, quantised and FP8 layers.
 """
 
 import os
@@ -19,7 +20,6 @@ from .ssd import conv_step as torch_conv_step
 from .ssd import gated_norm as torch_gated_norm
 from .ssd import scan as torch_scan
 from .ssd import scan_step as torch_scan_step
-
 
 try:
     from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
@@ -74,7 +74,9 @@ def causal_conv(
         obstacle = "causal_conv1d takes a state or documents, not both at once"
     if not _use("causal_conv1d", x, implementation, obstacle):
         return torch_causal_conv(x, weight, bias, initial_state, seq_idx)
-    before = None if initial_state is None else _rows(initial_state[..., 1:].transpose(1, 2).to(x.dtype)).transpose(1, 2)
+    before = None
+    if initial_state is not None:
+        before = _rows(initial_state[..., 1:].transpose(1, 2).to(x.dtype)).transpose(1, 2)
     documents = None if seq_idx is None else seq_idx.int().contiguous()
     bias = None if bias is None else bias.to(x.dtype)
     out = causal_conv1d_fn(_rows(x).transpose(1, 2), weight.to(x.dtype), bias, documents, before, activation="silu")
@@ -112,7 +114,16 @@ def scan(
     # The kernel takes the initial state for that of document 0.
     documents = None if seq_idx is None else (seq_idx - seq_idx[:, :1]).int().contiguous()
     return mamba_chunk_scan_combined(
-        x, dt, A, B, C, chunk_size, D=D.float(), initial_states=initial_state, seq_idx=documents, return_final_states=True
+        x,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size,
+        D=D.float(),
+        initial_states=initial_state,
+        seq_idx=documents,
+        return_final_states=True,
     )
 
 
@@ -124,8 +135,8 @@ def scan_step(
         return torch_scan_step(x, dt, A, B, C, D, state)
     state = state.clone()  # updated in place by the kernel
     p, n = state.shape[2:]
-    # Zero strides over head_dim and state tell the kernel that a head has one step size, decay and bias. A bias of zero,
-    # as dt has its own already: without one mamba_ssm 2.3 asks None for its stride.
+    # Zero strides over head_dim and state tell the kernel that a head has one step size, decay and bias. The bias is
+    # zero, as dt has its own already; without one mamba_ssm 2.3 asks None for its stride.
     y = selective_state_update(
         state,
         x,
@@ -143,7 +154,9 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, group_size: int, eps: fl
     """`ssd.gated_norm`."""
     obstacle = None
     if group_size * x.element_size() > NORM_GROUP_BYTES:
-        obstacle = f"rmsnorm_fn takes groups up to {NORM_GROUP_BYTES} bytes, this one has {group_size} values of {x.dtype}"
+        obstacle = (
+            f"rmsnorm_fn takes groups up to {NORM_GROUP_BYTES} bytes, this one has {group_size} values of {x.dtype}"
+        )
     if not _use("mamba_ssm", x, implementation, obstacle):
         return torch_gated_norm(x, gate, weight, group_size, eps)
     out = rmsnorm_fn(x, weight, None, z=gate, eps=eps, group_size=group_size, norm_before_gate=False)
