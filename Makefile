@@ -2,14 +2,15 @@
 PYTHON ?= python3
 VENV   ?= .venv
 OLDEST  = .venv-oldest
+KERNELS = .venv-kernels
 PYTEST  = -m pytest -q -n auto --maxprocesses=8
 
 # One thread per process: the tests run in parallel, and threads fighting over cores are slower than none.
 export OMP_NUM_THREADS ?= 1
 # Tests and the demo use the embedded model, never the network.
-test test-slow test-oldest demo: export HF_HUB_OFFLINE = 1
+test test-slow test-oldest test-kernels demo: export HF_HUB_OFFLINE = 1
 
-.PHONY: help install demo test test-slow test-oldest quality bench
+.PHONY: help install demo test test-slow test-oldest test-kernels quality bench
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -27,6 +28,9 @@ test-slow: $(VENV)/.installed  ## the slow tests: compilation, many processes, l
 
 test-oldest: $(OLDEST)/.installed  ## the tests on transformers 5.17.0, the oldest supported (torch 2.13.0, as in constraints.txt)
 	$(OLDEST)/bin/python $(PYTEST)
+
+test-kernels: $(KERNELS)/.installed  ## the kernel packages' Triton code on CPU tensors, beside PyTorch (minutes, no GPU)
+	PYTHONPATH=$(KERNELS) TRITON_INTERPRET=1 $(VENV)/bin/python $(PYTEST) --timeout=900 tests/test_kernels.py
 
 quality: $(VENV)/.installed  ## lint and formatting, checked but not changed
 	$(VENV)/bin/ruff check src tests examples
@@ -46,4 +50,15 @@ $(OLDEST)/.installed: pyproject.toml constraints.txt
 	sed -E '/^(transformers|tokenizers|huggingface-hub)==/d' constraints.txt > $(OLDEST)/constraints.txt
 	echo 'transformers==5.17.0' >> $(OLDEST)/constraints.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[dev]'
+	@touch $@
+
+# A folder beside .venv, which stays without the packages. FORCE: their setup insists on CUDA otherwise.
+$(KERNELS)/.installed: $(VENV)/.installed
+	rm -rf $(KERNELS)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --target $(KERNELS) \
+		triton==3.9.0 einops==0.8.2 ninja packaging setuptools wheel
+	PYTHONPATH=$(KERNELS) MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
+		CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE \
+		$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --target $(KERNELS) \
+		--no-build-isolation --no-deps mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0
 	@touch $@
