@@ -1,0 +1,392 @@
+"""The configuration of a Megatron checkpoint: from its arguments, its names and shapes, and what the user adds.
+
+Three witnesses are heard: the training arguments, the tensors themselves (how many layers, of which kinds and sizes),
+and `--config`. A field is taken from whoever knows it; where two know it and differ, that is an error that names both.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nemotron_h_hf.model.configuration_nemotron_h import SYNONYMS, NemotronHConfig
+
+from .source import MegatronCheckpoint
+
+# argument (and its other spellings) -> field of the configuration
+FIELDS = {
+    "hidden_size": "hidden_size",
+    "ffn_hidden_size": "intermediate_size",
+    "num_attention_heads": "num_attention_heads",
+    "num_query_groups": "num_key_value_heads",
+    "kv_channels": "head_dim",
+    "mamba_num_heads": "mamba_num_heads",
+    "mamba_head_dim": "mamba_head_dim",
+    "mamba_num_groups": "n_groups",
+    "mamba_state_dim": "ssm_state_size",
+    "mamba_chunk_size": "chunk_size",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "layernorm_epsilon": "layer_norm_epsilon",
+    "norm_epsilon": "layer_norm_epsilon",
+    "num_experts": "n_routed_experts",
+    "num_moe_experts": "n_routed_experts",
+    "moe_router_topk": "num_experts_per_tok",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+    "moe_shared_expert_intermediate_size": "moe_shared_expert_intermediate_size",
+    "moe_latent_size": "moe_latent_size",
+    "moe_router_topk_scaling_factor": "routed_scaling_factor",
+    "moe_router_num_groups": "n_group",
+    "moe_router_group_topk": "topk_group",
+}
+MOE_ONLY = {
+    "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "moe_shared_expert_intermediate_size",
+    "moe_latent_size", "routed_scaling_factor", "n_group", "topk_group",
+}  # fmt: skip
+# argument -> the only values that the architecture has; anything else would be converted into another model
+REQUIRED = {
+    "normalization": ("RMSNorm",),
+    "position_embedding_type": ("none", "learned_absolute"),  # the latter is Megatron's default and shows as a tensor
+    "swiglu": (False,),
+    "gated_linear_unit": (False,),
+    "quick_geglu": (False,),
+    "layernorm_zero_centered_gamma": (False,),
+    "apply_layernorm_1p": (False,),
+    "multi_latent_attention": (False,),
+    "qk_layernorm": (False,),
+    "attention_output_gate": (False,),
+    "moe_shared_expert_gate": (False,),
+}
+REQUIRED_WITH_EXPERTS = {"moe_router_score_function": ("sigmoid",), "moe_router_pre_softmax": (False,)}
+REQUIRED_WITH_MLP = {"squared_relu": (True,)}
+NEEDED = (
+    "n_groups", "ssm_state_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts_per_tok",
+)  # fmt: skip
+
+
+class Known(NamedTuple):
+    """A value and who says so."""
+
+    value: Any
+    source: str
+
+
+def derive(checkpoint: MegatronCheckpoint, extra: str | Path | None = None) -> tuple[NemotronHConfig, list[str]]:
+    """The configuration of a Megatron checkpoint, and remarks on what nobody said.
+
+    `extra` is a preset's name or the path of a config.json (or its folder).
+
+    Raises:
+        ValueError: when witnesses disagree, naming both, or when a field is unknown to all.
+    """
+    args = checkpoint.args
+    known: dict[str, Known] = {}
+    _merge(known, from_tensors(checkpoint))
+    pattern = known["hybrid_override_pattern"].value
+    _refuse_other_architectures(args, pattern + known["mtp_hybrid_override_pattern"].value)
+    _merge(known, from_args(args, known))
+    added = read_extra(extra) if extra is not None else {}
+    _merge(known, {field: Known(value, f"--config {extra}") for field, value in added.items()}, fill_only=NOT_COMPARED)
+    fields = {field: item.value for field, item in known.items()}
+    _complete_attention(fields, known)
+    remarks = _complete_vocabulary(fields, checkpoint)
+    for field in NEEDED:
+        needs = {"num_experts_per_tok": "E", "n_groups": "M", "ssm_state_size": "M"}.get(field, "*")
+        if field not in fields and needs in pattern + fields["mtp_hybrid_override_pattern"]:
+            raise ValueError(
+                f"{field} is in neither the arguments of {checkpoint.path} nor its shapes; give it by --config"
+            )
+    silent = [field for field in ("layer_norm_epsilon", "max_position_embeddings", "chunk_size") if field not in fields]
+    if silent:
+        remarks.append(f"not in the checkpoint, so the defaults of the family: {', '.join(silent)}")
+    fields.pop("gs", None)
+    dtypes = {str(entry.dtype).removeprefix("torch.") for entry in checkpoint.entries.values() if len(entry.shape) > 1}
+    config = NemotronHConfig(
+        **fields, architectures=["NemotronHForCausalLM"], dtype=sorted(dtypes)[0] if dtypes else None
+    )
+    _check_product(config, known)
+    return config, remarks
+
+
+# In `--config` these may differ from the checkpoint's own without being contradictions: they are not part of the weights.
+NOT_COMPARED = {"max_position_embeddings", "chunk_size"}
+
+
+def _merge(known: dict[str, Known], more: dict[str, Known], fill_only: set[str] = frozenset()) -> None:
+    for field, item in more.items():
+        if field not in known:
+            known[field] = item
+        elif known[field].value != item.value and field not in fill_only:
+            raise ValueError(
+                f"{field} is {known[field].value!r} by {known[field].source}, but {item.value!r} by {item.source}"
+            )
+
+
+def from_tensors(checkpoint: MegatronCheckpoint) -> dict[str, Known]:
+    """What names and shapes say: the pattern and all sizes that are a whole axis of some tensor."""
+    layers, mtp = _block_names(checkpoint)
+    pattern = "".join(_letter(names, f"decoder.layers.{layer}") for layer, names in enumerate(layers))
+    known = {
+        "hybrid_override_pattern": Known(pattern, "the names of its layers"),
+        "tie_word_embeddings": Known("output_layer.weight" not in checkpoint, "whether output_layer.weight is there"),
+        "num_nextn_predict_layers": Known(len(mtp), "the names of its mtp.layers"),
+    }
+    patterns = {
+        "".join(_letter(names, f"mtp.layers.{d}, layer {i}") for i, names in enumerate(m)) for d, m in enumerate(mtp)
+    }
+    if len(patterns) > 1:
+        raise ValueError(f"the depths of multi-token prediction have different layers: {sorted(patterns)}")
+    known["mtp_hybrid_override_pattern"] = Known(patterns.pop() if patterns else "", "the names of its mtp.layers")
+    shapes: dict[str, dict[Any, str]] = {}
+    widths = []
+    for name, entry in checkpoint.entries.items():
+        for regex, field, axis in MEASURES:
+            if regex.search(name) and len(entry.shape) > axis:
+                shapes.setdefault(field, {}).setdefault(entry.shape[axis], name)
+        if re.fullmatch(r"decoder\.layers\.\d+\.mlp\.linear_fc1\.weight", name):
+            widths.append((int(name.split(".")[2]), entry.shape[0]))
+    for field, values in shapes.items():
+        if len(values) > 1:
+            both = " and ".join(f"{value} ({name})" for value, name in list(values.items())[:2])
+            raise ValueError(f"{field} differs between tensors: {both}")
+        known[field] = next(Known(value, f"the shape of {name}") for value, name in values.items())
+    if widths:
+        per_layer = [width for _, width in sorted(widths)]
+        uniform = len(set(per_layer)) == 1
+        known["intermediate_size"] = Known(
+            per_layer[0] if uniform else per_layer, "the shapes of mlp.linear_fc1.weight"
+        )
+    for field, name in (("attention_bias", "self_attention.linear_qkv.bias"), ("mlp_bias", "mlp.linear_fc1.bias"),
+                        ("use_bias", "mixer.in_proj.bias"), ("use_conv_bias", "mixer.conv1d.bias")):  # fmt: skip
+        known[field] = Known(any(key.endswith(name) for key in checkpoint.entries), f"whether {name} is there")
+    if "conv_rows" in known and "mamba_width" in known:
+        rows, width = known.pop("conv_rows"), known["mamba_width"]
+        known["gs"] = Known((rows.value - width.value) // 2, rows.source)
+    if "mamba_width" in known and "mamba_num_heads" in known:
+        width, heads = known.pop("mamba_width"), known["mamba_num_heads"]
+        if width.value % heads.value:
+            raise ValueError(f"{width.source} gives a Mamba width of {width.value}, {heads.source} {heads.value} heads")
+        known["mamba_head_dim"] = Known(width.value // heads.value, f"{width.source} and {heads.source}")
+    if "E" in pattern + known["mtp_hybrid_override_pattern"].value:
+        known.setdefault("moe_latent_size", Known(None, "the absence of mlp.fc1_latent_proj"))
+    return known
+
+
+_BLOCK = r"\.layers\.\d+\."
+MEASURES = tuple(
+    (re.compile(pattern), field, axis)
+    for pattern, field, axis in (
+        (r"^embedding\.word_embeddings\.weight$|^output_layer\.weight$", "hidden_size", 1),
+        (r"^embedding\.word_embeddings\.weight$|^output_layer\.weight$", "padded_rows", 0),
+        (_BLOCK + r"mixer\.A_log$", "mamba_num_heads", 0),
+        (_BLOCK + r"mixer\.norm\.weight$", "mamba_width", 0),
+        (_BLOCK + r"mixer\.conv1d\.weight$", "conv_rows", 0),
+        (_BLOCK + r"mixer\.conv1d\.weight$", "conv_kernel", 2),
+        (_BLOCK + r"self_attention\.linear_proj\.weight$", "query_width", 1),
+        (_BLOCK + r"self_attention\.linear_qkv\.weight$", "qkv_rows", 0),
+        (_BLOCK + r"mlp\.router\.weight$", "n_routed_experts", 0),
+        (_BLOCK + r"mlp\.experts\.linear_fc1\.weight\d+$", "moe_intermediate_size", 0),
+        (_BLOCK + r"mlp\.shared_experts\.linear_fc1\.weight$", "moe_shared_expert_intermediate_size", 0),
+        (_BLOCK + r"mlp\.fc1_latent_proj\.weight$", "moe_latent_size", 0),
+    )
+)
+
+
+def _block_names(checkpoint: MegatronCheckpoint) -> tuple[list[set[str]], list[list[set[str]]]]:
+    """Names within each layer, and within each layer of each depth of multi-token prediction."""
+    layers: dict[int, set[str]] = {}
+    mtp: dict[int, dict[int, set[str]]] = {}
+    for name in checkpoint.entries:
+        if match := re.match(r"decoder\.layers\.(\d+)\.(.*)", name):
+            layers.setdefault(int(match[1]), set()).add(match[2])
+        elif match := re.match(r"mtp\.layers\.(\d+)\.mtp_model_layer\.layers\.(\d+)\.(.*)", name):
+            mtp.setdefault(int(match[1]), {}).setdefault(int(match[2]), set()).add(match[3])
+    _check_numbers("decoder.layers", layers)
+    _check_numbers("mtp.layers", mtp)
+    for depth, inner in mtp.items():
+        _check_numbers(f"mtp.layers.{depth}.mtp_model_layer.layers", inner)
+    return [layers[i] for i in range(len(layers))], [[mtp[d][i] for i in range(len(mtp[d]))] for d in range(len(mtp))]
+
+
+def _check_numbers(what: str, found: dict[int, Any]) -> None:
+    missing = sorted(set(range(max(found, default=-1) + 1)) - set(found))
+    if missing:
+        raise ValueError(f"{what} has no tensors of number {missing[0]}, but of {max(found)}")
+
+
+def _letter(names: set[str], where: str) -> str:
+    """The kind of a layer by its names."""
+    signs = {"M": "mixer.", "*": "self_attention.", "E": "mlp.router.", "-": "mlp.linear_fc1."}
+    letters = [letter for letter, sign in signs.items() if any(name.startswith(sign) for name in names)]
+    if len(letters) != 1:
+        raise ValueError(f"{where} has the tensors of {len(letters)} kinds of layer ({letters}): {sorted(names)[:6]}")
+    return letters[0]
+
+
+def from_args(args: dict[str, Any], known: dict[str, Known]) -> dict[str, Known]:
+    """What the training arguments say, in the configuration's fields; None means that they are silent."""
+    has_experts = "E" in known["hybrid_override_pattern"].value + known["mtp_hybrid_override_pattern"].value
+    found: dict[str, Known] = {}
+    for argument, field in FIELDS.items():
+        value = args.get(argument)
+        if value is None or (field in MOE_ONLY and not has_experts):
+            continue
+        _merge(found, {field: Known(value, f"the argument {argument}")})
+    if has_experts and "moe_intermediate_size" not in found and args.get("ffn_hidden_size") is not None:
+        found["moe_intermediate_size"] = Known(args["ffn_hidden_size"], "the argument ffn_hidden_size")
+    if args.get("num_query_groups") is not None and args.get("group_query_attention") is False:
+        # Megatron ignores the number of groups then
+        found["num_key_value_heads"] = Known(args["num_attention_heads"], "the argument group_query_attention=False")
+    if isinstance(args.get("untie_embeddings_and_output_weights"), bool):
+        tied = not args["untie_embeddings_and_output_weights"]
+        found["tie_word_embeddings"] = Known(tied, "the argument untie_embeddings_and_output_weights")
+    if isinstance(args.get("num_layers"), int) and args["num_layers"] != len(known["hybrid_override_pattern"].value):
+        raise ValueError(f"num_layers is {args['num_layers']} by the arguments, but the tensors have "
+                         f"{len(known['hybrid_override_pattern'].value)} layers")  # fmt: skip
+    return found | _patterns(args)
+
+
+def _patterns(args: dict[str, Any]) -> dict[str, Known]:
+    """The layer pattern: `|` are pipeline cuts, `/` starts the pattern of each depth of multi-token prediction."""
+    found = {}
+    for argument in ("hybrid_layer_pattern", "hybrid_override_pattern"):
+        text = args.get(argument)
+        if not isinstance(text, str) or not text:
+            continue
+        main, *mtp = text.replace("|", "").split("/")
+        found["hybrid_override_pattern"] = Known(main, f"the argument {argument}")
+        if mtp:
+            found["mtp_hybrid_override_pattern"] = Known(mtp[0], f"the argument {argument}")
+        break
+    if isinstance(args.get("mtp_hybrid_override_pattern"), str):
+        pattern = args["mtp_hybrid_override_pattern"]
+        found["mtp_hybrid_override_pattern"] = Known(pattern, "the argument mtp_hybrid_override_pattern")
+    return found
+
+
+def _refuse_other_architectures(args: dict[str, Any], pattern: str) -> None:
+    rules = dict(REQUIRED)
+    rules |= REQUIRED_WITH_EXPERTS if "E" in pattern else {}
+    rules |= REQUIRED_WITH_MLP if "-" in pattern or "E" in pattern else {}
+    for argument, allowed in rules.items():
+        value = args.get(argument)
+        if value is not None and value not in allowed:
+            raise ValueError(f"the argument {argument}={value!r}: Nemotron-H has {' or '.join(map(repr, allowed))}")
+
+
+def read_extra(extra: str | Path) -> dict[str, Any]:
+    """Fields of a preset or of a config.json, in the configuration's own spelling."""
+    path = Path(extra)
+    path = path / "config.json" if path.is_dir() else path
+    if path.is_file():
+        try:
+            given = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not JSON: {error}") from None
+        config = NemotronHConfig(**given)
+    else:
+        given = None
+        config = NemotronHConfig.from_preset(str(extra))
+    fields = config.to_dict()
+    for name in ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "num_hidden_layers"):
+        fields.pop(name, None)
+    if given is not None:  # what the file does not say is not a statement
+        named = {SYNONYMS.get(name, name) for name in given}
+        named |= {"hybrid_override_pattern"} if named & {"layers_block_type", "layer_types"} else set()
+        named |= {"mtp_hybrid_override_pattern"} if named & {"mtp_layers_block_type", "mtp_layer_types"} else set()
+        fields = {name: value for name, value in fields.items() if name in named}
+    return fields
+
+
+def _complete_attention(fields: dict[str, Any], known: dict[str, Known]) -> None:
+    """head_dim, heads and groups from any one of them, by the widths of linear_proj and linear_qkv."""
+    query, rows = fields.pop("query_width", None), fields.pop("qkv_rows", None)
+    if query is None or rows is None:
+        return
+    key_value = (rows - query) // 2
+    for count, width in (("num_attention_heads", query), ("num_key_value_heads", key_value)):
+        if "head_dim" not in fields and count in fields:
+            fields["head_dim"] = width // fields[count]
+    for count, width in (("num_attention_heads", query), ("num_key_value_heads", key_value)):
+        if "head_dim" in fields:
+            fields.setdefault(count, width // fields["head_dim"])
+            if fields[count] * fields["head_dim"] != width:
+                who = known[count].source if count in known else "the shapes"
+                raise ValueError(
+                    f"{count}={fields[count]} ({who}) times head_dim={fields['head_dim']} is not {width}, which "
+                    f"{known['query_width'].source} and {known['qkv_rows'].source} give"
+                )
+
+
+def _complete_vocabulary(fields: dict[str, Any], checkpoint: MegatronCheckpoint) -> list[str]:
+    rows = fields.pop("padded_rows", None)
+    if rows is None:
+        raise ValueError(f"{checkpoint.path} has no embedding.word_embeddings.weight")
+    if "vocab_size" not in fields:
+        fields["vocab_size"] = rows
+        return [f"the true size of the vocabulary is not known, all {rows} rows are kept; give vocab_size by --config"]
+    if fields["vocab_size"] > rows:
+        raise ValueError(f"vocab_size is {fields['vocab_size']} by the arguments or --config, but the shape of "
+                         f"embedding.word_embeddings.weight has {rows} rows")  # fmt: skip
+    return []
+
+
+def _check_product(config: NemotronHConfig, known: dict[str, Known]) -> None:
+    if "gs" in known and config.n_groups * config.ssm_state_size != known["gs"].value:
+        raise ValueError(
+            f"n_groups={config.n_groups} times ssm_state_size={config.ssm_state_size} is not {known['gs'].value}, which "
+            f"{known['gs'].source} gives"
+        )
+
+
+def to_args(config: NemotronHConfig, padded_rows: int, sizes: dict[str, int], core: str, cuts: str) -> dict[str, Any]:
+    """Training arguments for a checkpoint that is written: what Megatron compares on loading, and what `derive` reads.
+
+    `sizes` are the parallel sizes by argument name; `core` "0.19" has the pattern with `|` at the pipeline's cuts
+    (given in `cuts`) and the patterns of multi-token prediction after `/`.
+    """
+    args = {argument: getattr(config, field) for argument, field in FIELDS.items()
+            if argument not in ("norm_epsilon", "num_moe_experts") and (config.has_experts or field not in MOE_ONLY)}  # fmt: skip
+    if not config.has_experts:
+        args |= {"num_experts": None, "moe_ffn_hidden_size": None, "moe_shared_expert_intermediate_size": None}
+    else:
+        args |= {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "moe_router_dtype": "fp32",
+                 "moe_router_pre_softmax": False}  # fmt: skip
+    dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
+    mtp = f"/{config.mtp_hybrid_override_pattern}" * config.num_nextn_predict_layers
+    newer = core == "0.19"
+    return {
+        **args,
+        **sizes,
+        "num_layers": config.num_hidden_layers,
+        "encoder_num_layers": config.num_hidden_layers,
+        "padded_vocab_size": padded_rows,
+        "group_query_attention": True,
+        "add_bias_linear": config.use_bias or config.mlp_bias,
+        "add_position_embedding": True,
+        "position_embedding_type": "none",
+        "normalization": "RMSNorm",
+        "squared_relu": True,
+        "swiglu": False,
+        "untie_embeddings_and_output_weights": not config.tie_word_embeddings,
+        "is_hybrid_model": True,
+        "hybrid_attention_ratio": 0.0,
+        "hybrid_mlp_ratio": 0.0,
+        "hybrid_override_pattern": None if newer else config.hybrid_override_pattern,
+        "hybrid_layer_pattern": cuts + mtp if newer else None,
+        "mtp_num_layers": config.num_nextn_predict_layers or None,
+        "spec": ["megatron.core.models.mamba.mamba_layer_specs", "mamba_stack_spec"],
+        "seq_length": config.max_position_embeddings,
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "tokenizer_type": None,
+        "vocab_file": None,
+        "data_parallel_random_init": False,
+        "ckpt_format": "torch_dist",
+        "consumed_train_samples": 0,
+        "skipped_train_samples": 0,
+        "consumed_valid_samples": 0,
+        "iteration": 0,
+    }

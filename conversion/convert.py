@@ -1,0 +1,183 @@
+"""One call for both directions: recognise, plan, write, verify, report."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from nemotron_h_hf.checkpoint import Checkpoint, write_text
+from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
+
+from . import config as configs
+from . import formats, verify
+from .journal import Journal
+from .plan import Plan, plan_to_hf, plan_to_megatron
+from .report import JSON_NAME, TABLE_NAME, Report, add_digests, add_plan, human, parse_dtype, parse_size
+from .source import MegatronCheckpoint
+from .write_hf import write_config, write_hf
+from .write_legacy import write_ranks
+from .write_megatron import FOLDER, Layout, Written
+from .write_torch_dist import write_distributed
+
+FORMATS = {"torch_dist": write_distributed, "torch": write_ranks}
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    *,
+    to: str | None = None,
+    format: str | None = None,
+    tp: int = 1,
+    pp: int | Sequence[int] = 1,
+    ep: int = 1,
+    dtype: str | torch.dtype | None = None,
+    config: str | Path | None = None,
+    max_shard_size: str | int = "5GB",
+    tokenizer: str | Path | None = None,
+    vocab_divisible_by: int = 128,
+    core: str = "auto",
+    allow_unused: Sequence[str] = (),
+    allow_missing: Sequence[str] = (),
+    dry_run: bool = False,
+    verify_output: bool = False,
+    verify_logits: str | Path | None = None,
+    progress: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Convert a checkpoint between Megatron and Hugging Face.
+
+    source        a run, iteration or weights folder of Megatron, or a Hugging Face folder
+    to            "hf" or "megatron"; the opposite of what the source is, if not given
+    format        of a Megatron target: "torch_dist" (which loads under any parallelism) or "torch"
+    tp, pp, ep    tensor, pipeline, expert parallel sizes of a "torch" target; `pp` may be the layers of each stage
+    dtype         of the written floating-point tensors; each tensor's own if not given
+    config        a preset's name or a config.json that completes what a Megatron checkpoint does not say
+    tokenizer     a folder whose tokenizer files are copied beside a Hugging Face target
+    vocab_divisible_by   a Megatron target's vocabulary is padded to a multiple of this times `tp`
+    core          megatron-core release whose local names a "torch" target has: "auto", "0.16", "0.19"
+    allow_unused, allow_missing   patterns of names (as in a shell) whose tensors may be left over or absent
+    verify_logits a Hugging Face checkpoint; a probe through the result must give the same logits
+
+    Raises:
+        ValueError: naming the tensor, file or field, for anything that does not fit; the target is then unfinished.
+    """
+    started = time.monotonic()
+    target = Path(target)
+    found = formats.find(source)
+    to = to or ("megatron" if found.format == "hf" else "hf")
+    if to not in ("hf", "megatron") or (to == "hf") == (found.format == "hf"):
+        raise ValueError(
+            f"to={to!r}: {source} is a {found.format} checkpoint; allowed is the other kind, of 'hf', 'megatron'"
+        )
+    format = "hf" if to == "hf" else format or "torch_dist"
+    if to == "megatron" and format not in FORMATS:
+        raise ValueError(f"format={format!r}: allowed are {', '.join(FORMATS)}")
+    say(f"{source} is a {found.format} checkpoint in {found.folder}; converting to {format}")
+    report = Report(str(source), found.format, str(target), format, dry_run=dry_run)
+    if verify_logits is not None and to != "hf":
+        raise ValueError("verify_logits needs a Hugging Face target; a Megatron one is checked by verify_output")
+    wanted = parse_dtype(dtype)
+    if to == "hf":
+        checkpoint, plan = _plan_hf(source, config, wanted, allow_unused, allow_missing, report)
+        settings = (parse_size(max_shard_size), str(wanted))
+    else:
+        checkpoint = Checkpoint(found.folder)
+        model = read_config(found.folder, config)
+        layout = Layout(format, tp, pp, ep, vocab_divisible_by, core)
+        layout.check(model)
+        plan = plan_to_megatron(checkpoint, model, layout.vocab_multiple, wanted, allow_unused, allow_missing)
+        settings = (parse_size(max_shard_size), str(wanted), layout)
+    add_plan(report, plan)
+    if dry_run:
+        return report
+    _check_room(target, plan)
+    journal = Journal(target, plan.fingerprint(str(Path(source).resolve()), to, *settings))
+    with _bar(plan, progress) as advance:
+        if to == "hf":
+            seen = write_hf(plan, checkpoint.__getitem__, target, journal, settings[0], advance)
+        else:
+            seen = _write_megatron(plan, checkpoint, target, journal, settings[0], layout, advance)
+    digests, report.files, report.files_kept = seen
+    add_digests(report, digests)
+    report.bytes_read = checkpoint.bytes_read
+    if verify_output:
+        verify.check_output(target, to, digests, plan, checkpoint)
+        report.verified = True
+    if verify_logits is not None:
+        report.logits = verify.compare_logits(target, verify_logits, plan.config)
+    if to == "hf":
+        write_config(plan, target, None if tokenizer is None else Path(tokenizer))
+    report.seconds = time.monotonic() - started
+    write_text(target / JSON_NAME, report.to_json())
+    write_text(target / TABLE_NAME, report.table())
+    journal.finish()
+    return report
+
+
+def _write_megatron(
+    plan: Plan,
+    checkpoint: Checkpoint,
+    target: Path,
+    journal: Journal,
+    max_bytes: int,
+    layout: Layout,
+    advance: Callable,
+) -> Written:
+    (target / FOLDER).mkdir(exist_ok=True)
+    write = FORMATS[layout.format]
+    written = write(plan, checkpoint.__getitem__, target / FOLDER, journal, max_bytes, layout, advance)
+    write_text(target / formats.TRACKER, FOLDER)
+    return written
+
+
+def _plan_hf(
+    source: str | Path,
+    extra: str | Path | None,
+    dtype: torch.dtype | None,
+    allow_unused: Sequence[str],
+    allow_missing: Sequence[str],
+    report: Report,
+) -> tuple[MegatronCheckpoint, Plan]:
+    checkpoint = formats.read_megatron(source)
+    model, remarks = configs.derive(checkpoint, extra)
+    if dtype is not None:
+        model.dtype = str(dtype).removeprefix("torch.")
+    plan = plan_to_hf(checkpoint, model, dtype, allow_unused, allow_missing)
+    report.stand_ins = checkpoint.stand_ins
+    report.notes += [*checkpoint.notes, *remarks]
+    return checkpoint, plan
+
+
+def read_config(folder: Path, extra: str | Path | None) -> NemotronHConfig:
+    """The configuration beside a Hugging Face checkpoint, or the one given instead."""
+    base = folder if folder.is_dir() else folder.parent
+    if extra is None and not (base / "config.json").is_file():
+        raise ValueError(f"{base} has no config.json; give one by --config")
+    return NemotronHConfig(**configs.read_extra(base if extra is None else extra))
+
+
+def _check_room(target: Path, plan: Plan) -> None:
+    existing = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
+    there = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) if target.is_dir() else 0
+    free = shutil.disk_usage(existing).free
+    if plan.num_bytes - there > free:
+        raise ValueError(f"{target} needs {human(plan.num_bytes)}, {existing} has {human(free)} free")
+
+
+@contextmanager
+def _bar(plan: Plan, visible: bool):
+    with tqdm(total=plan.num_bytes, unit="B", unit_scale=True, disable=not visible, desc="convert") as bar:
+        yield bar.update
+
+
+def write_megatron(source: str | Path, target: str | Path, **options: Any) -> Report:
+    """Write a Hugging Face checkpoint as a Megatron one: `convert` with `to="megatron"` and the same options."""
+    return convert(source, target, to="megatron", **options)

@@ -1,0 +1,148 @@
+"""What a conversion plans and what it did, as JSON for programs and as a table for people."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from .plan import Plan
+
+JSON_NAME, TABLE_NAME = "conversion_report.json", "conversion_report.txt"
+
+
+@dataclass
+class Report:
+    """The outcome of one conversion; `tensors` has a line per written tensor, under its name in the output."""
+
+    source: str
+    source_format: str
+    target: str
+    target_format: str
+    num_tensors: int = 0
+    num_elements: int = 0
+    num_bytes: int = 0
+    num_nan: int = 0
+    num_inf: int = 0
+    bytes_read: int = 0
+    seconds: float = 0.0
+    files: list[str] = field(default_factory=list)
+    files_kept: list[str] = field(default_factory=list)  # from an earlier, interrupted run; verified
+    ignored: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    stand_ins: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    verified: bool = False
+    logits: dict[str, Any] | None = None
+    dry_run: bool = False
+    tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """All of it."""
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    def table(self) -> str:
+        """One line per tensor."""
+        rows = [("source", "target", "shape", "dtype", "layout", "sha256", "from")]
+        for name, line in self.tensors.items():
+            shape = "x".join(map(str, line["shape"]))
+            found = line.get("sha256", "")[:12]
+            rows.append((" ".join(line["sources"]), name, shape, line["dtype"], line["layout"], found, line["files"]))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join([*lines, "", *self.summary()]) + "\n"
+
+    def summary(self) -> list[str]:
+        """Totals, what was left out and why, and what deserves attention."""
+        done = "would write" if self.dry_run else "wrote"
+        lines = [
+            f"{self.source} ({self.source_format}) -> {self.target} ({self.target_format})",
+            f"{done} {self.num_tensors:,} tensors, {self.num_elements:,} elements, {human(self.num_bytes)}"
+            + (f" in {len(self.files)} files" if self.files else ""),
+        ]
+        if not self.dry_run:
+            lines.append(
+                f"read {human(self.bytes_read)} in {self.seconds:.1f} s; {self.num_nan} NaN, {self.num_inf} infinite"
+            )
+        if self.files_kept:
+            lines.append(f"kept {len(self.files_kept)} finished files of an interrupted run, after checking them")
+        for reason, count in Counter(self.ignored.values()).most_common():
+            lines.append(f"ignored: {count:,} x {reason}")
+        if self.missing:
+            lines.append(f"missing, allowed by name: {len(self.missing)}")
+        if self.num_nan or self.num_inf:
+            bad = [name for name, line in self.tensors.items() if line.get("num_nan") or line.get("num_inf")]
+            lines.append(f"WARNING: not all numbers are finite: {', '.join(bad[:5])}")
+        if self.stand_ins:
+            lines.append(f"named by the checkpoint's pickles and not loaded: {', '.join(self.stand_ins)}")
+        lines += [f"note: {note}" for note in self.notes]
+        if self.verified:
+            lines.append("verified: the output was read again and is what was written")
+        if self.logits:
+            lines.append(
+                f"logits: largest difference from {self.logits['reference']} is {self.logits['max_difference']:.2e}"
+            )
+        return lines
+
+
+def add_plan(report: Report, plan: Plan) -> None:
+    """Put a plan's lines and totals into a report."""
+    for job in plan.jobs:
+        for spec in job.targets:
+            report.tensors[spec.name] = {
+                "sources": [source.name for source in job.sources],
+                "shape": list(spec.shape),
+                "dtype": str(spec.dtype).removeprefix("torch."),
+                "layout": job.how,
+                "files": job.places,
+            }
+    report.num_tensors, report.num_elements, report.num_bytes = len(report.tensors), plan.num_elements, plan.num_bytes
+    report.ignored, report.missing = plan.ignored, plan.missing
+    report.notes += plan.notes
+
+
+def add_digests(report: Report, digests: dict[str, Any]) -> None:
+    """Put checksums and counts into the lines of a report; `digests` maps names to (sha256, num_nan, num_inf)."""
+    for name, (checksum, num_nan, num_inf) in digests.items():
+        report.tensors[name] |= {"sha256": checksum, "num_nan": num_nan, "num_inf": num_inf}
+        report.num_nan += num_nan
+        report.num_inf += num_inf
+
+
+def human(num_bytes: float) -> str:
+    """Bytes for people, in powers of 1024."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "5GB", "500MB", "2GiB" or a number; GB is 10**9 and GiB 2**30."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
+    number, factor = str(text).strip().upper(), 1
+    for unit in sorted(units, key=len, reverse=True):
+        if number.endswith(unit):
+            number, factor = number.removesuffix(unit), units[unit]
+            break
+    try:
+        num_bytes = int(float(number) * factor)
+    except ValueError:
+        num_bytes = 0
+    if num_bytes < 1:
+        raise ValueError(f"max_shard_size={text!r}: allowed are sizes such as 5GB or 500MB")
+    return num_bytes
+
+
+def parse_dtype(text: str | torch.dtype | None) -> torch.dtype | None:
+    """A dtype from its name; "auto" and None keep the stored one."""
+    if text is None or text == "auto" or isinstance(text, torch.dtype):
+        return None if text == "auto" else text
+    allowed = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if text not in allowed:
+        raise ValueError(f"dtype={text!r}: allowed are auto, {', '.join(allowed)}")
+    return allowed[text]

@@ -1,0 +1,86 @@
+"""Checks of a finished conversion: the output read again, and the logits of a probe beside a reference's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemotron_h_hf.checkpoint import Checkpoint, Digest
+from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
+from nemotron_h_hf.model.modeling_nemotron_h import NemotronHForCausalLM
+
+from .formats import read_megatron
+from .plan import Plan, plan_to_hf, some, to_hf
+from .source import MegatronCheckpoint
+from .write_hf import checksum
+
+PROBE_TOKENS = 24
+
+
+def check_output(
+    target: Path, to: str, digests: dict[str, Digest], plan: Plan, source: Checkpoint | MegatronCheckpoint
+) -> None:
+    """Read everything that was written again.
+
+    A Hugging Face target must have the checksums that were noted while writing. A Megatron target is converted back, in
+    memory and tensor by tensor, and must give the source's tensors again.
+
+    Raises:
+        ValueError: naming the tensors that differ.
+    """
+    if to == "hf":
+        written = Checkpoint(target)
+        wrong = [
+            name for name, digest in digests.items() if name not in written or checksum(written[name]) != digest.sha256
+        ]
+        wrong += [name for name in written if name not in digests]
+    else:
+        wrong = _differences(read_megatron(target), source, plan)
+    if wrong:
+        raise ValueError(f"{target} does not hold what was written: {some(wrong)}")
+
+
+def _differences(written: MegatronCheckpoint, source: Checkpoint, plan: Plan) -> list[str]:
+    """Names of the source's tensors that do not come back from a written Megatron checkpoint bit by bit."""
+    wrong = []
+    stored = {spec.name for job in plan.jobs for spec in job.sources}
+    back = plan_to_hf(written, plan.config, allow_missing=["*"] if plan.missing else [])
+    seen = set()
+    for job in back.jobs:
+        for spec, tensor in zip(job.targets, to_hf(job, written[job.sources[0].name], plan.config), strict=True):
+            seen.add(spec.name)
+            if spec.name not in stored or checksum(tensor.contiguous()) != checksum(source[spec.name].to(spec.dtype)):
+                wrong.append(spec.name)
+    return wrong + sorted(stored - seen)
+
+
+def compare_logits(target: Path, reference: str | Path, config: NemotronHConfig) -> dict[str, Any]:
+    """Logits of the same random tokens through the target and through a reference checkpoint, both in float32.
+
+    Raises:
+        ValueError: when they differ by more than 1e-3 of the largest logit, or the vocabularies differ.
+    """
+    ours, theirs = _logits(target, config), _logits(Path(reference), None)
+    if ours.shape != theirs.shape:
+        raise ValueError(
+            f"logits of {target} have shape {tuple(ours.shape)}, those of {reference} {tuple(theirs.shape)}"
+        )
+    difference, scale = (ours - theirs).abs().max().item(), theirs.abs().max().item()
+    if not difference <= 1e-3 * max(scale, 1e-6):
+        raise ValueError(
+            f"logits of {target} differ from those of {reference} by {difference:.3g}, the largest is {scale:.3g}"
+        )
+    return {"reference": str(reference), "max_difference": difference, "largest_logit": scale, "tokens": PROBE_TOKENS}
+
+
+@torch.no_grad()
+def _logits(folder: Path, config: NemotronHConfig | None) -> torch.Tensor:
+    extra = {} if config is None else {"config": config}
+    model = NemotronHForCausalLM.from_pretrained(folder, dtype=torch.float32, **extra).eval()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(
+        min(3, model.config.vocab_size - 1), model.config.vocab_size, (1, PROBE_TOKENS), generator=generator
+    )
+    return model(tokens, use_cache=False).logits

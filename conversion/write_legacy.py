@@ -1,0 +1,226 @@
+"""Writes the older Megatron format: one torch.save file per (tensor, pipeline, expert) rank, stage by stage.
+
+All files of a pipeline stage are open together, so each tensor is read once, cut for the ranks, and forgotten. Layers
+are numbered from 0 in each stage, experts in each expert rank; expert matrices are cut over the same tensor ranks as
+the rest. With multi-token prediction the last stage has the embedding too, and with tied embeddings as its output layer.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nemotron_h_hf.checkpoint import PART_SUFFIX, Digest, Digester, byte_view, pieces
+from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
+
+from . import torchzip
+from .journal import Journal
+from .layouts import cut_for_rank, expert_range
+from .legacy import FILE_NAME
+from .names import COLUMNS, COPY, QKV, VOCAB
+from .plan import Job, Plan, to_megatron
+from .torchzip import Later
+from .write_megatron import Layout, Read, Written, extra_states, namespace
+
+_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_EXPERT = re.compile(r"(?<=\.weight)\d+$")
+
+
+class Part(NamedTuple):
+    """A whole tensor as one stage has it: the job, and its name there."""
+
+    job: Job
+    name: str
+
+
+def write_ranks(
+    plan: Plan,
+    read: Read,
+    folder: Path,
+    journal: Journal,
+    max_bytes: int,
+    layout: Layout,
+    progress: Callable[[int], None],
+) -> Written:
+    """Write the files of all ranks, as large as the ranks make them; stages that `journal` names are kept if whole."""
+    stages = stage_sizes(plan.config, layout.pp)
+    digests: dict[str, Digest] = {}
+    files, kept = [], []
+    for stage in range(len(stages)):
+        parts = list(_parts(plan, stages, stage, layout))
+        paths = {rank: _path(folder, rank, stage, len(stages), layout) for rank in _ranks(layout)}
+        names = [f"{folder.name}/{path.relative_to(folder)}" for path in paths.values()]
+        record = journal.done.get(f"stage {stage}")
+        if record is None or not all(_is_whole(path, record["sizes"]) for path in paths.values()):
+            seen = _write_stage(plan, parts, read, paths, stages, stage, layout, progress)
+            record = {"digests": seen, "sizes": {path.parent.name: path.stat().st_size for path in paths.values()}}
+            journal.add(f"stage {stage}", record)
+        else:
+            kept += names
+            progress(sum(part.job.targets[0].num_bytes for part in parts))
+        files += names
+        digests |= {name: Digest(*values) for name, values in record["digests"].items()}
+    return Written(digests, files, kept)
+
+
+def stage_sizes(config: NemotronHConfig, pp: int | Sequence[int]) -> list[int]:
+    """The number of layers of each pipeline stage; a plain number of stages shares them as evenly as it goes.
+
+    Raises ValueError when the stages do not add up to the model's layers.
+    """
+    num_layers = config.num_hidden_layers
+    if isinstance(pp, int):
+        if not 1 <= pp <= num_layers:
+            raise ValueError(f"pp={pp}: allowed are 1 to the {num_layers} layers of the model")
+        return [num_layers // pp + (stage < num_layers % pp) for stage in range(pp)]
+    if sum(pp) != num_layers or min(pp) < 0:
+        raise ValueError(f"pp={list(pp)}: allowed are counts of layers that add up to {num_layers}")
+    return list(pp)
+
+
+def _ranks(layout: Layout) -> list[tuple[int, int]]:
+    return [(tp, ep) for tp in range(layout.tp) for ep in range(layout.ep)]
+
+
+def _path(folder: Path, rank: tuple[int, int], stage: int, num_stages: int, layout: Layout) -> Path:
+    tp, ep = rank
+    name = f"mp_rank_{tp:02d}" + (f"_{stage:03d}" if num_stages > 1 else "") + (f"_{ep:03d}" if layout.ep > 1 else "")
+    return folder / name / FILE_NAME
+
+
+def _is_whole(path: Path, sizes: dict[str, int]) -> bool:
+    if not path.is_file() or path.stat().st_size != sizes[path.parent.name]:
+        return False
+    return torchzip.is_whole(path, 0, path.stat().st_size)
+
+
+def _parts(plan: Plan, stages: list[int], stage: int, layout: Layout) -> Iterator[Part]:
+    """The tensors of one stage, under the names they have there."""
+    first_layer, last = sum(stages[:stage]), len(stages) - 1
+    newer = layout.newest(plan.config) == "0.19"
+    for job in plan.jobs:
+        name, layer = job.targets[0].name, job.link.layer
+        if newer:
+            name = re.sub(r"\.conv1d\.(weight|bias)$", r".conv1d_\1", name)
+        if layer is not None:
+            if first_layer <= layer < first_layer + stages[stage]:
+                yield Part(job, _LAYER.sub(f"decoder.layers.{layer - first_layer}.", name))
+        elif name.startswith("embedding."):
+            if stage == 0 or (stage == last and plan.config.num_nextn_predict_layers):
+                yield Part(job, name)
+            if stage == last > 0 and plan.config.tie_word_embeddings:
+                yield Part(job, "output_layer.weight")
+        elif stage == last:
+            yield Part(job, name)
+
+
+def _write_stage(
+    plan: Plan,
+    parts: list[Part],
+    read: Read,
+    paths: dict[tuple[int, int], Path],
+    stages: list[int],
+    stage: int,
+    layout: Layout,
+    progress: Callable[[int], None],
+) -> dict[str, Digest]:
+    args = namespace(plan, layout, stages)
+    extras = _extra_names(plan.config, stages, stage, layout)
+    writers: dict[tuple[int, int], torchzip.Writer] = {}
+    digests: dict[str, Digest] = {}
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        opened = []
+        for rank, path in paths.items():
+            path.parent.mkdir(exist_ok=True)
+            file = stack.enter_context(open(path.with_name(path.name + PART_SUFFIX), "w+b"))
+            model = OrderedDict(_promises(parts, rank, plan.config, layout))
+            model.update((name, Later(torch.uint8, (0,))) for name in extras)
+            value = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
+            writers[rank] = torchzip.Writer(file, value)
+            opened.append(file)
+        for part in parts:
+            digests[part.job.targets[0].name] = _write_part(plan, part, read, writers, layout, Digester(pool))
+            progress(part.job.targets[0].num_bytes)
+        for writer, file in zip(writers.values(), opened, strict=True):
+            for _ in extras:
+                writer.write([], torch.uint8, (0,))
+            writer.close()
+            file.flush()
+            os.fsync(file.fileno())
+    for path in paths.values():
+        os.replace(path.with_name(path.name + PART_SUFFIX), path)
+    return digests
+
+
+def _promises(
+    parts: list[Part], rank: tuple[int, int], config: NemotronHConfig, layout: Layout
+) -> Iterator[tuple[str, Later]]:
+    for part in parts:
+        name = _local_name(part, rank[1], config, layout)
+        if name is not None:
+            spec = part.job.targets[0]
+            shape = _cut(torch.empty(spec.shape, device="meta"), part, rank[0], layout).shape
+            yield name, Later(spec.dtype, tuple(shape))
+
+
+def _local_name(part: Part, ep: int, config: NemotronHConfig, layout: Layout) -> str | None:
+    """The name in the files of one expert rank; None if the expert belongs to another."""
+    expert = part.job.link.expert
+    if expert is None:
+        return part.name
+    owned = expert_range(config.n_routed_experts, layout.ep, ep)
+    return _EXPERT.sub(str(expert - owned.start), part.name) if expert in owned else None
+
+
+def _cut(whole: Tensor, part: Part, tp: int, layout: Layout) -> Tensor:
+    link = part.job.link
+    if link.split == COPY:
+        return whole
+    axis = 1 if link.split == COLUMNS else 0
+    sizes = [size for _, size in link.parts] if axis == 0 and link.layout != VOCAB else [whole.shape[axis]]
+    sizes = [sum(sizes)] if link.layout == QKV else sizes
+    try:
+        return cut_for_rank(whole, axis, sizes, layout.tp, tp)
+    except ValueError as error:
+        raise ValueError(f"tp={layout.tp}: {part.name}: {error}") from None
+
+
+def _write_part(
+    plan: Plan,
+    part: Part,
+    read: Read,
+    writers: dict[tuple[int, int], torchzip.Writer],
+    layout: Layout,
+    digester: Digester,
+) -> Digest:
+    dtype = part.job.targets[0].dtype
+    whole = to_megatron(part.job, read, plan.config)
+    for piece in pieces(whole, dtype):
+        digester.add(piece)
+    for (tp, ep), writer in writers.items():
+        if _local_name(part, ep, plan.config, layout) is not None:
+            local = _cut(whole, part, tp, layout)
+            writer.write((byte_view(piece) for piece in pieces(local, dtype)), dtype, tuple(local.shape))
+    return digester.result()
+
+
+def _extra_names(config: NemotronHConfig, stages: list[int], stage: int, layout: Layout) -> list[str]:
+    """Extra states of the modules of one stage, under their local names."""
+    first, found = sum(stages[:stage]), []
+    for name, _ in extra_states(config):
+        match = _LAYER.match(name)
+        if match and first <= int(match[1]) < first + stages[stage]:
+            found.append(_LAYER.sub(f"decoder.layers.{int(match[1]) - first}.", name))
+        elif not match and stage == len(stages) - 1:
+            found.append(name)
+    return found

@@ -1,0 +1,116 @@
+"""What both Megatron formats share when they are written: the layout asked for, the arguments, the extra states.
+
+TARGET/latest_checkpointed_iteration.txt   "release", written last
+TARGET/release/                            the weights
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from nemotron_h_hf.checkpoint import Digest
+from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
+
+from .config import to_args
+from .names import EXTRA_STATE, EXTRA_STATE_EXPERTS, EXTRA_STATE_LATENT, EXTRA_STATE_MTP, EXTRA_STATE_TOP, VOCAB
+from .plan import Plan
+
+CORES = ("auto", "0.16", "0.19")
+FOLDER = "release"
+Read = Callable[[str], Tensor]
+
+
+class Written(NamedTuple):
+    """What a writer hands back: what it saw of each whole tensor, its files, and those kept from an interrupted run."""
+
+    digests: dict[str, Digest]
+    files: list[str]
+    kept: list[str]
+
+
+class Layout(NamedTuple):
+    """How a Megatron target is laid out; `pp` is a number of stages or the number of layers of each."""
+
+    format: str
+    tp: int
+    pp: int | Sequence[int]
+    ep: int
+    vocab_divisible_by: int
+    core: str
+
+    @property
+    def vocab_multiple(self) -> int:
+        """Rows of the vocabulary come in multiples of this."""
+        return self.vocab_divisible_by * self.tp
+
+    def check(self, config: NemotronHConfig) -> None:
+        """ValueError for sizes that the model cannot be cut into."""
+        if self.core not in CORES:
+            raise ValueError(f"core={self.core!r}: allowed are {', '.join(CORES)}")
+        stages = [self.pp] if isinstance(self.pp, int) else list(self.pp)
+        if (
+            min(self.tp, self.ep, self.vocab_divisible_by, *stages, len(stages)) < (0 if len(stages) > 1 else 1)
+            or self.tp < 1
+        ):
+            raise ValueError(f"tp={self.tp}, pp={self.pp}, ep={self.ep}: allowed are positive integers")
+        if self.format == "torch_dist" and (self.tp, self.pp, self.ep) != (1, 1, 1):
+            raise ValueError(f"tp={self.tp}, pp={self.pp}, ep={self.ep}: torch_dist is loaded under any parallelism; sizes are "
+                             f"for format torch")  # fmt: skip
+        if "M" in config.hybrid_override_pattern and config.n_groups % self.tp:
+            raise ValueError(f"tp={self.tp}: allowed are divisors of n_groups={config.n_groups}")
+        if config.has_experts and config.n_routed_experts % self.ep or not config.has_experts and self.ep != 1:
+            raise ValueError(f"ep={self.ep}: allowed are divisors of the number of experts")
+        if not isinstance(config.intermediate_size, int):
+            raise ValueError("intermediate_size is a list: Megatron has one width for all MLP layers")
+        if config.mlp_bias != config.use_bias or config.attention_bias not in (False, config.use_bias):
+            raise ValueError("mlp_bias, use_bias and attention_bias differ: Megatron has one switch for all of them")
+
+    def newest(self, config: NemotronHConfig) -> str:
+        """The release whose names are written: 0.19 where multi-token prediction needs it."""
+        if self.core != "auto":
+            return self.core
+        return "0.19" if config.num_nextn_predict_layers else "0.16"
+
+
+def namespace(plan: Plan, layout: Layout, stages: Sequence[int]) -> argparse.Namespace:
+    """The training arguments of a checkpoint that is written."""
+    pattern, cuts, start = plan.config.hybrid_override_pattern, [], 0
+    for count in stages:
+        cuts.append(pattern[start : start + count])
+        start += count
+    rows = next(job.targets[0].shape[0] for job in plan.jobs if job.link.layout == VOCAB)
+    sizes = {
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": len(stages),
+        "virtual_pipeline_model_parallel_size": None,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.tp,
+        "make_vocab_size_divisible_by": layout.vocab_divisible_by,
+    }
+    args = to_args(plan.config, rows, sizes, layout.newest(plan.config), "|".join(cuts))
+    return argparse.Namespace(**{**args, "ckpt_format": layout.format})
+
+
+def extra_states(config: NemotronHConfig) -> Iterator[tuple[str, bool]]:
+    """Names of the extra states that Megatron expects, and whether there is one per expert."""
+    for name in EXTRA_STATE_TOP:
+        if name != "output_layer" or not config.tie_word_embeddings:
+            yield f"{name}._extra_state", False
+    for layer, letter in enumerate(config.hybrid_override_pattern):
+        yield from _extra_states_of(config, letter, f"decoder.layers.{layer}.")
+    for depth in range(config.num_nextn_predict_layers):
+        for name in EXTRA_STATE_MTP:
+            yield f"mtp.layers.{depth}.{name}._extra_state", False
+        for inner, letter in enumerate(config.mtp_hybrid_override_pattern):
+            yield from _extra_states_of(config, letter, f"mtp.layers.{depth}.mtp_model_layer.layers.{inner}.")
+
+
+def _extra_states_of(config: NemotronHConfig, letter: str, prefix: str) -> Iterator[tuple[str, bool]]:
+    for name in EXTRA_STATE[letter] + (EXTRA_STATE_LATENT if letter == "E" and config.moe_latent_size else ()):
+        yield f"{prefix}{name}._extra_state", False
+    for name in EXTRA_STATE_EXPERTS if letter == "E" else ():
+        yield f"{prefix}mlp.experts.{name}._extra_state", True

@@ -1,0 +1,366 @@
+"""Sharded safetensors checkpoints, in and out, one tensor (or some rows of one) at a time.
+
+Reading is a mapping from names to tensors that reads a tensor when it is asked for. Writing takes the list of what will
+come, because a safetensors file begins with the offsets of all its tensors, and then the tensors in that order:
+
+    source = Checkpoint("path/to/model")
+    specs = [source.spec(name) for name in source]
+    save("path/to/copy", specs, ((name, source[name]) for name in source), max_shard_bytes=5 * 2**30)
+
+A file is written under a temporary name, flushed to the disk and renamed, so a file with its final name is whole. The
+index comes last. Peak memory is one tensor and a few pieces of `PIECE_BYTES`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PIECE_BYTES = 16 * 2**20
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+PART_SUFFIX = ".part"
+
+# https://github.com/huggingface/safetensors#format
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class TensorSpec(NamedTuple):
+    """What is known of a tensor before it is read."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_elements(self) -> int:
+        """Elements by the shape."""
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the data."""
+        return self.num_elements * self.dtype.itemsize
+
+
+class Digest(NamedTuple):
+    """What was seen of a tensor while it passed by."""
+
+    sha256: str
+    num_nan: int
+    num_inf: int
+
+
+@dataclass(frozen=True)
+class _Stored:
+    spec: TensorSpec
+    path: Path
+    offset: int
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """The tensors of a folder (or of one .safetensors file), read when asked for.
+
+    Raises:
+        ValueError: naming the file, when one is missing, cut short, or not what the index says.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        self.bytes_read = 0
+        self._stored: dict[str, _Stored] = {}
+        for file, names in _files_of(self.path).items():
+            if not file.is_file():
+                raise ValueError(f"{file} is missing; the index names it")
+            found = _read_header(file)
+            for name in names or found:
+                if name not in found:
+                    raise ValueError(f"{file} lacks the tensor {name} that the index puts there")
+                self._stored[name] = found[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored
+
+    def spec(self, name: str) -> TensorSpec:
+        """Name, dtype and shape, without reading the data."""
+        return self._stored[name].spec
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.rows(name, 0, None)
+
+    def rows(self, name: str, start: int, stop: int | None) -> Tensor:
+        """Rows `start` to `stop` of a tensor (all of them to the end if `stop` is None); only those are read."""
+        stored = self._stored[name]
+        shape = stored.spec.shape
+        stop = (shape[0] if shape else 1) if stop is None else stop
+        if not shape:
+            start, stop = 0, 1
+        elif not 0 <= start <= stop <= shape[0]:
+            raise ValueError(f"rows={start}:{stop} of {name}: allowed are 0 to {shape[0]}")
+        tensor = torch.empty((stop - start, *shape[1:]) if shape else (), dtype=stored.spec.dtype)
+        row_bytes = math.prod(shape[1:]) * stored.spec.dtype.itemsize
+        read_into(stored.path, stored.offset + start * row_bytes, tensor)
+        self.bytes_read += tensor.nbytes
+        return tensor
+
+
+def _files_of(path: Path) -> dict[Path, list[str]]:
+    if path.is_file():
+        return {path: []}
+    if (path / INDEX_NAME).is_file():
+        try:
+            weight_map = json.loads((path / INDEX_NAME).read_text())["weight_map"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path / INDEX_NAME} is not an index with a weight_map: {error!r}") from None
+        files: dict[Path, list[str]] = {}
+        for name, file in weight_map.items():
+            if Path(file).name != file:
+                raise ValueError(f"{path / INDEX_NAME} sends {name} to {file!r}; a plain file name is allowed")
+            files.setdefault(path / file, []).append(name)
+        return files
+    if (path / SINGLE_NAME).is_file():
+        return {path / SINGLE_NAME: []}
+    raise ValueError(f"{path} holds neither {SINGLE_NAME} nor {INDEX_NAME}")
+
+
+def _read_header(path: Path) -> dict[str, _Stored]:
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise ValueError(f"{path} is cut short or not a safetensors file ({size} bytes, header of {length})")
+        text = file.read(length)
+    stored = {}
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        end = 0
+        for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            spec = TensorSpec(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
+            if entry["data_offsets"] != [end, end + spec.num_bytes] or min(spec.shape, default=0) < 0:
+                raise ValueError(
+                    f"tensor {name} lies at {entry['data_offsets']}, expected [{end}, {end + spec.num_bytes}]"
+                )
+            stored[name] = _Stored(spec, path, 8 + length + end)
+            end += spec.num_bytes
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} has no valid safetensors header: {error}") from None
+    if 8 + length + end != size:
+        raise ValueError(
+            f"{path} is cut short or damaged: its header describes {8 + length + end} bytes, it has {size}"
+        )
+    return stored
+
+
+def byte_view(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor, not copied."""
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+
+
+def read_into(path: Path, offset: int, tensor: Tensor) -> None:
+    """Fill a contiguous tensor with the bytes of a file from `offset` on."""
+    view = byte_view(tensor)
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        done = 0
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                raise ValueError(f"{path} is cut short: {len(view)} bytes at {offset} are needed, {done} are there")
+            done += count
+
+
+def pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """A tensor as flat pieces of about `PIECE_BYTES`, each cast to `dtype`."""
+    flat = tensor.reshape(-1)
+    for piece in flat.split(PIECE_BYTES // dtype.itemsize):
+        yield piece.to(dtype)
+
+
+class Digester:
+    """Checksum and counts of NaN and infinity of one tensor that passes in pieces; works beside the writing."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self.pool, self.hash, self.num_nan, self.num_inf = pool, hashlib.sha256(), 0, 0
+        self.last = None
+
+    def add(self, piece: Tensor) -> None:
+        """Take the next piece; waits for the one before it, so that no more than two are alive."""
+        if self.last is not None:
+            self.last.result()
+        self.last = self.pool.submit(self._digest, piece)
+
+    def result(self) -> Digest:
+        """What was seen of all pieces."""
+        if self.last is not None:
+            self.last.result()
+        return Digest(self.hash.hexdigest(), self.num_nan, self.num_inf)
+
+    def _digest(self, piece: Tensor) -> None:
+        self.hash.update(byte_view(piece))
+        if not piece.is_floating_point() or piece.numel() == 0:
+            return
+        values = piece if piece.dtype.itemsize > 1 else piece.to(torch.float32)
+        low, high = torch.aminmax(values)  # NaN anywhere gives NaN here: one pass settles the usual case
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            self.num_nan += int(values.isnan().sum())
+            self.num_inf += int(values.isinf().sum())
+
+
+class ShardWriter:
+    """Writes one safetensors file: the tensors of `specs`, in their order; it gets its name when it is whole.
+
+    Use as a context manager; an exception inside leaves only the temporary file.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike, specs: Sequence[TensorSpec], metadata: dict[str, str] | None = None
+    ) -> None:
+        self.path, self.specs = Path(path), list(specs)
+        self.part = self.path.with_name(self.path.name + PART_SUFFIX)
+        self.metadata = {"format": "pt", **(metadata or {})}
+        self.digests: dict[str, Digest] = {}
+
+    def __enter__(self) -> ShardWriter:
+        self.pool = ThreadPoolExecutor(1)
+        self.file = open(self.part, "wb", buffering=0)  # noqa: SIM115 (closed in __exit__)
+        self.file.write(_header(self.specs, self.metadata))
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> Digest:
+        """Write the next tensor, cast to the dtype that was announced."""
+        spec = self.specs[len(self.digests)]
+        if name != spec.name or tuple(tensor.shape) != spec.shape:
+            raise ValueError(f"{name} {tuple(tensor.shape)} does not fit the announced {spec.name} {spec.shape}")
+        digester = Digester(self.pool)
+        for piece in pieces(tensor, spec.dtype):
+            digester.add(piece)
+            _write_all(self.file, byte_view(piece))
+        self.digests[name] = digester.result()
+        return self.digests[name]
+
+    def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
+        self.pool.shutdown()
+        with self.file:
+            if kind is not None:
+                return
+            if len(self.digests) != len(self.specs):
+                raise ValueError(
+                    f"{self.path.name}: {len(self.digests)} of {len(self.specs)} announced tensors were written"
+                )
+            os.fsync(self.file.fileno())
+        os.replace(self.part, self.path)
+
+
+def _write_all(file, view: memoryview) -> None:
+    done = 0
+    while done < len(view):
+        done += file.write(view[done:])
+
+
+def _header(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes:
+    entries: dict[str, dict] = {"__metadata__": metadata}
+    end = 0
+    for spec in specs:
+        if spec.dtype not in CODES:
+            raise ValueError(f"dtype={spec.dtype} of {spec.name}: allowed are {', '.join(map(str, CODES))}")
+        if spec.name in entries:
+            raise ValueError(f"{spec.name} is announced twice")
+        offsets = [end, end + spec.num_bytes]
+        entries[spec.name] = {"dtype": CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": offsets}
+        end += spec.num_bytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def plan_shards(groups: Iterable[Sequence[TensorSpec]], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
+    """File name -> its tensors. Each group (tensors made together) stays in one file; only one group may exceed the limit."""
+    if max_shard_bytes < 1:
+        raise ValueError(f"max_shard_bytes={max_shard_bytes}: allowed is a positive number of bytes")
+    shards: list[list[TensorSpec]] = []
+    room = 0
+    for group in groups:
+        num_bytes = sum(spec.num_bytes for spec in group)
+        if not shards or num_bytes > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].extend(group)
+        room -= num_bytes
+    if len(shards) < 2:
+        return {SINGLE_NAME: shards[0] if shards else []}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
+
+
+def write_index(folder: str | os.PathLike, shards: Mapping[str, Sequence[TensorSpec]]) -> None:
+    """Write the index of several shards; one file needs none."""
+    if set(shards) == {SINGLE_NAME}:
+        return
+    specs = {spec.name: (file, spec) for file, shard in shards.items() for spec in shard}
+    metadata = {
+        "total_size": sum(spec.num_bytes for _, spec in specs.values()),
+        "total_parameters": sum(spec.num_elements for _, spec in specs.values()),
+    }
+    index = {"metadata": metadata, "weight_map": {name: file for name, (file, _) in sorted(specs.items())}}
+    write_text(Path(folder) / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a small file whole or not at all."""
+    path = Path(path)
+    part = path.with_name(path.name + PART_SUFFIX)
+    part.write_text(text)
+    os.replace(part, path)
+
+
+def save(
+    folder: str | os.PathLike,
+    specs: Sequence[TensorSpec],
+    tensors: Iterable[tuple[str, Tensor]],
+    max_shard_bytes: int = 5 * 2**30,
+) -> dict[str, Digest]:
+    """Write tensors, which come in the order of `specs`, as a sharded checkpoint; what was seen of each.
+
+    Raises:
+        ValueError: when the folder has weights already, or a tensor does not fit its announcement.
+    """
+    folder = Path(folder)
+    if any(folder.glob("*.safetensors")):
+        raise ValueError(f"{folder} holds safetensors files already; remove them or choose another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = plan_shards(([spec] for spec in specs), max_shard_bytes)
+    stream = iter(tensors)
+    digests: dict[str, Digest] = {}
+    for file, shard in shards.items():
+        with ShardWriter(folder / file, shard) as writer:
+            for _ in shard:
+                writer.write(*next(stream))
+        digests |= writer.digests
+    if next(stream, None) is not None:
+        raise ValueError(f"more tensors came than the {len(specs)} that were announced")
+    write_index(folder, shards)
+    return digests
