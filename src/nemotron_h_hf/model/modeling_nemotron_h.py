@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMode
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -29,10 +30,11 @@ from .cache import HybridCache, adopt_cache, check_cache, sequence_length
 from .configuration_nemotron_h import NemotronHConfig
 from .kernels import check_implementation
 from .loading import (
+    check_files,
+    check_index,
     check_loaded,
     drop_absent_mtp,
     keep_file_dtypes,
-    read_header,
     register_names,
     save_whole,
     stored_dtypes,
@@ -42,7 +44,7 @@ from .loss import next_token_loss
 from .mamba2 import NemotronHMamba2Mixer
 from .moe import NemotronHMLP, NemotronHMoE, NemotronHTopkRouter, init_experts, load_balancing_loss
 from .peft_support import allow_adapters_on_out_proj
-from .rows import Padding, find_documents, find_padding, flash_offsets
+from .rows import Padding, check_mask, find_documents, find_padding, flash_offsets
 
 
 class NemotronHRMSNorm(nn.Module):
@@ -111,7 +113,7 @@ def eager_attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Attention written out, for those who want its weights: query (b, heads, l, d), key, value (b, kv heads, past + l, d)."""
     b, heads, l, d = query.shape
-    query = query.view(b, key.shape[1], -1, d)  # (b, kv heads, heads per kv head * l, d)
+    query = query.reshape(b, key.shape[1], -1, d)  # (b, kv heads, heads per kv head * l, d)
     scores = (query @ key.transpose(-1, -2) * scaling).view(b, heads, l, -1)
     if attention_mask is not None:
         scores = scores + attention_mask
@@ -143,8 +145,10 @@ class NemotronHBlock(GradientCheckpointingLayer):
         self.mixer = make_mixer(config, kind, layer_idx, mlp_width)
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
-        output = self.mixer(self.norm(hidden_states.to(self.norm.weight.dtype)), **kwargs)
+        residual, hidden_states = hidden_states, self.norm(hidden_states)
+        if self.residual_in_fp32:
+            residual, hidden_states = residual.float(), hidden_states.to(self.norm.weight.dtype)
+        output = self.mixer(hidden_states, **kwargs)
         if self.block_type == "full_attention":
             output, _ = output
         return residual + output
@@ -206,6 +210,7 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False: allowed is safetensors alone, pickled weights can run code")
+        check_index(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         explicit = kwargs.get("dtype", kwargs.get("torch_dtype"))
         with_info = kwargs.pop("output_loading_info", False)
         token = keep_file_dtypes.set(explicit in (None, "auto"))
@@ -223,8 +228,7 @@ class NemotronHPreTrainedModel(PreTrainedModel):
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         files = [file for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
-        for file in files:
-            read_header(file)  # refuses damaged files before anything is read
+        check_files(files)
         if keep_file_dtypes.get() and load_config.hf_quantizer is None:
             plan = {**stored_dtypes(files, load_config.dtype), **load_config.dtype_plan}
             load_config = replace(load_config, dtype_plan=plan)
@@ -266,8 +270,8 @@ class NemotronHModel(NemotronHPreTrainedModel):
     """Embeddings, the blocks, the final norm."""
 
     # A longer input without gradients runs through the layers in parts of this many tokens, cache in hand: memory for
-    # activations stops growing with the prompt.
-    tokens_per_pass = 8192
+    # activations stops growing with the prompt. On a CPU small parts are also faster, as they reuse memory that is warm.
+    tokens_per_pass = {"cpu": 1024, "cuda": 8192}
     _keys_to_ignore_on_load_unexpected = [r"^mtp\.", r"lm_head"]
 
     def __init__(self, config: NemotronHConfig) -> None:
@@ -323,12 +327,13 @@ class NemotronHModel(NemotronHPreTrainedModel):
             raise ValueError("cu_seq_lens_k differs from cu_seq_lens_q: queries and keys must be the same documents")
         masks_given = isinstance(attention_mask, dict)
         mask_2d = attention_mask.get("linear_attention") if masks_given else attention_mask
+        check_mask(mask_2d, batch_size, length, past_key_values)
         padding = find_padding(mask_2d, length)
         device = (input_ids if inputs_embeds is None else inputs_embeds).device
         documents = find_documents(batch_size, length, device, position_ids, seq_idx, cu_seq_lens_q, padding)
         cache = self._cache(past_key_values, use_cache, batch_size, packed=documents is not None)
         source = input_ids if inputs_embeds is None else inputs_embeds
-        step = max(256, self.tokens_per_pass // batch_size)
+        step = max(256, self.tokens_per_pass.get(device.type, 8192) // batch_size)
         if length > step and documents is None and self._may_split(mask_2d, kwargs):
             hidden_states = self._run_in_parts(source, mask_2d, cache, step, kwargs)
         else:
@@ -360,7 +365,8 @@ class NemotronHModel(NemotronHPreTrainedModel):
                 seq_idx=documents,
                 **kwargs,
             )
-        return self.norm_f(hidden_states)
+        hidden_states = self.norm_f(hidden_states)
+        return hidden_states.to(self.norm_f.weight.dtype) if self.config.residual_in_fp32 else hidden_states
 
     def _run_in_parts(self, source: Tensor, mask: Tensor | None, cache: Cache | None, step: int, kwargs: dict) -> Tensor:
         """`_run` over a long input, `step` tokens at a time, each part continuing from the cache of those before."""
@@ -420,6 +426,8 @@ class NemotronHModel(NemotronHPreTrainedModel):
             raise ValueError(f"{wanted} has shape {tuple(source.shape)}")
         if source.shape[1] == 0 or source.shape[0] == 0:
             raise ValueError(f"the prompt is empty: input has shape {tuple(source.shape)}")
+        if inputs_embeds is not None and source.shape[2] != self.config.hidden_size:
+            raise ValueError(f"inputs_embeds has width {source.shape[2]}: allowed is hidden_size={self.config.hidden_size}")
         one_token_on_gpu = source.shape[1] == 1 and source.device.type != "cpu"  # would wait for the device at every step
         if inputs_embeds is None and not torch.compiler.is_compiling() and not one_token_on_gpu and not source.is_meta:
             low, high = int(source.min()), int(source.max())
@@ -528,6 +536,13 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             output.make_logits_on_demand(make_logits)
         return output
 
+    def _prepare_model_inputs(self, inputs: Tensor | None, bos_token_id: Tensor | None, model_kwargs: dict):
+        """As transformers', which stumbles over a prompt without tokens; `generate()` with no prompt starts from bos."""
+        prompt = model_kwargs.get("input_ids") if inputs is None else inputs
+        if prompt is not None and prompt.numel() == 0 and "inputs_embeds" not in model_kwargs:
+            raise ValueError(f"the prompt is empty: input has shape {tuple(prompt.shape)}")
+        return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int
     ) -> None:
@@ -537,7 +552,10 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         kind = generation_config.cache_implementation
         given = model_kwargs.get("past_key_values")
         if given is not None:
-            model_kwargs["past_key_values"] = adopt_cache(given, self.config)
+            given = model_kwargs["past_key_values"] = adopt_cache(given, self.config)
+            if generation_mode == GenerationMode.ASSISTED_GENERATION and int(sequence_length(given)):
+                # transformers would feed the whole prompt, cached tokens included
+                raise ValueError("past_key_values is not empty: allowed in assisted generation is a new cache, or none")
         elif kind not in (None, "dynamic", "dynamic_full", "offloaded", "static", "offloaded_static"):
             raise ValueError(
                 f"cache_implementation={kind!r}: allowed are dynamic, offloaded, static, offloaded_static"
@@ -552,6 +570,28 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             return
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs,
+    ) -> dict:
+        """As transformers', which feeds the whole prompt once more if the cache already holds all of it.
+
+        Raises:
+            ValueError: if there is no token beyond those in the cache.
+        """
+        if next_sequence_length is not None and next_sequence_length < 1:
+            length = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
+            raise ValueError(
+                f"past_key_values holds {length - next_sequence_length} tokens, the prompt has {length}: allowed is a "
+                "prompt of all cached tokens and at least one more"
+            )
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
         )
 
     @staticmethod

@@ -1,0 +1,132 @@
+"""generate() in all its forms: beams, chunks, embeddings, continuation, static caches; compared with choosing tokens by hand."""
+
+import pytest
+import torch
+from tiny import native_twin, prompt, tiny_model
+from transformers import DynamicCache, StaticCache
+
+from nemotron_h_hf import HybridCache
+
+
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("dense")
+
+
+def greedy_by_hand(model, ids, steps=12):
+    """Without a cache, one full forward per token."""
+    for _ in range(steps):
+        ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    return ids
+
+
+@pytest.mark.parametrize("shape", ["dense", "attention_free", "moe", "latent"])
+@pytest.mark.parametrize("how", [{}, {"use_cache": False}, {"prefill_chunk_size": 4}, {"prefill_chunk_size": 3}])
+def test_greedy(shape, how):
+    model, ids = tiny_model(shape), prompt(2, 11)
+    assert torch.equal(model.generate(ids, **how, **GREEDY), greedy_by_hand(model, ids))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static", "offloaded"])
+def test_cache_implementations(model, kind):
+    ids = prompt(2, 11)
+    out = model.generate(
+        ids, cache_implementation=kind, disable_compile=True, return_dict_in_generate=True, **GREEDY
+    )
+    assert torch.equal(out.sequences, greedy_by_hand(model, ids))
+    assert isinstance(out.past_key_values, HybridCache)
+    assert (out.past_key_values.max_cache_len is not None) == (kind == "static")
+    with pytest.raises(ValueError, match="cache_implementation='quantized'"):
+        model.generate(ids, cache_implementation="quantized", **GREEDY)
+
+
+def test_native_generates_the_same(model):
+    ids = prompt(2, 11)
+    assert torch.equal(model.generate(ids, **GREEDY), native_twin(model).generate(ids, **GREEDY))
+
+
+def test_a_users_cache(model):
+    ids = prompt(2, 11)
+    expected = greedy_by_hand(model, ids)
+    for cache in (HybridCache(model.config), HybridCache(model.config, 40), DynamicCache(), DynamicCache(config=model.config),
+                  StaticCache(model.config, max_cache_len=40)):  # fmt: skip
+        out = model.generate(ids, past_key_values=cache, disable_compile=True, **GREEDY)
+        assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("shape", ["dense", "attention_free"])
+def test_continue_after_generation(shape):
+    model, ids = tiny_model(shape), prompt(2, 11)
+    first = model.generate(ids, return_dict_in_generate=True, **GREEDY)
+    longer = torch.cat([first.sequences, prompt(2, 3, seed=9)], dim=1)
+    out = model.generate(longer, past_key_values=first.past_key_values, **GREEDY)
+    assert torch.equal(out, greedy_by_hand(model, longer))
+    chunked = model(ids[:, :6]).past_key_values
+    out = model.generate(ids, past_key_values=chunked, prefill_chunk_size=2, **GREEDY)
+    assert torch.equal(out, greedy_by_hand(model, ids))
+
+
+def test_continue_many_times_from_a_fork(model):
+    ids = prompt(1, 20)
+    cache = model(ids).past_key_values
+    for seed in range(3):
+        question = torch.cat([ids, prompt(1, 4, seed=seed + 20)], dim=1)
+        assert torch.equal(model.generate(question, past_key_values=cache.fork(), **GREEDY), greedy_by_hand(model, question))
+
+
+def test_a_prompt_without_a_new_token_is_refused(model):
+    ids = prompt(1, 9)
+    for length in (9, 5):
+        with pytest.raises(ValueError, match="past_key_values holds 9 tokens"):
+            model.generate(ids[:, :length], past_key_values=model(ids).past_key_values, **GREEDY)
+
+
+def test_from_embeddings(model):
+    ids = prompt(2, 11)
+    embeds = model.get_input_embeddings()(ids)
+    expected = greedy_by_hand(model, ids)
+    assert torch.equal(model.generate(inputs_embeds=embeds, **GREEDY), expected[:, 11:])
+    assert torch.equal(model.generate(ids, inputs_embeds=embeds, **GREEDY), expected)
+    assert torch.equal(model.generate(inputs_embeds=embeds, use_cache=False, **GREEDY), expected[:, 11:])
+
+
+@pytest.mark.parametrize("shape", ["dense", "attention_free"])
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5}])
+def test_beams_with_and_without_a_cache(shape, how):
+    model, ids = tiny_model(shape), prompt(2, 9)
+    cached = model.generate(ids, **how, **GREEDY)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **how, **GREEDY))
+    if shape == "dense":
+        static = model.generate(ids, cache_implementation="static", disable_compile=True, **how, **GREEDY)
+        assert torch.equal(cached, static)
+
+
+def test_left_padded_batch_is_each_row_alone(model):
+    rows = [prompt(1, length, seed=length) for length in (5, 12, 9)]
+    ids = torch.cat([torch.nn.functional.pad(row, (12 - row.shape[1], 0)) for row in rows])
+    mask = (ids != 0).long()
+    for how in ({}, {"num_beams": 2}, {"prefill_chunk_size": 5}, {"cache_implementation": "static", "disable_compile": True}):
+        out = model.generate(ids, attention_mask=mask, **how, **GREEDY)
+        for index, row in enumerate(rows):
+            alone = model.generate(row, **how, **GREEDY)
+            assert torch.equal(out[index, 12:], alone[0, row.shape[1] :]), how
+
+
+def test_sampling_several_sequences(model):
+    torch.manual_seed(0)
+    out = model.generate(prompt(1, 7), **{**GREEDY, "do_sample": True, "num_return_sequences": 4})
+    assert out.shape == (4, 19) and len({tuple(row) for row in out.tolist()}) > 1
+
+
+def test_bad_lengths(model):
+    with pytest.raises(ValueError, match="2\\*\\*31"):
+        model.generate(prompt(1, 5), **{**GREEDY, "max_new_tokens": 2**31})
