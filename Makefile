@@ -33,19 +33,19 @@ test-kernels: $(KERNELS)/.installed  ## the kernel packages' Triton code on CPU 
 	PYTHONPATH=$(KERNELS) TRITON_INTERPRET=1 $(VENV)/bin/python $(PYTEST) --timeout=900 tests/test_kernels.py
 
 quality: $(VENV)/.installed  ## lint and formatting, checked but not changed
-	$(VENV)/bin/ruff check src tests examples
-	$(VENV)/bin/ruff format --check src tests examples
+	$(VENV)/bin/ruff check src conversion tests examples setup.py
+	$(VENV)/bin/ruff format --check src conversion tests examples setup.py
 
 bench: $(VENV)/.installed  ## speed on this CPU beside transformers' own model; writes docs/results
 	$(VENV)/bin/nemotron-h bench cpu
 
 # A stamp is newer than what it was installed from, so a second `make` installs nothing.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-$(OLDEST)/.installed: pyproject.toml constraints.txt
+$(OLDEST)/.installed: pyproject.toml setup.py constraints.txt
 	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
 	sed -E '/^(transformers|tokenizers|huggingface-hub)==/d' constraints.txt > $(OLDEST)/constraints.txt
 	echo 'transformers==5.17.0' >> $(OLDEST)/constraints.txt

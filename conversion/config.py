@@ -41,6 +41,7 @@ FIELDS = {
     "moe_router_num_groups": "n_group",
     "moe_router_group_topk": "topk_group",
 }
+OTHER_SPELLINGS = ("norm_epsilon", "num_moe_experts")
 MOE_ONLY = {
     "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "moe_shared_expert_intermediate_size",
     "moe_latent_size", "routed_scaling_factor", "n_group", "topk_group",
@@ -110,7 +111,7 @@ def derive(checkpoint: MegatronCheckpoint, extra: str | Path | None = None) -> t
     return config, remarks
 
 
-# In `--config` these may differ from the checkpoint's own without being contradictions: they are not part of the weights.
+# In `--config` these may differ from the checkpoint's own: they are not part of the weights.
 NOT_COMPARED = {"max_position_embeddings", "chunk_size"}
 
 
@@ -336,8 +337,8 @@ def _complete_vocabulary(fields: dict[str, Any], checkpoint: MegatronCheckpoint)
 def _check_product(config: NemotronHConfig, known: dict[str, Known]) -> None:
     if "gs" in known and config.n_groups * config.ssm_state_size != known["gs"].value:
         raise ValueError(
-            f"n_groups={config.n_groups} times ssm_state_size={config.ssm_state_size} is not {known['gs'].value}, which "
-            f"{known['gs'].source} gives"
+            f"n_groups={config.n_groups} times ssm_state_size={config.ssm_state_size} is not {known['gs'].value}, "
+            f"which {known['gs'].source} gives"
         )
 
 
@@ -347,13 +348,13 @@ def to_args(config: NemotronHConfig, padded_rows: int, sizes: dict[str, int], co
     `sizes` are the parallel sizes by argument name; `core` "0.19" has the pattern with `|` at the pipeline's cuts
     (given in `cuts`) and the patterns of multi-token prediction after `/`.
     """
-    args = {argument: getattr(config, field) for argument, field in FIELDS.items()
-            if argument not in ("norm_epsilon", "num_moe_experts") and (config.has_experts or field not in MOE_ONLY)}  # fmt: skip
+    fields = {argument: field for argument, field in FIELDS.items() if config.has_experts or field not in MOE_ONLY}
+    args = {argument: getattr(config, field) for argument, field in fields.items() if argument not in OTHER_SPELLINGS}
     if not config.has_experts:
         args |= {"num_experts": None, "moe_ffn_hidden_size": None, "moe_shared_expert_intermediate_size": None}
     else:
-        args |= {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True, "moe_router_dtype": "fp32",
-                 "moe_router_pre_softmax": False}  # fmt: skip
+        args |= {"moe_router_score_function": "sigmoid", "moe_router_pre_softmax": False}
+        args |= {"moe_router_enable_expert_bias": True, "moe_router_dtype": "fp32"}
     dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
     mtp = f"/{config.mtp_hybrid_override_pattern}" * config.num_nextn_predict_layers
     newer = core == "0.19"

@@ -72,8 +72,8 @@ def _distributed(folder: Path) -> str:
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{folder / 'metadata.json'} does not name a sharded_backend: {error!r}") from None
     if backend == "zarr":
-        raise ValueError(f"{folder} is in the zarr format, which megatron-core dropped in 0.16; load it with 0.15 or older "
-                         f"and save it as torch_dist")  # fmt: skip
+        raise ValueError(f"{folder} is in the zarr format, which megatron-core dropped in 0.16; load it with 0.15 or "
+                         f"older and save it as torch_dist")  # fmt: skip
     if backend != "torch_dist":
         raise ValueError(f"{folder / 'metadata.json'}: sharded_backend={backend!r}; allowed is 'torch_dist'")
     if not (folder / ".metadata").is_file():

@@ -2,8 +2,8 @@
 
     V vocabulary rows, g key/value groups, r query heads per group, hd head_dim, T tensor-parallel ranks, E experts
 
-A whole tensor is cut for T ranks along one axis, part by part: each of the parts that lie one after another on that axis
-(z, x, B, C, dt of a Mamba in_proj) is cut in T, and rank t holds its piece of every part. A plain concatenation of the
+A whole tensor is cut for T ranks along one axis, part by part: each of the parts that lie one after another on it (z,
+x, B, C, dt of a Mamba in_proj) is cut in T, and rank t holds its piece of every part. A plain concatenation of the
 ranks' tensors therefore has the right shape and the wrong content wherever there is more than one part.
 """
 

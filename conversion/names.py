@@ -53,7 +53,8 @@ BLOCKS = {
         Row("mixer.out_proj.bias", "mixer.out_proj.bias", "h", COPY, when="use_bias"),
     ),
     "*": (
-        Row("self_attention.linear_qkv.layer_norm_weight", "norm.weight", "h", COPY, others=("input_layernorm.weight",)),
+        Row("self_attention.linear_qkv.layer_norm_weight", "norm.weight", "h", COPY,
+            others=("input_layernorm.weight",)),
         Row("self_attention.linear_qkv.weight", "mixer.q_proj.weight mixer.k_proj.weight mixer.v_proj.weight",
             "q+k+v h", ROWS, QKV),
         Row("self_attention.linear_qkv.bias", "mixer.q_proj.bias mixer.k_proj.bias mixer.v_proj.bias",

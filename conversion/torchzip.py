@@ -1,4 +1,4 @@
-"""torch.save's file format, read and written piece by piece: a zip of one pickle and one uncompressed record per tensor.
+"""torch.save's file format, read and written in pieces: a zip of one pickle and one uncompressed record per tensor.
 
     NAME/data.pkl     the object, with each tensor a reference (key, dtype, count) to a record
     NAME/data/KEY     the bytes of one storage, uncompressed, aligned to 64
@@ -161,7 +161,7 @@ class Later:
 
 
 class Writer:
-    """Writes one torch.save zip at the end of an open file: first the object, then its tensors in order of appearance."""
+    """Writes one torch.save zip at the end of an open file: the object, then its tensors in order of appearance."""
 
     def __init__(self, file: IO[bytes], value: Any) -> None:
         self.window = Window(file, file.seek(0, os.SEEK_END))

@@ -2,7 +2,7 @@
 
 All files of a pipeline stage are open together, so each tensor is read once, cut for the ranks, and forgotten. Layers
 are numbered from 0 in each stage, experts in each expert rank; expert matrices are cut over the same tensor ranks as
-the rest. With multi-token prediction the last stage has the embedding too, and with tied embeddings as its output layer.
+the rest. The last stage has the embedding too with multi-token prediction, and as its output layer if they are tied.
 """
 
 from __future__ import annotations

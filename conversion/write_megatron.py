@@ -58,8 +58,8 @@ class Layout(NamedTuple):
         ):
             raise ValueError(f"tp={self.tp}, pp={self.pp}, ep={self.ep}: allowed are positive integers")
         if self.format == "torch_dist" and (self.tp, self.pp, self.ep) != (1, 1, 1):
-            raise ValueError(f"tp={self.tp}, pp={self.pp}, ep={self.ep}: torch_dist is loaded under any parallelism; sizes are "
-                             f"for format torch")  # fmt: skip
+            raise ValueError(f"tp={self.tp}, pp={self.pp}, ep={self.ep}: torch_dist is loaded under any parallelism; "
+                             f"sizes are for format torch")  # fmt: skip
         if "M" in config.hybrid_override_pattern and config.n_groups % self.tp:
             raise ValueError(f"tp={self.tp}: allowed are divisors of n_groups={config.n_groups}")
         if config.has_experts and config.n_routed_experts % self.ep or not config.has_experts and self.ep != 1:

@@ -299,7 +299,7 @@ def _header(specs: Sequence[TensorSpec], metadata: dict[str, str]) -> bytes:
 
 
 def plan_shards(groups: Iterable[Sequence[TensorSpec]], max_shard_bytes: int) -> dict[str, list[TensorSpec]]:
-    """File name -> its tensors. Each group (tensors made together) stays in one file; only one group may exceed the limit."""
+    """File name -> its tensors. A group (tensors made together) stays in one file; one alone may exceed the limit."""
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes={max_shard_bytes}: allowed is a positive number of bytes")
     shards: list[list[TensorSpec]] = []
