@@ -188,6 +188,14 @@ class NemotronHConfig(PreTrainedConfig):
         _validate(self)
 
     @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "NemotronHConfig":
+        """As transformers'; the configuration of another kind of model is a `ValueError`."""
+        found = config_dict.get("model_type", cls.model_type)
+        if found != cls.model_type:
+            raise ValueError(f"model_type={found!r}: allowed is {cls.model_type!r}")
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "NemotronHConfig":
         """The released shape called `name` ("nemotron-h-8b", "nano-9b-v2", "3-super", ...), with fields overridden."""
         short = name.lower()

@@ -1,4 +1,4 @@
-"""Loading and saving without surprises: files are checked before a byte is used, weights after, and writing is all or nothing.
+"""Loading and saving without surprises: files are checked before use, weights after, and writing is all or nothing.
 
 transformers renames `backbone.` to `model.` and merges per-expert matrices for its own classes only; the same rules are
 registered here for ours. Their key is shared with the native class in the process, which they fit as well.
@@ -54,15 +54,49 @@ def read_header(path: str | os.PathLike) -> dict[str, dict]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise ValueError(f"{path} is cut short or not a safetensors file ({size} bytes, header of {length})")
-        try:
-            header = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a safetensors file: {error}") from None
-    header.pop("__metadata__", None)
-    end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        header.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ValueError(f"{path} is not a safetensors file, its header cannot be read: {error!r}") from None
     if end != size:
         raise ValueError(f"{path} is cut short or damaged: its header describes {end} bytes, the file has {size}")
     return header
+
+
+def check_index(folder: str | os.PathLike) -> None:
+    """Refuse an index of shards that is damaged or leads out of its folder; a hub id or a folder without one passes.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    path = Path(folder) / "model.safetensors.index.json"
+    if not path.is_file():
+        return
+    try:
+        files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise ValueError(f"{path} is not an index of shards with a weight_map: {error!r}") from None
+    for file in sorted(map(str, files)):
+        if Path(file).name != file:
+            raise ValueError(f"{path} names the shard {file!r}: allowed is a file name without folders")
+
+
+def check_files(files: Iterable[str]) -> None:
+    """Refuse files that are damaged, and experts of one layer that differ in shape, before anything is read.
+
+    Raises:
+        ValueError: naming the file or the tensors.
+    """
+    first: dict[str, tuple[str, list[int]]] = {}
+    for file in files:
+        for name, entry in read_header(file).items():
+            kind = re.sub(r"experts\.\d+\.", "experts.*.", name)
+            if kind != name and entry["shape"] != first.setdefault(kind, (name, entry["shape"]))[1]:
+                other, shape = first[kind]
+                raise ValueError(f"{file} has {name} in shape {tuple(entry['shape'])}, but {other} in {tuple(shape)}")
 
 
 def stored_dtypes(files: Iterable[str], dtype: torch.dtype) -> dict[str, torch.dtype]:

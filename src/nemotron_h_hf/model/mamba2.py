@@ -34,6 +34,19 @@ class NemotronHRMSNormGated(nn.Module):
         return gated_norm(x, gate, self.weight, self.group_size, self.variance_epsilon, implementation)
 
 
+class NemotronHCausalConv1d(nn.Conv1d):
+    """Each channel's convolution over its own past; called as a module, so that offloading brings its weight."""
+
+    def forward(
+        self, x: Tensor, state: Tensor | None, seq_idx: Tensor | None = None, implementation: str = "torch"
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x (b, l, d) -> (b, l, d); one token per row, (b, d), -> (b, d) and the next state."""
+        taps = self.weight.squeeze(1)
+        if x.dim() == 2:
+            return conv_step(x, state, taps, self.bias, implementation)
+        return causal_conv(x, taps, self.bias, state, seq_idx, implementation)
+
+
 class NemotronHMamba2Mixer(nn.Module):
     """One Mamba-2 layer (arXiv 2405.21060). A_log, D, dt_bias are stored in any dtype and computed in fp32."""
 
@@ -49,7 +62,7 @@ class NemotronHMamba2Mixer(nn.Module):
         self.conv_sizes = [self.intermediate_size, groups_size, groups_size]  # x, B, C
 
         self.in_proj = nn.Linear(config.hidden_size, sum(self.in_proj_sizes), bias=config.use_bias)
-        self.conv1d = nn.Conv1d(
+        self.conv1d = NemotronHCausalConv1d(
             self.conv_dim, self.conv_dim, config.conv_kernel, groups=self.conv_dim, bias=config.use_conv_bias
         )
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
@@ -91,7 +104,7 @@ class NemotronHMamba2Mixer(nn.Module):
         conv_state, ssm_state = (None, None) if layer is None else read_states(layer)
         if padding is not None and seq_idx is not None:  # the padding behind the real tokens is no new document
             seq_idx = seq_idx.where(padding.real, seq_idx.gather(1, (padding.lengths[:, None] - 1).clamp(min=0)))
-        conv_out = causal_conv(conv_in, *self._taps(), conv_state, seq_idx, implementation)
+        conv_out = self.conv1d(conv_in, conv_state, seq_idx, implementation)
         x, B, C = self._heads(conv_out)
         dt = discretize(dt, self.dt_bias, self.time_step_limit)
         if padding is not None:
@@ -113,7 +126,7 @@ class NemotronHMamba2Mixer(nn.Module):
         implementation = self.config.mamba_implementation
         gate, conv_in, dt = projected.split(self.in_proj_sizes, dim=-1)
         conv_state, ssm_state = read_states(layer)
-        conv_out, conv_next = conv_step(conv_in, conv_state, *self._taps(), implementation)
+        conv_out, conv_next = self.conv1d(conv_in, conv_state, implementation=implementation)
         x, B, C = self._heads(conv_out)
         dt, A = discretize(dt, self.dt_bias, self.time_step_limit), self._decay()
         y, ssm_next = scan_step(x, dt, A, B, C, self.D, ssm_state, implementation)
@@ -122,9 +135,6 @@ class NemotronHMamba2Mixer(nn.Module):
             layer.record((conv_state, ssm_state), A, {name: t[:, None] for name, t in fed.items()})
         layer.store(conv_next, ssm_next, 1)
         return self.norm(y.flatten(-2), gate, implementation)
-
-    def _taps(self) -> tuple[Tensor, Tensor | None]:
-        return self.conv1d.weight.squeeze(1), self.conv1d.bias
 
     def _heads(self, conv_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., x + B + C) -> x (..., h, p), B and C (..., g, n)."""

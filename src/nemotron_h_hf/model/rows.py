@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache
+
+from .cache import sequence_length
 
 
 @dataclass
@@ -35,6 +38,25 @@ class Padding:
     def restore(self, x: Tensor) -> Tensor:
         """The inverse of `compact`."""
         return _gather(x, self.inverse)
+
+
+def check_mask(attention_mask: Tensor | None, batch_size: int, length: int, cache: object = None) -> None:
+    """Refuse a 2-D mask that is not (b, l) or (b, past + l).
+
+    Raises:
+        ValueError: with the mask's shape and what is allowed.
+    """
+    if attention_mask is None or attention_mask.dim() != 2 or torch.compiler.is_compiling():
+        return
+    seen = sequence_length(cache) if isinstance(cache, Cache) else 0
+    rows, columns = attention_mask.shape
+    too_long = isinstance(seen, int) and columns > seen + length  # a static cache counts on its device: not asked
+    if rows != batch_size or columns < length or too_long:
+        past = f"the {seen} tokens in the cache and " if isinstance(seen, int) and seen else ""
+        raise ValueError(
+            f"attention_mask has {columns} columns and {rows} rows: allowed is a row for each of the batch's {batch_size}, "
+            f"with a column for each of {past}the {length} tokens of the input"
+        )
 
 
 def find_padding(attention_mask: Tensor | None, length: int) -> Padding | None:
