@@ -211,7 +211,6 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False: allowed is safetensors alone, pickled weights can run code")
         check_index(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
-        check_index(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         explicit = kwargs.get("dtype", kwargs.get("torch_dtype"))
         with_info = kwargs.pop("output_loading_info", False)
         token = keep_file_dtypes.set(explicit in (None, "auto"))
@@ -329,7 +328,6 @@ class NemotronHModel(NemotronHPreTrainedModel):
         masks_given = isinstance(attention_mask, dict)
         mask_2d = attention_mask.get("linear_attention") if masks_given else attention_mask
         check_mask(mask_2d, batch_size, length, past_key_values)
-        check_mask(mask_2d, batch_size, length, past_key_values)
         padding = find_padding(mask_2d, length)
         device = (input_ids if inputs_embeds is None else inputs_embeds).device
         documents = find_documents(batch_size, length, device, position_ids, seq_idx, cu_seq_lens_q, padding)
@@ -428,8 +426,6 @@ class NemotronHModel(NemotronHPreTrainedModel):
             raise ValueError(f"{wanted} has shape {tuple(source.shape)}")
         if source.shape[1] == 0 or source.shape[0] == 0:
             raise ValueError(f"the prompt is empty: input has shape {tuple(source.shape)}")
-        if inputs_embeds is not None and source.shape[2] != self.config.hidden_size:
-            raise ValueError(f"inputs_embeds has width {source.shape[2]}: allowed is hidden_size={self.config.hidden_size}")
         if inputs_embeds is not None and source.shape[2] != self.config.hidden_size:
             raise ValueError(f"inputs_embeds has width {source.shape[2]}: allowed is hidden_size={self.config.hidden_size}")
         one_token_on_gpu = source.shape[1] == 1 and source.device.type != "cpu"  # would wait for the device at every step
@@ -539,13 +535,6 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         if skip:
             output.make_logits_on_demand(make_logits)
         return output
-
-    def _prepare_model_inputs(self, inputs: Tensor | None, bos_token_id: Tensor | None, model_kwargs: dict):
-        """As transformers', which stumbles over a prompt without tokens; `generate()` with no prompt starts from bos."""
-        prompt = model_kwargs.get("input_ids") if inputs is None else inputs
-        if prompt is not None and prompt.numel() == 0 and "inputs_embeds" not in model_kwargs:
-            raise ValueError(f"the prompt is empty: input has shape {tuple(prompt.shape)}")
-        return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
 
     def _prepare_model_inputs(self, inputs: Tensor | None, bos_token_id: Tensor | None, model_kwargs: dict):
         """As transformers', which stumbles over a prompt without tokens; `generate()` with no prompt starts from bos."""
