@@ -37,7 +37,7 @@ quality: $(VENV)/.installed  ## lint and formatting, checked but not changed
 	$(VENV)/bin/ruff format --check src conversion tests examples setup.py
 
 bench: $(VENV)/.installed  ## speed on this CPU beside transformers' own model; writes docs/results
-	$(VENV)/bin/nemotron-h bench cpu
+	$(VENV)/bin/nemotron-h bench cpu --output docs/results/bench_cpu --overwrite
 
 # A stamp is newer than what it was installed from, so a second `make` installs nothing.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt

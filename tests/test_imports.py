@@ -29,6 +29,7 @@ MAY_IMPORT = {
         "checkpoint",
         "conversion",
         "headers",
+        "benchmark",
         "data",
         "training",
         "compression",
