@@ -10,6 +10,7 @@ A layer is one mixer: Mamba-2 (M), attention (*), MLP (-) or mixture of experts 
 Widths are never derived from `expand` or `hidden_size`: the Mamba width is heads * head_dim (`mamba_intermediate_size`).
 """
 
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -172,7 +173,7 @@ class NemotronHConfig(PreTrainedConfig):
             self.num_nextn_predict_layers = 0
         self.mtp_layers_block_type = (
             _read_layers(mtp_layers, mtp_pattern, None, default="*E", field="mtp_layers_block_type")
-            if self.num_nextn_predict_layers or mtp_pattern or mtp_layers
+            if self.num_nextn_predict_layers  # transformers writes a default pattern into models that have none
             else None
         )
         if kwargs.pop("use_mamba_kernels", True) is False and self.mamba_implementation == "auto":
@@ -332,7 +333,7 @@ def _validate(config: NemotronHConfig) -> None:
         return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
     def is_number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
     counts = ["vocab_size", "hidden_size", "max_position_embeddings", "num_attention_heads", "num_key_value_heads",
               "head_dim", "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "chunk_size"]  # fmt: skip
@@ -371,6 +372,8 @@ def _validate(config: NemotronHConfig) -> None:
         require(top_k <= experts, "num_experts_per_tok", f"at most n_routed_experts={experts}")
         require(experts % config.n_group == 0, "n_group", f"a divisor of n_routed_experts={experts}")
         require(config.topk_group <= config.n_group, "topk_group", f"at most n_group={config.n_group}")
+        reach = experts // config.n_group * config.topk_group
+        require(top_k <= reach, "num_experts_per_tok", f"at most the {reach} experts of topk_group={config.topk_group} groups")
         latent = config.moe_latent_size
         require(latent is None or is_count(latent), "moe_latent_size", "null or a positive integer")
         require(is_number(config.routed_scaling_factor), "routed_scaling_factor", "a number")
