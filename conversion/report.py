@@ -11,6 +11,18 @@ import torch
 
 from .plan import Plan
 
+# What Megatron's own pickles name besides tensors; anything else among the stand-ins is worth a warning.
+USUAL = (
+    "megatron.",
+    "numpy.",
+    "signal.Signals",
+    "_codecs.encode",
+    "_io.BytesIO",
+    "pathlib.",
+    "transformer_engine.",
+    "torch.",
+)
+
 JSON_NAME, TABLE_NAME = "conversion_report.json", "conversion_report.txt"
 
 
@@ -76,8 +88,14 @@ class Report:
         if self.num_nan or self.num_inf:
             bad = [name for name, line in self.tensors.items() if line.get("num_nan") or line.get("num_inf")]
             lines.append(f"WARNING: not all numbers are finite: {', '.join(bad[:5])}")
-        if self.stand_ins:
-            lines.append(f"named by the checkpoint's pickles and not loaded: {', '.join(self.stand_ins)}")
+        odd = [name for name in self.stand_ins if not name.startswith(USUAL)]
+        if odd:
+            lines.append(
+                f"WARNING: its pickles name {', '.join(odd)}, which no checkpoint needs; nothing of it was run"
+            )
+        if len(odd) < len(self.stand_ins):
+            usual = ", ".join(name for name in self.stand_ins if name not in odd)
+            lines.append(f"named by its pickles and not loaded: {usual}")
         lines += [f"note: {note}" for note in self.notes]
         if self.verified:
             lines.append("verified: the output was read again and is what was written")

@@ -65,7 +65,7 @@ class Entry:
     @property
     def sources(self) -> list[str]:
         """Names of the files that hold it."""
-        return sorted({piece.stored.path.name for piece in self.pieces})
+        return sorted({"/".join(piece.stored.path.parts[-2:]) for piece in self.pieces})
 
 
 class MegatronCheckpoint(Mapping[str, Tensor]):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from nemotron_h_hf.checkpoint import Checkpoint, Digest
+from nemotron_h_hf.checkpoint import Checkpoint, Digest, write_text
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 from nemotron_h_hf.model.modeling_nemotron_h import NemotronHForCausalLM
 
@@ -77,8 +78,13 @@ def compare_logits(target: Path, reference: str | Path, config: NemotronHConfig)
 
 @torch.no_grad()
 def _logits(folder: Path, config: NemotronHConfig | None) -> torch.Tensor:
-    extra = {} if config is None else {"config": config}
-    model = NemotronHForCausalLM.from_pretrained(folder, dtype=torch.float32, **extra).eval()
+    with TemporaryDirectory() as temporary:
+        if config is not None:  # the target gets its config.json last of all, so the probe sees it elsewhere
+            for file in folder.glob("*.safetensors*"):
+                (Path(temporary) / file.name).symlink_to(file.resolve())
+            write_text(Path(temporary) / "config.json", config.to_json_string(use_diff=False))
+            folder = Path(temporary)
+        model = NemotronHForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(
         min(3, model.config.vocab_size - 1), model.config.vocab_size, (1, PROBE_TOKENS), generator=generator

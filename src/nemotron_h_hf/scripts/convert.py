@@ -1,0 +1,103 @@
+"""Convert checkpoints between Megatron and Hugging Face: no Megatron, no GPU, one tensor in memory at a time.
+
+    nemotron-h convert run/ model/                                  # Megatron of any format to Hugging Face
+    nemotron-h convert run/ model/ --dry-run                        # the plan, tensor by tensor; nothing is written
+    nemotron-h convert run/ model/ --config nemotron-h-8b --dtype bfloat16 --tokenizer tokenizer/ --verify
+    nemotron-h convert model/ run/                                  # to torch_dist, which loads at any parallelism
+    nemotron-h convert model/ run/ --format torch --tp 4 --pp 2 --ep 8
+    nemotron-h convert model/ run/ --format torch --pp 14,14,12,12  # layers of each pipeline stage
+
+A conversion that was interrupted goes on when the same command is given again. What was done is in the target's
+conversion_report.json and conversion_report.txt. Nothing in a checkpoint is executed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+from nemotron_h_hf.conversion import convert
+
+
+@dataclass(frozen=True)
+class ConvertArguments:
+    """What the command line says; the fields are those of `nemotron_h_hf.conversion.convert`."""
+
+    source: str
+    target: str
+    to: str | None
+    format: str | None
+    tp: int
+    pp: int | list[int]
+    ep: int
+    dtype: str | None
+    config: str | None
+    max_shard_size: str
+    tokenizer: str | None
+    vocab_divisible_by: int
+    core: str
+    allow_unused: list[str]
+    allow_missing: list[str]
+    dry_run: bool
+    verify_output: bool
+    verify_logits: str | None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert, with a progress bar on a terminal, and print the summary (or the whole plan of a dry run)."""
+    arguments = parse(argv)
+    report = convert(**asdict(arguments), progress=sys.stderr.isatty(), say=lambda line: print(line, file=sys.stderr))
+    print(report.table() if arguments.dry_run else "\n".join(report.summary()))
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> ConvertArguments:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="nemotron-h convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "source", metavar="SRC", help="Megatron run, iteration or weights folder, or Hugging Face folder"
+    )
+    parser.add_argument("target", metavar="DST", help="new folder, or that of the same conversion interrupted")
+    parser.add_argument("--to", choices=("hf", "megatron"), help="the other kind than SRC, if not given")
+    parser.add_argument("--format", choices=("torch_dist", "torch"), help="of a Megatron DST (torch_dist)")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks of --format torch (1)")
+    parser.add_argument("--pp", type=_stages, default=1, help="pipeline stages, or the layers of each: 14,12 (1)")
+    parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks of --format torch (1)")
+    parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="of DST (as in SRC)")
+    parser.add_argument("--config", help="preset or config.json that completes what a Megatron SRC does not say")
+    parser.add_argument("--max-shard-size", default="5GB", help="of the files of DST (5GB)")
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="folder whose tokenizer files are copied to a Hugging Face DST"
+    )
+    parser.add_argument(
+        "--vocab-divisible-by",
+        type=int,
+        default=128,
+        help="a Megatron DST pads the vocabulary to this times --tp (128)",
+    )
+    parser.add_argument(
+        "--core", choices=("auto", "0.16", "0.19"), default="auto", help="names of --format torch (auto)"
+    )
+    parser.add_argument(
+        "--allow-unused", metavar="NAME", action="append", default=[], help="tensors of SRC to leave out"
+    )
+    parser.add_argument("--allow-missing", metavar="NAME", action="append", default=[], help="tensors to go on without")
+    parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
+    parser.add_argument(
+        "--verify", dest="verify_output", action="store_true", help="read everything again that was written"
+    )
+    parser.add_argument("--verify-logits", metavar="REF", help="compare a probe with this Hugging Face checkpoint")
+    return ConvertArguments(**vars(parser.parse_args(argv)))
+
+
+def _stages(text: str) -> int | list[int]:
+    counts = [int(part) for part in text.split(",")]
+    return counts[0] if len(counts) == 1 else counts
+
+
+if __name__ == "__main__":
+    sys.exit(main())
