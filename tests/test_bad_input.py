@@ -162,17 +162,15 @@ def test_unknown_layer_letters(folder, pattern):
 
 def test_experts_that_do_not_fit_each_other(tmp_path):
     tiny_model("moe").save_pretrained(tmp_path)
-    edit_weights(tmp_path, lambda w: w.update({"backbone.layers.1.mixer.experts.3.up_proj.weight": torch.zeros(9, 48)}))
-    refused(
-        tmp_path, r"experts\.3\.up_proj\.weight in shape \(9, 48\), but .*experts\.0\.up_proj\.weight in \(24, 48\)"
-    )
+    odd = "backbone.layers.1.mixer.experts.3.up_proj.weight"
+    edit_weights(tmp_path, lambda weights: weights.update({odd: torch.zeros(9, 48)}))
+    refused(tmp_path, r"experts\.3\.up_proj\.weight in shape \(9, 48\), but .*experts\.0\.up_proj\.weight in \(24")
 
 
 def test_one_expert_too_few(tmp_path):
     tiny_model("moe").save_pretrained(tmp_path)
-    edit_weights(
-        tmp_path, lambda w: [w.pop(f"backbone.layers.1.mixer.experts.7.{x}_proj.weight") for x in ("up", "down")]
-    )
+    names = [f"backbone.layers.1.mixer.experts.7.{way}_proj.weight" for way in ("up", "down")]
+    edit_weights(tmp_path, lambda weights: [weights.pop(name) for name in names])
     refused(tmp_path, r"layers\.1\.mixer\.experts\.(up|down)_proj in shape \(7, .*\(8, ")
 
 
@@ -220,7 +218,7 @@ def test_input_of_the_wrong_rank_or_twice(model):
 def test_a_mask_that_is_too_short(model):
     with pytest.raises(
         ValueError,
-        match=r"attention_mask has shape \(1, 4\): allowed is 1 rows, with a column for each of the 9 tokens",
+        match="attention_mask has 4 columns .* the 9 tokens of the input",
     ):
         model(prompt(1, 9), attention_mask=torch.ones(1, 4, dtype=torch.long))
 
@@ -237,7 +235,7 @@ def test_a_mask_of_another_batch_or_length(model, shape):
         ({"hybrid_override_pattern": "M-M*-M"}, "6 layers, the model has 7"),
         (
             {"hybrid_override_pattern": "M-*M-M-"},
-            r"layers\[2\] is a DynamicLayer, the model's layer is linear_attention",
+            r"layers\[2\] is a DynamicLayer, .* is linear_attention",
         ),
         ({"ssm_state_size": 32}, r"layers\[0\] holds .*: a cache of another model"),
         ({"head_dim": 8}, r"layers\[3\] holds .*: a cache of another model"),
@@ -321,13 +319,8 @@ for folder in sys.argv[1:]:
 def test_a_killed_save_leaves_no_folder_that_looks_whole(folder):
     before, new = listing(folder), folder.parent / "new"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(folder), str(new)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    command = [sys.executable, "-c", KILLED, str(folder), str(new)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert listing(folder) == before and not new.exists()
     left = sorted(path.name for path in folder.parent.iterdir() if path != folder)

@@ -1,4 +1,4 @@
-"""Saving and loading: bit-equal there and back, released names on disk, and transformers' own class on the other side."""
+"""Saving and loading: bit-equal there and back, released names on disk, transformers' own class on the other side."""
 
 import json
 import os
@@ -28,7 +28,7 @@ VARIANTS = {
     "latent": ("latent", {}),
     "mtp": ("moe", MTP),
 }
-# Variants that transformers' own class understands: it ignores attention_bias and tying, and has one width for all MLPs.
+# What transformers' own class understands: it ignores attention_bias and tying, and has one width for all MLPs.
 SHARED = ["dense", "moe", "latent", "mtp"]
 
 
@@ -38,7 +38,7 @@ def variant(name: str, **more) -> NemotronHForCausalLM:
 
 
 def mix_dtypes(model: nn.Module) -> nn.Module:
-    """bf16 as released, with the small tensors of Mamba layers and some norms in fp32, in values that bf16 cannot hold."""
+    """bf16 as released, small tensors of Mamba layers and some norms in fp32, in values that bf16 cannot hold."""
     model.to(torch.bfloat16)
     for name, parameter in model.named_parameters():
         if name.endswith(("A_log", ".D", "dt_bias", "mixer.norm.weight", "norm_f.weight")):
@@ -153,7 +153,7 @@ assert "nemotron_h_hf" not in sys.modules
 
 
 def test_transformers_own_class_reads_ours_and_we_read_its(tmp_path):
-    """Its side runs in a process that does not know the package; its fixed clamp of the step sizes is set aside there."""
+    """Its side runs in a process without the package, where its fixed clamp of the step sizes is set aside."""
     ids, logits = torch.arange(3, 24)[None], {}
     for name in SHARED:
         model = variant(name)
@@ -227,7 +227,7 @@ def test_base_weights_start_a_classifier_and_a_causal_model_says_what_is_missing
 
 
 def test_fresh_weights_are_drawn_only_for_fresh_models(tmp_path):
-    """Loading once re-initialised A_log, D, dt_bias and out_proj; here it leaves even a model that is initialised again."""
+    """Loading must never draw A_log, D, dt_bias or out_proj again, not even where `init_weights` runs once more."""
     model = variant("moe")
     model.save_pretrained(tmp_path)
     loaded = NemotronHForCausalLM.from_pretrained(tmp_path)

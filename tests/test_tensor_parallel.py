@@ -1,4 +1,4 @@
-"""Weights in several places: split over two processes by the tensor-parallel plan, or offloaded to disk by accelerate."""
+"""Weights in several places: split over two processes by the tensor-parallel plan, or offloaded to disk."""
 
 import os
 import socket

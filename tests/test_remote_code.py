@@ -1,0 +1,100 @@
+"""The flat folder of model code alone: what `trust_remote_code=True` runs where the package is not installed."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from nemotron_h_hf import EMBEDDED_MODEL, hub
+
+PROMPT = "def load(path):\n"
+
+# Run where the package cannot be imported: text and logits of every folder, then saved once more with its code.
+WITHOUT_PACKAGE = """
+import json, sys
+sys.modules["nemotron_h_hf"] = None
+from pathlib import Path
+import torch
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+out, folders = {}, sys.argv[1:]
+for folder in folders:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    assert type(model.config).__module__.startswith("transformers_modules."), type(model.config)
+    ids = torch.arange(3, 24)[None]
+    with torch.no_grad():
+        save_file({"logits": model(ids).logits}, folder + "/remote.logits")
+    out[folder] = model.generate(ids, max_new_tokens=8, do_sample=False).tolist()
+    model.save_pretrained(folder + ".again")
+tokenizer = AutoTokenizer.from_pretrained(folders[0])
+ids = tokenizer(sys.stdin.read(), return_tensors="pt").input_ids
+model = AutoModelForCausalLM.from_pretrained(folders[0], trust_remote_code=True)
+out["text"] = tokenizer.decode(model.generate(ids, max_new_tokens=24, do_sample=False)[0])
+cache = type(model(ids, use_cache=True).past_key_values).__name__
+assert cache == "HybridCache", cache
+
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM as Native
+native, info = Native.from_pretrained(folders[1], output_loading_info=True)
+assert not info["missing_keys"] and not info["unexpected_keys"], info
+print(json.dumps(out))
+"""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> list[Path]:
+    """The embedded model, and tiny ones, each with the code beside the weights."""
+    root = tmp_path_factory.mktemp("remote")
+    shutil.copytree(EMBEDDED_MODEL, root / "embedded")
+    for shape in ("dense", "moe"):
+        tiny_model(shape).save_pretrained(root / shape)
+    folders = [root / name for name in ("embedded", "dense", "moe")]
+    for folder in folders:
+        hub.attach_code(folder)
+    return folders
+
+
+@pytest.fixture(scope="module")
+def answer(folders, tmp_path_factory) -> dict:
+    """What a process without the package printed."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules"))}
+    command = [sys.executable, "-c", WITHOUT_PACKAGE, *map(str, folders)]
+    done = subprocess.run(command, env=environment, input=PROMPT, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_same_logits_and_tokens(folders, answer):
+    for folder in folders:
+        model, ids = AutoModelForCausalLM.from_pretrained(folder), torch.arange(3, 24)[None]
+        assert type(model).__module__ == "nemotron_h_hf.model.modeling_nemotron_h"
+        with torch.no_grad():
+            expected = model(ids).logits
+        torch.testing.assert_close(load_file(folder / "remote.logits")["logits"], expected, rtol=0, atol=1e-6)
+        assert model.generate(ids, max_new_tokens=8, do_sample=False).tolist() == answer[str(folder)]
+
+
+def test_same_text(folders, answer):
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folders[0]), AutoTokenizer.from_pretrained(folders[0])
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    assert tokenizer.decode(model.generate(ids, max_new_tokens=24, do_sample=False)[0]) == answer["text"]
+
+
+def test_saving_there_carries_the_code_and_the_released_names(folders, answer):
+    for folder in folders:
+        again = Path(f"{folder}.again")
+        assert set(hub.code_files()) <= {path.name for path in again.iterdir()}
+        config = json.loads((again / "config.json").read_text())
+        assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_nemotron_h.NemotronHForCausalLM"
+        first, second = load_file(folder / "model.safetensors"), load_file(again / "model.safetensors")
+        assert first.keys() == second.keys()
+        assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
