@@ -163,11 +163,24 @@ def test_auto_decides_op_by_op(calls, monkeypatch, warnings_seen):
     assert len(warnings_seen) == 1 and "causal_conv1d is not installed" in warnings_seen[0]
 
 
-def test_steps_leave_the_given_state_alone(calls):
+@pytest.mark.parametrize("implementation", ["torch", "kernels"])
+def test_a_scan_step_updates_its_state_in_place(calls, implementation):
     inputs = one_token(operands())
     before = inputs[-1].clone()
-    kernels.scan_step(*inputs, "kernels")
+    with torch.no_grad():
+        _, after = kernels.scan_step(*inputs, implementation)
+    assert after is inputs[-1]
+    assert not torch.equal(after, before)
+
+
+def test_a_scan_step_with_gradients_leaves_its_state_alone():
+    inputs = one_token(operands())
+    before = inputs[-1].clone()
+    kernels.scan_step(*inputs, "torch")
     torch.testing.assert_close(inputs[-1], before)
+
+
+def test_a_conv_step_leaves_its_state_alone(calls):
     state = torch.randn(2, 16, 4)
     before = state.clone()
     _, after = kernels.conv_step(torch.randn(2, 16), state, torch.randn(16, 4), None, "kernels")
@@ -332,8 +345,8 @@ def test_scan_in_half_precision(real):
 def test_scan_step(real, dtype, tolerance):
     inputs = one_token(operands(batch=3, dtype=dtype))
     before = inputs[-1].clone()
-    y, state = kernels.scan_step(*inputs, "kernels")
     want_y, want_state = ssd.scan_step(*(t.double() for t in inputs))
+    y, state = kernels.scan_step(*inputs, "kernels")
     assert y.dtype == dtype and state.dtype == torch.float32
     assert error(y, want_y) <= tolerance and error(state, want_state) <= TOLERANCE
     assert torch.equal(inputs[-1], before)

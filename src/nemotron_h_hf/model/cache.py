@@ -73,7 +73,8 @@ class MambaCacheLayer(LinearAttentionLayer):
             if not self.is_recurrent_states_initialized[0]:
                 self.lazy_initialization(conv_states=conv_state, recurrent_states=ssm_state)
             self.conv_states[0].copy_(conv_state)
-            self.recurrent_states[0].copy_(ssm_state)
+            if ssm_state is not self.recurrent_states[0]:  # one-token steps update it where it is
+                self.recurrent_states[0].copy_(ssm_state)
         self.has_previous_state[0] = True
         if not torch.compiler.is_compiling():
             self.tokens_seen += num_tokens

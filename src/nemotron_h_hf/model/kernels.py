@@ -130,10 +130,9 @@ def scan(
 def scan_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor, implementation: str
 ) -> tuple[Tensor, Tensor]:
-    """`ssd.scan_step`; from the kernel y comes in x's dtype."""
+    """`ssd.scan_step`, which updates the state in place as well; from the kernel y comes in x's dtype."""
     if not _use("mamba_ssm", x, implementation, _no_backward("selective_state_update", x, dt, A, B, C, D, state)):
         return torch_scan_step(x, dt, A, B, C, D, state)
-    state = state.clone()  # updated in place by the kernel
     p, n = state.shape[2:]
     # Zero strides over head_dim and state tell the kernel that a head has one step size, decay and bias. The bias is
     # zero, as dt has its own already; without one mamba_ssm 2.3 asks None for its stride.

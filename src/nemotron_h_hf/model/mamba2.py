@@ -129,10 +129,10 @@ class NemotronHMamba2Mixer(nn.Module):
         conv_out, conv_next = self.conv1d(conv_in, conv_state, implementation=implementation)
         x, B, C = self._heads(conv_out)
         dt, A = discretize(dt, self.dt_bias, self.time_step_limit), self._decay()
-        y, ssm_next = scan_step(x, dt, A, B, C, self.D, ssm_state, implementation)
-        if layer.record_past:
+        if layer.record_past:  # before the scan, which updates the state in place
             fed = {"conv": conv_in, "x": x, "dt": dt, "B": B, "real": torch.ones_like(dt[:, 0], dtype=torch.bool)}
             layer.record((conv_state, ssm_state), A, {name: t[:, None] for name, t in fed.items()})
+        y, ssm_next = scan_step(x, dt, A, B, C, self.D, ssm_state, implementation)
         layer.store(conv_next, ssm_next, 1)
         return self.norm(y.flatten(-2), gate, implementation)
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 
+CHUNK_TOKENS = 64  # longer chunks only add work here: the products inside a chunk grow with its length
 SEGMENT_TOKENS = 1024  # tokens scanned at a time: bounds the memory, and keeps the work in a CPU's cache
 
 
@@ -57,15 +58,13 @@ def causal_conv(
     else:
         padded = torch.cat([initial_state[..., 1:].transpose(1, 2).to(x.dtype), x], dim=1)
     weight = weight.to(x.dtype)
-    out = x * weight[:, -1]
+    out = x * weight[:, -1] if bias is None else torch.addcmul(bias.to(x.dtype), x, weight[:, -1])
     for back in range(1, taps):
         shifted = padded[:, taps - 1 - back : taps - 1 - back + length]
         if seq_idx is not None:
             shifted = shifted * _same_document(seq_idx, back).to(x.dtype)
-        out = torch.addcmul(out, shifted, weight[:, taps - 1 - back])
-    if bias is not None:
-        out = out + bias.to(x.dtype)
-    return F.silu(out)
+        out.addcmul_(shifted, weight[:, taps - 1 - back])
+    return F.silu(out, inplace=not torch.is_grad_enabled())
 
 
 def conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -99,10 +98,9 @@ def conv_window(x: Tensor, taps: int, initial_state: Tensor | None, lengths: Ten
 
 def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor:
     """RMSNorm over groups of channels of x * silu(gate), in fp32. x, gate (..., d), weight (d) -> (..., d) in gate's dtype."""
-    gated = wide(x) * F.silu(wide(gate))
-    groups = gated.unflatten(-1, (-1, group_size))
-    normed = groups * torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps)
-    return (normed.flatten(-2) * wide(weight)).to(gate.dtype)
+    groups = _times(F.silu(wide(gate)), wide(x)).unflatten(-1, (-1, group_size))
+    normed = _times(groups, torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps))
+    return _times(normed.flatten(-2), wide(weight)).to(gate.dtype)
 
 
 def scan(
@@ -124,7 +122,7 @@ def scan(
         A: (h), negative, fp32.
         B, C: (b, l, g, n).
         D: (h).
-        chunk_size: q; any length l is allowed.
+        chunk_size: q at most (the result does not depend on it); any length l is allowed.
         initial_state: (b, h, p, n) fp32, or None for zeros; it belongs to the document of the first token.
         seq_idx: (b, l) documents of a packed row, or None.
 
@@ -134,13 +132,14 @@ def scan(
     b, l, h, p = x.shape
     n = B.shape[-1]
     state = wide(x).new_zeros(b, h, p, n) if initial_state is None else wide(initial_state)
-    segment = max(chunk_size, SEGMENT_TOKENS // chunk_size * chunk_size)
+    chunk_size = min(chunk_size, CHUNK_TOKENS, l)
+    segment = SEGMENT_TOKENS // chunk_size * chunk_size
     recompute = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C, D, state))
     outputs, document = [], None
     for start in range(0, l, segment):
         part = slice(start, min(start + segment, l))
         documents = None if seq_idx is None else seq_idx[:, part]
-        args = (x[:, part], dt[:, part], A, B[:, part], C[:, part], D, min(chunk_size, l), state, documents, document)
+        args = (x[:, part], dt[:, part], A, B[:, part], C[:, part], D, chunk_size, state, documents, document)
         if recompute:
             y, state = checkpoint(_scan_segment, *args, use_reentrant=False, preserve_rng_state=False)
         else:
@@ -153,16 +152,18 @@ def scan(
 def scan_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One token of `scan`: x (b, h, p), dt (b, h), B, C (b, g, n), state (b, h, p, n) -> y (b, h, p), new state, in fp32."""
+    """One token of `scan`: x (b, h, p), dt (b, h), B, C (b, g, n), state (b, h, p, n) -> y (b, h, p), new state, in fp32.
+
+    Without gradients an fp32 state is updated in place: new memory for it would cost more than the arithmetic.
+    """
     b, h, p = x.shape
     g, n = B.shape[1:]
-    x32 = wide(x)
-    decay = torch.exp(dt * A)[..., None, None]
-    heads = (b, g, h // g)
-    inputs = (dt[..., None] * x32).view(*heads, p, 1) * wide(B).view(b, g, 1, 1, n)
-    state = torch.addcmul(inputs.view(b, h, p, n), wide(state), decay)
-    y = torch.matmul(state.view(b, g, -1, n), wide(C)[..., None]).view(b, h, p)
-    return y + wide(D)[:, None] * x32, state
+    x32, by_group = wide(x), (b, g, h // g)
+    state = _times(wide(state), torch.exp(dt * A)[..., None, None])
+    inputs, B = (dt[..., None] * x32).view(*by_group, p, 1), wide(B).view(b, g, 1, 1, n)
+    state.view(*by_group, p, n).addcmul_(inputs, B)
+    y = torch.matmul(wide(C).view(b, g, 1, n), state.view(b, g, -1, n).transpose(-1, -2)).view(b, h, p)
+    return torch.addcmul(y, wide(D)[:, None], x32), state
 
 
 def final_state(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, initial_state: Tensor) -> Tensor:
@@ -174,6 +175,11 @@ def final_state(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, initial_state: Tens
     columns = (wide(x) * weights[..., None]).view(b, l, g, -1)
     added = torch.einsum("blgn,blgk->bgkn", wide(B), columns).reshape(b, h, p, n)
     return wide(initial_state) * torch.exp(total[:, -1])[..., None, None] + added
+
+
+def _times(a: Tensor, b: Tensor) -> Tensor:
+    """a * b, in a's memory where no gradient will ask for a."""
+    return a * b if torch.is_grad_enabled() else a.mul_(b)
 
 
 def _same_document(seq_idx: Tensor, back: int) -> Tensor:
@@ -214,8 +220,8 @@ def _scan_segment(
         chunk_docs = seq_idx.view(b, c, q)
         hidden = hidden | (chunk_docs[..., :, None] != chunk_docs[..., None, :])
         hidden = hidden[:, :, None]
-    scores = torch.exp(log_decay.masked_fill(hidden, -torch.inf)).view(b, c, g, r, q, q)
-    scores = (scores * (C @ B.transpose(-1, -2))[:, :, :, None]).view(b, c, h, q, q)
+    scores = log_decay.masked_fill_(hidden, -torch.inf).exp_().view(b, c, g, r, q, q)
+    scores = _times(scores, (C @ B.transpose(-1, -2))[:, :, :, None]).view(b, c, h, q, q)
     x_dt = x * dt[..., None]
     y = (scores @ x_dt.transpose(2, 3)).transpose(2, 3)  # (b, c, q, h, p)
 
