@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loopback_hub import loopback_hub
 from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -98,3 +99,35 @@ def test_saving_there_carries_the_code_and_the_released_names(folders, answer):
         first, second = load_file(folder / "model.safetensors"), load_file(again / "model.safetensors")
         assert first.keys() == second.keys()
         assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+
+
+PUSH = """
+import sys
+import nemotron_h_hf
+from tiny import tiny_model
+nemotron_h_hf.NemotronHConfig.register_for_auto_class()
+nemotron_h_hf.NemotronHForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+model = tiny_model()
+model.save_pretrained(sys.argv[1])
+model.push_to_hub("owner/tiny")
+"""
+
+
+def test_save_pretrained_and_push_to_hub_can_carry_the_code(tmp_path):
+    """transformers' own way, `register_for_auto_class`, finds every file of the flat folder."""
+    with loopback_hub() as server:
+        environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
+        environment |= {"HF_ENDPOINT": server.url, "HF_TOKEN": "hf_loopback", "HF_HUB_DISABLE_XET": "1"}
+        environment |= {"NO_PROXY": "127.0.0.1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", PUSH, str(tmp_path / "saved")]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    saved = {path.name: path.read_bytes() for path in (tmp_path / "saved").iterdir()}
+    received = server.repos["owner/tiny"]
+    for name, content in hub.code_files().items():
+        assert saved[name] == content and received[name] == content, name
+    assert received["model.safetensors"] == saved["model.safetensors"]
+    for config in (saved["config.json"], received["config.json"]):
+        auto_map = json.loads(config)["auto_map"]
+        assert auto_map["AutoModelForCausalLM"] == "modeling_nemotron_h.NemotronHForCausalLM"
+        assert auto_map["AutoConfig"] == "configuration_nemotron_h.NemotronHConfig"
