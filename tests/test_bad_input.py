@@ -71,7 +71,12 @@ def test_a_truncated_shard(sharded, kept):
 
 @pytest.mark.parametrize(
     "header",
-    [b"\xff" * 40, b"[1, 2]", b'{"a": 3}', b'{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, "x"]}}'],
+    [
+        b"\xff" * 40,
+        b"[1, 2]",
+        b'{"a": {"data_offsets": [0, 0]}}',
+        b'{"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, "x"]}}',
+    ],
     ids=["no text", "no object", "no entry", "no offset"],
 )
 def test_a_damaged_header(folder, header):

@@ -103,7 +103,7 @@ def test_info_names_missing_and_truncated_shards(tmp_path, capsys):
     assert info.main([str(folder)]) == 1
     errors = capsys.readouterr().err
     assert "model-00001-of-00003.safetensors is missing" in errors
-    assert "model-00002-of-00003.safetensors: truncated" in errors
+    assert "model-00002-of-00003.safetensors is cut short" in errors
     assert "00003-of" not in errors
 
 

@@ -1,8 +1,4 @@
-"""What a checkpoint folder holds, read from its safetensors headers alone: no weight is ever loaded.
-
-A safetensors file is 8 bytes (little-endian length of the header), the header (JSON: name -> dtype, shape,
-data_offsets), then the data. https://github.com/huggingface/safetensors#format
-"""
+"""What a checkpoint folder holds, read from its safetensors headers alone: no weight is ever loaded."""
 
 from __future__ import annotations
 
@@ -13,9 +9,10 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .model import loading
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 # what safetensors calls each dtype -> what torch calls it
 DTYPE_NAMES = {
@@ -102,18 +99,16 @@ def read_contents(folder: str | os.PathLike) -> Contents:
 
 def read_header(path: str | os.PathLike) -> dict[str, StoredTensor]:
     """Tensors of one safetensors file; `ValueError` names the file if it is damaged or shorter than it says."""
-    path = Path(path)
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        header_bytes = int.from_bytes(file.read(8), "little")
-        if size < 8 or header_bytes > min(size - 8, MAX_HEADER_BYTES):
-            raise ValueError(f"{path.name}: not a safetensors file, or cut off inside its header ({size} bytes)")
-        text = file.read(header_bytes)
-    tensors = _parse_header(text, path.name)
-    expected = 8 + header_bytes + sum(tensor.num_bytes for tensor in tensors.values())
-    if size < expected:
-        raise ValueError(f"{path.name}: truncated, {size} of {expected} bytes")
-    return tensors
+    return {
+        name: StoredTensor(
+            name=name,
+            dtype=DTYPE_NAMES.get(entry["dtype"], entry["dtype"]),
+            shape=tuple(entry["shape"]),
+            num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
+            file=Path(path).name,
+        )
+        for name, entry in loading.read_header(path).items()
+    }
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -135,21 +130,3 @@ def _read_file(folder: Path, file: str, contents: Contents) -> None:
         contents.tensors.update(read_header(folder / file))
     except ValueError as error:
         contents.damaged_files[file] = str(error)
-
-
-def _parse_header(text: bytes, file: str) -> dict[str, StoredTensor]:
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        return {
-            name: StoredTensor(
-                name=name,
-                dtype=DTYPE_NAMES.get(entry["dtype"], entry["dtype"]),
-                shape=tuple(entry["shape"]),
-                num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
-                file=file,
-            )
-            for name, entry in header.items()
-        }
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{file}: its header is not a safetensors header: {error!r}") from error

@@ -26,7 +26,7 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MAX_HEADER_BYTES = 100 * 2**20
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
 # Set while `from_pretrained` runs without an explicit dtype.
 keep_file_dtypes: contextvars.ContextVar[bool] = contextvars.ContextVar("keep_file_dtypes", default=False)
@@ -46,6 +46,9 @@ def register_names() -> None:
 def read_header(path: str | os.PathLike) -> dict[str, dict]:
     """Names, dtypes, shapes and offsets of a safetensors file, from its header alone.
 
+    The file is 8 bytes (little-endian length of the header), the header (JSON: name -> dtype, shape, data_offsets),
+    then the data. https://github.com/huggingface/safetensors#format
+
     Raises:
         ValueError: naming the file, if it is cut short or no safetensors file.
     """
@@ -58,7 +61,8 @@ def read_header(path: str | os.PathLike) -> dict[str, dict]:
     try:
         header = json.loads(text)
         header.pop("__metadata__", None)
-        end = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        spans = [(*entry["data_offsets"], entry["dtype"] + "", tuple(entry["shape"])) for entry in header.values()]
+        end = 8 + length + max((end for _, end, _, _ in spans), default=0)
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise ValueError(f"{path} is not a safetensors file, its header cannot be read: {error!r}") from None
     if end != size:
