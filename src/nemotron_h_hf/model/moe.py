@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from .configuration_nemotron_h import NemotronHConfig
+from .ssd import times
 from .ssd import wide
 
 
@@ -21,10 +22,16 @@ class NemotronHMLP(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = ACT2FN[config.mlp_hidden_act]
+        self.act_fn = squared_relu if config.mlp_hidden_act == "relu2" else ACT2FN[config.mlp_hidden_act]
 
     def forward(self, hidden_states: Tensor, **_: object) -> Tensor:
         return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """relu(x)^2 with one new tensor where no gradient is needed."""
+    positive = F.relu(x)
+    return times(positive, positive)
 
 
 class NemotronHTopkRouter(nn.Module):

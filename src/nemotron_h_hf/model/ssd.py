@@ -6,9 +6,9 @@ The recurrence (Dao & Gu 2024, arXiv 2405.21060), for each head, with a_t = dt_t
 
 The scan cuts the sequence in chunks of q tokens. Inside a chunk the recurrence is a masked matrix product; between chunks
 only the state S travels. B and C are shared by the heads of a group, so the large products run per group with the heads of
-the group side by side as columns, and B and C are never repeated. Chunks are worked on in segments of about a thousand
+the group side by side as columns, and B and C are never repeated. Chunks are worked on in segments of a few hundred
 tokens, each with the state of the one before, so that the (length, chunk, heads) tensors exist for one segment only; when
-gradients are needed a segment is recomputed in the backward pass instead of kept.
+gradients are needed a segment of a long sequence is recomputed in the backward pass instead of kept.
 
 Documents packed in one row are told apart by `seq_idx` (b, l): non-decreasing integers. Nothing crosses a change of it.
 Padding needs no code here: a token with dt = 0 leaves the state as it is.
@@ -24,7 +24,8 @@ from torch.utils.checkpoint import checkpoint
 
 
 CHUNK_TOKENS = 64  # longer chunks only add work here: the products inside a chunk grow with its length
-SEGMENT_TOKENS = 1024  # tokens scanned at a time: bounds the memory, and keeps the work in a CPU's cache
+SEGMENT_TOKENS = 512  # tokens scanned at a time: bounds the memory, and keeps the work in a CPU's cache
+KEPT_TOKENS = 2048  # up to this length all segments are kept for the backward pass, beyond it they are recomputed
 
 
 def wide(x: Tensor) -> Tensor:
@@ -98,9 +99,9 @@ def conv_window(x: Tensor, taps: int, initial_state: Tensor | None, lengths: Ten
 
 def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor:
     """RMSNorm over groups of channels of x * silu(gate), in fp32. x, gate (..., d), weight (d) -> (..., d) in gate's dtype."""
-    groups = _times(F.silu(wide(gate)), wide(x)).unflatten(-1, (-1, group_size))
-    normed = _times(groups, torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps))
-    return _times(normed.flatten(-2), wide(weight)).to(gate.dtype)
+    groups = times(F.silu(wide(gate)), wide(x)).unflatten(-1, (-1, group_size))
+    normed = times(groups, torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps))
+    return times(normed.flatten(-2), wide(weight)).to(gate.dtype)
 
 
 def scan(
@@ -134,7 +135,7 @@ def scan(
     state = wide(x).new_zeros(b, h, p, n) if initial_state is None else wide(initial_state)
     chunk_size = min(chunk_size, CHUNK_TOKENS, l)
     segment = SEGMENT_TOKENS // chunk_size * chunk_size
-    recompute = torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C, D, state))
+    recompute = l > KEPT_TOKENS and torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C, D, state))
     outputs, document = [], None
     for start in range(0, l, segment):
         part = slice(start, min(start + segment, l))
@@ -159,7 +160,7 @@ def scan_step(
     b, h, p = x.shape
     g, n = B.shape[1:]
     x32, by_group = wide(x), (b, g, h // g)
-    state = _times(wide(state), torch.exp(dt * A)[..., None, None])
+    state = times(wide(state), torch.exp(dt * A)[..., None, None])
     inputs, B = (dt[..., None] * x32).view(*by_group, p, 1), wide(B).view(b, g, 1, 1, n)
     state.view(*by_group, p, n).addcmul_(inputs, B)
     y = torch.matmul(wide(C).view(b, g, 1, n), state.view(b, g, -1, n).transpose(-1, -2)).view(b, h, p)
@@ -177,7 +178,7 @@ def final_state(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, initial_state: Tens
     return wide(initial_state) * torch.exp(total[:, -1])[..., None, None] + added
 
 
-def _times(a: Tensor, b: Tensor) -> Tensor:
+def times(a: Tensor, b: Tensor) -> Tensor:
     """a * b, in a's memory where no gradient will ask for a."""
     return a * b if torch.is_grad_enabled() else a.mul_(b)
 
@@ -221,7 +222,7 @@ def _scan_segment(
         hidden = hidden | (chunk_docs[..., :, None] != chunk_docs[..., None, :])
         hidden = hidden[:, :, None]
     scores = log_decay.masked_fill_(hidden, -torch.inf).exp_().view(b, c, g, r, q, q)
-    scores = _times(scores, (C @ B.transpose(-1, -2))[:, :, :, None]).view(b, c, h, q, q)
+    scores = times(scores, (C @ B.transpose(-1, -2))[:, :, :, None]).view(b, c, h, q, q)
     x_dt = x * dt[..., None]
     y = (scores @ x_dt.transpose(2, 3)).transpose(2, 3)  # (b, c, q, h, p)
 
