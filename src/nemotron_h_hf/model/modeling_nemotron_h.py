@@ -486,7 +486,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         shift_labels: Tensor | None = None,
         **kwargs,
-    ) -> NemotronHCausalLMOutput:
+    ) -> MoeCausalLMOutputWithPast:
         """Logits, and the next-token loss if there are labels. Arguments not listed are those of `NemotronHModel.forward`.
 
         Args:
@@ -523,7 +523,8 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             return self.lm_head(hidden_states[:, kept])
 
-        output = NemotronHCausalLMOutput(
+        on_demand = skip and not torch.compiler.is_compiling()  # a compiled graph has plain outputs
+        output = (NemotronHCausalLMOutput if on_demand else MoeCausalLMOutputWithPast)(
             loss=loss,
             aux_loss=aux_loss,
             logits=None if skip else make_logits(),
@@ -532,7 +533,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
-        if skip:
+        if on_demand:
             output.make_logits_on_demand(make_logits)
         return output
 
