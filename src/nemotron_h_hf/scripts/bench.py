@@ -100,7 +100,7 @@ def parse(argv: Sequence[str]) -> BenchArguments:
         "--output", type=Path, default=Path("bench_cpu"), help="files to write, without ending (bench_cpu)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    parser.add_argument("--runs", type=int, default=5, help="rounds of every timing (5; fewer make a weak median)")
+    parser.add_argument("--runs", type=int, default=5, help="rounds of every timing (5; prompts over 4,096 take one)")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch (2)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure (all)")
     parser.add_argument(
@@ -158,7 +158,8 @@ def measure_decode(plan: Plan, both: sides.Sides, num_runs: int, say: Callable[[
 def measure_prefill(
     plan: Plan, both: sides.Sides, length: int, num_runs: int, say: Callable[[str], None]
 ) -> timing.Timing:
-    """One prompt; warmed up on one no longer than the target's, which takes long enough."""
+    """One prompt; warmed up on one no longer than the target's, and beyond it timed once: minutes a round."""
+    num_runs = num_runs if length <= plan.target_prefill_tokens else 1
     jobs = sides.prefill_jobs(both, plan.shape, length)
     warm_up = sides.prefill_jobs(both, plan.shape, min(length, plan.target_prefill_tokens))
     return timing.time_in_turns(f"prefill {length}", length, jobs, num_runs, warm_up, say)
