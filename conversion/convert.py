@@ -23,7 +23,7 @@ from .report import JSON_NAME, TABLE_NAME, Report, add_digests, add_plan, human,
 from .source import MegatronCheckpoint
 from .write_hf import write_config, write_hf
 from .write_legacy import write_ranks
-from .write_megatron import FOLDER, Layout, Written
+from .write_megatron import FOLDER, Layout, Written, check_cuts
 from .write_torch_dist import write_distributed
 
 FORMATS = {"torch_dist": write_distributed, "torch": write_ranks}
@@ -94,6 +94,7 @@ def convert(
         layout = Layout(format, tp, pp, ep, vocab_divisible_by, core)
         layout.check(model)
         plan = plan_to_megatron(checkpoint, model, layout.vocab_multiple, wanted, allow_unused, allow_missing)
+        check_cuts(plan, layout)
         settings = (parse_size(max_shard_size), str(wanted), layout)
     add_plan(report, plan)
     if dry_run:

@@ -62,6 +62,8 @@ class Window(io.RawIOBase):
         return data
 
     def write(self, data: Any) -> int:
+        if self.file.closed:  # a zip that was given up writes its end when it is collected
+            return len(data)
         self.file.seek(self.start + self.position)
         count = self.file.write(data)
         self.position += count

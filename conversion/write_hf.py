@@ -75,9 +75,11 @@ def _finished(path: Path, specs: list[TensorSpec], record: dict | None) -> dict[
     if record is None or not path.is_file():
         return None
     noted = {name: Digest(*values) for name, values in record.items()}
-    if list(noted) != [spec.name for spec in specs] or not matches(Checkpoint(path), noted):
+    try:
+        written = Checkpoint(path)
+    except ValueError:  # cut short since then
         return None
-    return noted
+    return noted if list(noted) == [spec.name for spec in specs] and matches(written, noted) else None
 
 
 def matches(checkpoint: Checkpoint, noted: dict[str, Digest]) -> bool:

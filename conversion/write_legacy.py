@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -26,10 +26,10 @@ from . import torchzip
 from .journal import Journal
 from .layouts import cut_for_rank, expert_range
 from .legacy import FILE_NAME
-from .names import COLUMNS, COPY, QKV, VOCAB
+from .names import COLUMNS, COPY
 from .plan import Job, Plan, to_megatron
 from .torchzip import Later
-from .write_megatron import Layout, Read, Written, extra_states, namespace
+from .write_megatron import Layout, Read, Written, cut_sizes, extra_states, namespace, stage_sizes
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
 _EXPERT = re.compile(r"(?<=\.weight)\d+$")
@@ -70,21 +70,6 @@ def write_ranks(
         files += names
         digests |= {name: Digest(*values) for name, values in record["digests"].items()}
     return Written(digests, files, kept)
-
-
-def stage_sizes(config: NemotronHConfig, pp: int | Sequence[int]) -> list[int]:
-    """The number of layers of each pipeline stage; a plain number of stages shares them as evenly as it goes.
-
-    Raises ValueError when the stages do not add up to the model's layers.
-    """
-    num_layers = config.num_hidden_layers
-    if isinstance(pp, int):
-        if not 1 <= pp <= num_layers:
-            raise ValueError(f"pp={pp}: allowed are 1 to the {num_layers} layers of the model")
-        return [num_layers // pp + (stage < num_layers % pp) for stage in range(pp)]
-    if sum(pp) != num_layers or min(pp) < 0:
-        raise ValueError(f"pp={list(pp)}: allowed are counts of layers that add up to {num_layers}")
-    return list(pp)
 
 
 def _ranks(layout: Layout) -> list[tuple[int, int]]:
@@ -186,13 +171,7 @@ def _cut(whole: Tensor, part: Part, tp: int, layout: Layout) -> Tensor:
     link = part.job.link
     if link.split == COPY:
         return whole
-    axis = 1 if link.split == COLUMNS else 0
-    sizes = [size for _, size in link.parts] if axis == 0 and link.layout != VOCAB else [whole.shape[axis]]
-    sizes = [sum(sizes)] if link.layout == QKV else sizes
-    try:
-        return cut_for_rank(whole, axis, sizes, layout.tp, tp)
-    except ValueError as error:
-        raise ValueError(f"tp={layout.tp}: {part.name}: {error}") from None
+    return cut_for_rank(whole, 1 if link.split == COLUMNS else 0, cut_sizes(part.job), layout.tp, tp)
 
 
 def _write_part(

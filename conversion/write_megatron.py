@@ -16,8 +16,19 @@ from nemotron_h_hf.checkpoint import Digest
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 
 from .config import to_args
-from .names import EXTRA_STATE, EXTRA_STATE_EXPERTS, EXTRA_STATE_LATENT, EXTRA_STATE_MTP, EXTRA_STATE_TOP, VOCAB
-from .plan import Plan
+from .layouts import rank_ranges
+from .names import (
+    COLUMNS,
+    COPY,
+    EXTRA_STATE,
+    EXTRA_STATE_EXPERTS,
+    EXTRA_STATE_LATENT,
+    EXTRA_STATE_MTP,
+    EXTRA_STATE_TOP,
+    PARTS,
+    VOCAB,
+)
+from .plan import Job, Plan
 
 CORES = ("auto", "0.16", "0.19")
 FOLDER = "release"
@@ -51,12 +62,10 @@ class Layout(NamedTuple):
         """ValueError for sizes that the model cannot be cut into."""
         if self.core not in CORES:
             raise ValueError(f"core={self.core!r}: allowed are {', '.join(CORES)}")
-        stages = [self.pp] if isinstance(self.pp, int) else list(self.pp)
-        if (
-            min(self.tp, self.ep, self.vocab_divisible_by, *stages, len(stages)) < (0 if len(stages) > 1 else 1)
-            or self.tp < 1
-        ):
-            raise ValueError(f"tp={self.tp}, pp={self.pp}, ep={self.ep}: allowed are positive integers")
+        for field in ("tp", "ep", "vocab_divisible_by"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)}: allowed are positive integers")
+        stage_sizes(config, self.pp)
         if self.format == "torch_dist" and (self.tp, self.pp, self.ep) != (1, 1, 1):
             raise ValueError(f"tp={self.tp}, pp={self.pp}, ep={self.ep}: torch_dist is loaded under any parallelism; "
                              f"sizes are for format torch")  # fmt: skip
@@ -114,3 +123,35 @@ def _extra_states_of(config: NemotronHConfig, letter: str, prefix: str) -> Itera
         yield f"{prefix}{name}._extra_state", False
     for name in EXTRA_STATE_EXPERTS if letter == "E" else ():
         yield f"{prefix}mlp.experts.{name}._extra_state", True
+
+
+def stage_sizes(config: NemotronHConfig, pp: int | Sequence[int]) -> list[int]:
+    """The number of layers of each pipeline stage; a plain number of stages shares them as evenly as it goes.
+
+    Raises ValueError when the stages do not add up to the model's layers.
+    """
+    num_layers = config.num_hidden_layers
+    if isinstance(pp, int):
+        if not 1 <= pp <= num_layers:
+            raise ValueError(f"pp={pp}: allowed are 1 to the {num_layers} layers of the model")
+        return [num_layers // pp + (stage < num_layers % pp) for stage in range(pp)]
+    if sum(pp) != num_layers or min(pp) < 0:
+        raise ValueError(f"pp={list(pp)}: allowed are counts of layers that add up to {num_layers}")
+    return list(pp)
+
+
+def cut_sizes(job: Job) -> list[int]:
+    """Sizes of the parts that tensor parallelism cuts one by one, along the axis that it cuts."""
+    link, shape = job.link, job.targets[0].shape
+    if link.split == COLUMNS:
+        return [shape[1]]
+    return [size for _, size in link.parts] if link.layout == PARTS else [shape[0]]
+
+
+def check_cuts(plan: Plan, layout: Layout) -> None:
+    """ValueError naming the tensor that cannot be cut for the tensor-parallel ranks."""
+    for job in plan.jobs:
+        try:
+            rank_ranges([] if job.link.split == COPY else cut_sizes(job), layout.tp, 0)
+        except ValueError as error:
+            raise ValueError(f"tp={layout.tp}: {job.targets[0].name}: {error}") from None

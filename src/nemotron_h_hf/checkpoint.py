@@ -29,6 +29,7 @@ from torch import Tensor
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PIECE_BYTES = 16 * 2**20
+WORTH_A_THREAD_BYTES = 2**20
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 PART_SUFFIX = ".part"
 
@@ -212,7 +213,11 @@ class Digester:
         """Take the next piece; waits for the one before it, so that no more than two are alive."""
         if self.last is not None:
             self.last.result()
-        self.last = self.pool.submit(self._digest, piece)
+            self.last = None
+        if piece.nbytes < WORTH_A_THREAD_BYTES:
+            self._digest(piece)
+        else:
+            self.last = self.pool.submit(self._digest, piece)
 
     def result(self) -> Digest:
         """What was seen of all pieces."""

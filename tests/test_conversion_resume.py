@@ -1,0 +1,171 @@
+"""Interrupted conversions: finished files are kept after a check, unfinished ones never look finished."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from megatron_fixtures import FIXTURES, assert_same
+from nemotron_h_hf.conversion import convert, read_megatron
+from nemotron_h_hf.conversion.source import MegatronCheckpoint
+
+SUPER = FIXTURES["super19_t1p1_torch_dist"]
+OPTIONS = {"max_shard_size": "60KB"}
+
+
+class Stopped(Exception):
+    """In the place of a crash."""
+
+
+def stop_after(monkeypatch, count: int, kind: type = MegatronCheckpoint) -> None:
+    """Let reading fail after `count` tensors."""
+    real, seen = kind.__getitem__, []
+
+    def read(self, name):
+        seen.append(name)
+        if len(seen) > count:
+            raise Stopped(name)
+        return real(self, name)
+
+    monkeypatch.setattr(kind, "__getitem__", read)
+
+
+@pytest.mark.parametrize("count", [0, 1, 20, 50, 94])
+def test_hugging_face_output_goes_on(tmp_path, monkeypatch, count):
+    target = tmp_path / "hf"
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        stop_after(patched, count)
+        convert(SUPER.path, target, **OPTIONS)
+    names = {path.name for path in target.iterdir()}
+    assert not names & {"config.json", "model.safetensors.index.json", "conversion_report.json"}
+    whole = {path: path.stat().st_mtime_ns for path in target.glob("*.safetensors")}
+    report = convert(SUPER.path, target, **OPTIONS)
+    assert sorted(report.files_kept) == sorted(path.name for path in whole)
+    assert all(path.stat().st_mtime_ns == stamp for path, stamp in whole.items())
+    assert len(report.tensors) == len([line for line in report.tensors.values() if line["sha256"]])
+    assert_same(target, SUPER.expected())
+    assert not list(target.glob("*.part")) and not list(target.glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("options", [OPTIONS, {"format": "torch", "tp": 2, "pp": 3, "ep": 2}])
+def test_megatron_output_goes_on(tmp_path, monkeypatch, options):
+    from nemotron_h_hf.checkpoint import Checkpoint
+
+    convert(SUPER.path, tmp_path / "hf")
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        stop_after(patched, 60, Checkpoint)
+        convert(tmp_path / "hf", tmp_path / "run", **options)
+    with pytest.raises(ValueError):
+        read_megatron(tmp_path / "run")
+    report = convert(tmp_path / "hf", tmp_path / "run", verify_output=True, **options)
+    assert 0 < len(report.files_kept) < len(report.files)
+    convert(tmp_path / "run", tmp_path / "back")
+    assert_same(tmp_path / "back", SUPER.expected())
+
+
+def test_a_finished_file_that_was_damaged_is_written_again(tmp_path, monkeypatch):
+    target = tmp_path / "hf"
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        stop_after(patched, 50)
+        convert(SUPER.path, target, **OPTIONS)
+    first, second, *_ = sorted(target.glob("*.safetensors"))
+    data = bytearray(first.read_bytes())
+    data[-1] ^= 1
+    first.write_bytes(data)
+    os.truncate(second, 1000)
+    report = convert(SUPER.path, target, **OPTIONS)
+    assert first.name not in report.files_kept and second.name not in report.files_kept
+    assert_same(target, SUPER.expected())
+
+
+def test_a_journal_cut_in_its_last_line(tmp_path, monkeypatch):
+    target = tmp_path / "hf"
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        stop_after(patched, 50)
+        convert(SUPER.path, target, **OPTIONS)
+    journal = target / "conversion_journal.jsonl"
+    os.truncate(journal, journal.stat().st_size - 10)
+    report = convert(SUPER.path, target, **OPTIONS)
+    assert len(report.files_kept) == len(list(target.glob("*.safetensors"))) - len(report.files) + len(
+        report.files_kept
+    )
+    assert_same(target, SUPER.expected())
+
+
+def test_folders_of_others_are_left_alone(tmp_path, monkeypatch):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("precious")
+    with pytest.raises(ValueError, match="is not empty"):
+        convert(SUPER.path, tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["notes.txt"]
+    target = tmp_path / "hf"
+    with monkeypatch.context() as patched, pytest.raises(Stopped):
+        stop_after(patched, 50)
+        convert(SUPER.path, target, **OPTIONS)
+    with pytest.raises(ValueError, match="another conversion, unfinished"):
+        convert(SUPER.path, target, dtype="float32", **OPTIONS)
+    convert(SUPER.path, target, **OPTIONS)
+    with pytest.raises(ValueError, match="is not empty"):
+        convert(SUPER.path, target, **OPTIONS)
+
+
+def big_checkpoint(folder: Path, num_bytes: int) -> dict[str, torch.Tensor]:
+    """A run in torch_dist of about this size, many layers of equal tensors, and the weights it was made of."""
+    from nemotron_h_hf.conversion import names
+
+    from nemotron_h_hf import NemotronHConfig
+    from nemotron_h_hf.checkpoint import TensorSpec, save, write_text
+
+    config = NemotronHConfig(
+        vocab_size=1000, hidden_size=512, hybrid_override_pattern="M-" * max(1, num_bytes // 8_000_000), head_dim=64,
+        num_attention_heads=8, num_key_value_heads=2, intermediate_size=2048, mamba_num_heads=16, mamba_head_dim=64,
+        n_groups=2, ssm_state_size=64, architectures=["NemotronHForCausalLM"], dtype="bfloat16",
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    specs = [
+        TensorSpec(name, torch.bfloat16, shape)
+        for link in names.links(config)
+        for name, shape in zip(link.hf, link.hf_shapes, strict=True)
+    ]
+    made = {spec.name: torch.randn(spec.shape, generator=generator).bfloat16() for spec in specs}
+    save(folder / "hf", specs, made.items())
+    write_text(folder / "hf" / "config.json", config.to_json_string(use_diff=False))
+    convert(folder / "hf", folder / "run")
+    return made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("back", [False, True])
+def test_killed_at_random_points(tmp_path, back):
+    """`kill -9` a dozen times at random moments, then let it finish: the same bits as without."""
+    expected = big_checkpoint(tmp_path, 160_000_000)
+    source, target = (tmp_path / "hf", tmp_path / "out") if back else (tmp_path / "run", tmp_path / "out")
+    code = "import sys; from nemotron_h_hf.conversion import convert; print('ready', flush=True); "
+    code += "convert(sys.argv[1], sys.argv[2], max_shard_size='8MB')"
+    chance, kills = random.Random(0), 0
+    for _ in range(12):
+        command = [sys.executable, "-c", code, str(source), str(target)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+            process.stdout.readline()
+            time.sleep(chance.uniform(0.0, 1.5))
+            process.kill()
+            kills += process.wait() == -9
+        finished = list(target.rglob("conversion_report.json"))
+        if finished:
+            break
+        assert not list(target.glob("latest_*")) or list(target.rglob(".metadata"))
+    assert kills > 0
+    if not finished:
+        report = convert(source, target, max_shard_size="8MB", verify_output=True)
+        assert report.files_kept or kills < 3
+    if back:
+        convert(target, tmp_path / "again")
+        assert_same(tmp_path / "again", expected)
+    else:
+        assert_same(target, expected)
