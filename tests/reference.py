@@ -68,7 +68,11 @@ def mamba(weights: dict[str, Tensor], config, inputs: list[Tensor]) -> list[Tens
         out = out * silu(gate)
         width = inner // groups
         normed = [
-            rms_norm(out[g * width : (g + 1) * width], weights["norm.weight"][g * width : (g + 1) * width], config.layer_norm_epsilon)
+            rms_norm(
+                out[g * width : (g + 1) * width],
+                weights["norm.weight"][g * width : (g + 1) * width],
+                config.layer_norm_epsilon,
+            )
             for g in range(groups)
         ]
         outputs.append(linear(weights, "out_proj", torch.cat(normed)))

@@ -241,5 +241,3 @@ def test_a_dynamic_cache_can_be_rolled_back_too(shape):
             model(prompt(1, 3, seed=9), past_key_values=cache)
             cache.crop(-3)
             assert_close(model(ids[:, 8:], past_key_values=cache).logits, full_logits(model, ids)[:, 8:])
-
-

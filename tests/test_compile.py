@@ -7,13 +7,13 @@ from transformers import CompileConfig
 
 from nemotron_h_hf import HybridCache
 
-
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
 def fresh_compiler():
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     with torch.no_grad():
         yield
     torch._dynamo.reset()
@@ -47,7 +47,10 @@ def test_compiled_generation_is_greedy(shape):
     how = {"do_sample": False, "max_new_tokens": 10, "eos_token_id": None, "pad_token_id": 0}
     expected = model.generate(ids, **how)
     padded = torch.nn.functional.pad(ids, (3, 0))
-    for compile_config in (CompileConfig(backend="eager", fullgraph=True), CompileConfig(backend="inductor", fullgraph=True)):
+    for compile_config in (
+        CompileConfig(backend="eager", fullgraph=True),
+        CompileConfig(backend="inductor", fullgraph=True),
+    ):
         compile_config._compile_all_devices = True  # transformers compiles on accelerators alone
         for given, mask in ((ids, None), (padded, (padded != 0).long())):
             out = model.generate(
@@ -79,7 +82,9 @@ def test_export(shape):
 def test_export_with_a_dynamic_batch():
     model, ids = tiny_model(), prompt(3, 16)
     shapes = {"input_ids": {0: torch.export.Dim("batch", min=2, max=64)}, "use_cache": None}
-    program = torch.export.export(model, (), {"input_ids": ids, "use_cache": False}, dynamic_shapes=shapes, strict=False)
+    program = torch.export.export(
+        model, (), {"input_ids": ids, "use_cache": False}, dynamic_shapes=shapes, strict=False
+    )
     other = prompt(5, 16, seed=9)
     ours = program.module()(input_ids=other, use_cache=False).logits
     torch.testing.assert_close(ours, model(other, use_cache=False).logits)

@@ -12,7 +12,6 @@ from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHCon
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.model.configuration_nemotron_h import MOE_FIELDS, preset_names
 
-
 DENSE = {**COMMON, "hybrid_override_pattern": "M-M*-"}
 LAYERS = ["linear_attention", "mlp", "linear_attention", "full_attention", "mlp"]
 
@@ -39,7 +38,9 @@ def test_spellings_of_the_layers(spelling):
 
 
 def test_patterns_where_mamba_and_mlp_do_not_alternate():
-    config = NemotronHConfig(**COMMON, hybrid_override_pattern="MM---M*E-", **{k: v for k, v in EXPERTS.items() if k[0] != "h"})
+    config = NemotronHConfig(
+        **COMMON, hybrid_override_pattern="MM---M*E-", **{k: v for k, v in EXPERTS.items() if k[0] != "h"}
+    )
     assert config.layers_block_type.count("mlp") == 4 and config.mlp_widths == (80,) * 4 and config.has_experts
 
 

@@ -7,7 +7,6 @@ from transformers import DynamicCache, StaticCache
 
 from nemotron_h_hf import HybridCache
 
-
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
 
 
@@ -39,9 +38,7 @@ def test_greedy(shape, how):
 @pytest.mark.parametrize("kind", ["dynamic", "static", "offloaded"])
 def test_cache_implementations(model, kind):
     ids = prompt(2, 11)
-    out = model.generate(
-        ids, cache_implementation=kind, disable_compile=True, return_dict_in_generate=True, **GREEDY
-    )
+    out = model.generate(ids, cache_implementation=kind, disable_compile=True, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(out.sequences, greedy_by_hand(model, ids))
     assert isinstance(out.past_key_values, HybridCache)
     assert (out.past_key_values.max_cache_len is not None) == (kind == "static")
@@ -80,7 +77,9 @@ def test_continue_many_times_from_a_fork(model):
     cache = model(ids).past_key_values
     for seed in range(3):
         question = torch.cat([ids, prompt(1, 4, seed=seed + 20)], dim=1)
-        assert torch.equal(model.generate(question, past_key_values=cache.fork(), **GREEDY), greedy_by_hand(model, question))
+        assert torch.equal(
+            model.generate(question, past_key_values=cache.fork(), **GREEDY), greedy_by_hand(model, question)
+        )
 
 
 def test_a_prompt_without_a_new_token_is_refused(model):
@@ -114,7 +113,12 @@ def test_left_padded_batch_is_each_row_alone(model):
     rows = [prompt(1, length, seed=length) for length in (5, 12, 9)]
     ids = torch.cat([torch.nn.functional.pad(row, (12 - row.shape[1], 0)) for row in rows])
     mask = (ids != 0).long()
-    for how in ({}, {"num_beams": 2}, {"prefill_chunk_size": 5}, {"cache_implementation": "static", "disable_compile": True}):
+    for how in (
+        {},
+        {"num_beams": 2},
+        {"prefill_chunk_size": 5},
+        {"cache_implementation": "static", "disable_compile": True},
+    ):
         out = model.generate(ids, attention_mask=mask, **how, **GREEDY)
         for index, row in enumerate(rows):
             alone = model.generate(row, **how, **GREEDY)

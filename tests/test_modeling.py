@@ -26,7 +26,9 @@ def assert_same_gradients(ours, expected, tolerance=2e-5):
     assert ours.keys() == expected.keys()
     for name, gradient in ours.items():
         scale = expected[name].abs().max().clamp(min=1e-3)
-        torch.testing.assert_close(gradient / scale, expected[name] / scale, rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}")  # noqa: B023
+        torch.testing.assert_close(
+            gradient / scale, expected[name] / scale, rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}"
+        )  # noqa: B023
 
 
 # Parity
@@ -61,11 +63,17 @@ def test_logits_and_gradients_are_those_of_transformers(shape):
 @pytest.mark.parametrize("shape", ["dense", "latent"])
 def test_bias_flags(shape, bias):
     model, ids = tiny_model(shape, **{bias: True}), prompt(1, 13)
-    names = [name for name in model.state_dict() if name.endswith("bias") and "conv1d" not in name and "dt_bias" not in name]
+    names = [
+        name for name in model.state_dict() if name.endswith("bias") and "conv1d" not in name and "dt_bias" not in name
+    ]
     assert len(names) > names.count("e_score_correction_bias") and names
     expected = reference_logits(model.state_dict(), model.config, ids[0])
     assert_close(model(ids).logits[0].double(), expected)
-    plain = reference_logits({k: v for k, v in model.state_dict().items() if k not in names}, model.config, ids[0]) if shape == "dense" else 0
+    plain = (
+        reference_logits({k: v for k, v in model.state_dict().items() if k not in names}, model.config, ids[0])
+        if shape == "dense"
+        else 0
+    )
     assert (expected - plain).abs().max() > 0.1
 
 
@@ -106,7 +114,7 @@ def test_small_steps_prefill_equals_decode():
 
 
 @torch.no_grad()  # FlexAttention has no backward pass on a CPU
-@pytest.mark.parametrize("implementation", ["eager", "sdpa", "flex_attention"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", pytest.param("flex_attention", marks=pytest.mark.slow)])
 def test_attention_implementations(implementation):
     model, ids = tiny_model(), prompt(2, 17)
     mask = torch.ones_like(ids)
@@ -115,7 +123,9 @@ def test_attention_implementations(implementation):
     expected = model(ids, attention_mask=mask).logits
     model.set_attn_implementation(implementation)
     assert_close(model(ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()])
-    if implementation == "flex_attention":  # torch 2.13 compiles it wrongly on a CPU once lengths vary ('cur_kvSplitSize0')
+    if (
+        implementation == "flex_attention"
+    ):  # torch 2.13 compiles it wrongly on a CPU once lengths vary ('cur_kvSplitSize0')
         return
     out = model(ids[:, :9], attention_mask=mask[:, :9], use_cache=True)
     rest = model(ids[:, 9:], attention_mask=mask, past_key_values=out.past_key_values)
@@ -141,7 +151,9 @@ def test_a_long_input_runs_in_parts(padded, with_cache, monkeypatch):
         assert (parts.past_key_values is not None) == with_cache
         if with_cache:
             more, mask = prompt(2, 5, seed=3), torch.cat([mask, torch.ones(2, 5, dtype=torch.long)], dim=1)
-            a, b = (model(more, attention_mask=mask, past_key_values=out.past_key_values).logits for out in (whole, parts))
+            a, b = (
+                model(more, attention_mask=mask, past_key_values=out.past_key_values).logits for out in (whole, parts)
+            )
             assert_close(a, b, 5e-5)
 
 
@@ -286,7 +298,9 @@ def test_residual_in_fp32():
     assert error[True] < error[False] * 1.5
 
 
-@pytest.mark.parametrize("kept", ["norm.weight", "A_log", "D", "dt_bias", "conv1d.weight", "norm_f.weight", "gate.weight"])
+@pytest.mark.parametrize(
+    "kept", ["norm.weight", "A_log", "D", "dt_bias", "conv1d.weight", "norm_f.weight", "gate.weight"]
+)
 def test_a_model_of_mixed_dtypes_runs(kept):
     """A checkpoint may hold any of the small tensors in fp32 beside bf16 projections."""
     model, ids = tiny_model("moe"), prompt(1, 15)
@@ -370,7 +384,14 @@ def test_linear_layers_are_called_as_modules_once_per_forward(shape):
     model, ids, counts = tiny_model(shape), prompt(2, 21), {}
     expected = model(ids).logits
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    assert {name.rsplit(".", 1)[-1] for name in names} >= {"in_proj", "out_proj", "q_proj", "o_proj", "up_proj", "lm_head"}
+    assert {name.rsplit(".", 1)[-1] for name in names} >= {
+        "in_proj",
+        "out_proj",
+        "q_proj",
+        "o_proj",
+        "up_proj",
+        "lm_head",
+    }
     for name in names:
         model.set_submodule(name, Wrapped(model.get_submodule(name), counts, name))
     with torch.no_grad():

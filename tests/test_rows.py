@@ -8,7 +8,6 @@ from transformers import DataCollatorWithFlattening
 from nemotron_h_hf import HybridCache
 from nemotron_h_hf.model.rows import find_documents, find_padding, flash_offsets
 
-
 SHAPES = ["dense", "attention_free", "moe"]
 LENGTHS = [(5, 12, 1, 9), (7,), (16, 3)]
 
@@ -132,7 +131,9 @@ def test_packed_documents_equal_documents_alone(shape, kind, implementation, mas
     expected = sum(losses) / sum(d.shape[1] - 1 for d in documents)
     assert_close(out.loss, expected)
     ours = torch.autograd.grad(out.loss, list(model.parameters()))
-    for (name, _), mine, theirs in zip(model.named_parameters(), ours, torch.autograd.grad(expected, list(model.parameters()))):
+    for (name, _), mine, theirs in zip(
+        model.named_parameters(), ours, torch.autograd.grad(expected, list(model.parameters()))
+    ):
         scale = theirs.abs().max()
         torch.testing.assert_close(mine / scale, theirs / scale, rtol=0, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -171,7 +172,10 @@ def test_packing_in_a_batch_of_two(kind, mask):
 def test_packed_and_padded(side, implementation):
     model = tiny_model()
     model.set_attn_implementation(implementation)
-    documents = [[prompt(1, 5, seed=1), prompt(1, 7, seed=2)], [prompt(1, 3, seed=3), prompt(1, 4, seed=4), prompt(1, 2, seed=5)]]
+    documents = [
+        [prompt(1, 5, seed=1), prompt(1, 7, seed=2)],
+        [prompt(1, 3, seed=3), prompt(1, 4, seed=4), prompt(1, 2, seed=5)],
+    ]
     rows = [torch.cat(row, dim=1) for row in documents]
     ids, mask = place(rows, side, 15)
     positions, numbers = torch.zeros_like(ids), torch.zeros_like(ids)

@@ -8,7 +8,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemotron_h_hf.model import ssd
 
-
 B, HEADS, DIM, GROUPS, STATE, TAPS = 2, 4, 3, 2, 5, 4
 
 
@@ -115,7 +114,9 @@ def test_segments_of_a_long_sequence_are_one_recurrence(length, packed, monkeypa
     monkeypatch.setattr(ssd, "SEGMENT_TOKENS", 10**6)
     assert_same(in_segments, run(ours, args, list(args)))
     with torch.no_grad():
-        y, state = naive_scan(*(args[name][:1, ...] if args[name].dim() > 1 else args[name] for name in args), documents)
+        y, state = naive_scan(
+            *(args[name][:1, ...] if args[name].dim() > 1 else args[name] for name in args), documents
+        )
     torch.testing.assert_close(in_segments[0][0][:1], y)
     torch.testing.assert_close(in_segments[0][1][:1], state)
 

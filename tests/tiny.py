@@ -13,7 +13,6 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausa
 
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
 
-
 VOCAB = 97
 
 # Attention is 64 wide and Mamba 64, neither of which follows from the hidden size of 48.
@@ -81,7 +80,7 @@ def spread(model: nn.Module, seed: int = 0) -> nn.Module:
 
 @torch.no_grad()
 def native_twin(model: nn.Module) -> nn.Module:
-    """transformers' own model with the same weights, MLPs zero-padded to the widest, its clamp of the step sizes set aside."""
+    """transformers' own model with the same weights: MLPs zero-padded to the widest, its clamp of step sizes set aside."""
     config = model.config.to_dict()
     widest = max(model.config.mlp_widths, default=8)
     native = NativeForCausalLM(NativeConfig(**{**config, "intermediate_size": widest})).eval()
