@@ -1,4 +1,4 @@
-"""generate() in all its forms: beams, chunks, embeddings, continuation, static caches; compared with choosing tokens by hand."""
+"""generate() in all its forms: beams, chunks, embeddings, continuation, static caches; against tokens taken by hand."""
 
 import pytest
 import torch
@@ -54,8 +54,13 @@ def test_native_generates_the_same(model):
 def test_a_users_cache(model):
     ids = prompt(2, 11)
     expected = greedy_by_hand(model, ids)
-    for cache in (HybridCache(model.config), HybridCache(model.config, 40), DynamicCache(), DynamicCache(config=model.config),
-                  StaticCache(model.config, max_cache_len=40)):  # fmt: skip
+    caches = (
+        HybridCache(model.config),
+        HybridCache(model.config, 40),
+        DynamicCache(),
+        DynamicCache(config=model.config),
+    )
+    for cache in (*caches, StaticCache(model.config, max_cache_len=40)):
         out = model.generate(ids, past_key_values=cache, disable_compile=True, **GREEDY)
         assert torch.equal(out, expected)
 

@@ -1,4 +1,4 @@
-"""Logits, gradients and outputs of the whole model, against the float64 recurrence and against transformers' own class."""
+"""Logits, gradients and outputs of the whole model, against the float64 recurrence and transformers' own class."""
 
 import copy
 import math
@@ -27,8 +27,8 @@ def assert_same_gradients(ours, expected, tolerance=2e-5):
     for name, gradient in ours.items():
         scale = expected[name].abs().max().clamp(min=1e-3)
         torch.testing.assert_close(
-            gradient / scale, expected[name] / scale, rtol=0, atol=tolerance, msg=lambda m: f"{name}: {m}"
-        )  # noqa: B023
+            gradient / scale, expected[name] / scale, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 # Parity

@@ -1,4 +1,4 @@
-"""Rolling recurrent state back: crop and commit equal a fresh run, and generation that guesses ahead gives the greedy text."""
+"""Rolling recurrent state back: crop and commit equal a fresh run, generation that guesses ahead the greedy text."""
 
 import pytest
 import torch

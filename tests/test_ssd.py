@@ -1,4 +1,4 @@
-"""Every op of ssd.py against loops in float64, with gradients, odd lengths, states, documents and lengths; and its memory."""
+"""Every op of ssd.py against loops in float64, with gradients, odd lengths, states and documents; and its memory."""
 
 import math
 

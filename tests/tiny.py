@@ -80,7 +80,7 @@ def spread(model: nn.Module, seed: int = 0) -> nn.Module:
 
 @torch.no_grad()
 def native_twin(model: nn.Module) -> nn.Module:
-    """transformers' own model with the same weights: MLPs zero-padded to the widest, its clamp of step sizes set aside."""
+    """transformers' own model with the same weights: MLPs zero-padded to the widest, its step clamp off."""
     config = model.config.to_dict()
     widest = max(model.config.mlp_widths, default=8)
     native = NativeForCausalLM(NativeConfig(**{**config, "intermediate_size": widest})).eval()
