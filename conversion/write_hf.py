@@ -23,6 +23,7 @@ from nemotron_h_hf.checkpoint import (
 
 from .journal import Journal
 from .plan import Job, Plan, to_hf
+from .stream import ahead
 from .write_megatron import Written
 
 TOKENIZER_FILES = (
@@ -62,12 +63,16 @@ def _write_shard(
     plan: Plan, jobs: list[Job], read: Callable[[str], Tensor], path: Path, specs: list[TensorSpec], progress: Callable
 ) -> dict[str, Digest]:
     with ShardWriter(path, specs) as writer:
-        for job in jobs:
-            whole = read(job.sources[0].name)
-            for spec, tensor in zip(job.targets, to_hf(job, whole, plan.config), strict=True):
-                writer.write(spec.name, tensor)
-                progress(spec.num_bytes)
+        for job, whole in ahead(jobs, lambda job: read(job.sources[0].name)):
+            _write_job(writer, job, to_hf(job, whole, plan.config), progress)
+            del whole  # before the next but one is read
     return writer.digests
+
+
+def _write_job(writer: ShardWriter, job: Job, tensors: list[Tensor], progress: Callable[[int], None]) -> None:
+    for spec, tensor in zip(job.targets, tensors, strict=True):
+        writer.write(spec.name, tensor)
+        progress(spec.num_bytes)
 
 
 def _finished(path: Path, specs: list[TensorSpec], record: dict | None) -> dict[str, Digest] | None:

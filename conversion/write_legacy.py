@@ -28,6 +28,7 @@ from .layouts import cut_for_rank, expert_range
 from .legacy import FILE_NAME
 from .names import COLUMNS, COPY
 from .plan import Job, Plan, to_megatron
+from .stream import ahead
 from .torchzip import Later
 from .write_megatron import Layout, Read, Written, cut_sizes, extra_states, namespace, stage_sizes
 
@@ -133,9 +134,10 @@ def _write_stage(
             value = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
             writers[rank] = torchzip.Writer(file, value)
             opened.append(file)
-        for part in parts:
-            digests[part.job.targets[0].name] = _write_part(plan, part, read, writers, layout, Digester(pool))
+        for part, whole in ahead(parts, lambda part: to_megatron(part.job, read, plan.config)):
+            digests[part.job.targets[0].name] = _write_part(plan, part, whole, writers, layout, Digester(pool))
             progress(part.job.targets[0].num_bytes)
+            del whole  # before the next but one is read
         for writer, file in zip(writers.values(), opened, strict=True):
             for _ in extras:
                 writer.write([], torch.uint8, (0,))
@@ -177,13 +179,12 @@ def _cut(whole: Tensor, part: Part, tp: int, layout: Layout) -> Tensor:
 def _write_part(
     plan: Plan,
     part: Part,
-    read: Read,
+    whole: Tensor,
     writers: dict[tuple[int, int], torchzip.Writer],
     layout: Layout,
     digester: Digester,
 ) -> Digest:
     dtype = part.job.targets[0].dtype
-    whole = to_megatron(part.job, read, plan.config)
     for piece in pieces(whole, dtype):
         digester.add(piece)
     for (tp, ep), writer in writers.items():

@@ -33,6 +33,7 @@ from .journal import Journal
 from .layouts import split_parts
 from .names import PARTS
 from .plan import Job, Plan, to_megatron
+from .stream import ahead
 from .torchzip import Later
 from .write_megatron import FOLDER, Layout, Read, Written, extra_states, namespace
 
@@ -79,20 +80,26 @@ def _write_distcp(
     part = path.with_name(path.name + PART_SUFFIX)
     record: dict[str, Any] = {"chunks": [], "digests": {}}
     with ThreadPoolExecutor(1) as pool, open(part, "w+b") as file:
-        for job in jobs:
+        for job, whole in ahead(jobs, lambda job: to_megatron(job, read, plan.config)):
             spec = job.targets[0]
-            whole = to_megatron(job, read, plan.config)
             digester = Digester(pool)
-            for key, corner, tensor in chunks_of(job, whole):
-                offset, length = write_zip(file, tensor, spec.dtype, digester)
-                record["chunks"].append([key, corner, list(tensor.shape), offset, length])
+            record["chunks"] += _write_chunks(file, chunks_of(job, whole), spec.dtype, digester)
             record["digests"][spec.name] = digester.result()
             progress(spec.num_bytes)
+            del whole  # before the next but one is read
         file.flush()
         os.fsync(file.fileno())
         record["size"] = file.tell()
     os.replace(part, path)
     return record
+
+
+def _write_chunks(file: IO[bytes], chunks: list, dtype: torch.dtype, digester: Digester) -> list[list]:
+    """Append the chunks to a file; key, corner, box, offset and length of each."""
+    found = []
+    for key, corner, tensor in chunks:
+        found.append([key, corner, list(tensor.shape), *write_zip(file, tensor, dtype, digester)])
+    return found
 
 
 def chunks_of(job: Job, whole: Tensor) -> list[tuple[str, list[int], Tensor]]:
