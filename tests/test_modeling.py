@@ -198,6 +198,13 @@ def test_hidden_states_attentions_and_router_logits(shape):
         assert_close(out.router_logits[0], normed @ model.model.layers[1].mixer.gate.weight.T)
 
 
+def test_aux_loss_leaves_padding_out():
+    model, ids = tiny_model("moe", router_aux_loss_coef=0.5), prompt(1, 11)
+    alone = model(ids, labels=ids, output_router_logits=True).aux_loss
+    padded, mask = torch.nn.functional.pad(ids, (4, 3)), torch.nn.functional.pad(torch.ones_like(ids), (4, 3))
+    assert_close(model(padded, attention_mask=mask, labels=padded, output_router_logits=True).aux_loss, alone)
+
+
 def test_aux_loss_is_added_to_the_loss():
     model, ids = tiny_model("moe", router_aux_loss_coef=0.5), prompt(2, 11)
     out = model(ids, labels=ids, output_router_logits=True)

@@ -27,7 +27,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Linea
 
 from .ssd import conv_window, final_state
 
-
 try:
     from transformers.cache_utils import DummyLayer
 except ImportError:  # transformers 5.17 puts a state layer there, which stays empty
@@ -207,11 +206,15 @@ class HybridCache(Cache):
         """Tokens seen, padding included (an attention-free model counts them in its Mamba layers)."""
         return sequence_length(self)
 
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
         if self.max_cache_len is not None and not torch.compiler.is_compiling():
             needed = int(self.layers[layer_idx].get_seq_length()) + key_states.shape[-2]
             if needed > self.max_cache_len:
-                raise ValueError(f"max_cache_len={self.max_cache_len}: the static cache is full, {needed} tokens are needed")
+                raise ValueError(
+                    f"max_cache_len={self.max_cache_len}: the static cache is full, {needed} tokens are needed"
+                )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def reset(self) -> None:
@@ -234,7 +237,9 @@ class HybridCache(Cache):
                 "tokens in the cache"
             )
         if tokens_to_remove < 0 and self.max_cache_len is not None:
-            raise ValueError(f"tokens_to_remove={tokens_to_remove}: a static cache cannot be rolled back; use one that grows")
+            raise ValueError(
+                f"tokens_to_remove={tokens_to_remove}: a static cache cannot be rolled back; use one that grows"
+            )
         # Mamba layers first: they may refuse, and then nothing has changed.
         for layer in sorted(self.layers, key=lambda layer: not isinstance(layer, MambaCacheLayer)):
             if isinstance(layer, MambaCacheLayer) or tokens_to_remove:
@@ -310,7 +315,9 @@ class HybridCache(Cache):
         with file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FILE_FORMAT:
-                raise ValueError(f"{path} is not a saved cache: its format is {metadata.get('format')!r}, not {FILE_FORMAT!r}")
+                raise ValueError(
+                    f"{path} is not a saved cache: its format is {metadata.get('format')!r}, not {FILE_FORMAT!r}"
+                )
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         cache = cls(config, max_cache_len)
         expected = set()
@@ -353,7 +360,9 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> Cache:
     if isinstance(cache, HybridCache):
         return cache
     if not isinstance(cache, Cache):
-        raise ValueError(f"past_key_values={type(cache).__name__}: allowed is HybridCache or another transformers Cache")
+        raise ValueError(
+            f"past_key_values={type(cache).__name__}: allowed is HybridCache or another transformers Cache"
+        )
     if not cache.layers:
         cache.layers = hybrid_layers(config)
         cache.layer_class_to_replicate = None
@@ -383,10 +392,15 @@ def check_cache(cache: Cache, config: PreTrainedConfig, batch_size: int) -> None
     """
     kinds = config.layers_block_type
     if len(cache.layers) != len(kinds):
-        raise ValueError(f"past_key_values has {len(cache.layers)} layers, the model has {len(kinds)}: a cache of another model")
+        raise ValueError(
+            f"past_key_values has {len(cache.layers)} layers, the model has {len(kinds)}: a cache of another model"
+        )
     ssm_shape = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
     conv_shape = (config.conv_dim, config.conv_kernel)
-    kv_heads, tensor_parallel = config.num_key_value_heads, torch.distributed.is_available() and torch.distributed.is_initialized()
+    kv_heads, tensor_parallel = (
+        config.num_key_value_heads,
+        torch.distributed.is_available() and torch.distributed.is_initialized(),
+    )
     for index, (layer, kind) in enumerate(zip(cache.layers, kinds)):
         if kind == "linear_attention" and isinstance(layer, LinearAttentionLayer):
             if not layer.is_recurrent_states_initialized[0]:
@@ -403,7 +417,11 @@ def check_cache(cache: Cache, config: PreTrainedConfig, batch_size: int) -> None
         elif kind in ("mlp", "moe") and isinstance(layer, DummyLayer):
             continue
         else:
-            raise ValueError(f"past_key_values.layers[{index}] is a {type(layer).__name__}, the model's layer is {kind}")
+            raise ValueError(
+                f"past_key_values.layers[{index}] is a {type(layer).__name__}, the model's layer is {kind}"
+            )
         if tuple(held) != needed:
             what = "another batch" if tuple(held)[1:] == needed[1:] else "another model"
-            raise ValueError(f"past_key_values.layers[{index}] holds {tuple(held)}, {needed} is needed: a cache of {what}")
+            raise ValueError(
+                f"past_key_values.layers[{index}] holds {tuple(held)}, {needed} is needed: a cache of {what}"
+            )

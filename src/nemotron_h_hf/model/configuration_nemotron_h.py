@@ -16,7 +16,6 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-
 LETTER_TO_TYPE = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 TYPE_TO_LETTER = {name: letter for letter, name in LETTER_TO_TYPE.items()}
 LEGACY_TYPES = {"mamba": "linear_attention", "attention": "full_attention"}
@@ -262,6 +261,7 @@ class NemotronHConfig(PreTrainedConfig):
         output["time_step_limit"] = list(self.time_step_limit)
         if self.mtp_layers_block_type:
             output["mtp_hybrid_override_pattern"] = self.mtp_hybrid_override_pattern
+        output.pop("mamba_implementation", None)  # a choice for this machine, not a property of the model
         dropped = () if self.has_experts else MOE_FIELDS
         dropped += () if self.num_nextn_predict_layers else MTP_FIELDS
         return {key: value for key, value in output.items() if key not in dropped}
@@ -299,7 +299,9 @@ def _read_layers(
                 allowed = ", ".join([*TYPE_TO_LETTER, *LEGACY_TYPES])
                 raise ValueError(f"{field}[{index}]={name!r}: allowed are {allowed}")
         if pattern is not None and layers != from_pattern:
-            raise ValueError(f"{pattern_field}={pattern!r} and {field}={layers} describe different layers; give one of them")
+            raise ValueError(
+                f"{pattern_field}={pattern!r} and {field}={layers} describe different layers; give one of them"
+            )
     else:
         layers = from_pattern if pattern is not None else [LETTER_TO_TYPE[letter] for letter in default]
     if count is not None and count != len(layers):
@@ -354,7 +356,9 @@ def _validate(config: NemotronHConfig) -> None:
         config.num_attention_heads % config.num_key_value_heads == 0, "num_attention_heads",
         f"a multiple of num_key_value_heads={config.num_key_value_heads}",
     )  # fmt: skip
-    require(config.mamba_num_heads % config.n_groups == 0, "mamba_num_heads", f"a multiple of n_groups={config.n_groups}")
+    require(
+        config.mamba_num_heads % config.n_groups == 0, "mamba_num_heads", f"a multiple of n_groups={config.n_groups}"
+    )
     for field in ("layer_norm_epsilon", "initializer_range", "time_step_min", "time_step_max", "time_step_floor"):
         require(is_number(getattr(config, field)) and getattr(config, field) > 0, field, "a positive number")
     for field in ("attention_dropout", "hidden_dropout"):
@@ -373,7 +377,11 @@ def _validate(config: NemotronHConfig) -> None:
         require(experts % config.n_group == 0, "n_group", f"a divisor of n_routed_experts={experts}")
         require(config.topk_group <= config.n_group, "topk_group", f"at most n_group={config.n_group}")
         reach = experts // config.n_group * config.topk_group
-        require(top_k <= reach, "num_experts_per_tok", f"at most the {reach} experts of topk_group={config.topk_group} groups")
+        require(
+            top_k <= reach,
+            "num_experts_per_tok",
+            f"at most the {reach} experts of topk_group={config.topk_group} groups",
+        )
         latent = config.moe_latent_size
         require(latent is None or is_count(latent), "moe_latent_size", "null or a positive integer")
         require(is_number(config.routed_scaling_factor), "routed_scaling_factor", "a number")

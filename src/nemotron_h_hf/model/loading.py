@@ -22,7 +22,6 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 from transformers.utils import logging
 
-
 logger = logging.get_logger(__name__)
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -198,7 +197,10 @@ def save_whole(directory: str | os.PathLike, write: Callable[[str], None]) -> No
         names = {path.name for path in written}
         if any(name.endswith(".safetensors") for name in names):
             for old in target.glob("model*.safetensors*"):
-                if re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", old.name) and old.name not in names:
+                if (
+                    re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", old.name)
+                    and old.name not in names
+                ):
                     old.unlink()
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

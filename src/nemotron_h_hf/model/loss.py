@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-
 LOGITS_PER_CHUNK = 2**24  # 64 MiB in fp32
 
 
@@ -42,7 +41,11 @@ def next_token_loss(
     total = None
     for start in range(0, len(targets), step):
         args = (hidden_states[start : start + step], targets[start : start + step], lm_head, ignore_index)
-        part = checkpoint(_summed_loss, *args, use_reentrant=False, preserve_rng_state=False) if recompute else _summed_loss(*args)
+        part = (
+            checkpoint(_summed_loss, *args, use_reentrant=False, preserve_rng_state=False)
+            if recompute
+            else _summed_loss(*args)
+        )
         total = part if total is None else total + part
     if num_items_in_batch is None:
         num_items_in_batch = (targets != ignore_index).sum()

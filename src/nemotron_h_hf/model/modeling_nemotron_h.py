@@ -1,7 +1,4 @@
-"""Nemotron-H for transformers: blocks of one mixer each (Mamba-2, attention, MLP or mixture of experts), and the model heads.
-
-A block is x + mixer(norm(x)). What a mixer needs beyond its input (cache, masks, padding, documents) is worked out once per
-forward in `NemotronHModel` and handed to all of them; each takes what it knows and ignores the rest.
+"""Nemotron-H for transformers: the stack of blocks (blocks.py) with embeddings, and the heads on it.
 
 Modules and parameters are named as in transformers' own `nemotron_h`, so adapters and device maps are interchangeable.
 
@@ -20,12 +17,12 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .blocks import NemotronHAttention, NemotronHBlock, NemotronHMTP, NemotronHRMSNorm
 from .cache import HybridCache, adopt_cache, check_cache, sequence_length
 from .configuration_nemotron_h import NemotronHConfig
 from .kernels import check_implementation
@@ -42,141 +39,9 @@ from .loading import (
 )
 from .loss import next_token_loss
 from .mamba2 import NemotronHMamba2Mixer
-from .moe import NemotronHMLP, NemotronHMoE, NemotronHTopkRouter, init_experts, load_balancing_loss
+from .moe import NemotronHTopkRouter, init_experts, load_balancing_loss
 from .peft_support import allow_adapters_on_out_proj
 from .rows import Padding, check_mask, find_documents, find_padding, flash_offsets
-
-
-class NemotronHRMSNorm(nn.Module):
-    """x / rms(x) * weight, all in fp32, in x's dtype."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.variance_epsilon = eps
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        weight = self.weight.to(wide)
-        return nn.functional.rms_norm(hidden_states.to(wide), weight.shape, weight, self.variance_epsilon).to(hidden_states.dtype)
-
-
-class NemotronHAttention(nn.Module):
-    """Causal attention with grouped keys and values and no position embedding (order comes from the Mamba layers)."""
-
-    def __init__(self, config: NemotronHConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.config, self.layer_idx = config, layer_idx
-        self.head_dim, self.scaling, self.is_causal = config.head_dim, config.head_dim**-0.5, True
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
-        self.attention_dropout = config.attention_dropout
-        hidden, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        past_key_values: Cache | None = None,
-        attention_mask: Tensor | None = None,
-        padding: Padding | None = None,
-        seq_idx: Tensor | None = None,
-        **kwargs,
-    ) -> tuple[Tensor, Tensor | None]:
-        """(b, l, hidden) -> (b, l, hidden) and, from the eager implementation, weights (b, heads, l, past + l)."""
-        rows = hidden_states.shape[:-1]
-        query, key, value = (
-            proj(hidden_states).view(*rows, -1, self.head_dim).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        output, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
-        )
-        return self.o_proj(output.reshape(*rows, -1)), weights
-
-
-def eager_attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float,
-    dropout: float = 0.0,
-    **_: object,
-) -> tuple[Tensor, Tensor]:
-    """Attention written out, for those who want its weights: query (b, heads, l, d), key, value (b, kv heads, past + l, d)."""
-    b, heads, l, d = query.shape
-    query = query.reshape(b, key.shape[1], -1, d)  # (b, kv heads, heads per kv head * l, d)
-    scores = (query @ key.transpose(-1, -2) * scaling).view(b, heads, l, -1)
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
-    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
-    output = weights.view(b, value.shape[1], -1, value.shape[2]) @ value
-    return output.view(b, heads, l, d).transpose(1, 2), weights
-
-
-def make_mixer(config: NemotronHConfig, kind: str, layer_idx: int, mlp_width: int | None) -> nn.Module:
-    """The mixer of one layer; `mlp_width` is only for MLP layers, whose widths may differ."""
-    mixers = {
-        "linear_attention": lambda: NemotronHMamba2Mixer(config, layer_idx),
-        "full_attention": lambda: NemotronHAttention(config, layer_idx),
-        "mlp": lambda: NemotronHMLP(config, mlp_width),
-        "moe": lambda: NemotronHMoE(config),
-    }
-    return mixers[kind]()
-
-
-class NemotronHBlock(GradientCheckpointingLayer):
-    """x + mixer(norm(x))."""
-
-    def __init__(self, config: NemotronHConfig, layer_idx: int, kind: str, mlp_width: int | None) -> None:
-        super().__init__()
-        self.layer_idx, self.block_type = layer_idx, kind
-        self.residual_in_fp32 = config.residual_in_fp32
-        self.norm = NemotronHRMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = make_mixer(config, kind, layer_idx, mlp_width)
-
-    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
-        residual, hidden_states = hidden_states, self.norm(hidden_states)
-        if self.residual_in_fp32:
-            residual, hidden_states = residual.float(), hidden_states.to(self.norm.weight.dtype)
-        output = self.mixer(hidden_states, **kwargs)
-        if self.block_type == "full_attention":
-            output, _ = output
-        return residual + output
-
-
-class NemotronHMTP(nn.Module):
-    """Weights of the multi-token prediction layers: loaded, kept and saved; no forward pass runs them yet.
-
-    Layer i of a depth holds norm and mixer; a depth's first layer also eh_proj, enorm, hnorm, its last final_layernorm.
-    """
-
-    def __init__(self, config: NemotronHConfig) -> None:
-        super().__init__()
-        kinds, hidden, eps = config.mtp_layers_block_type, config.hidden_size, config.layer_norm_epsilon
-        width = config.intermediate_size if isinstance(config.intermediate_size, int) else max(config.mlp_widths)
-        self.layers = nn.ModuleList()
-        for _ in range(config.num_nextn_predict_layers):
-            for position, kind in enumerate(kinds):
-                layer = nn.Module()
-                if position == 0:
-                    layer.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
-                    layer.enorm, layer.hnorm = NemotronHRMSNorm(hidden, eps), NemotronHRMSNorm(hidden, eps)
-                layer.norm = NemotronHRMSNorm(hidden, eps)
-                layer.mixer = make_mixer(config, kind, config.num_hidden_layers + len(self.layers), width)
-                if position == len(kinds) - 1:
-                    layer.final_layernorm = NemotronHRMSNorm(hidden, eps)
-                self.layers.append(layer)
-        self.requires_grad_(False)
 
 
 class NemotronHPreTrainedModel(PreTrainedModel):
@@ -232,9 +97,7 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         if keep_file_dtypes.get() and load_config.hf_quantizer is None:
             plan = {**stored_dtypes(files, load_config.dtype), **load_config.dtype_plan}
             load_config = replace(load_config, dtype_plan=plan)
-        return PreTrainedModel._load_pretrained_model(
-            model, state_dict, checkpoint_files, load_config, *args, **kwargs
-        )
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
         """As transformers', into a temporary folder first: a crash never leaves a folder that only looks whole."""
@@ -368,7 +231,9 @@ class NemotronHModel(NemotronHPreTrainedModel):
         hidden_states = self.norm_f(hidden_states)
         return hidden_states.to(self.norm_f.weight.dtype) if self.config.residual_in_fp32 else hidden_states
 
-    def _run_in_parts(self, source: Tensor, mask: Tensor | None, cache: Cache | None, step: int, kwargs: dict) -> Tensor:
+    def _run_in_parts(
+        self, source: Tensor, mask: Tensor | None, cache: Cache | None, step: int, kwargs: dict
+    ) -> Tensor:
         """`_run` over a long input, `step` tokens at a time, each part continuing from the cache of those before."""
         length = source.shape[1]
         cache = HybridCache(self.config) if cache is None else cache
@@ -404,11 +269,13 @@ class NemotronHModel(NemotronHPreTrainedModel):
         """The cache to use: the caller's, a new one if asked for (by default outside training), or none."""
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
-        if self.training and self.is_gradient_checkpointing:
+        if self.training and self.layers[0].gradient_checkpointing:
             use_cache, cache = False, None
         if packed:  # later tokens would see all documents of the row
             if cache is not None:
-                raise ValueError("packed rows (several documents in one row) cannot be cached: pass use_cache=False and no cache")
+                raise ValueError(
+                    "packed rows (several documents in one row) cannot be cached: pass use_cache=False and no cache"
+                )
             return None
         if cache is None:
             return HybridCache(self.config) if use_cache else None
@@ -427,18 +294,27 @@ class NemotronHModel(NemotronHPreTrainedModel):
         if source.shape[1] == 0 or source.shape[0] == 0:
             raise ValueError(f"the prompt is empty: input has shape {tuple(source.shape)}")
         if inputs_embeds is not None and source.shape[2] != self.config.hidden_size:
-            raise ValueError(f"inputs_embeds has width {source.shape[2]}: allowed is hidden_size={self.config.hidden_size}")
-        one_token_on_gpu = source.shape[1] == 1 and source.device.type != "cpu"  # would wait for the device at every step
+            raise ValueError(
+                f"inputs_embeds has width {source.shape[2]}: allowed is hidden_size={self.config.hidden_size}"
+            )
+        one_token_on_gpu = (
+            source.shape[1] == 1 and source.device.type != "cpu"
+        )  # would wait for the device at every step
         if inputs_embeds is None and not torch.compiler.is_compiling() and not one_token_on_gpu and not source.is_meta:
             low, high = int(source.min()), int(source.max())
             size = self.embeddings.weight.shape[0] if self.embeddings.weight.numel() else self.config.vocab_size
             if low < 0 or high >= size:
-                raise ValueError(f"input_ids has {low if low < 0 else high}: allowed are token ids from 0 to {size - 1}")
+                raise ValueError(
+                    f"input_ids has {low if low < 0 else high}: allowed are token ids from 0 to {size - 1}"
+                )
         return source.shape[0], source.shape[1]
 
     def _may_split(self, mask: Tensor | None, kwargs: dict) -> bool:
         """Whether a long input may run in parts: no gradients, no tracing, no per-layer outputs asked for."""
-        wanted = (kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}", False)) for name in self._can_record_outputs)
+        wanted = (
+            kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}", False))
+            for name in self._can_record_outputs
+        )
         plain = mask is None or mask.dim() == 2
         return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not any(wanted)
 
@@ -514,7 +390,9 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
                 hidden_states, self.lm_head, self.config.vocab_size, labels, num_items_in_batch, shift_labels
             )
         if outputs.router_logits:
-            aux_loss = load_balancing_loss(outputs.router_logits, self.config.num_experts_per_tok)
+            padded = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+            real = attention_mask[:, -hidden_states.shape[1] :].flatten().bool() if padded else None
+            aux_loss = load_balancing_loss(outputs.router_logits, self.config.num_experts_per_tok, real)
             if has_labels:
                 loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
         skip = has_labels and (self.training if skip_logits is None else skip_logits)
@@ -558,9 +436,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
                 # transformers would feed the whole prompt, cached tokens included
                 raise ValueError("past_key_values is not empty: allowed in assisted generation is a new cache, or none")
         elif kind not in (None, "dynamic", "dynamic_full", "offloaded", "static", "offloaded_static"):
-            raise ValueError(
-                f"cache_implementation={kind!r}: allowed are dynamic, offloaded, static, offloaded_static"
-            )
+            raise ValueError(f"cache_implementation={kind!r}: allowed are dynamic, offloaded, static, offloaded_static")
         elif generation_config.use_cache is not False:
             static = kind in ("static", "offloaded_static")
             max_cache_len = max(max_cache_length, generation_config.max_cache_len or 0) if static else None
@@ -597,14 +473,20 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(
-        config: NemotronHConfig, inputs_embeds: Tensor, attention_mask: Tensor | None, past_key_values: Cache | None, **_: object
+        config: NemotronHConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        **_: object,
     ) -> dict[str, Tensor | None]:
         """Both masks of a forward, made outside a compiled step; padding only where there is some."""
         length = inputs_embeds.shape[1]
         attends = "full_attention" in config.layers_block_type
         padded = find_padding(attention_mask, length) is not None
         return {
-            "full_attention": create_causal_mask(config, inputs_embeds, attention_mask, past_key_values) if attends else None,
+            "full_attention": create_causal_mask(config, inputs_embeds, attention_mask, past_key_values)
+            if attends
+            else None,
             "linear_attention": attention_mask[:, -length:] if padded else None,
         }
 

@@ -1,6 +1,6 @@
 """Mixture of experts: sigmoid router with a selection bias, squared-ReLU experts in one tensor each, shared and latent experts.
 
-    t tokens, e experts, k experts per token
+t tokens, e experts, k experts per token
 """
 
 import torch
@@ -11,8 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from .configuration_nemotron_h import NemotronHConfig
-from .ssd import times
-from .ssd import wide
+from .ssd import times, wide
 
 
 class NemotronHMLP(nn.Module):
@@ -136,13 +135,15 @@ def init_experts(module: nn.Module, std: float) -> None:
         init.normal_(module.down_proj, mean=0.0, std=std)
 
 
-def load_balancing_loss(router_logits: tuple[Tensor, ...], top_k: int) -> Tensor:
+def load_balancing_loss(router_logits: tuple[Tensor, ...], top_k: int, real: Tensor | None = None) -> Tensor:
     """Mean over layers of e * sum over experts of (share of the choices) * (mean probability); 1 when balanced.
 
-    Probabilities are sigmoid scores normalised over experts; router_logits: (t, e) per layer. Source: arXiv 2101.03961, eq. 4.
+    Probabilities are sigmoid scores normalised over experts; router_logits: (t, e) per layer; `real` (t) bool leaves
+    padding out. Source: arXiv 2101.03961, eq. 4.
     """
     losses = []
     for logits in router_logits:
+        logits = logits if real is None else logits[real.to(logits.device)]
         scores = logits.sigmoid()
         probabilities = scores / scores.sum(-1, keepdim=True)
         chosen = torch.zeros_like(scores).scatter_(1, scores.topk(top_k, dim=-1).indices, 1.0)

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-
 CHUNK_TOKENS = 64  # longer chunks only add work here: the products inside a chunk grow with its length
 SEGMENT_TOKENS = 512  # tokens scanned at a time: bounds the memory, and keeps the work in a CPU's cache
 KEPT_TOKENS = 2048  # up to this length all segments are kept for the backward pass, beyond it they are recomputed

@@ -1,0 +1,156 @@
+"""One layer: x + mixer(norm(x)), where the mixer is Mamba-2, attention, an MLP or a mixture of experts.
+
+What a mixer needs beyond its input (cache, masks, padding, documents) is worked out once per forward in `NemotronHModel`
+and handed to all of them; each takes what it knows and ignores the rest.
+
+    b batch, l length
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .configuration_nemotron_h import NemotronHConfig
+from .mamba2 import NemotronHMamba2Mixer
+from .moe import NemotronHMLP, NemotronHMoE
+from .rows import Padding
+
+
+class NemotronHRMSNorm(nn.Module):
+    """x / rms(x) * weight, all in fp32, in x's dtype."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.variance_epsilon = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        wide = torch.promote_types(hidden_states.dtype, torch.float32)
+        weight = self.weight.to(wide)
+        return nn.functional.rms_norm(hidden_states.to(wide), weight.shape, weight, self.variance_epsilon).to(
+            hidden_states.dtype
+        )
+
+
+class NemotronHAttention(nn.Module):
+    """Causal attention with grouped keys and values and no position embedding (order comes from the Mamba layers)."""
+
+    def __init__(self, config: NemotronHConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+        self.head_dim, self.scaling, self.is_causal = config.head_dim, config.head_dim**-0.5, True
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        self.attention_dropout = config.attention_dropout
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past_key_values: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        padding: Padding | None = None,
+        seq_idx: Tensor | None = None,
+        **kwargs,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(b, l, hidden) -> (b, l, hidden) and, from the eager implementation, weights (b, heads, l, past + l)."""
+        rows = hidden_states.shape[:-1]
+        query, key, value = (
+            proj(hidden_states).view(*rows, -1, self.head_dim).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )
+        return self.o_proj(output.reshape(*rows, -1)), weights
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **_: object,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out, for those who want its weights: query (b, heads, l, d), key, value (b, kv heads, past + l, d)."""
+    b, heads, l, d = query.shape
+    query = query.reshape(b, key.shape[1], -1, d)  # (b, kv heads, heads per kv head * l, d)
+    scores = (query @ key.transpose(-1, -2) * scaling).view(b, heads, l, -1)
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    weights = nn.functional.dropout(weights, p=dropout, training=module.training)
+    output = weights.view(b, value.shape[1], -1, value.shape[2]) @ value
+    return output.view(b, heads, l, d).transpose(1, 2), weights
+
+
+def make_mixer(config: NemotronHConfig, kind: str, layer_idx: int, mlp_width: int | None) -> nn.Module:
+    """The mixer of one layer; `mlp_width` is only for MLP layers, whose widths may differ."""
+    mixers = {
+        "linear_attention": lambda: NemotronHMamba2Mixer(config, layer_idx),
+        "full_attention": lambda: NemotronHAttention(config, layer_idx),
+        "mlp": lambda: NemotronHMLP(config, mlp_width),
+        "moe": lambda: NemotronHMoE(config),
+    }
+    return mixers[kind]()
+
+
+class NemotronHBlock(GradientCheckpointingLayer):
+    """x + mixer(norm(x))."""
+
+    def __init__(self, config: NemotronHConfig, layer_idx: int, kind: str, mlp_width: int | None) -> None:
+        super().__init__()
+        self.layer_idx, self.block_type = layer_idx, kind
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = NemotronHRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = make_mixer(config, kind, layer_idx, mlp_width)
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+        residual, hidden_states = hidden_states, self.norm(hidden_states)
+        if self.residual_in_fp32:
+            residual, hidden_states = residual.float(), hidden_states.to(self.norm.weight.dtype)
+        output = self.mixer(hidden_states, **kwargs)
+        if self.block_type == "full_attention":
+            output, _ = output
+        return residual + output
+
+
+class NemotronHMTP(nn.Module):
+    """Weights of the multi-token prediction layers: loaded, kept and saved; no forward pass runs them yet.
+
+    Layer i of a depth holds norm and mixer; a depth's first layer also eh_proj, enorm, hnorm, its last final_layernorm.
+    """
+
+    def __init__(self, config: NemotronHConfig) -> None:
+        super().__init__()
+        kinds, hidden, eps = config.mtp_layers_block_type, config.hidden_size, config.layer_norm_epsilon
+        width = config.intermediate_size if isinstance(config.intermediate_size, int) else max(config.mlp_widths)
+        self.layers = nn.ModuleList()
+        for _ in range(config.num_nextn_predict_layers):
+            for position, kind in enumerate(kinds):
+                layer = nn.Module()
+                if position == 0:
+                    layer.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
+                    layer.enorm, layer.hnorm = NemotronHRMSNorm(hidden, eps), NemotronHRMSNorm(hidden, eps)
+                layer.norm = NemotronHRMSNorm(hidden, eps)
+                layer.mixer = make_mixer(config, kind, config.num_hidden_layers + len(self.layers), width)
+                if position == len(kinds) - 1:
+                    layer.final_layernorm = NemotronHRMSNorm(hidden, eps)
+                self.layers.append(layer)
+        self.requires_grad_(False)
