@@ -7,7 +7,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer
 
 from nemotron_h_hf import EMBEDDED_MODEL
 
-
 tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
 model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
 

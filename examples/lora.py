@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemotron_h_hf import EMBEDDED_MODEL
 
-
 torch.manual_seed(0)
 tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
 model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)

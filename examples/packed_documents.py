@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorWithFl
 
 from nemotron_h_hf import EMBEDDED_MODEL
 
-
 tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
 model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
 texts = ["import os\n\nprint(os.getcwd())\n", "def add(a, b):\n    return a + b\n", "x = [i * i for i in range(10)]\n"]

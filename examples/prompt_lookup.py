@@ -10,10 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemotron_h_hf import EMBEDDED_MODEL
 
-
 tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
 model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
-source = "def area(width, height):\n    return width * height\n\n\ndef volume(width, height, depth):\n    return width *"
+source = (
+    "def area(width, height):\n    return width * height\n\n\ndef volume(width, height, depth):\n    return width *"
+)
 prompt = tokenizer(source, return_tensors="pt")
 
 passes = []
@@ -24,4 +25,6 @@ passes.clear()
 looked_up = model.generate(**prompt, max_new_tokens=48, do_sample=False, prompt_lookup_num_tokens=4)
 assert torch.equal(greedy, looked_up)
 print(tokenizer.decode(greedy[0]))
-print(f"{greedy.shape[1] - prompt.input_ids.shape[1]} tokens: {plain} passes one by one, {len(passes)} with prompt lookup")
+print(
+    f"{greedy.shape[1] - prompt.input_ids.shape[1]} tokens: {plain} passes one by one, {len(passes)} with prompt lookup"
+)

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemotron_h_hf import EMBEDDED_MODEL, HybridCache
 
-
 tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
 model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
 document = tokenizer(Path(__file__).read_text() * 4, return_tensors="pt").input_ids

@@ -8,7 +8,6 @@ from .model.cache import HybridCache
 from .model.configuration_nemotron_h import NemotronHConfig
 from .model.modeling_nemotron_h import NemotronHForCausalLM, NemotronHForSequenceClassification, NemotronHModel
 
-
 __version__ = "0.1.0"
 
 # The small trained model that comes with the package.
