@@ -45,6 +45,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> No
     tokenizer.save_pretrained(folder)
     path = Path(folder) / "tokenizer_config.json"
     settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    for name in ("is_local", "local_files_only"):  # how it was loaded here, written by a save after a load
+        settings.pop(name, None)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)
