@@ -211,19 +211,20 @@ def test_xz_figures_are_those_of_the_compressor():
 
 def test_function_headers_cut_and_parse():
     source = "class A:\n    @staticmethod\n    def f(a,\n          b=1):\n        return a\ndef g(): pass\n"
-    assert function_headers(source) == ["def f(a,\n      b=1):\n"]
-    header = "def f(a):\n"
-    assert function_text(header, "    return a\n\nprint(f(1))\n", True) == "def f(a):\n    return a\n\n"
-    assert function_text(header, "    x = 1\n    return (a", False) == "def f(a):\n    x = 1\n"
+    assert function_headers(source) == ["def f(a,\n      b=1):"]
+    header = "def f(a):"
+    assert function_text(header, "\n    return a\n\nprint(f(1))\n", True) == "def f(a):\n    return a\n\n"
+    assert function_text(header, " return a\nf(1)", True) == "def f(a): return a\n"
+    assert function_text(header, "\n    x = 1\n    return (a", False) == "def f(a):\n    x = 1\n"
     assert parses("def f(a):\n    return a\n")
     assert not any(map(parses, ["def f(a):\n", "def f(a):\n    (\n", "def f(a):\n    '''\n", "x = '\0'\n"]))
 
 
 def test_parsing_share_is_repeatable(tokenizer):
     model, sampling = small_llama(vocab_size=280).eval(), Sampling(num_samples=2, max_new_tokens=6)
-    first = parsing_share(model, tokenizer, ["def f(a):\n", "def g(b):\n"], sampling)
-    assert first == parsing_share(model, tokenizer, ["def f(a):\n", "def g(b):\n"], sampling)
-    assert first[0] in (0.0, 0.5, 1.0) and first[1][1].startswith("def g(b):\n")
+    first = parsing_share(model, tokenizer, ["def f(a):", "def g(b):"], sampling)
+    assert first == parsing_share(model, tokenizer, ["def f(a):", "def g(b):"], sampling)
+    assert first[0] in (0.0, 0.5, 1.0) and first[1][1].startswith("def g(b):")
 
 
 def test_both_architectures_have_the_same_parameter_count():

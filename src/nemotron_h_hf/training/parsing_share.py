@@ -1,9 +1,10 @@
 """The share of sampled Python functions that Python's own parser accepts.
 
-A prompt is the header of a function of a held-out file (`def name(...):`, moved to the left margin). The model writes
-up to `max_new_tokens` after it. What it wrote counts as the function up to the first following line at the left margin;
-when the tokens ran out before that, the unfinished last line is dropped. `ast.parse` of header plus body decides, so
-an empty body, an unclosed bracket or an unclosed string is a failure.
+A prompt is the header of a function of a held-out file (`def name(...):`, moved to the left margin). It ends at the
+colon: the tokenizer keeps a newline and the indentation after it together, so a prompt that ends in a newline is split
+as no training text is. The model writes up to `max_new_tokens` after it. What it wrote counts as the function up to the
+first following line at the left margin; when the tokens ran out before that, the unfinished last line is dropped.
+`ast.parse` of header plus body decides, so an empty body, an unclosed bracket or an unclosed string is a failure.
 """
 
 import ast
@@ -28,7 +29,7 @@ class Sampling:
 
 
 def function_headers(source: str) -> list[str]:
-    """The headers of all functions in `source`, left-aligned, each ending in a newline; [] if it does not parse."""
+    """The headers of all functions in `source`, left-aligned, each ending in its colon; [] if it does not parse."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", SyntaxWarning)
@@ -41,7 +42,7 @@ def function_headers(source: str) -> list[str]:
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.body[0].lineno > node.lineno:
             header = textwrap.dedent("".join(lines[node.lineno - 1 : node.body[0].lineno - 1]))
             if header.rstrip().endswith(":"):
-                headers.append(header.rstrip() + "\n")
+                headers.append(header.rstrip())
     return headers
 
 
@@ -56,7 +57,7 @@ def function_text(header: str, written: str, finished: bool) -> str:
     """Header and body, cut at the first line at the left margin, or at the last whole line if there is none."""
     lines = written.splitlines(keepends=True)
     for index, line in enumerate(lines):
-        if line.strip() and not line[0].isspace():
+        if index > 0 and line.strip() and not line[0].isspace():
             return header + "".join(lines[:index])
     return header + "".join(lines if finished else lines[:-1])
 
