@@ -46,6 +46,17 @@ def test_cache_implementations(model, kind):
         model.generate(ids, cache_implementation="quantized", **GREEDY)
 
 
+def test_static_caches_never_shrink():
+    """A compiled decode step is made for one length of cache; a shorter generation must not ask for another step."""
+    model, ids, lengths = tiny_model("dense"), prompt(2, 11), []
+    for steps in (12, 3, 20):
+        how = {**GREEDY, "max_new_tokens": steps, "cache_implementation": "static", "disable_compile": True}
+        out = model.generate(ids, return_dict_in_generate=True, **how)
+        assert torch.equal(out.sequences, greedy_by_hand(model, ids, steps))
+        lengths.append(out.past_key_values.max_cache_len)
+    assert lengths[0] == lengths[1] < lengths[2]
+
+
 def test_native_generates_the_same(model):
     ids = prompt(2, 11)
     assert torch.equal(model.generate(ids, **GREEDY), native_twin(model).generate(ids, **GREEDY))

@@ -226,6 +226,12 @@ def test_base_weights_start_a_classifier_and_a_causal_model_says_what_is_missing
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+def test_weights_from_memory():
+    model = variant("moe")
+    again = NemotronHForCausalLM.from_pretrained(None, config=model.config, state_dict=model.state_dict())
+    assert_same_bits(again.state_dict(), model.state_dict())
+
+
 def test_fresh_weights_are_drawn_only_for_fresh_models(tmp_path):
     """Loading must never draw A_log, D, dt_bias or out_proj again, not even where `init_weights` runs once more."""
     model = variant("moe")

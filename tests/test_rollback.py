@@ -152,6 +152,17 @@ def test_assisted_generation_is_greedy(shape, assistant_seed):
     assert torch.equal(model.generate(ids, assistant_model=assistant, **GREEDY), expected)
 
 
+@pytest.mark.parametrize("places", [[0, 1], [3, 4, 5], [10], [0, 4, 9, 10]], ids=["left", "middle", "right", "all"])
+def test_assisted_generation_with_padding(places):
+    """transformers counts positions on from those of padding, which must not look like a packed document."""
+    model, assistant, ids = tiny_model("dense"), tiny_model("dense", seed=1), prompt(1, 11)
+    mask = torch.ones_like(ids)
+    mask[:, places] = 0
+    expected = model.generate(ids, attention_mask=mask, **GREEDY)
+    for how in ({"assistant_model": assistant}, {"prompt_lookup_num_tokens": 3}):
+        assert torch.equal(model.generate(ids, attention_mask=mask, **how, **GREEDY), expected)
+
+
 @pytest.mark.parametrize("shape", ["dense", "attention_free"])
 def test_prompt_lookup_is_greedy(shape):
     model, ids = tiny_model(shape), prompt(1, 6).repeat(1, 4)

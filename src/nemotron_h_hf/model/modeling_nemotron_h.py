@@ -75,7 +75,8 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False: allowed is safetensors alone, pickled weights can run code")
-        check_index(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+        if pretrained_model_name_or_path is not None:  # None comes with a configuration and a state_dict
+            check_index(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
         explicit = kwargs.get("dtype", kwargs.get("torch_dtype"))
         with_info = kwargs.pop("output_loading_info", False)
         token = keep_file_dtypes.set(explicit in (None, "auto"))
@@ -335,6 +336,7 @@ class NemotronHCausalLMOutput(MoeCausalLMOutputWithPast):
 class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
     """The language model: stack, lm_head, loss, generation."""
 
+    _previous_max_cache_length = 0  # of the longest static cache that generate() has made
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
 
@@ -422,6 +424,10 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             raise ValueError(f"the prompt is empty: input has shape {tuple(prompt.shape)}")
         return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
 
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict) -> Tensor:
+        """As transformers', which puts padding at 0: a token drafted after right padding would start a new document."""
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs).cummax(dim=-1).values
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int
     ) -> None:
@@ -439,7 +445,11 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             raise ValueError(f"cache_implementation={kind!r}: allowed are dynamic, offloaded, static, offloaded_static")
         elif generation_config.use_cache is not False:
             static = kind in ("static", "offloaded_static")
-            max_cache_len = max(max_cache_length, generation_config.max_cache_len or 0) if static else None
+            max_cache_len = None
+            if static:  # never shorter than before, so that a compiled decode step stays valid
+                asked = generation_config.max_cache_len or 0
+                max_cache_len = max(max_cache_length, asked, self._previous_max_cache_length)
+                self._previous_max_cache_length = max_cache_len
             cache = HybridCache(self.config, max_cache_len, offloading=kind in ("offloaded", "offloaded_static"))
             if generation_config.is_assistant:
                 cache.activate_past_recording()
