@@ -5,10 +5,10 @@ the same text, the model a small dense Nemotron-H or, to compare with, a Llama o
 come bits per byte on held-out files beside `xz -9`, the share of sampled functions that parse, and an ordinary
 checkpoint folder with bfloat16 weights.
 
-    nemotron-h train-tiny --output-dir runs/tiny                        # on a CPU: a few hours
+    nemotron-h train-tiny --output-dir runs/tiny                        # on a CPU: under an hour
     nemotron-h train-tiny --output-dir runs/tiny                        # the same again goes on where it stopped
     nemotron-h train-tiny --output-dir runs/llama --architecture llama --tokenizer runs/tiny/checkpoint
-    nemotron-h train-tiny --output-dir runs/look --max-tokens 100000    # ten minutes, to see it work
+    nemotron-h train-tiny --output-dir runs/look --max-tokens 100000    # a few minutes, to see it work
     nemotron-h train-tiny --output-dir runs/big --device cuda --hidden-size 768 --intermediate-size 2304 \\
         --pattern M-M-M*-M-M-M*-M- --batch-size 32 --max-tokens 200000000 --learning-rate 1e-3
 """
@@ -51,7 +51,7 @@ class TrainTinyArguments:
     output_dir: str = _flag("runs/tiny", "folder for state, log, report and checkpoint; resumed if it has a state")
     architecture: str = _flag("nemotron-h", "what to train; llama gets the same parameters", ("nemotron-h", "llama"))
     tokenizer: str = _flag("", "folder of a tokenizer to use instead of training one on the text")
-    max_tokens: int = _flag(6_000_000, "training tokens; on resume, may change as long as the decay has not begun")
+    max_tokens: int = _flag(2_500_000, "training tokens; on resume, may change as long as the decay has not begun")
     time_limit_minutes: float = _flag(float("inf"), "stop, resumable, after this long")
     device: str = _flag("cpu", "cpu (float32) or cuda (bfloat16 autocast)")
     threads: int = _flag(0, "CPU threads, 0 for PyTorch's choice; resuming bit by bit needs the same number")
