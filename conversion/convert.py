@@ -19,13 +19,14 @@ from . import config as configs
 from . import formats, verify
 from .journal import Journal
 from .plan import Plan, plan_to_hf, plan_to_megatron
-from .report import JSON_NAME, TABLE_NAME, Report, add_digests, add_plan, human, parse_dtype, parse_size
+from .report import JSON_NAME, TABLE_NAME, Report, add_plan, add_written, human, parse_dtype, parse_size
 from .source import MegatronCheckpoint
-from .write_hf import write_config, write_hf
+from .write_hf import TOKENIZER_FILES, write_config, write_hf
 from .write_legacy import write_ranks
-from .write_megatron import FOLDER, Layout, Written, check_cuts
+from .write_megatron import FOLDER, Layout, check_cuts
 from .write_torch_dist import write_distributed
 
+Allowed = tuple[Sequence[str], Sequence[str]]  # patterns of names: left over, missing
 FORMATS = {"torch_dist": write_distributed, "torch": write_ranks}
 
 
@@ -70,52 +71,47 @@ def convert(
         ValueError: naming the tensor, file or field, for anything that does not fit; the target is then unfinished.
     """
     started = time.monotonic()
-    target = Path(target)
-    found = formats.find(source)
-    to = to or ("megatron" if found.format == "hf" else "hf")
-    if to not in ("hf", "megatron") or (to == "hf") == (found.format == "hf"):
-        raise ValueError(
-            f"to={to!r}: {source} is a {found.format} checkpoint; allowed is the other kind, of 'hf', 'megatron'"
-        )
+    target, found = Path(target), formats.find(source)
+    to = _direction(to, found)
     format = "hf" if to == "hf" else format or "torch_dist"
     if to == "megatron" and format not in FORMATS:
         raise ValueError(f"format={format!r}: allowed are {', '.join(FORMATS)}")
-    say(f"{source} is a {found.format} checkpoint in {found.folder}; converting to {format}")
-    report = Report(str(source), found.format, str(target), format, dry_run=dry_run)
     if verify_logits is not None and to != "hf":
         raise ValueError("verify_logits needs a Hugging Face target; a Megatron one is checked by verify_output")
-    wanted = parse_dtype(dtype)
+    tokenizer = _tokenizer(tokenizer)
+    say(f"{source} is a {found.format} checkpoint in {found.folder}; converting to {format}")
+    report = Report(str(source), found.format, str(target), format, dry_run=dry_run)
+    wanted, max_bytes = parse_dtype(dtype), parse_size(max_shard_size)
+    layout = Layout(format, tp, pp, ep, vocab_divisible_by, core)
+    allowed = (allow_unused, allow_missing)
     if to == "hf":
-        checkpoint, plan = _plan_hf(source, config, wanted, allow_unused, allow_missing, report)
-        settings = (parse_size(max_shard_size), str(wanted))
+        checkpoint, plan = _plan_hf(source, config, wanted, allowed, report)
     else:
-        checkpoint = Checkpoint(found.folder)
-        model = read_config(found.folder, config)
-        layout = Layout(format, tp, pp, ep, vocab_divisible_by, core)
-        layout.check(model)
-        plan = plan_to_megatron(checkpoint, model, layout.vocab_multiple, wanted, allow_unused, allow_missing)
-        check_cuts(plan, layout)
-        settings = (parse_size(max_shard_size), str(wanted), layout)
+        checkpoint, plan = _plan_megatron(found.folder, config, wanted, allowed, layout)
     add_plan(report, plan)
     if dry_run:
         return report
     _check_room(target, plan)
-    journal = Journal(target, plan.fingerprint(str(Path(source).resolve()), to, *settings))
+    journal = Journal(target, plan.fingerprint(_stamps(found.folder), to, max_bytes, layout))
     with _bar(plan, progress) as advance:
         if to == "hf":
-            seen = write_hf(plan, checkpoint.__getitem__, target, journal, settings[0], advance)
+            written = write_hf(plan, checkpoint.__getitem__, target, journal, max_bytes, advance)
         else:
-            seen = _write_megatron(plan, checkpoint, target, journal, settings[0], layout, advance)
-    digests, report.files, report.files_kept = seen
-    add_digests(report, digests)
+            (target / FOLDER).mkdir(exist_ok=True)
+            write = FORMATS[format]
+            written = write(plan, checkpoint.__getitem__, target / FOLDER, journal, max_bytes, layout, advance)
+    add_written(report, written)
     report.bytes_read = checkpoint.bytes_read
     if verify_output:
-        verify.check_output(target, to, digests, plan, checkpoint)
+        verify.check_integrity(found.folder)
+        verify.check_output(target, to, written.digests, plan, checkpoint)
         report.verified = True
     if verify_logits is not None:
         report.logits = verify.compare_logits(target, verify_logits, plan.config)
     if to == "hf":
-        write_config(plan, target, None if tokenizer is None else Path(tokenizer))
+        write_config(plan, target, tokenizer)
+    else:
+        write_text(target / formats.TRACKER, FOLDER)
     report.seconds = time.monotonic() - started
     write_text(target / JSON_NAME, report.to_json())
     write_text(target / TABLE_NAME, report.table())
@@ -123,37 +119,47 @@ def convert(
     return report
 
 
-def _write_megatron(
-    plan: Plan,
-    checkpoint: Checkpoint,
-    target: Path,
-    journal: Journal,
-    max_bytes: int,
-    layout: Layout,
-    advance: Callable,
-) -> Written:
-    (target / FOLDER).mkdir(exist_ok=True)
-    write = FORMATS[layout.format]
-    written = write(plan, checkpoint.__getitem__, target / FOLDER, journal, max_bytes, layout, advance)
-    write_text(target / formats.TRACKER, FOLDER)
-    return written
+def _direction(to: str | None, found: formats.Found) -> str:
+    """What the source is not."""
+    other = "megatron" if found.format == "hf" else "hf"
+    if to not in (None, other):
+        raise ValueError(f"to={to!r}: {found.folder} is a {found.format} checkpoint, so {other!r} is allowed")
+    return other
+
+
+def _tokenizer(folder: str | Path | None) -> Path | None:
+    if folder is not None and not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+        raise ValueError(f"tokenizer={folder}: a folder with {', '.join(TOKENIZER_FILES[:2])}, ... is allowed")
+    return None if folder is None else Path(folder)
+
+
+def _stamps(folder: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of a source's files: a conversion is not resumed from another state of them."""
+    base = folder if folder.is_dir() else folder.parent
+    files = sorted(path for path in base.rglob("*") if path.is_file())
+    return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def _plan_hf(
-    source: str | Path,
-    extra: str | Path | None,
-    dtype: torch.dtype | None,
-    allow_unused: Sequence[str],
-    allow_missing: Sequence[str],
-    report: Report,
+    source: str | Path, extra: str | Path | None, dtype: torch.dtype | None, allowed: Allowed, report: Report
 ) -> tuple[MegatronCheckpoint, Plan]:
     checkpoint = formats.read_megatron(source)
     model, remarks = configs.derive(checkpoint, extra)
     if dtype is not None:
         model.dtype = str(dtype).removeprefix("torch.")
-    plan = plan_to_hf(checkpoint, model, dtype, allow_unused, allow_missing)
+    plan = plan_to_hf(checkpoint, model, dtype, *allowed)
     report.stand_ins = checkpoint.stand_ins
     report.notes += [*checkpoint.notes, *remarks]
+    return checkpoint, plan
+
+
+def _plan_megatron(
+    folder: Path, extra: str | Path | None, dtype: torch.dtype | None, allowed: Allowed, layout: Layout
+) -> tuple[Checkpoint, Plan]:
+    checkpoint, model = Checkpoint(folder), read_config(folder, extra)
+    layout.check(model)
+    plan = plan_to_megatron(checkpoint, model, layout.vocab_multiple, dtype, *allowed)
+    check_cuts(plan, layout)
     return checkpoint, plan
 
 

@@ -201,18 +201,21 @@ def _layer_offsets(ranks: list[RankFile], grid: Grid) -> list[list[int]]:
 def _add_segment(
     entries: dict[str, Entry], rank: RankFile, segment: dict[str, Extent], offset: int, grid: Grid
 ) -> None:
-    for local, extent in segment.items():
+    spots = {}
+    for local in segment:
         name = _LAYER.sub(lambda match: f"decoder.layers.{int(match[1]) + offset}.", local, count=1)
-        spot = place(name)
+        spots[local] = (name, place(name))
+    num_experts = _num_local_experts(rank.path, [spot for _, spot in spots.values() if spot is not None])
+    for local, extent in segment.items():
+        name, spot = spots[local]
         if spot is None:
-            entries.setdefault(
-                name, Entry(extent.dtype, extent.shape, [Piece(extent, 0, extent.shape, (0,) * len(extent.shape))])
-            )
+            piece = Piece(extent, 0, extent.shape or (1,), (0,) * max(1, len(extent.shape)))
+            entries.setdefault(name, Entry(extent.dtype, extent.shape, [piece]))
             continue
         if spot.expert is None:
             expert, size, share = None, grid.tp, rank.tp
         else:
-            num_local = _num_local_experts(segment, local)
+            num_local = num_experts[spot.prefix, spot.row.megatron]
             expert = expert_range(num_local * grid.ep, grid.ep, rank.ep)[spot.expert]
             size, share = grid.etp, grid.expert_rank(rank.tp, rank.ep)
         _add(entries, spot, expert, extent, size, share, segment, local)
@@ -225,15 +228,17 @@ def _fold_tied(entries: dict[str, Entry], args: dict[str, Any]) -> None:
         entries["embedding.word_embeddings.weight"].copies += output.pieces + output.copies
 
 
-def _num_local_experts(segment: dict[str, Extent], local: str) -> int:
-    """Experts of one layer in a segment, counted."""
-    pattern = re.compile(re.sub(r"(weight|experts\\\.)\d+", r"\1(\\d+)", re.escape(local)))
-    numbers = {int(match[1]) for name in segment if (match := pattern.fullmatch(name))}
-    if numbers != set(range(len(numbers))):
-        raise ValueError(
-            f"{local}: the experts of its rank are {sorted(numbers)}, expected are 0 to {len(numbers) - 1}"
-        )
-    return len(numbers)
+def _num_local_experts(path: Path, spots: list[Place]) -> dict[tuple[str, str], int]:
+    """(layer, row of the table) -> how many experts this rank has of it; they must be numbered from 0."""
+    found: dict[tuple[str, str], set[int]] = {}
+    for spot in spots:
+        if spot.expert is not None:
+            found.setdefault((spot.prefix, spot.row.megatron), set()).add(spot.expert)
+    for (prefix, _), numbers in found.items():
+        if numbers != set(range(len(numbers))):
+            expected = f"0 to {len(numbers) - 1}"
+            raise ValueError(f"{path}: the experts of {prefix} are {sorted(numbers)}, expected are {expected}")
+    return {family: len(numbers) for family, numbers in found.items()}
 
 
 def _add(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from .plan import Plan
+from .write_megatron import Written
 
 # What Megatron's own pickles name besides tensors; anything else among the stand-ins is worth a warning.
 USUAL = (
@@ -122,12 +123,13 @@ def add_plan(report: Report, plan: Plan) -> None:
     report.notes += plan.notes
 
 
-def add_digests(report: Report, digests: dict[str, Any]) -> None:
-    """Put checksums and counts into the lines of a report; `digests` maps names to (sha256, num_nan, num_inf)."""
-    for name, (checksum, num_nan, num_inf) in digests.items():
-        report.tensors[name] |= {"sha256": checksum, "num_nan": num_nan, "num_inf": num_inf}
-        report.num_nan += num_nan
-        report.num_inf += num_inf
+def add_written(report: Report, written: Written) -> None:
+    """Put files, checksums and counts into a report."""
+    report.files, report.files_kept = written.files, written.kept
+    for name, digest in written.digests.items():
+        report.tensors[name] |= digest._asdict()
+        report.num_nan += digest.num_nan
+        report.num_inf += digest.num_inf
 
 
 def human(num_bytes: float) -> str:

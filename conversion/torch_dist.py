@@ -201,8 +201,8 @@ def _assemble(chunks: dict[str, list[tuple]], wanted: dict, prefix: str, entries
     for key, found in chunks.items():
         dtype, shape, _ = wanted[prefix + key]
         if stack := _STACK.fullmatch(key):
-            for expert in range(shape[0]):
-                _add_expert(entries, f"{stack[1]}.{stack[2]}{expert}", expert, dtype, shape, found)
+            for expert, pieces in _pieces_by_expert(key, shape, found).items():
+                _put(entries, f"{stack[1]}.{stack[2]}{expert}", Entry(dtype, shape[1:], pieces))
         elif part := _PART.fullmatch(key):
             parts.setdefault(part[1], set()).add(part[2])
         else:
@@ -214,14 +214,15 @@ def _assemble(chunks: dict[str, list[tuple]], wanted: dict, prefix: str, entries
         _put(entries, name, _join_parts(name, present, chunks, wanted, prefix))
 
 
-def _add_expert(entries: dict, name: str, expert: int, dtype: torch.dtype, shape: tuple, found: list[tuple]) -> None:
-    pieces = []
+def _pieces_by_expert(key: str, shape: tuple[int, ...], found: list[tuple]) -> dict[int, list[Piece]]:
+    """The pieces of each expert of a stack; a chunk may hold several experts, an expert may lie in several chunks."""
+    if len(shape) != 3:
+        raise ValueError(f"{key}: a stack of experts has three axes, not {len(shape)}")
+    pieces: dict[int, list[Piece]] = {expert: [] for expert in range(shape[0])}
     for corner, box, chunk in found:
-        if corner[0] <= expert < corner[0] + box[0]:
-            if len(box) != 3:
-                raise ValueError(f"{name}: a stack of experts has three axes, not {len(box)}")
-            pieces.append(Piece(chunk, (expert - corner[0]) * box[1], box[1:], corner[1:]))
-    _put(entries, name, Entry(dtype, shape[1:], pieces))
+        for i in range(box[0]):
+            pieces[corner[0] + i].append(Piece(chunk, i * box[1], box[1:], corner[1:]))
+    return pieces
 
 
 def _join_parts(name: str, present: set[str], chunks: dict, wanted: dict, prefix: str) -> Entry:

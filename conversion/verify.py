@@ -2,22 +2,50 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
-from nemotron_h_hf.checkpoint import Checkpoint, Digest, write_text
+from nemotron_h_hf.checkpoint import PIECE_BYTES, Checkpoint, Digest, write_text
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 from nemotron_h_hf.model.modeling_nemotron_h import NemotronHForCausalLM
 
 from .formats import read_megatron
 from .plan import Plan, plan_to_hf, some, to_hf
 from .source import MegatronCheckpoint
+from .torch_dist import inside
 from .write_hf import checksum
 
 PROBE_TOKENS = 24
+
+
+def check_integrity(folder: Path) -> None:
+    """Compare a source's files with its integrity.json, which megatron-core 0.19 can write; without one, nothing.
+
+    Raises:
+        ValueError: naming the file that differs.
+    """
+    path = folder / "integrity.json"
+    if not path.is_file():
+        return
+    try:
+        listed = json.loads(path.read_text())
+        algorithm, files = listed["algorithm"], dict(listed["files"])
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a list of checksums: {error!r}") from None
+    if algorithm != "sha256":
+        raise ValueError(f"{path}: algorithm={algorithm!r}: allowed is 'sha256'")
+    for name, expected in files.items():
+        digest = hashlib.sha256()
+        with open(inside(folder, name, "a checksum"), "rb") as file:
+            while piece := file.read(PIECE_BYTES):
+                digest.update(piece)
+        if digest.hexdigest() != expected:
+            raise ValueError(f"{folder / name} does not have the checksum that {path.name} gives")
 
 
 def check_output(

@@ -272,3 +272,23 @@ def test_nan_and_infinity_are_counted(tmp_path):
     line = report.tensors["backbone.norm_f.weight"]
     assert (report.num_nan, report.num_inf, line["num_nan"], line["num_inf"]) == (1, 2, 1, 2)
     assert "WARNING: not all numbers are finite: backbone.norm_f.weight" in "\n".join(report.summary())
+
+
+def test_checksums_that_the_checkpoint_brings_are_checked(dist, tmp_path):
+    """integrity.json of megatron-core 0.19, with --verify."""
+    files = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (dist / "weights").glob("*.distcp")}
+    listed = dist / "weights" / "integrity.json"
+    listed.write_text(json.dumps({"algorithm": "sha256", "files": files}))
+    assert convert(dist, tmp_path / "hf", verify_output=True).verified
+    listed.write_text(json.dumps({"algorithm": "sha256", "files": files | {"__0_1.distcp": "0" * 64}}))
+    with pytest.raises(ValueError, match="__0_1.distcp does not have the checksum"):
+        convert(dist, tmp_path / "other", verify_output=True)
+    listed.write_text(json.dumps({"algorithm": "sha256", "files": {"../context/model.yaml": "0"}}))
+    with pytest.raises(ValueError, match="outside of the folder"):
+        convert(dist, tmp_path / "third", verify_output=True)
+
+
+def test_a_tokenizer_folder_without_tokenizer_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="tokenizer=.*tokenizer.json"):
+        convert(DENSE.path, tmp_path / "hf", tokenizer=tmp_path)
+    assert not (tmp_path / "hf").exists()
