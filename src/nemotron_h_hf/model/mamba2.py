@@ -139,8 +139,8 @@ class NemotronHMamba2Mixer(nn.Module):
     def _heads(self, conv_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., x + B + C) -> x (..., h, p), B and C (..., g, n)."""
         x, B, C = conv_out.split(self.conv_sizes, dim=-1)
-        groups = (self.n_groups, self.ssm_state_size)
-        return x.unflatten(-1, (self.num_heads, self.head_dim)), B.unflatten(-1, groups), C.unflatten(-1, groups)
+        rows, groups = conv_out.shape[:-1], (self.n_groups, self.ssm_state_size)
+        return x.view(*rows, self.num_heads, self.head_dim), B.view(*rows, *groups), C.view(*rows, *groups)
 
     def _decay(self) -> Tensor:
         """A (h), negative, fp32."""

@@ -98,7 +98,8 @@ def conv_window(x: Tensor, taps: int, initial_state: Tensor | None, lengths: Ten
 
 def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, group_size: int, eps: float) -> Tensor:
     """RMSNorm over groups of channels of x * silu(gate), in fp32. x, gate (..., d), weight (d) -> (..., d) in gate's dtype."""
-    groups = times(F.silu(wide(gate)), wide(x)).unflatten(-1, (-1, group_size))
+    gated = times(F.silu(wide(gate)), wide(x))
+    groups = gated.view(*gated.shape[:-1], -1, group_size)
     normed = times(groups, torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps))
     return times(normed.flatten(-2), wide(weight)).to(gate.dtype)
 
@@ -208,22 +209,22 @@ def _scan_segment(
         x, dt, B, C = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) for t in (x, dt, B, C))
         seq_idx = None if seq_idx is None else torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, pad)], dim=1)
     x, dt = wide(x).view(b, c, q, h, p), dt.view(b, c, q, h)
-    B = wide(B).view(b, c, q, g, n).transpose(2, 3)  # (b, c, g, q, n)
-    C = wide(C).view(b, c, q, g, n).transpose(2, 3)
+    B = wide(B).view(b, c, q, g, n).transpose(2, 3).contiguous()  # (b, c, g, q, n)
+    C = wide(C).view(b, c, q, g, n).transpose(2, 3).contiguous()
     total = torch.cumsum(dt * A, dim=2)  # (b, c, q, h): log decay from the chunk's start through each token
 
     # 1. Inside a chunk: y_i += sum over j <= i of (C_i . B_j) exp(total_i - total_j) dt_j x_j
     by_head = total.transpose(2, 3)  # (b, c, h, q)
-    log_decay = by_head[..., :, None] - by_head[..., None, :]  # (b, c, h, q, q)
+    log_decay = by_head[..., :, None] - by_head[..., None, :]  # (b, c, h, q, q), above 0 only where j > i
     hidden = torch.ones(q, q, dtype=torch.bool, device=x.device).triu(1)
     if seq_idx is not None:
         chunk_docs = seq_idx.view(b, c, q)
-        hidden = hidden | (chunk_docs[..., :, None] != chunk_docs[..., None, :])
-        hidden = hidden[:, :, None]
-    scores = log_decay.masked_fill_(hidden, -torch.inf).exp_().view(b, c, g, r, q, q)
-    scores = times(scores, (C @ B.transpose(-1, -2))[:, :, :, None]).view(b, c, h, q, q)
-    x_dt = x * dt[..., None]
-    y = (scores @ x_dt.transpose(2, 3)).transpose(2, 3)  # (b, c, q, h, p)
+        hidden = (hidden | (chunk_docs[..., :, None] != chunk_docs[..., None, :]))[:, :, None]
+    products = (C @ B.transpose(-1, -2)).masked_fill_(hidden, 0)  # (b, c, g, q, q): hidden here, where there are r times fewer
+    decay = log_decay.clamp_(max=0).exp_().view(b, c, g, r, q, q)
+    scores = times(decay, products[:, :, :, None]).view(b, c, h, q, q)
+    x_dt = times(x.transpose(2, 3).contiguous(), dt.transpose(2, 3)[..., None])  # (b, c, h, q, p)
+    y = (scores @ x_dt).transpose(2, 3)  # (b, c, q, h, p)
 
     # 2. What each chunk adds to the state, and how much of the state it is given survives it
     to_end, from_start = total[:, :, -1:] - total, total
@@ -234,7 +235,8 @@ def _scan_segment(
         to_end = to_end.masked_fill((chunk_docs != last[..., None])[..., None], -torch.inf)
         from_start = from_start.masked_fill((chunk_docs != given[..., None])[..., None], -torch.inf)
         survives = survives.masked_fill((last != given)[..., None], -torch.inf)
-    columns = (x_dt * torch.exp(to_end)[..., None]).view(b, c, q, g, r * p).transpose(2, 3)  # (b, c, g, q, r*p)
+    columns = (x_dt * torch.exp(to_end).transpose(2, 3)[..., None]).view(b, c, g, r, q, p)
+    columns = columns.transpose(3, 4).reshape(b, c, g, q, r * p)
     added = B.transpose(-1, -2) @ columns  # (b, c, g, n, r*p)
 
     # 3. The recurrence over chunks

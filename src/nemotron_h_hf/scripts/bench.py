@@ -57,6 +57,7 @@ class BenchArguments:
     runs: int
     threads: int
     only: list[str]
+    prompts: list[int] | None
     long: bool
     quick: bool
 
@@ -103,18 +104,24 @@ def parse(argv: Sequence[str]) -> BenchArguments:
     parser.add_argument("--runs", type=int, default=5, help="rounds of every timing (5; prompts over 4,096 take one)")
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch (2)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure (all)")
+    parser.add_argument("--prompts", nargs="+", type=int, help="lengths to prefill (256 1024 4096 16384)")
     parser.add_argument(
         "--long", action=argparse.BooleanOptionalAction, default=True, help="the prompt of 65,536 tokens (yes)"
     )
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that everything runs")
     arguments = BenchArguments(**vars(parser.parse_args(argv)))
-    for option in ("runs", "threads"):
-        if getattr(arguments, option) < 1:
+    for option in ("runs", "threads", *(["prompts"] if arguments.prompts else [])):
+        if min(as_list(getattr(arguments, option))) < 1:
             raise ValueError(f"--{option} is {getattr(arguments, option)}; it must be 1 or more")
     for path in outputs(arguments.output):
         if path.exists() and not arguments.overwrite:
             raise ValueError(f"--output: {path} is there already; --overwrite replaces it")
     return arguments
+
+
+def as_list(value: int | list[int]) -> list[int]:
+    """The numbers given to an option that takes one or several."""
+    return value if isinstance(value, list) else [value]
 
 
 def outputs(prefix: Path) -> tuple[Path, Path]:
@@ -133,7 +140,7 @@ def measure(plan: Plan, arguments: BenchArguments, say: Callable[[str], None]) -
     if "decode" in arguments.only:
         results.decode = measure_decode(plan, both, arguments.runs, say)
     if "prefill" in arguments.only:
-        for length in plan.prefill_tokens:
+        for length in arguments.prompts or plan.prefill_tokens:
             results.prefill.append(measure_prefill(plan, both, length, arguments.runs, say))
             results.errors[f"logits, ours against native, last of {length}"] = check_prefill(results.prefill[-1])
     if "train" in arguments.only:
