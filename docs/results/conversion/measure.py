@@ -21,10 +21,10 @@ import time
 from pathlib import Path
 
 import torch
+from nemotron_h_hf.conversion import convert, names
 
 from nemotron_h_hf import NemotronHConfig
 from nemotron_h_hf.checkpoint import TensorSpec, save, write_text
-from nemotron_h_hf.conversion import convert, names
 
 COPY_PIECE_BYTES = 16 * 2**20
 
@@ -70,7 +70,8 @@ def measure(folder: Path, gigabytes: float, rounds: int) -> dict:
         "largest_tensor_bytes": largest,
         "steps": steps,
         "speed_of_copying": {
-            name: round(copied / statistics.median(step["seconds"] for step in found), 3) for name, found in steps.items()
+            name: round(copied / statistics.median(step["seconds"] for step in found), 3)
+            for name, found in steps.items()
         },
         "peak_over_largest_tensor": {
             name: round(max(step["peak_bytes"] for step in found) / largest, 3) for name, found in steps.items()
