@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [[], ["--editable"]], ids=["wheel", "editable"])
 def test_installed_package_has_conversion(how, tmp_path):
     """In a fresh environment that sees this one's libraries, but not this one's installation of the package."""
