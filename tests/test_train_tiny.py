@@ -211,11 +211,14 @@ def test_xz_figures_are_those_of_the_compressor():
 
 def test_function_headers_cut_and_parse():
     source = "class A:\n    @staticmethod\n    def f(a,\n          b=1):\n        return a\ndef g(): pass\n"
-    assert function_headers(source) == ["def f(a,\n      b=1):"]
+    assert function_headers(source) == ["    def f(a,\n          b=1):"]
     header = "def f(a):"
     assert function_text(header, "\n    return a\n\nprint(f(1))\n", True) == "def f(a):\n    return a\n\n"
     assert function_text(header, " return a\nf(1)", True) == "def f(a): return a\n"
     assert function_text(header, "\n    x = 1\n    return (a", False) == "def f(a):\n    x = 1\n"
+    method = function_text("    def f(self):", "\n        return 1\n\n    def g(self):\n        pass\n", True)
+    assert method == "    def f(self):\n        return 1\n\n" and parses(method)
+    assert not parses("    def f(self):\n    return 1\n")
     assert parses("def f(a):\n    return a\n")
     assert not any(map(parses, ["def f(a):\n", "def f(a):\n    (\n", "def f(a):\n    '''\n", "x = '\0'\n"]))
 
