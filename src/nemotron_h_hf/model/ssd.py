@@ -223,7 +223,8 @@ def _scan_segment(
     products = (C @ B.transpose(-1, -2)).masked_fill_(hidden, 0)  # (b, c, g, q, q): hidden here, where there are r times fewer
     decay = log_decay.clamp_(max=0).exp_().view(b, c, g, r, q, q)
     scores = times(decay, products[:, :, :, None]).view(b, c, h, q, q)
-    x_dt = times(x.transpose(2, 3).contiguous(), dt.transpose(2, 3)[..., None])  # (b, c, h, q, p)
+    heads = x.transpose(2, 3).clone(memory_format=torch.contiguous_format)  # a copy even where it is contiguous already
+    x_dt = times(heads, dt.transpose(2, 3)[..., None])  # (b, c, h, q, p)
     y = (scores @ x_dt).transpose(2, 3)  # (b, c, q, h, p)
 
     # 2. What each chunk adds to the state, and how much of the state it is given survives it
