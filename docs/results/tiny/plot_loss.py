@@ -1,0 +1,38 @@
+"""Draw loss over tokens of the two runs: `python docs/results/tiny/plot_loss.py` writes loss.png beside the logs."""
+
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+FOLDER = Path(__file__).parent
+RUNS = {"nemotron-h": "Nemotron-H (M-M*-M-)", "llama": "Llama, same parameters"}
+WINDOW = 10  # log lines averaged: a line is the mean of 10 steps of 2 windows, which is noisy
+
+
+def main() -> None:
+    figure, axes = plt.subplots(figsize=(7, 4.2), dpi=120)
+    for name, label in RUNS.items():
+        rows = [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        tokens, losses = [row["tokens"] / 1e6 for row in rows], [row["loss"] for row in rows]
+        [line] = axes.plot(tokens, losses, alpha=0.2)
+        axes.plot(tokens, running_mean(losses), color=line.get_color(), label=label)
+    axes.set(xlabel="training tokens (millions)", ylabel="training loss (nats per token)")
+    axes.set_ylim(top=6)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(FOLDER / "loss.png")
+
+
+def running_mean(values: list[float]) -> list[float]:
+    """The mean of each value and up to WINDOW - 1 before it."""
+    pieces = [values[max(0, i - WINDOW + 1) : i + 1] for i in range(len(values))]
+    return [sum(piece) / len(piece) for piece in pieces]
+
+
+if __name__ == "__main__":
+    main()
