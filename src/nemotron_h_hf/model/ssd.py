@@ -220,7 +220,7 @@ def _scan_segment(
     if seq_idx is not None:
         chunk_docs = seq_idx.view(b, c, q)
         hidden = (hidden | (chunk_docs[..., :, None] != chunk_docs[..., None, :]))[:, :, None]
-    products = (C @ B.transpose(-1, -2)).masked_fill_(hidden, 0)  # (b, c, g, q, q): hidden here, where there are r times fewer
+    products = (C @ B.transpose(-1, -2)).masked_fill_(hidden, 0)  # (b, c, g, q, q), r times fewer than decays
     decay = log_decay.clamp_(max=0).exp_().view(b, c, g, r, q, q)
     scores = times(decay, products[:, :, :, None]).view(b, c, h, q, q)
     heads = x.transpose(2, 3).clone(memory_format=torch.contiguous_format)  # a copy even where it is contiguous already
