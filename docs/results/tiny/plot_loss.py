@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 
 FOLDER = Path(__file__).parent
 RUNS = {"nemotron-h": "Nemotron-H (M-M*-M-)", "llama": "Llama, same parameters"}
-WINDOW = 10  # log lines averaged: a line is the mean of 10 steps of 2 windows, which is noisy
+WINDOW = 5  # log lines averaged: a line is the mean of 10 steps of 2 windows, which is noisy
 
 
 def main() -> None:
