@@ -66,7 +66,7 @@ def parse(argv: Sequence[str] | None) -> DemoArguments:
     parser = argparse.ArgumentParser(
         prog="nemotron-h demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--prompt", default="def read_lines(path):\n", help="text to continue")
+    parser.add_argument("--prompt", default="def read_lines(path):", help="text to continue")
     parser.add_argument("--max-new-tokens", type=int, default=120, help="tokens to write (120)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
     return DemoArguments(**vars(parser.parse_args(argv)))

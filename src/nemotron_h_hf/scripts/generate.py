@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL
 
-DEFAULT_PROMPT = "def read_lines(path):\n"
+DEFAULT_PROMPT = "def read_lines(path):"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
