@@ -78,3 +78,18 @@ def test_a_bfloat16_loss_is_fp32():
     out = model(ids, labels=ids)
     assert out.loss.dtype == torch.float32
     assert_close(out.loss, ForCausalLMLoss(out.logits, ids, 97), 1e-5)
+
+
+@pytest.mark.parametrize("shape", ["dense", "moe"])
+def test_another_loss_inside_forward(shape):
+    model, ids = tiny_model(shape, router_aux_loss_coef=0.25), prompt(2, 21)
+    logits = model(ids).logits
+
+    def squares(hidden_states, lm_head):
+        return lm_head(hidden_states).square().mean()
+
+    aux = {"output_router_logits": True} if shape == "moe" else {}
+    out = model(ids, loss_from_hidden=squares, **aux)
+    assert_close(out.loss, logits.square().mean() + (0.25 * out.aux_loss if aux else 0.0), 1e-6)
+    assert dict.get(out, "logits") is None
+    assert_close(out.logits, logits, 0)

@@ -223,6 +223,26 @@ def test_aux_loss_is_added_to_the_loss():
     assert model.config.output_router_logits is False
 
 
+def test_aux_loss_counts_once_over_an_accumulated_batch():
+    """Two unequal parts with their common number of items: the means weighted by the items, not their sum."""
+    model, ids = tiny_model("moe", router_aux_loss_coef=0.5), prompt(2, 11)
+    labels = ids.clone()
+    labels[1, 4:] = -100
+    parts = []
+    for row in range(2):
+        batch = {"labels": labels[row : row + 1], "num_items_in_batch": 13}
+        with_aux = model(ids[row : row + 1], output_router_logits=True, **batch)
+        parts.append((with_aux.loss - model(ids[row : row + 1], **batch).loss, with_aux.aux_loss))
+    assert_close(parts[0][0] + parts[1][0], 0.5 * (10 * parts[0][1] + 3 * parts[1][1]) / 13)
+
+
+def test_configuration_asks_for_the_aux_loss_in_training():
+    ids = prompt(2, 11)
+    model = tiny_model("moe", router_aux_loss_coef=0.5, output_router_logits=True).train()
+    assert_close(model(ids, labels=ids).loss, model(ids, labels=ids, output_router_logits=False).loss
+                 + 0.5 * model(ids).aux_loss)  # fmt: skip
+
+
 def test_tied_embeddings_load_save_and_train(tmp_path):
     model, ids = tiny_model(tie_word_embeddings=True), prompt(2, 11)
     assert model.lm_head.weight is model.model.embeddings.weight

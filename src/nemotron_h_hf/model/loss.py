@@ -54,5 +54,24 @@ def next_token_loss(
     return total / num_items_in_batch
 
 
+def share_of_items(
+    num_items_in_batch: Tensor | int | None,
+    labels: Tensor | None,
+    shift_labels: Tensor | None = None,
+    ignore_index: int = -100,
+) -> Tensor | float:
+    """What part of an accumulated batch this one is, 1 if it is all of it.
+
+    A term that is a mean already (the balance loss of experts) is weighted with it; otherwise it would count once per
+    accumulation step and process, the summed loss beside it once in all.
+    """
+    if num_items_in_batch is None or (labels is None and shift_labels is None):
+        return 1.0
+    items = ((labels[:, 1:] if shift_labels is None else shift_labels) != ignore_index).sum()
+    return items / (
+        num_items_in_batch.to(items.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+    )
+
+
 def _summed_loss(hidden_states: Tensor, targets: Tensor, lm_head: nn.Module, ignore_index: int) -> Tensor:
     return F.cross_entropy(lm_head(hidden_states).float(), targets, ignore_index=ignore_index, reduction="sum")

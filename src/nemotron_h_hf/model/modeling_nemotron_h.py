@@ -37,7 +37,7 @@ from .loading import (
     stored_dtypes,
     warn_of_other_readers,
 )
-from .loss import next_token_loss
+from .loss import next_token_loss, share_of_items
 from .mamba2 import NemotronHMamba2Mixer
 from .moe import NemotronHTopkRouter, init_experts, load_balancing_loss
 from .peft_support import allow_adapters_on_out_proj
@@ -363,6 +363,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         skip_logits: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         shift_labels: Tensor | None = None,
+        loss_from_hidden: Callable[[Tensor, nn.Module], Tensor] | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
         """Logits, and the next-token loss if there are labels. Arguments not listed are those of `NemotronHModel.forward`.
@@ -374,6 +375,8 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
                 default in training, where `output.logits` is then computed only if it is read.
             num_items_in_batch: divisor of the summed loss, as transformers' Trainer passes it.
             shift_labels: (b, l) labels already shifted (sequence parallelism).
+            loss_from_hidden: called with (hidden states (b, l, hidden), lm_head), makes a scalar that replaces the
+                next-token loss. It runs inside this forward because only here a sharded lm_head has its weight.
         """
         outputs: MoeModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -387,7 +390,10 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         hidden_states = outputs.last_hidden_state
         loss = aux_loss = None
         has_labels = labels is not None or shift_labels is not None
-        if has_labels:
+        has_loss = has_labels or loss_from_hidden is not None
+        if loss_from_hidden is not None:
+            loss = loss_from_hidden(hidden_states, self.lm_head)
+        elif has_labels:
             loss = next_token_loss(
                 hidden_states, self.lm_head, self.config.vocab_size, labels, num_items_in_batch, shift_labels
             )
@@ -395,9 +401,11 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             padded = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
             real = attention_mask[:, -hidden_states.shape[1] :].flatten().bool() if padded else None
             aux_loss = load_balancing_loss(outputs.router_logits, self.config.num_experts_per_tok, real)
-            if has_labels:
-                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
-        skip = has_labels and (self.training if skip_logits is None else skip_logits)
+            if has_loss:
+                share = share_of_items(num_items_in_batch, labels, shift_labels)
+                share = share.to(aux_loss.device) if isinstance(share, Tensor) else share
+                loss = loss + (self.config.router_aux_loss_coef * share * aux_loss).to(loss.device)
+        skip = has_loss and (self.training or not has_labels if skip_logits is None else skip_logits)
 
         def make_logits() -> Tensor:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
