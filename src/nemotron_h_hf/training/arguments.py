@@ -1,0 +1,274 @@
+"""Flags and YAML of the training scripts: dataclasses, and `parse`, which fills them and says what is wrong where.
+
+A script has a few dataclasses (a field that takes nested values is typed `dict | str | None`, and its class calls
+`as_mapping` on it); together they are one flat set of names. Every name is a flag (`--learning_rate`, or
+`--learning-rate`) and a key of the YAML file given by `--config`; flags win over the file, the file over the defaults.
+
+    # run.yaml
+    output_dir: runs/small
+    learning_rate: 8e-4
+    total_tokens: 2.5M
+    sources: {code: {path: src/**/*.py}}       # a mapping or list goes to its field as it is
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from argparse import SUPPRESS, Action, ArgumentError, RawDescriptionHelpFormatter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import HfArgumentParser, TrainingArguments
+
+MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+# Of transformers.TrainingArguments, those that --help shows; --help_all shows the others too.
+COMMON_FIELDS = (
+    "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+    "learning_rate", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "bf16",
+    "gradient_checkpointing", "torch_compile", "logging_steps", "save_steps", "save_total_limit", "report_to", "seed",
+    "use_cpu", "resume_from_checkpoint", "fsdp", "fsdp_config",
+)  # fmt: skip
+
+
+def _flag(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
+    metadata = {"help": help_text} | ({"choices": choices} if choices else {})
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelArguments:
+    """What is trained and in what form; shared by pretrain, sft and distill."""
+
+    _argument_group_name = "model"
+
+    model: str | None = _flag(
+        None,
+        "checkpoint folder, hub id, or with --init random also a preset (nemotron-h-8b); default: the model in the box",
+    )
+    init: str = _flag("weights", "weights: start from the checkpoint; random: only its shape", ("weights", "random"))
+    tokenizer: str | None = _flag(None, "folder or hub id; default: the model's own")
+    dtype: str = _flag(
+        "float32", "of the weights that the optimizer steps; --bf16 computes in bfloat16", ("float32", "bfloat16")
+    )
+    attention: str | None = _flag(
+        None,
+        "implementation of attention: sdpa, eager, flash_attention_2, flex_attention; default: transformers' choice",
+    )
+    mamba: str = _flag("auto", "who computes the Mamba layers", ("auto", "torch", "kernels"))
+    fp8: bool = _flag(False, "linear layers in FP8 but for the first and last four, after the paper; needs torchao")
+
+
+@dataclass
+class NemotronHTrainingArguments(TrainingArguments):
+    """transformers.TrainingArguments with our defaults, lengths in tokens, and the options of NemotronHTrainer.
+
+    Numbers of tokens may be written 15T, 6.3B, 2.5M, 4K; a share of the run as 20%.
+    """
+
+    _argument_group_name = "training"
+
+    sequence_length: int = _flag(1024, "tokens per row")
+    total_tokens: str | None = _flag(None, "length of the run, rounded down to whole steps; replaces --max_steps")
+    warmup_tokens: str = _flag("1%", "the learning rate rises linearly over these first tokens")
+    decay_tokens: str = _flag("20%", "and falls over these last tokens; between them it stays at --learning_rate")
+    min_lr_ratio: float = _flag(0.01, "where the decay ends, as a share of --learning_rate; the paper's is 1/100")
+    decay_shape: str = _flag("cosine", "of the fall", ("cosine", "linear"))
+    optimizer: str = _flag("adamw", "muon: for the matrices inside the layers, AdamW for the rest", ("adamw", "muon"))
+    z_loss: float = _flag(0.0, "weight of the mean of logsumexp(logits)^2 in the loss; 1e-4 is usual, 0 is off")
+    max_loss_jump: float = _flag(
+        4.0, "stop when a step's loss is this many nats above the mean of the last 100 steps; 0 is off"
+    )
+
+    # Other defaults than transformers'.
+    lr_scheduler_type: str = _flag(
+        "wsd", "wsd: warm-up, stable, decay, by tokens; or any name that transformers knows (cosine, linear, ...)"
+    )
+    learning_rate: float = _flag(8e-4, "the peak")
+    weight_decay: float = _flag(0.1, "of matrices; not of norms, biases, A_log, D, dt_bias and convolutions")
+    adam_beta2: float = _flag(0.95, "of AdamW")
+    gradient_checkpointing: bool | None = _flag(
+        None, "compute activations again in the backward pass instead of keeping them: less memory, a third more work"
+    )
+    bf16: bool | None = _flag(None, "compute in bfloat16; default: yes on a GPU that can, no on a CPU")
+    per_device_train_batch_size: int = _flag(4, "rows per device and forward pass")
+    logging_steps: float = _flag(10, "steps per line of metrics.jsonl; below 1 a share of the run")
+    save_steps: float = _flag(500, "steps between checkpoints; below 1 a share of the run")
+    save_total_limit: int | None = _flag(3, "checkpoints kept; the oldest go when a new one is whole")
+    logging_nan_inf_filter: bool = _flag(False, "as in transformers; here a loss that is no number stops the run")
+    remove_unused_columns: bool = _flag(False, "as in transformers; here rows hold what the model takes")
+    report_to: str = _flag("none", "tensorboard, trackio, wandb, ...; metrics.jsonl is written in any case")
+
+    def __post_init__(self) -> None:
+        self.uses_wsd = str(self.lr_scheduler_type) == "wsd"
+        if self.uses_wsd:
+            self.lr_scheduler_type = "constant"  # a name of transformers'; our trainer makes its own schedule
+        if self.bf16 is None:
+            self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+        if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ and self.gradient_checkpointing:
+            self.activation_checkpointing, self.gradient_checkpointing = True, None  # its name since transformers 5.23
+        super().__post_init__()
+        for name in ("sequence_length", "per_device_train_batch_size", "gradient_accumulation_steps"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("z_loss", "max_loss_jump", "weight_decay", "max_grad_norm"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 (off) or more")
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a number above 0")
+        require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "0 to 1")
+        if self.total_tokens is not None:
+            self.max_steps = parse_tokens(self.total_tokens, "total_tokens") // self.tokens_per_step
+            require(self.max_steps > 0, "total_tokens", self.total_tokens, f"a step's {self.tokens_per_step} or more")
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens that one optimizer step sees on all processes together."""
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
+        return rows * self.sequence_length
+
+
+def parse(
+    dataclasses: Sequence[type], argv: Sequence[str] | None, description: str, prog: str, **defaults: Any
+) -> tuple[Any, ...]:
+    """One instance of each dataclass, from `argv` and the YAML file it may name; `defaults` replace fields' own.
+
+    Raises:
+        ValueError: naming the flag or key, its value and what is allowed; with the nearest name for an unknown one.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(
+        list(dataclasses), prog=prog, usage=f"{prog} [--config FILE] [--OPTION VALUE ...]", description=description,
+        formatter_class=_Formatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of these names as keys; flags win over it")
+    parser.add_argument(
+        "--help_all", action="store_true", help="show every option of transformers.TrainingArguments too"
+    )
+    parser.set_defaults(**defaults)
+    if "--help_all" not in argv and "--help-all" not in argv:
+        _hide_rare(parser)
+    elif "--help" not in argv:
+        parser.print_help()
+        raise SystemExit(0)
+    names = [item.name for kind in dataclasses for item in fields(kind) if item.init]
+    path = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].config
+    given = [] if path is None else _as_flags(read_yaml(path), names, path)
+    *filled, _, unknown = parser.parse_args_into_dataclasses(
+        [*given, *argv], return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        raise ValueError(_unknown(unknown[0], names))
+    return tuple(filled)
+
+
+class _Formatter(RawDescriptionHelpFormatter):
+    """One spelling of each flag, and its default where the help text does not say it."""
+
+    def _format_action_invocation(self, action: Action) -> str:
+        flag = action.option_strings[-1 if action.dest == "help" else 0] if action.option_strings else action.dest
+        return flag if action.nargs in (0, "?") else f"{flag} {self._format_args(action, 'VALUE')}"
+
+    def _get_help_string(self, action: Action) -> str | None:
+        silent = action.default in (None, SUPPRESS, False) or "default" in (action.help or "")
+        return action.help if silent else f"{action.help} (%(default)s)"
+
+
+class _Parser(HfArgumentParser):
+    """argparse ends the process on an error; here it is a ValueError as everywhere else."""
+
+    def error(self, message: str) -> None:
+        raise ValueError(message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        try:
+            return super().parse_known_args(args, namespace)
+        except ArgumentError as error:
+            raise ValueError(str(error)) from None
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a YAML file."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config: {path} is not YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"config: {path} holds a {type(content).__name__}; allowed is a mapping of names to values")
+    return content
+
+
+def as_mapping(value: str | Mapping | Sequence | None, name: str) -> Any:
+    """A field that takes nested values, given as YAML or JSON text (as flags are) or already as mapping or list."""
+    if not isinstance(value, str):
+        return value
+    try:
+        content = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}: got {value!r}, allowed is a mapping or list in YAML or JSON: {error}") from None
+    require(isinstance(content, (dict, list)), name, value, "a mapping or list in YAML or JSON")
+    return content
+
+
+def parse_tokens(text: str | int | float, name: str, total: int | None = None) -> int:
+    """'8.3B' -> 8_300_000_000; '20%' of `total`, if there is one; a plain number as it is."""
+    words = str(text).strip().replace("_", "").replace(",", "")
+    allowed = "a number of tokens such as 2500000, 4K, 2.5M, 6.3B, 15T" + (", or a share such as 20%" if total else "")
+    share = words.endswith("%")
+    unit = "" if share else words[-1:].upper() if words[-1:].isalpha() else ""
+    number = words[:-1] if share or unit else words
+    try:
+        value = float(number)
+    except ValueError:
+        raise ValueError(f"{name}: got {text!r}, allowed is {allowed}") from None
+    require(unit in MULTIPLES and 0 <= value < float("inf") and (total is not None or not share), name, text, allowed)
+    return round(value * total / 100) if share else round(value * MULTIPLES[unit])
+
+
+def require(condition: bool, name: str, value: Any, allowed: str) -> None:
+    """`ValueError` naming field, value and what is allowed, unless the condition holds."""
+    if not condition:
+        raise ValueError(f"{name}: got {value!r}, allowed is {allowed}")
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """'; did you mean ...?' with the name closest to a mistyped one, or nothing."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def _unknown(word: str, names: Sequence[str]) -> str:
+    if not word.startswith("-"):
+        return f"unexpected argument {word!r}; options begin with --"
+    name = word.lstrip("-").split("=")[0].replace("-", "_")
+    return f"unknown option --{name}{nearest(name, [*names, 'config'])}"
+
+
+def _as_flags(content: dict[str, Any], names: Sequence[str], path: str) -> list[str]:
+    """The file's mapping as command-line words, so that argparse converts and checks both alike."""
+    words = []
+    for name, value in content.items():
+        if name not in names:
+            raise ValueError(f"config: {path} has an unknown key {name!r}{nearest(str(name), names)}")
+        if value is None:  # as if it were not there
+            continue
+        if isinstance(value, list) and not any(isinstance(item, (dict, list)) for item in value):
+            words += [f"--{name}", *map(str, value)]
+        else:
+            words += [f"--{name}={json.dumps(value) if isinstance(value, (dict, list)) else value}"]
+    return words
+
+
+def _hide_rare(parser: HfArgumentParser) -> None:
+    ours = {item.name for item in fields(NemotronHTrainingArguments)} - {
+        item.name for item in fields(TrainingArguments)
+    }
+    theirs = {item.name for item in fields(TrainingArguments)} - ours - set(COMMON_FIELDS)
+    for action in parser._actions:
+        if action.dest in theirs:
+            action.help = SUPPRESS
