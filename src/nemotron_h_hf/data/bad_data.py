@@ -1,0 +1,45 @@
+"""Records that cannot be used: each is reported with its place, counted by kind and left out, or stops the run."""
+
+import logging
+from collections import Counter
+
+logger = logging.getLogger(__name__)
+
+POLICIES = ("skip", "error")
+SHOWN_PER_KIND = 5  # in the log; the counts go on
+
+
+class BadData:
+    """Counts of one source's unusable records by kind of problem.
+
+    Args:
+        source: the name that stands in the reports.
+        policy: "skip" counts and goes on, "error" raises at the first one.
+    """
+
+    def __init__(self, source: str, policy: str = "skip"):
+        if policy not in POLICIES:
+            raise ValueError(f"on_bad_data is {policy!r}; allowed are {' and '.join(map(repr, POLICIES))}")
+        self.source = source
+        self.policy = policy
+        self.counts: Counter[str] = Counter()
+        self.last = ""
+
+    def report(self, origin: str, problem: str, detail: str = "") -> None:
+        """Note one unusable record.
+
+        Args:
+            origin: file and line, such as `web/a.jsonl:17`.
+            problem: the kind of problem, under which it is counted.
+            detail: what distinguishes this one, for the message alone.
+
+        Raises:
+            ValueError: under the policy "error".
+        """
+        self.last = f"source {self.source}: {origin}: {problem}" + (f" ({detail})" if detail else "")
+        if self.policy == "error":
+            raise ValueError(self.last)
+        self.counts[problem] += 1
+        if self.counts[problem] <= SHOWN_PER_KIND:
+            silent = "; further ones of this kind are counted only" if self.counts[problem] == SHOWN_PER_KIND else ""
+            logger.warning("%s; skipped%s", self.last, silent)

@@ -1,0 +1,279 @@
+"""Documents into rows of equal length, with positions that restart at every document so that the model keeps them apart.
+
+    row of 12     a a a a a b b b | c c c c     documents a, b and the beginning of c
+    position_ids  0 1 2 3 4 0 1 2 | 0 1 2 3     convolution, scan and attention start anew at every 0
+    labels        . a a a a . b b | . c c c     not shifted (the model shifts); . is -100: nothing predicts a first token
+
+Splitting (pretraining) fills every row and lets a document continue in the next. Whole documents (fine-tuning) are placed
+by best fit decreasing among the documents of a window, and what stays free is padding, a document of its own at the end.
+
+    l sequence_length
+"""
+
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
+
+from .bad_data import BadData
+
+IGNORED = -100
+TOO_LONG = "longer than a row"
+STATES_KEPT = 512  # more rows than any data loader reads ahead
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """Documents that know where they stand, such as a Blend: iterating goes on from there."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Document(NamedTuple):
+    """Token ids and labels of a document, both (tokens) int64."""
+
+    input_ids: Tensor
+    labels: Tensor
+
+
+class PackedRows(IterableDataset):
+    """Rows `{"input_ids", "labels", "position_ids"}`, each (l) int64, from documents.
+
+    A new iterator goes on where the rows stand. After the last document (the last row is padded) the next iterator begins
+    again with the first, unless `documents` is a Blend, which ends once.
+
+    Args:
+        documents: a Blend or other Resumable, or something that can be iterated again and again, such as a list or a
+            dataset. A document is token ids, a mapping with `input_ids` and perhaps `labels` of the same length, or a
+            pair (source name, one of these).
+        sequence_length: l.
+        split_documents: whether a document may continue in the next row.
+        pad_token_id: fills rows that stay partly empty.
+        window_documents: whole documents that are placed together; more waste less and take more memory.
+        on_long_document: what to do with a document that may not be split and is longer than a row: "skip" (with a
+            warning, counted in `bad.counts`) or "error".
+    """
+
+    def __init__(
+        self,
+        documents: Resumable | Iterable[Any],
+        sequence_length: int,
+        split_documents: bool = True,
+        pad_token_id: int = 0,
+        window_documents: int = 256,
+        on_long_document: str = "skip",
+    ):
+        for field, value in (("sequence_length", sequence_length), ("window_documents", window_documents)):
+            if value < 1:
+                raise ValueError(f"{field} is {value}; 1 or more is allowed")
+        self.documents = documents if isinstance(documents, Resumable) else _Counted(documents)
+        self.sequence_length = sequence_length
+        self.split_documents = split_documents
+        self.pad_token_id = pad_token_id
+        self.window_documents = window_documents
+        self.rows_yielded = 0
+        self.bad = BadData("rows", on_long_document)
+        self._place = self._here()
+        self._states: OrderedDict[int, dict[str, Any]] = OrderedDict()
+        self._remember()
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        if get_worker_info() is not None:
+            raise ValueError("num_workers of the data loader is not 0; PackedRows allows 0, or its state would be lost")
+        self.documents.load_state_dict(self._place.documents)
+        first = self.rows_yielded
+        for pieces, place in self._split_rows() if self.split_documents else self._whole_rows():
+            self._place = place
+            self.rows_yielded += 1
+            self._remember()
+            yield self._row(pieces)
+        if self.rows_yielded == first and self.bad.counts:
+            raise ValueError(f"sequence_length is {self.sequence_length}, and no document fits; {self.bad.last}")
+        self._place = self._here()
+        self._remember()
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state after the last row yielded."""
+        return self.state_after(self.rows_yielded)
+
+    def state_after(self, num_rows: int) -> dict[str, Any]:
+        """JSON-able state after the first `num_rows` rows of the whole run, for rows that a loader has read ahead.
+
+        Raises:
+            ValueError: for rows not yet yielded, or so long ago that their state is forgotten.
+        """
+        if num_rows not in self._states:
+            first, last = min(self._states), max(self._states)
+            raise ValueError(f"num_rows is {num_rows}; states are kept for {first} to {last} rows")
+        return self._states[num_rows]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on exactly after the rows that `state` saw; an iterator that is running does not notice.
+
+        Raises:
+            ValueError: for a state of rows that were made in another way, or of other documents.
+        """
+        for field in ("split_documents", "sequence_length", "window_documents"):
+            matters = field == "split_documents" or not self.split_documents  # splitting goes on at any length
+            if matters and state[field] != getattr(self, field):
+                raise ValueError(f"{field} is {getattr(self, field)}, the state was saved with {state[field]}")
+        self.documents.load_state_dict(state["documents"])
+        self.rows_yielded = state["rows"]
+        self._place = _Place(state["documents"], state["done"], state["too_long"])
+        self.bad.counts = Counter({TOO_LONG: state["too_long"]})
+        self._states.clear()
+        self._remember()
+
+    def _split_rows(self) -> Iterator[tuple[list[Document], "_Place"]]:
+        """Rows cut from the documents laid end to end; the place is a document and how many of its tokens are used."""
+        pieces, free = [], self.sequence_length
+        used, before = self._place.done, self._here()
+        for item in self.documents:
+            document = as_document(item)
+            length = len(document.input_ids)
+            while used < length:
+                piece = Document(*(part[used : used + free] for part in document))
+                pieces.append(piece)
+                used, free = used + len(piece.input_ids), free - len(piece.input_ids)
+                if free == 0:
+                    yield pieces, before._replace(done=used) if used < length else self._here()
+                    pieces, free = [], self.sequence_length
+            used, before = 0, self._here()
+        if pieces:
+            yield pieces, self._here()
+
+    def _whole_rows(self) -> Iterator[tuple[list[Document], "_Place"]]:
+        """Rows of whole documents; the place is the beginning of a window and how many of its rows are done."""
+        done, before = self._place.done, self._here()
+        window: list[Document] = []
+        for item in self.documents:
+            document = as_document(item)
+            if len(document.input_ids) > self.sequence_length:
+                self.bad.report("a document", TOO_LONG, f"{len(document.input_ids)} tokens, {self.sequence_length} fit")
+                continue
+            window.append(document)
+            if len(window) == self.window_documents:
+                yield from self._rows_of(window, before, done)
+                window, done, before = [], 0, self._here()
+        if window:
+            yield from self._rows_of(window, before, done)
+
+    def _rows_of(
+        self, window: list[Document], before: "_Place", done: int
+    ) -> Iterator[tuple[list[Document], "_Place"]]:
+        rows = best_fit([len(document.input_ids) for document in window], self.sequence_length)
+        for number in range(done, len(rows)):
+            place = self._here() if number + 1 == len(rows) else before._replace(done=number + 1)
+            yield [window[index] for index in rows[number]], place
+
+    def _here(self) -> "_Place":
+        return _Place(self.documents.state_dict(), 0, self.bad.counts[TOO_LONG])
+
+    def _row(self, pieces: list[Document]) -> dict[str, Tensor]:
+        """One row (l) of pieces, padded at its end."""
+        lengths = [len(piece.input_ids) for piece in pieces]
+        missing = self.sequence_length - sum(lengths)
+        labels = [piece.labels.clone() for piece in pieces]
+        for label in labels:
+            label[0] = IGNORED
+        ids = [piece.input_ids for piece in pieces] + [torch.full((missing,), self.pad_token_id)]
+        labels.append(torch.full((missing,), IGNORED))
+        positions = [torch.arange(length) for length in (*lengths, missing)]
+        return {"input_ids": torch.cat(ids), "labels": torch.cat(labels), "position_ids": torch.cat(positions)}
+
+    def _remember(self) -> None:
+        self._states[self.rows_yielded] = {
+            "rows": self.rows_yielded,
+            "documents": self._place.documents,
+            "done": self._place.done,
+            "too_long": self._place.too_long,
+            "sequence_length": self.sequence_length,
+            "split_documents": self.split_documents,
+            "window_documents": self.window_documents,
+        }
+        while len(self._states) > STATES_KEPT:
+            self._states.popitem(last=False)
+
+
+def as_document(item: Any) -> Document:
+    """A document from token ids, a mapping with `input_ids` and perhaps `labels`, or a pair (source name, one of these).
+
+    Raises:
+        ValueError: for labels of another length, or no tokens.
+    """
+    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
+        item = item[1]
+    named = isinstance(item, Mapping)
+    input_ids = torch.as_tensor(item["input_ids"] if named else item, dtype=torch.int64)
+    labels = torch.as_tensor(item["labels"], dtype=torch.int64) if named and "labels" in item else input_ids
+    if input_ids.dim() != 1 or input_ids.shape != labels.shape or not len(input_ids):
+        raise ValueError(
+            f"a document has input_ids of shape {tuple(input_ids.shape)} and labels of {tuple(labels.shape)}; allowed is "
+            "one dimension, the same for both, and at least one token"
+        )
+    return Document(input_ids, labels)
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of documents by row: longest first, each into the row with the least room that is enough.
+
+    Rows and the documents in a row are in order of their first document, so that the order of the documents stays nearly
+    what it was. Uses at most 11/9 of the fewest rows possible, and one (Johnson 1973).
+    """
+    rows: list[list[int]] = []
+    free: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fits = [row for row, room in enumerate(free) if room >= lengths[index]]
+        if fits:
+            row = min(fits, key=lambda r: (free[r], r))
+        else:
+            row = len(rows)
+            rows.append([])
+            free.append(capacity)
+        rows[row].append(index)
+        free[row] -= lengths[index]
+    return sorted(sorted(row) for row in rows)
+
+
+class _Place(NamedTuple):
+    """Where rows stand: a state of the documents, tokens (or rows) done from there, documents left out before it."""
+
+    documents: dict[str, Any]
+    done: int
+    too_long: int
+
+
+class _Counted:
+    """Documents that can be iterated again, with a state: how many were taken in which round."""
+
+    def __init__(self, documents: Iterable[Any]):
+        if iter(documents) is documents:
+            raise ValueError(
+                f"documents is a {type(documents).__name__}, which can be read once; a list, a dataset or a Blend is allowed"
+            )
+        self.documents = documents
+        self.taken = 0
+        self.rounds = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        skipped = self.taken
+        for index, item in enumerate(self.documents):
+            if index >= skipped:
+                self.taken = index + 1
+                yield item
+        at_end = skipped and skipped == self.taken  # it was the state after the last document: this is the next round
+        self.taken = 0
+        self.rounds += 1
+        if at_end:
+            yield from self
+
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self.taken, "rounds": self.rounds}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.taken, self.rounds = state["taken"], state["rounds"]
