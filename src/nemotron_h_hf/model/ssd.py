@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK_TOKENS = 64  # longer chunks only add work here: the products inside a chunk grow with its length
 SEGMENT_TOKENS = 512  # tokens scanned at a time: bounds the memory, and keeps the work in a CPU's cache
+CONV_TOKENS = 128  # tokens convolved at a time, for the same reasons
 KEPT_TOKENS = 2048  # up to this length all segments are kept for the backward pass, beyond it they are recomputed
 
 
@@ -52,19 +53,23 @@ def causal_conv(
     Returns:
         (b, l, d) in x's dtype.
     """
-    taps, length = weight.shape[1], x.shape[1]
-    if initial_state is None:
-        padded = F.pad(x, (0, 0, taps - 1, 0))
-    else:
-        padded = torch.cat([initial_state[..., 1:].transpose(1, 2).to(x.dtype), x], dim=1)
-    weight = weight.to(x.dtype)
-    out = x * weight[:, -1] if bias is None else torch.addcmul(bias.to(x.dtype), x, weight[:, -1])
-    for back in range(1, taps):
-        shifted = padded[:, taps - 1 - back : taps - 1 - back + length]
-        if seq_idx is not None:
-            shifted = shifted * _same_document(seq_idx, back).to(x.dtype)
-        out.addcmul_(shifted, weight[:, taps - 1 - back])
-    return F.silu(out, inplace=not torch.is_grad_enabled())
+    taps = weight.to(x.dtype).t().contiguous()  # (k, d)
+    bias = None if bias is None else bias.to(x.dtype)
+    earlier = len(taps) - 1
+    before = x.new_zeros(x.shape[0], earlier, x.shape[2]) if initial_state is None else initial_state[..., 1:].mT
+    same = [] if seq_idx is None else [_same_document(seq_idx, back).to(x.dtype) for back in range(1, earlier + 1)]
+    outputs, before = [], before.to(x.dtype)
+    for start in range(0, x.shape[1], CONV_TOKENS):
+        part = slice(start, start + CONV_TOKENS)
+        block = torch.cat([before, x[:, part]], dim=1)
+        before, out = block[:, block.shape[1] - earlier :], block[:, earlier:] * taps[-1]
+        for back in range(1, earlier + 1):
+            shifted = block[:, earlier - back : block.shape[1] - back]
+            if seq_idx is not None:
+                shifted = shifted * same[back - 1][:, part]
+            out.addcmul_(shifted, taps[-1 - back])
+        outputs.append(F.silu(out if bias is None else out.add_(bias), inplace=not torch.is_grad_enabled()))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
 
 def conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
