@@ -17,6 +17,7 @@ COMMANDS = (
     ("generate", "nemotron_h_hf.scripts.generate", "continue a prompt, printing tokens as they come"),
     ("info", "nemotron_h_hf.scripts.info", "pattern, parameters and memory of a folder, hub id or preset"),
     ("convert", "nemotron_h_hf.scripts.convert", "convert checkpoints between Megatron and Hugging Face"),
+    ("eval", "nemotron_h_hf.scripts.eval", "bits per byte, long-context questions, lm-evaluation-harness tasks"),
     ("bench", "nemotron_h_hf.scripts.bench", "measure speed beside transformers' own model"),
     ("push", "nemotron_h_hf.scripts.push", "upload a checkpoint folder with a model card of its own facts"),
     ("train-tiny", "nemotron_h_hf.scripts.train_tiny", "train the embedded model again from text"),

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "training": set(),
     "compression": {"model", "checkpoint"},
     "elastic": {"compression", "model", "training"},
+    "evaluation": {"public", "compression", "model", "training"},
     "facts": {"compression", "headers", "model"},
     "hub": {"facts"},
     "scripts": {
@@ -34,6 +35,7 @@ MAY_IMPORT = {
         "training",
         "compression",
         "elastic",
+        "evaluation",
         "facts",
         "hub",
     },

@@ -1,0 +1,340 @@
+"""What a checkpoint can do: held-out bits per byte, questions on long prompts, lm-evaluation-harness tasks.
+
+    nemotron-h eval                                              # the embedded model: bpb and needle, 1k to 4k tokens
+    nemotron-h eval --model runs/my/checkpoint --tasks bpb --text "held_out/*.jsonl"
+    nemotron-h eval --model owner/name --tasks long --lengths 4k,32k,128k --device cuda --output runs/long
+    nemotron-h eval --model owner/name --tasks mmlu_pro,gsm8k_cot --limit 100 --batch-size 8 --device cuda
+    nemotron-h eval --model owner/name --tasks paper-reasoning --chat --device cuda
+    nemotron-h eval --tasks my_task --include-path my_tasks      # a task of your own: YAML, local files
+
+Any causal language model of transformers can be asked, so a Llama beside ours is the same command with another --model
+and --output. Text, questions and answers of bpb and the long-context tasks need no network: the text is that of this
+Python unless --text or --haystack say otherwise. They are modelled on RULER but worded anew, so their scores are for
+comparing models with each other, not with published tables. Names that are not listed below are looked up in
+lm-evaluation-harness (pip install 'nemotron-h-hf[eval]').
+
+Every finished sample goes to OUTPUT/samples.jsonl at once. The same command after an interruption goes on from there,
+and one with more tasks, lengths or samples adds to it; another model, seed, text or window is refused. At the end come
+a table, OUTPUT/results.json and OUTPUT/long_context.png with everything the folder holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
+
+from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
+from nemotron_h_hf.benchmark.report import machine, versions
+from nemotron_h_hf.data.stdlib_text import TOPICS_FILE, read_documents, split_documents
+from nemotron_h_hf.evaluation import harness, held_out, long_context, report, texts
+from nemotron_h_hf.evaluation.answering import greedy_answers
+from nemotron_h_hf.evaluation.harness import HarnessOptions, HarnessTask
+from nemotron_h_hf.evaluation.records import Records, check_folder, claim, write_json
+
+LONG_NAMES = tuple(task.name for task in long_context.TASKS)
+OWN_NAMES = ("bpb", "long", *LONG_NAMES, *harness.GROUPS)
+DEFAULT_SAMPLES = 10
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class EvalArguments:
+    """What the command line says; `limit` None is everything (`DEFAULT_SAMPLES` for questions made here)."""
+
+    model: str
+    tasks: tuple[str, ...]
+    output: Path
+    limit: int | None
+    text: list[str] | None
+    column: str
+    window: int
+    stride: int
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    haystack: list[str] | None
+    batch_size: int
+    max_length: int | None
+    include_path: str | None
+    allow_code: bool
+    chat: bool
+    device: str
+    dtype: str
+    seed: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Evaluate what is asked for and missing, then report all that the folder holds."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    arguments = parse(argv)
+    harness_tasks = [found for name in arguments.tasks for found in as_harness_tasks(name)]
+    check_folder(arguments.output, "model.json")
+    manager = None
+    if harness_tasks:
+        manager = harness.task_manager(arguments.include_path)
+        harness.check_tasks(harness_tasks, manager, OWN_NAMES, arguments.allow_code)
+    model, tokenizer = load(arguments)
+    facts = model_facts(model, arguments)
+    claim(arguments.output, "model.json", facts)
+    records = Records(arguments.output / "samples.jsonl")
+    if "bpb" in arguments.tasks:
+        run_bits_per_byte(model, tokenizer, arguments, records)
+    if set(arguments.tasks) & {"long", *LONG_NAMES}:
+        run_long_context(model, tokenizer, arguments, records)
+    if harness_tasks:
+        run_harness(model, tokenizer, harness_tasks, manager, arguments, records)
+    finish(arguments, records, facts, shlex.join(["nemotron-h", "eval", *argv]))
+    return 0
+
+
+def parse(argv: Sequence[str]) -> EvalArguments:
+    """Read and check the command line."""
+    parser = argparse.ArgumentParser(
+        prog="nemotron-h eval", description=__doc__, epilog=task_help(), allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("--model", default=EMBEDDED_MODEL, help="checkpoint folder or hub id (the embedded model)")
+    add("--tasks", default="bpb,needle", help="names with commas between them, see below (bpb,needle)")
+    add("--output", type=Path, default=Path("runs/eval"), help="folder for samples, results and plot (runs/eval)")
+    add("--limit", type=int, help="at most so many documents (bpb), samples per task and length (long-context tasks, "
+        f"{DEFAULT_SAMPLES} without it) or questions per task (harness)")  # fmt: skip
+    part = parser.add_argument_group("bits per byte")
+    part.add_argument("--text", nargs="+", metavar="FILES", help="files or patterns in quotes: .jsonl has a document "
+                      "per line, others are one each (held-out files of this Python's standard library)")  # fmt: skip
+    part.add_argument("--column", default="text", help="field of a .jsonl line that holds the text (text)")
+    part.add_argument("--window", type=int, default=2048, help="tokens per forward pass (2048)")
+    part.add_argument("--stride", type=int, help="tokens by which the window moves (half the window)")
+    part = parser.add_argument_group("long-context tasks")
+    part.add_argument("--lengths", default="1k,2k,4k", help="tokens of prompt and answer; 4k is 4096 (1k,2k,4k)")
+    part.add_argument("--depths", default="0,25,50,75,100", help="percent of the text before the needle (0,25,...,100)")
+    part.add_argument("--haystack", nargs="+", metavar="FILES", help="text to hide things in (Python's language "
+                      "reference)")  # fmt: skip
+    part = parser.add_argument_group("lm-evaluation-harness")
+    part.add_argument("--batch-size", type=int, default=1, help="requests at a time (1)")
+    part.add_argument("--max-length", type=int, help="tokens per request (the model's max_position_embeddings)")
+    part.add_argument("--include-path", help="folder with tasks of your own in YAML files")
+    part.add_argument("--allow-code", action="store_true", help="let tasks run code that the model wrote, here")
+    part = parser.add_argument_group("how")
+    part.add_argument("--chat", action="store_true", help="put questions into the tokenizer's chat template")
+    part.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, or "
+                      "auto to spread the model over all devices")  # fmt: skip
+    part.add_argument("--dtype", choices=DTYPES, help="of the weights (float32 on cpu, elsewhere as stored: auto)")
+    part.add_argument("--seed", type=int, default=0, help="of the questions made here and the harness's choices (0)")
+    return check(parser.parse_args(argv))
+
+
+def task_help() -> str:
+    """The names of tasks, for --help."""
+    rows = [("bpb", "bits per byte of held-out text"), ("long", "all long-context tasks, which are:")]
+    rows += [(f"  {task.name}", task.about) for task in long_context.TASKS]
+    rows += [(name, about) for name, (_, about) in harness.GROUPS.items()]
+    rows.append(("(others)", "tasks of lm-evaluation-harness by name: mmlu, gpqa_diamond_zeroshot, aime25, ..."))
+    return "\n".join(["tasks:", *(f"  {name:<20}{about}" for name, about in rows)])
+
+
+def check(given: argparse.Namespace) -> EvalArguments:
+    """Arguments with lists read and defaults filled in; `ValueError` naming the option that is out of range."""
+    values = vars(given)
+    for option in ("limit", "window", "stride", "batch_size", "max_length"):
+        if values[option] is not None and values[option] < 1:
+            raise ValueError(f"--{option.replace('_', '-')} is {values[option]}; it must be 1 or more")
+    values["tasks"] = tuple(dict.fromkeys(split(given.tasks, "--tasks")))
+    values["lengths"] = tuple(dict.fromkeys(read_length(word) for word in split(given.lengths, "--lengths")))
+    values["depths"] = tuple(dict.fromkeys(read_depth(word) for word in split(given.depths, "--depths")))
+    values["stride"] = given.stride or max(1, given.window // 2)
+    values["dtype"] = given.dtype or ("float32" if given.device == "cpu" else "auto")
+    if values["stride"] >= given.window:
+        raise ValueError(f"--stride is {values['stride']}; it must be below --window, {given.window}")
+    return EvalArguments(**values)
+
+
+def split(value: str, option: str) -> list[str]:
+    """The words between commas."""
+    words = [word.strip() for word in value.split(",") if word.strip()]
+    if not words:
+        raise ValueError(f"{option} is {value!r}; give at least one, with commas between")
+    return words
+
+
+def read_length(word: str) -> int:
+    """4096 or 4k; 1k is 1024, 1m is 1024k."""
+    number, unit = (word[:-1], word[-1].lower()) if word[-1].isalpha() else (word, "")
+    units = {"": 1, "k": 2**10, "m": 2**20}
+    if unit not in units or not number.isdecimal() or int(number) < 1:
+        raise ValueError(f"--lengths has {word!r}; allowed are tokens such as 4096, 4k or 1m")
+    return int(number) * units[unit]
+
+
+def read_depth(word: str) -> float:
+    """Percent as a share."""
+    try:
+        percent = float(word)
+    except ValueError:
+        percent = -1.0
+    if not 0 <= percent <= 100:
+        raise ValueError(f"--depths has {word!r}; allowed are numbers from 0 to 100, in percent")
+    return percent / 100
+
+
+def as_harness_tasks(name: str) -> Sequence[HarnessTask]:
+    """What a name means to the harness: nothing for our own, several for a group."""
+    if name in harness.GROUPS:
+        return harness.GROUPS[name][0]
+    return () if name in OWN_NAMES else (HarnessTask(name),)
+
+
+def load(arguments: EvalArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model, ready on its device, and its tokenizer."""
+    disable_progress_bar()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    if arguments.chat and not tokenizer.chat_template:
+        raise ValueError(f"--chat: the tokenizer of {arguments.model} has no chat template")
+    spread = {"device_map": "auto"} if arguments.device == "auto" else {}
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, **spread)
+    return (model if spread else model.to(arguments.device)).eval(), tokenizer
+
+
+def model_facts(model: PreTrainedModel, arguments: EvalArguments) -> dict:
+    """What was evaluated; a folder of results belongs to exactly this."""
+    config = model.config
+    return {
+        "model": "embedded" if arguments.model == EMBEDDED_MODEL else arguments.model,
+        "class": type(model).__name__,
+        "pattern": config.hybrid_override_pattern if isinstance(config, NemotronHConfig) else None,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "weights": weights_digest(model),
+    }
+
+
+def weights_digest(model: PreTrainedModel) -> str:
+    """A short fingerprint of a few values of every tensor: trained further or cast, it is another one."""
+    sha = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        values = tensor.flatten()[:: max(1, tensor.numel() // 64)]
+        sha.update(f"{name} {tuple(tensor.shape)} {values.float().tolist()}".encode())
+    return sha.hexdigest()[:16]
+
+
+def run_bits_per_byte(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: EvalArguments, records: Records
+) -> None:
+    """Every document that has no record yet."""
+    if arguments.text:
+        documents = list(texts.read_texts(arguments.text, arguments.column))
+    else:
+        documents = [(document.name, document.text) for document in split_documents(read_documents())[1]]
+    settings = {"text": texts.digest(text for _, text in documents)}
+    settings |= {"window": arguments.window, "stride": arguments.stride}
+    claim(arguments.output, "bpb.json", settings)
+    chosen = documents[: arguments.limit]
+    held_out.evaluate(model, tokenizer, chosen, arguments.window, arguments.stride, records)
+
+
+def run_long_context(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: EvalArguments, records: Records
+) -> None:
+    """Every question that has no record yet."""
+    if arguments.haystack:
+        prose = texts.prose_of(text for _, text in texts.read_texts(arguments.haystack, arguments.column))
+    else:
+        prose = texts.prose_of(d.text for d in read_documents() if d.name.startswith(TOPICS_FILE))
+    digest = texts.digest(" ".join(sentence) for sentence in prose.sentences)
+    claim(arguments.output, "long_context.json", {"haystack": digest, "seed": arguments.seed, "chat": arguments.chat})
+    plan = long_context.Plan(
+        LONG_NAMES if "long" in arguments.tasks else arguments.tasks,
+        arguments.lengths, arguments.depths, arguments.limit or DEFAULT_SAMPLES, arguments.seed,
+    )  # fmt: skip
+    stop_ids = end_tokens(model, tokenizer)
+
+    def encode(prompt: str, answer_start: str) -> list[int]:
+        if arguments.chat and prompt:
+            turn = [{"role": "user", "content": prompt}]
+            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) + answer_start
+            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return tokenizer(prompt + answer_start, verbose=False)["input_ids"]
+
+    def answer(prompts: list[list[int]], max_new_tokens: int) -> list[str]:
+        written = greedy_answers(model, prompts, max_new_tokens, stop_ids)
+        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
+
+    long_context.evaluate(plan, prose, encode, answer, records)
+
+
+def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an answer: those of the generation defaults and of the tokenizer."""
+    configured = model.generation_config.eos_token_id
+    several = configured if isinstance(configured, list) else [configured]
+    return {token for token in [*several, tokenizer.eos_token_id] if token is not None}
+
+
+def run_harness(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[HarnessTask],
+    manager: harness.TaskManager,
+    arguments: EvalArguments,
+    records: Records,
+) -> None:
+    """Every task that has no record yet."""
+    options = HarnessOptions(
+        arguments.limit,
+        arguments.batch_size,
+        arguments.max_length,
+        arguments.chat,
+        arguments.allow_code,
+        arguments.seed,
+    )
+    settings = {name: value for name, value in asdict(options).items() if name in ("max_length", "chat", "seed")}
+    claim(arguments.output, "harness.json", settings)
+    harness.evaluate(model, tokenizer, tasks, manager, options, records, say)
+
+
+def finish(arguments: EvalArguments, records: Records, facts: dict, command: str) -> None:
+    """Table, JSON and plot of all records in the folder."""
+    results = {
+        "command": command,
+        "model": facts,
+        "settings": {**asdict(arguments), "output": None},
+        "machine": machine(),
+        "versions": versions(),
+        **report.collect(arguments.output, records),
+    }
+    print("\n".join([f"{facts['model']}, {facts['parameters']:,} parameters, {facts['dtype']}", ""]))
+    print("\n".join(report.table(results)))
+    write_json(arguments.output / "results.json", results)
+    say(f"wrote {arguments.output / 'results.json'}")
+    if "long_context" in results:
+        plot(arguments.output / "long_context.png", results)
+
+
+def plot(path: Path, results: dict) -> None:
+    """The long-context results as a picture, under a temporary name first."""
+    try:
+        from nemotron_h_hf.evaluation.plot import draw
+    except ImportError as error:
+        say(f"no plot: {error.name} is not installed; pip install 'nemotron-h-hf[plot]'")
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    draw(results["long_context"], f"{results['model']['model']} ({results['model']['dtype']})", temporary)
+    os.replace(temporary, path)
+    say(f"wrote {path}")
+
+
+def say(line: str) -> None:
+    """Progress, apart from the result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
