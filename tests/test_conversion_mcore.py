@@ -5,11 +5,10 @@ pip install --no-deps megatron-core
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
 from megatron_fixtures import FIXTURES
+from megatron_stubs import process_group
 from nemotron_h_hf.conversion import convert, read_megatron, write_megatron
 from nemotron_h_hf.conversion.layouts import cut_for_rank
 
@@ -20,16 +19,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 def loading():
     """megatron.core.dist_checkpointing, in a process group of one."""
     module = pytest.importorskip("megatron.core.dist_checkpointing")
-    from megatron.core import parallel_state
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel(1, 1)
-    yield module
-    parallel_state.destroy_model_parallel()
-    torch.distributed.destroy_process_group()
+    with process_group():
+        yield module
 
 
 @pytest.fixture(scope="module", params=["dense_nemo2", "moe_t1p1e2_torch", "super19_t1p1_torch_dist"])
