@@ -106,9 +106,8 @@ def namespace(plan: Plan, layout: Layout, stages: Sequence[int]) -> argparse.Nam
 
 def extra_states(config: NemotronHConfig) -> Iterator[tuple[str, bool]]:
     """Names of the extra states that Megatron expects, and whether there is one per expert."""
-    for name in EXTRA_STATE_TOP:
-        if name != "output_layer" or not config.tie_word_embeddings:
-            yield f"{name}._extra_state", False
+    for name in EXTRA_STATE_TOP:  # with tied embeddings too: the output layer is there, without a weight
+        yield f"{name}._extra_state", False
     for layer, letter in enumerate(config.hybrid_override_pattern):
         yield from _extra_states_of(config, letter, f"decoder.layers.{layer}.")
     for depth in range(config.num_nextn_predict_layers):

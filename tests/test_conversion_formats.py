@@ -82,22 +82,23 @@ def test_classes_of_older_releases(dist, tmp_path):
     assert_same(tmp_path / "hf", DENSE.expected())
 
 
-def test_singleton_experts(tmp_path):
-    """Experts under keys of their own, as with singleton_local_shards."""
+@pytest.mark.parametrize("folder", ["experts.experts", "experts"])
+def test_singleton_experts(tmp_path, folder):
+    """Experts under keys of their own, as with singleton_local_shards (the former is what 0.16.1 writes)."""
     moe = FIXTURES["moe_t1p1e2_torch"]
     source = read_megatron(moe.path)
-    state = {_singleton(name): source[name] for name in source}
+    state = {_singleton(name, folder): source[name] for name in source}
     dcp.save({**state, "args": arguments(moe.path)}, checkpoint_id=tmp_path / "run", no_dist=True)
     convert(tmp_path / "run", tmp_path / "hf")
     assert_same(tmp_path / "hf", moe.expected())
 
 
-def _singleton(name: str) -> str:
+def _singleton(name: str, folder: str) -> str:
     head, found, tail = name.partition(".mlp.experts.")
     if not found:
         return name
     matrix, _, expert = tail.rpartition(".weight")
-    return f"{head}.mlp.experts.{expert}.{matrix}.weight"
+    return f"{head}.mlp.{folder}.{expert}.{matrix}.weight"
 
 
 def test_repeated_depth_of_multi_token_prediction_counts_what_is_stored(tmp_path):
