@@ -79,7 +79,7 @@ class NemotronHTrainingArguments(TrainingArguments):
     warmup_tokens: str = _flag("1%", "the learning rate rises linearly over these first tokens")
     decay_tokens: str = _flag("20%", "and falls over these last tokens; between them it stays at --learning_rate")
     min_lr_ratio: float = _flag(0.01, "where the decay ends, as a share of --learning_rate; the paper's is 1/100")
-    decay_shape: str = _flag("cosine", "of the fall", ("cosine", "linear"))
+    decay_shape: str = _flag("linear", "of the fall", ("linear", "cosine"))
     optimizer: str = _flag("adamw", "muon: for the matrices inside the layers, AdamW for the rest", ("adamw", "muon"))
     z_loss: float = _flag(0.0, "weight of the mean of logsumexp(logits)^2 in the loss; 1e-4 is usual, 0 is off")
     max_loss_jump: float = _flag(

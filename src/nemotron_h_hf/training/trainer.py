@@ -1,17 +1,302 @@
-"""NemotronHTrainer: transformers.Trainer with our optimizer groups, schedule by tokens, exact data resume and safe checkpoints."""
+"""NemotronHTrainer: transformers.Trainer with our optimizers, schedule by tokens, exact resume and safe checkpoints.
+
+What it adds to transformers.Trainer, which does all the rest:
+
+    optimizer and schedule    AdamW in the paper's groups or Muon, warm-up-stable-decay by tokens; flags win on resume
+    rows with a state         PackedRows: every process reads the same rows and takes its own; the state is saved with
+                              each checkpoint and restored, so nothing is read twice and nothing is skipped
+    checkpoints               whole or ignored (checkpoints.py): a crash or a full disk at any moment loses nothing
+    divergence                a loss or gradient that is no number, or a jump of the loss, stops before the weights change
+    z-loss                    off by default
+"""
 
 from __future__ import annotations
 
-from transformers import Trainer
+import json
+import math
+from collections import deque
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+from transformers import PrinterCallback, ProgressCallback, Trainer, default_data_collator
+
+from . import checkpoints
+from .arguments import NemotronHTrainingArguments, parse_tokens
+from .monitor import Monitor
+from .optimizer import make_optimizer
+from .schedule import Schedule, scheduler
+from .z_loss import next_token_loss_with_z
+
+DATA_STATE_FILE = "data_state.json"
+STEPS_REMEMBERED = 100  # whose mean a jump of the loss is measured from
+
+
+class TrainingStopped(ValueError):
+    """The run cannot go on as it is; what was trained so far is safe."""
+
+
+@runtime_checkable
+class RowsWithState(Protocol):
+    """Training rows that know where they stand, such as PackedRows; rows are counted from the beginning of the run."""
+
+    rows_yielded: int
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]: ...
+    def state_after(self, num_rows: int) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class EndlessRows(IterableDataset):
+    """Rows round after round, until a round has none; a batch may so begin in one round and end in the next."""
+
+    def __init__(self, rows: RowsWithState):
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        before = -1
+        while self.rows.rows_yielded != before:
+            before = self.rows.rows_yielded
+            yield from self.rows
 
 
 class NemotronHTrainer(Trainer):
-    """transformers.Trainer for a Nemotron-H model; `args` are `NemotronHTrainingArguments`.
+    """transformers.Trainer for a Nemotron-H model.
 
     Args:
-        flops_per_token: of forward and backward together, for the model FLOPs utilisation; None leaves it out.
+        model, args, and all others: as transformers.Trainer's, with `args` of `NemotronHTrainingArguments`.
+        train_dataset: rows with a state (see `RowsWithState`), or anything that transformers.Trainer takes.
+        flops_per_token: of forward and backward together, for the MFU; None leaves it out.
     """
 
-    def __init__(self, *args, flops_per_token: float | None = None, **kwargs):
-        self.flops_per_token = flops_per_token
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self,
+        model: nn.Module,
+        args: NemotronHTrainingArguments,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        *others: Any,
+        flops_per_token: float | None = None,
+        **named: Any,
+    ):
+        self.rows = train_dataset if isinstance(train_dataset, RowsWithState) else None
+        if self.rows is not None:
+            train_dataset = EndlessRows(self.rows)
+            data_collator = data_collator or default_data_collator
+            args.accelerator_config.dispatch_batches = False  # every process reads all rows and takes its own
+            args.ignore_data_skip = True
+            if args.dataloader_num_workers:
+                raise ValueError(
+                    f"dataloader_num_workers: got {args.dataloader_num_workers}, allowed is 0: the rows' state is here"
+                )
+        super().__init__(model, args, data_collator, train_dataset, *others, **named)
+        self.pop_callback(ProgressCallback)
+        self.pop_callback(PrinterCallback)
+        self.monitor = Monitor(flops_per_token, show_bar=not args.disable_tqdm)
+        self.add_callback(self.monitor)
+        self._loss_of_step = torch.zeros((), device=args.device)
+        self._recent_losses: deque[float] = deque(maxlen=STEPS_REMEMBERED)
+        self._first_step = self._first_row = 0  # where this process began
+
+    # Running and resuming
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **named: Any) -> Any:
+        """As transformers', from a whole checkpoint only; True takes the last one, if there is any.
+
+        Raises:
+            TrainingStopped: when the loss is no number or jumps.
+            ValueError: for a checkpoint that is not whole, or of another batch size.
+        """
+        output_dir = Path(self.args.output_dir)
+        if self.is_world_process_zero():
+            checkpoints.discard_unfinished(output_dir)
+        self.accelerator.wait_for_everyone()
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = checkpoints.last_whole_checkpoint(output_dir)
+        if resume_from_checkpoint:
+            self._prepare_resume(Path(resume_from_checkpoint))
+        if self.args.max_steps > 0 and self._first_step >= self.args.max_steps:
+            raise ValueError(
+                f"max_steps: got {self.args.max_steps}, but {resume_from_checkpoint} is at step {self._first_step} already; "
+                "allowed is more"
+            )
+        try:
+            return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **named)
+        finally:
+            self.monitor.close()
+
+    def _prepare_resume(self, folder: Path) -> None:
+        marker = checkpoints.check_whole(folder)
+        if marker["tokens_per_step"] != self.args.tokens_per_step:
+            raise ValueError(
+                f"tokens per step: got {self.args.tokens_per_step:,} (per_device_train_batch_size x "
+                "gradient_accumulation_steps x processes x sequence_length), allowed is what "
+                f"{folder} was trained with, {marker['tokens_per_step']:,}"
+            )
+        self._first_step = marker["step"]
+        if self.rows is not None:
+            self.rows.load_state_dict(json.loads((folder / DATA_STATE_FILE).read_text(encoding="utf-8")))
+            self._first_row = self.rows.rows_yielded
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As transformers'; then the settings of this run replace those of the checkpoint."""
+        settings = [{name: v for name, v in group.items() if name != "params"} for group in self.optimizer.param_groups]
+        peaks = self.lr_scheduler.base_lrs
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        self.lr_scheduler.base_lrs = peaks
+        for group, setting, peak, factor in zip(
+            self.optimizer.param_groups, settings, peaks, self.lr_scheduler.lr_lambdas, strict=True
+        ):
+            group.update(setting)
+            group["lr"] = peak * factor(self.lr_scheduler.last_epoch)
+
+    # Optimizer and schedule
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW or Muon by `args.optimizer`, unless one was handed in."""
+        if self.optimizer is None:
+            args = self.args
+            self.optimizer = make_optimizer(
+                self.model if model is None else model, args.optimizer, args.learning_rate, args.weight_decay,
+                (args.adam_beta1, args.adam_beta2), args.adam_epsilon,
+            )  # fmt: skip
+        return self.optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """Warm-up-stable-decay by tokens, or transformers' by another name of `lr_scheduler_type`."""
+        if not self.args.uses_wsd or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        total = num_training_steps * self.args.tokens_per_step
+        lengths = {
+            name: parse_tokens(getattr(self.args, name), name, total) for name in ("warmup_tokens", "decay_tokens")
+        }
+        schedule = Schedule(total, **lengths, min_ratio=self.args.min_lr_ratio, shape=self.args.decay_shape)
+        self.lr_scheduler = scheduler(optimizer or self.optimizer, schedule, self.args.tokens_per_step)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    # A step
+
+    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """As transformers'; rows that end before the run does are an error, half a step would go unnoticed."""
+        batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.rows is not None and len(batches) < num_batches:
+            raise TrainingStopped(
+                f"train_dataset: its rows end at step {self.state.global_step} of max_steps {self.state.max_steps}. "
+                f"{self._what_is_safe()}"
+            )
+        return batches, num_items
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None
+    ) -> Any:
+        """As transformers': the model's own loss; in training with the z-loss, where one is asked for."""
+        if self.args.z_loss and model.training and "labels" in inputs:
+            loss_from_hidden = partial(
+                next_token_loss_with_z, labels=inputs["labels"], vocab_size=self.model.config.vocab_size,
+                z_weight=self.args.z_loss, num_items_in_batch=num_items_in_batch,
+            )  # fmt: skip
+            inputs = {**inputs, "loss_from_hidden": loss_from_hidden}
+        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
+        """As transformers'; keeps the loss of the step for the check below."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._loss_of_step += loss
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """As transformers'; then the last moment to stop before the weights change, on all processes alike."""
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        loss = self.accelerator.reduce(self._loss_of_step.clone(), "mean").item()
+        self._loss_of_step.zero_()
+        norm = float(grad_norm) if grad_norm is not None else 0.0
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            self._save_before_stop()
+            raise TrainingStopped(
+                f"step {self.state.global_step + 1}: the loss is {loss} and the gradient norm {norm}; the weights were "
+                f"not changed. {self._what_is_safe()} A lower learning_rate (now {self._get_learning_rate():.3g}), or "
+                "z_loss, may help; the same batch will come again."
+            )
+        usual = sum(self._recent_losses) / max(len(self._recent_losses), 1)
+        if self.args.max_loss_jump and self._recent_losses and loss > usual + self.args.max_loss_jump:
+            raise TrainingStopped(
+                f"step {self.state.global_step + 1}: the loss is {loss:.4g} after a mean of {usual:.4g}, a jump of more than "
+                f"max_loss_jump={self.args.max_loss_jump}. {self._what_is_safe()}"
+            )
+        self._recent_losses.append(loss)
+        return grad_norm
+
+    def _what_is_safe(self) -> str:
+        whole = checkpoints.whole_checkpoints(self.args.output_dir)
+        return f"The last whole checkpoint is {whole[-1]}." if whole else "There is no checkpoint yet."
+
+    def _save_before_stop(self) -> None:
+        """Keep the steps since the last checkpoint too, if the weights are still numbers; older ones all stay."""
+        finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()]).all()
+        if self.state.global_step > self._first_step and self.args.save_strategy != "no" and bool(finite):
+            self.model.zero_grad()
+            limit, self.args.save_total_limit = self.args.save_total_limit, None
+            self._save_checkpoint(self.model_wrapped, trial=None)
+            self.args.save_total_limit = limit
+
+    # Logging and saving
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As transformers', with tokens per second, MFU and memory beside a training loss."""
+        if "loss" in logs:
+            logs |= self.monitor.figures(self.args, self.state)
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As transformers', with the rows' state; the folder counts once everything in it is on the disk."""
+        output_dir = Path(self._get_output_dir(trial=trial))
+        folder = output_dir / f"checkpoint-{self.state.global_step}"
+        if (folder / checkpoints.MARKER).is_file():
+            return
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # nothing goes before this one is whole
+        try:
+            if self.is_world_process_zero():
+                checkpoints.require_space(output_dir, self._checkpoint_bytes())
+                checkpoints.begin(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            if self.is_world_process_zero() and self.rows is not None:
+                checkpoints.write_json(folder / DATA_STATE_FILE, self.rows.state_after(self._rows_consumed()))
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                step = self.state.global_step
+                checkpoints.mark_whole(folder, {"step": step, "tokens_per_step": self.args.tokens_per_step})
+        except (
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as error:  # torch and safetensors raise their own on a full disk
+            checkpoints.discard_unfinished(output_dir)
+            raise OSError(
+                f"the checkpoint of step {self.state.global_step} could not be written: {error}. {self._what_is_safe()}"
+            ) from error
+        finally:
+            self.args.save_total_limit = limit
+        if self.is_world_process_zero():
+            checkpoints.discard_oldest(output_dir, limit, never=self.state.best_model_checkpoint)
+
+    def _rows_consumed(self) -> int:
+        """Rows in all whole steps of the run, those that other processes took included."""
+        steps = self.state.global_step - self._first_step
+        return self._first_row + steps * self.args.tokens_per_step // self.args.sequence_length
+
+    def _checkpoint_bytes(self) -> int:
+        """Bytes of weights and optimizer states, all processes together where they are sharded."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        tensors += [
+            value for state in self.optimizer.state.values() for value in state.values() if torch.is_tensor(value)
+        ]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

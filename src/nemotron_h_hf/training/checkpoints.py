@@ -1,0 +1,141 @@
+"""Which checkpoint folders are whole: a marker, written last and flushed to the disk, lists their files and sizes.
+
+transformers writes a dozen files into `checkpoint-N/` one after the other. First of all comes the file UNFINISHED, last of
+all the marker, and only then UNFINISHED goes. A folder that still has it and no marker is what a crash or a full disk
+left; it is never resumed from, and removed. A folder with the marker that lost a file afterwards is damage that somebody
+should hear of, so that is an error and not a step back. A folder with neither is somebody else's and left alone.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+MARKER = "whole.json"
+UNFINISHED = "UNFINISHED"
+SPARE_BYTES = 64 * 2**20  # for the small files beside weights and optimizer
+
+
+def last_whole_checkpoint(output_dir: str | os.PathLike) -> Path | None:
+    """The whole checkpoint of the most steps in a run's folder, or None.
+
+    Raises:
+        ValueError: if it was whole once and now lacks files.
+    """
+    folders = whole_checkpoints(output_dir)
+    if not folders:
+        return None
+    check_whole(folders[-1])
+    return folders[-1]
+
+
+def whole_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
+    """Folders with the marker, by rising step."""
+    return [folder for folder in _checkpoints(output_dir) if (folder / MARKER).is_file()]
+
+
+def check_whole(folder: str | os.PathLike) -> dict[str, Any]:
+    """What the marker says (`step` and whatever the trainer added), if all the files are there in full.
+
+    Raises:
+        ValueError: naming the file that is missing or cut short, or for a folder without the marker.
+    """
+    folder = Path(folder)
+    if not (folder / MARKER).is_file():
+        raise ValueError(f"{folder} is no whole checkpoint, {MARKER} is missing: writing it was interrupted")
+    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    for name, size in marker["files"].items():
+        found = (folder / name).stat().st_size if (folder / name).is_file() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found} bytes"
+            raise ValueError(
+                f"{folder / name} {what}, it was written with {size}; remove {folder} to go on from the checkpoint before it"
+            )
+    return marker
+
+
+def begin(folder: str | os.PathLike) -> None:
+    """Make the folder of a checkpoint that is to be written.
+
+    Raises:
+        FileExistsError: if there is one already.
+    """
+    Path(folder).mkdir(parents=True)
+    (Path(folder) / UNFINISHED).touch()
+
+
+def mark_whole(folder: str | os.PathLike, facts: Mapping[str, Any]) -> None:
+    """Flush every file of the folder to the disk, then write the marker with `facts` and the files' sizes."""
+    folder = Path(folder)
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MARKER, UNFINISHED))
+    for path in files:
+        _flush(path)
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+    write_json(folder / MARKER, {**facts, "files": sizes})
+    (folder / UNFINISHED).unlink()
+    _flush(folder)
+    _flush(folder.parent)
+
+
+def discard_unfinished(output_dir: str | os.PathLike) -> list[Path]:
+    """Remove what interrupted writes left: unfinished checkpoints, and temporary folders beside them."""
+    unmarked = [folder for folder in _checkpoints(output_dir) if not (folder / MARKER).is_file()]
+    removed = [folder for folder in unmarked if (folder / UNFINISHED).is_file()]
+    removed += [path for path in Path(output_dir).glob(".checkpoint-*") if path.is_dir()]
+    for folder in removed:
+        shutil.rmtree(folder)
+    return removed
+
+
+def discard_oldest(output_dir: str | os.PathLike, keep: int | None, never: str | None = None) -> None:
+    """Remove the oldest whole checkpoints beyond the last `keep` (None: all stay), but not the folder `never`."""
+    folders = whole_checkpoints(output_dir)
+    for folder in folders[: -keep if keep else 0]:
+        if never is None or folder.resolve() != Path(never).resolve():
+            (folder / UNFINISHED).touch()
+            (folder / MARKER).unlink()  # from here on it is an unfinished one, wherever the removal is interrupted
+            shutil.rmtree(folder)
+
+
+def require_space(output_dir: str | os.PathLike, needed_bytes: int) -> None:
+    """Refuse to begin a checkpoint that the disk cannot take.
+
+    Raises:
+        OSError: with the bytes needed and free.
+    """
+    free = shutil.disk_usage(output_dir).free
+    if free < needed_bytes + SPARE_BYTES:
+        raise OSError(
+            f"output_dir {output_dir} has {free / 2**20:,.0f} MiB free, the next checkpoint needs "
+            f"{(needed_bytes + SPARE_BYTES) / 2**20:,.0f} MiB"
+        )
+
+
+def write_json(path: Path, content: Any) -> None:
+    """A small JSON file, whole or not at all, on the disk when this returns."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _checkpoints(output_dir: str | os.PathLike) -> Iterator[Path]:
+    numbered = []
+    for path in Path(output_dir).glob("checkpoint-*"):
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and path.is_dir():
+            numbered.append((int(match[1]), path))
+    return (path for _, path in sorted(numbered))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

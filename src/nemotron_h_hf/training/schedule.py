@@ -1,0 +1,65 @@
+"""The learning rate over tokens: warm-up, stable, decay (WSD).
+
+           ________________
+          /                \\             factor(t), t tokens seen at the end of the step
+         /                  \\            rises to 1 over the first `warmup` tokens,
+        /                    \\_ min      falls to `min_ratio` over the last `decay` tokens
+    0  w                  T-d  T
+
+Nothing before the decay depends on the length of the run, so a run may be lengthened until its decay begins.
+"""
+
+import math
+from dataclasses import dataclass
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+SHAPES = ("linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A WSD schedule, all lengths in tokens; `min_ratio` is where the decay ends, as a share of the peak."""
+
+    total_tokens: int
+    warmup_tokens: int
+    decay_tokens: int
+    min_ratio: float = 0.01
+    shape: str = "linear"
+
+    def __post_init__(self) -> None:
+        for name in ("total_tokens", "warmup_tokens", "decay_tokens"):
+            value = getattr(self, name)
+            if not 0 <= value <= self.total_tokens:
+                raise ValueError(f"{name}: got {value:,}, allowed is 0 to the run's total of {self.total_tokens:,}")
+        if self.warmup_tokens + self.decay_tokens > self.total_tokens:
+            raise ValueError(
+                f"warmup_tokens: got {self.warmup_tokens:,}, and decay_tokens {self.decay_tokens:,}; together at most the "
+                f"run's total of {self.total_tokens:,} is allowed"
+            )
+        if not 0 <= self.min_ratio <= 1:
+            raise ValueError(f"min_ratio: got {self.min_ratio}, allowed is 0 to 1")
+        if self.shape not in SHAPES:
+            raise ValueError(f"shape: got {self.shape!r}, allowed are {', '.join(SHAPES)}")
+
+    def factor(self, tokens: int) -> float:
+        """What the peak is multiplied with in the step that ends after `tokens` tokens."""
+        if tokens < self.warmup_tokens:
+            return tokens / self.warmup_tokens
+        remaining = self.total_tokens - tokens
+        if remaining >= self.decay_tokens:
+            return 1.0
+        share = max(remaining, 0) / self.decay_tokens  # 1 where the decay begins, 0 at the end
+        height = share if self.shape == "linear" else (1 - math.cos(math.pi * share)) / 2
+        return self.min_ratio + (1 - self.min_ratio) * height
+
+
+def as_published(total_tokens: int) -> Schedule:
+    """The 8B model's schedule (warm-up of 8.3B of 15T tokens, decay over the last 3.6T, down to 1/100) at another length."""
+    return Schedule(total_tokens, round(total_tokens * 8.3e9 / 15e12), round(total_tokens * 3.6 / 15), min_ratio=0.01)
+
+
+def scheduler(optimizer: Optimizer, schedule: Schedule, tokens_per_step: int) -> LambdaLR:
+    """A torch scheduler that is stepped once per optimizer step and follows `schedule`."""
+    return LambdaLR(optimizer, lambda step: schedule.factor((step + 1) * tokens_per_step))

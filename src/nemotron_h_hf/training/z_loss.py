@@ -1,0 +1,58 @@
+"""Next-token loss with a z-loss, which keeps the logits of the output layer from drifting: w * mean(logsumexp(logits)^2).
+
+(PaLM, arXiv 2204.02311, section 5, with w = 1e-4.) The model computes its loss inside `forward`, in pieces, and takes
+another one through `loss_from_hidden`; this is that other one, in the same pieces.
+
+    b batch, l length, n positions (b * l), v vocabulary
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_PER_CHUNK = 2**24  # 64 MiB in fp32
+IGNORE = -100
+
+
+def next_token_loss_with_z(
+    hidden_states: Tensor,
+    lm_head: nn.Module,
+    labels: Tensor,
+    vocab_size: int,
+    z_weight: float,
+    num_items_in_batch: Tensor | int | None = None,
+) -> Tensor:
+    """Cross-entropy of the next token plus `z_weight` times the mean of logsumexp(logits)^2 over the same positions.
+
+    Args:
+        hidden_states: (b, l, hidden).
+        labels: (b, l), not shifted, -100 where there is nothing to learn.
+        num_items_in_batch: divisor of both sums (gradient accumulation); None for the number of labels.
+
+    Returns:
+        Scalar in fp32.
+    """
+    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE).to(hidden_states.device).flatten()  # (n)
+    hidden_states = hidden_states.flatten(0, 1)
+    step = max(1, LOGITS_PER_CHUNK // vocab_size)
+    recompute = torch.is_grad_enabled() and len(targets) > step
+    total = None
+    for start in range(0, len(targets), step):
+        args = (hidden_states[start : start + step], targets[start : start + step], lm_head, z_weight)
+        part = (
+            checkpoint(_summed, *args, use_reentrant=False, preserve_rng_state=False) if recompute else _summed(*args)
+        )
+        total = part if total is None else total + part
+    if num_items_in_batch is None:
+        num_items_in_batch = (targets != IGNORE).sum()
+    elif isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
+
+
+def _summed(hidden_states: Tensor, targets: Tensor, lm_head: nn.Module, z_weight: float) -> Tensor:
+    logits = lm_head(hidden_states).float()  # (n, v)
+    z = logits.logsumexp(-1)
+    cross_entropy = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+    return cross_entropy + z_weight * z.square().masked_fill(targets == IGNORE, 0.0).sum()
