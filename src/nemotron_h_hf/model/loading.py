@@ -12,11 +12,11 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
@@ -40,6 +40,30 @@ def register_names() -> None:
     register_checkpoint_conversion_mapping(
         "nemotron_h", [WeightRenaming("backbone.", "model."), *experts], overwrite=True
     )
+
+
+def module_names(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """A state dict in released names (`backbone.`, one matrix per expert) under the names of the modules.
+
+    transformers' Trainer resumes by `load_state_dict` of the saved file as it is, and only warns of names that do not fit.
+
+    Args:
+        own: the model's own state dict; experts that `state_dict` lacks (another shard has them) stay as they are there.
+    """
+    if not any(name.startswith("backbone.") or re.search(r"mixer\.experts\.\d+\.", name) for name in state_dict):
+        return state_dict
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state_dict.items():
+        name = re.sub(r"^backbone\.", "model.", name)
+        match = re.fullmatch(r"(.*mixer\.experts)\.(\d+)\.(up_proj|down_proj)\.weight", name)
+        if match is None:
+            renamed[name] = tensor
+        else:
+            merged = f"{match[1]}.{match[3]}"
+            if merged not in renamed:
+                renamed[merged] = own[merged].detach().clone()
+            renamed[merged][int(match[2])] = tensor
+    return renamed
 
 
 def read_header(path: str | os.PathLike) -> dict[str, dict]:

@@ -7,7 +7,7 @@ Modules and parameters are named as in transformers' own `nemotron_h`, so adapte
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,6 +32,7 @@ from .loading import (
     check_loaded,
     drop_absent_mtp,
     keep_file_dtypes,
+    module_names,
     register_names,
     save_whole,
     stored_dtypes,
@@ -107,6 +108,10 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         warn_of_other_readers(self.config)
         write = super().save_pretrained
         save_whole(save_directory, lambda folder: write(folder, push_to_hub=push_to_hub, **kwargs))
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
+        """As torch's, also in the names that `save_pretrained` writes: so transformers' Trainer resumes."""
+        return super().load_state_dict(module_names(state_dict, self.state_dict()), strict, assign)
 
     def named_modules(self, *args, **kwargs):
         """As torch's. PEFT walks the modules before it checks what it may adapt, whenever it was imported."""
