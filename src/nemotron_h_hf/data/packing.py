@@ -10,35 +10,21 @@ by best fit decreasing among the documents of a window, and what stays free is p
     l sequence_length
 """
 
+from bisect import bisect_left, insort
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from .bad_data import BadData
+from .documents import Document, Resumable, as_document, resumable
 
 IGNORED = -100
 TOO_LONG = "longer than a row"
 STATES_KEPT = 512  # more rows than any data loader reads ahead
-
-
-@runtime_checkable
-class Resumable(Protocol):
-    """Documents that know where they stand, such as a Blend: iterating goes on from there."""
-
-    def __iter__(self) -> Iterator[Any]: ...
-    def state_dict(self) -> dict[str, Any]: ...
-    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
-
-
-class Document(NamedTuple):
-    """Token ids and labels of a document, both (tokens) int64."""
-
-    input_ids: Tensor
-    labels: Tensor
 
 
 class PackedRows(IterableDataset):
@@ -71,7 +57,7 @@ class PackedRows(IterableDataset):
         for field, value in (("sequence_length", sequence_length), ("window_documents", window_documents)):
             if value < 1:
                 raise ValueError(f"{field} is {value}; 1 or more is allowed")
-        self.documents = documents if isinstance(documents, Resumable) else _Counted(documents)
+        self.documents = resumable(documents)
         self.sequence_length = sequence_length
         self.split_documents = split_documents
         self.pad_token_id = pad_token_id
@@ -200,25 +186,6 @@ class PackedRows(IterableDataset):
             self._states.popitem(last=False)
 
 
-def as_document(item: Any) -> Document:
-    """A document from token ids, a mapping with `input_ids` and perhaps `labels`, or a pair (source name, one of these).
-
-    Raises:
-        ValueError: for labels of another length, or no tokens.
-    """
-    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
-        item = item[1]
-    named = isinstance(item, Mapping)
-    input_ids = torch.as_tensor(item["input_ids"] if named else item, dtype=torch.int64)
-    labels = torch.as_tensor(item["labels"], dtype=torch.int64) if named and "labels" in item else input_ids
-    if input_ids.dim() != 1 or input_ids.shape != labels.shape or not len(input_ids):
-        raise ValueError(
-            f"a document has input_ids of shape {tuple(input_ids.shape)} and labels of {tuple(labels.shape)}; allowed is "
-            "one dimension, the same for both, and at least one token"
-        )
-    return Document(input_ids, labels)
-
-
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Indices of documents by row: longest first, each into the row with the least room that is enough.
 
@@ -226,17 +193,16 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     what it was. Uses at most 11/9 of the fewest rows possible, and one (Johnson 1973).
     """
     rows: list[list[int]] = []
-    free: list[int] = []
+    free: list[tuple[int, int]] = []  # (room, row), least room first
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        fits = [row for row, room in enumerate(free) if room >= lengths[index]]
-        if fits:
-            row = min(fits, key=lambda r: (free[r], r))
+        place = bisect_left(free, (lengths[index], 0))
+        if place < len(free):
+            room, row = free.pop(place)
         else:
-            row = len(rows)
+            room, row = capacity, len(rows)
             rows.append([])
-            free.append(capacity)
         rows[row].append(index)
-        free[row] -= lengths[index]
+        insort(free, (room - lengths[index], row))
     return sorted(sorted(row) for row in rows)
 
 
@@ -246,34 +212,3 @@ class _Place(NamedTuple):
     documents: dict[str, Any]
     done: int
     too_long: int
-
-
-class _Counted:
-    """Documents that can be iterated again, with a state: how many were taken in which round."""
-
-    def __init__(self, documents: Iterable[Any]):
-        if iter(documents) is documents:
-            raise ValueError(
-                f"documents is a {type(documents).__name__}, which can be read once; a list, a dataset or a Blend is allowed"
-            )
-        self.documents = documents
-        self.taken = 0
-        self.rounds = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        skipped = self.taken
-        for index, item in enumerate(self.documents):
-            if index >= skipped:
-                self.taken = index + 1
-                yield item
-        at_end = skipped and skipped == self.taken  # it was the state after the last document: this is the next round
-        self.taken = 0
-        self.rounds += 1
-        if at_end:
-            yield from self
-
-    def state_dict(self) -> dict[str, int]:
-        return {"taken": self.taken, "rounds": self.rounds}
-
-    def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.taken, self.rounds = state["taken"], state["rounds"]

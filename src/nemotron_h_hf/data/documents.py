@@ -1,0 +1,78 @@
+"""What packing takes: documents in the forms they come in, from something that knows where it stands."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """Documents that know where they stand, such as a Blend: iterating goes on from there."""
+
+    def __iter__(self) -> Iterator[Any]: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class Document(NamedTuple):
+    """Token ids and labels of a document, both (tokens) int64."""
+
+    input_ids: Tensor
+    labels: Tensor
+
+
+def resumable(documents: Resumable | Iterable[Any]) -> Resumable:
+    """The documents themselves if they know where they stand; otherwise counted, which needs a list or a dataset."""
+    return documents if isinstance(documents, Resumable) else Counted(documents)
+
+
+def as_document(item: Any) -> Document:
+    """A document from token ids, a mapping with `input_ids` and perhaps `labels`, or a pair (source name, one of these).
+
+    Raises:
+        ValueError: for labels of another length, or no tokens.
+    """
+    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
+        item = item[1]
+    named = isinstance(item, Mapping)
+    input_ids = torch.as_tensor(item["input_ids"] if named else item, dtype=torch.int64)
+    labels = torch.as_tensor(item["labels"], dtype=torch.int64) if named and "labels" in item else input_ids
+    if input_ids.dim() != 1 or input_ids.shape != labels.shape or not len(input_ids):
+        raise ValueError(
+            f"a document has input_ids of shape {tuple(input_ids.shape)} and labels of {tuple(labels.shape)}; allowed is "
+            "one dimension, the same for both, and at least one token"
+        )
+    return Document(input_ids, labels)
+
+
+class Counted:
+    """Documents that can be iterated again, with a state: how many were taken in which round."""
+
+    def __init__(self, documents: Iterable[Any]):
+        if iter(documents) is documents:
+            raise ValueError(
+                f"documents is a {type(documents).__name__}, which can be read once; a list, a dataset or a Blend is allowed"
+            )
+        self.documents = documents
+        self.taken = 0
+        self.rounds = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        skipped = self.taken
+        for index, item in enumerate(self.documents):
+            if index >= skipped:
+                self.taken = index + 1
+                yield item
+        at_end = skipped and skipped == self.taken  # it was the state after the last document: this is the next round
+        self.taken = 0
+        self.rounds += 1
+        if at_end:
+            yield from self
+
+    def state_dict(self) -> dict[str, int]:
+        return {"taken": self.taken, "rounds": self.rounds}
+
+    def load_state_dict(self, state: Mapping[str, int]) -> None:
+        self.taken, self.rounds = state["taken"], state["rounds"]
