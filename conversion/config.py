@@ -62,6 +62,7 @@ REQUIRED = {
 }
 REQUIRED_WITH_EXPERTS = {"moe_router_score_function": ("sigmoid",), "moe_router_pre_softmax": (False,)}
 REQUIRED_WITH_MLP = {"squared_relu": (True,)}
+GATED_NORM_EPSILON = 1e-5  # a constant of Megatron's Mamba layers
 NEEDED = (
     "n_groups", "ssm_state_size", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts_per_tok",
 )  # fmt: skip
@@ -108,6 +109,12 @@ def derive(checkpoint: MegatronCheckpoint, extra: str | Path | None = None) -> t
         **fields, architectures=["NemotronHForCausalLM"], dtype=sorted(dtypes)[0] if dtypes else None
     )
     _check_product(config, known)
+    check_groups(config)
+    if "M" in pattern and config.layer_norm_epsilon != GATED_NORM_EPSILON:
+        remarks.append(
+            f"Megatron's gated norms have an epsilon of {GATED_NORM_EPSILON}; in Hugging Face they share "
+            f"layer_norm_epsilon={config.layer_norm_epsilon}"
+        )
     return config, remarks
 
 
@@ -342,6 +349,19 @@ def _check_product(config: NemotronHConfig, known: dict[str, Known]) -> None:
         )
 
 
+def check_groups(config: NemotronHConfig) -> None:
+    """ValueError where the two sides would choose other experts: Hugging Face ranks a group by its best two experts,
+    Megatron by as many as each chosen group has of the token's experts."""
+    if not config.has_experts or config.topk_group == config.n_group:
+        return
+    ranked = config.num_experts_per_tok // config.topk_group
+    if ranked != 2:
+        raise ValueError(
+            f"num_experts_per_tok={config.num_experts_per_tok} with topk_group={config.topk_group} of "
+            f"{config.n_group} groups: Megatron ranks a group of experts by its best {ranked}, Hugging Face by its best 2"
+        )
+
+
 def to_args(config: NemotronHConfig, padded_rows: int, sizes: dict[str, int], core: str, cuts: str) -> dict[str, Any]:
     """Training arguments for a checkpoint that is written: what Megatron compares on loading, and what `derive` reads.
 
@@ -365,7 +385,7 @@ def to_args(config: NemotronHConfig, padded_rows: int, sizes: dict[str, int], co
         "encoder_num_layers": config.num_hidden_layers,
         "padded_vocab_size": padded_rows,
         "group_query_attention": True,
-        "add_bias_linear": config.use_bias or config.mlp_bias,
+        "add_bias_linear": config.mlp_bias or config.attention_bias,
         "add_position_embedding": True,
         "position_embedding_type": "none",
         "normalization": "RMSNorm",

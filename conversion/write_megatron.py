@@ -7,6 +7,7 @@ TARGET/release/                            the weights
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from nemotron_h_hf.checkpoint import Digest
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 
-from .config import to_args
+from .config import check_groups, to_args
 from .layouts import rank_ranges
 from .names import (
     COLUMNS,
@@ -75,14 +76,34 @@ class Layout(NamedTuple):
             raise ValueError(f"ep={self.ep}: allowed are divisors of the number of experts")
         if not isinstance(config.intermediate_size, int):
             raise ValueError("intermediate_size is a list: Megatron has one width for all MLP layers")
-        if config.mlp_bias != config.use_bias or config.attention_bias not in (False, config.use_bias):
-            raise ValueError("mlp_bias, use_bias and attention_bias differ: Megatron has one switch for all of them")
+        _check_expressible(config)
 
     def newest(self, config: NemotronHConfig) -> str:
         """The release whose names are written: 0.19 where multi-token prediction needs it."""
         if self.core != "auto":
             return self.core
         return "0.19" if config.num_nextn_predict_layers else "0.16"
+
+
+def _check_expressible(config: NemotronHConfig) -> None:
+    """ValueError for what Megatron's layers have no argument for; it would build another model and not complain."""
+    pattern = config.hybrid_override_pattern + config.mtp_hybrid_override_pattern
+    fixed = {
+        ("M", "use_bias"): False,
+        ("M", "use_conv_bias"): True,
+        ("M", "conv_kernel"): 4,
+        ("M", "time_step_limit"): (0.0, math.inf),
+        ("E", "norm_topk_prob"): True,
+        ("E", "mlp_bias"): False,
+        ("E", "attention_bias"): False,
+    }
+    for (letter, field), value in fixed.items():
+        if letter in pattern and getattr(config, field) != value:
+            raise ValueError(f"{field}={getattr(config, field)!r}: Megatron's {letter} layers always have {value!r}")
+    if {"*", "-"} <= set(pattern) and config.attention_bias != config.mlp_bias:
+        raise ValueError(f"attention_bias={config.attention_bias} and mlp_bias={config.mlp_bias}: Megatron has one "
+                         f"switch for both")  # fmt: skip
+    check_groups(config)
 
 
 def namespace(plan: Plan, layout: Layout, stages: Sequence[int]) -> argparse.Namespace:

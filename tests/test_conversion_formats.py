@@ -188,7 +188,8 @@ def test_silent_arguments_are_completed(dist, tmp_path):
     config, remarks = configs.derive(read_megatron(dist), tmp_path)
     assert (config.n_groups, config.vocab_size, config.chunk_size, config.eos_token_id) == (2, 229, 64, 11)
     assert config.layer_norm_epsilon == 1e-6 and remarks == [
-        "not in the checkpoint, so the defaults of the family: max_position_embeddings"
+        "not in the checkpoint, so the defaults of the family: max_position_embeddings",
+        "Megatron's gated norms have an epsilon of 1e-05; in Hugging Face they share layer_norm_epsilon=1e-06",
     ]
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": 32, "hybrid_override_pattern": "M-M*-M*-"}))
     with pytest.raises(ValueError, match="hidden_size is 64 by the shape of .* but 32 by --config"):

@@ -13,7 +13,9 @@ import torch.distributed.checkpoint as dcp
 from megatron_fixtures import FIXTURES, assert_same
 from nemotron_h_hf.conversion import convert, read_megatron, torchzip, unpickle, write_megatron
 from nemotron_h_hf.conversion.legacy import FILE_NAME
+from nemotron_h_hf.conversion.write_megatron import Layout
 from safetensors.torch import load_file, save_file
+from tiny import tiny_config
 
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
 
@@ -37,7 +39,7 @@ def tied(tmp_path: Path) -> Path:
     config = NemotronHConfig(
         vocab_size=50, hidden_size=16, hybrid_override_pattern="M*-M", num_attention_heads=4, num_key_value_heads=2,
         head_dim=8, intermediate_size=24, mamba_num_heads=4, mamba_head_dim=6, n_groups=2, ssm_state_size=4,
-        tie_word_embeddings=True, use_bias=True, mlp_bias=True, attention_bias=True, chunk_size=16,
+        tie_word_embeddings=True, mlp_bias=True, attention_bias=True, chunk_size=16,
     )  # fmt: skip
     torch.manual_seed(0)
     model = NemotronHForCausalLM(config)
@@ -144,6 +146,9 @@ def test_tied_embeddings_and_biases(tmp_path, options):
     convert(tmp_path / "run", tmp_path / "back", verify_logits=source)
     assert_same(tmp_path / "back", load_file(source / "model.safetensors"))
     stages = options.get("pp", 1)
+    if not options:  # Megatron insists on it, though the layer has no weight
+        metadata = dcp.FileSystemReader(tmp_path / "run" / "release").read_metadata()
+        assert "output_layer._extra_state/shard_0_1" in metadata.state_dict_metadata
     if stages != 1:
         last = sorted((tmp_path / "run" / "release").glob("mp_rank_*"))[-1] / FILE_NAME
         assert "output_layer.weight" in torchzip.read(last).value["model"]
@@ -188,6 +193,26 @@ def test_bad_options_are_named_and_nothing_is_written(hf, tmp_path, family, opti
     with pytest.raises(ValueError, match=message.replace("(", r"\(")):
         convert(hf[family], tmp_path / "run", **options)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("shape, fields, message", [
+    ("dense", {"use_bias": True}, "use_bias=True: Megatron's M layers always have False"),
+    ("dense", {"conv_kernel": 3}, "conv_kernel=3"),
+    ("dense", {"time_step_limit": (0.0, 0.1)}, "time_step_limit=(0.0, 0.1)"),
+    ("dense", {"attention_bias": True}, "attention_bias=True and mlp_bias=False: Megatron has one switch"),
+    ("dense", {"intermediate_size": [24, 80, 8]}, "intermediate_size is a list"),
+    ("moe", {"norm_topk_prob": False}, "norm_topk_prob=False"),
+    ("moe", {"mlp_bias": True}, "mlp_bias=True: Megatron's E layers"),
+    ("moe", {"n_group": 4, "topk_group": 2}, "num_experts_per_tok=3 with topk_group=2 of 4 groups"),
+])  # fmt: skip
+def test_what_megatron_cannot_be_told_is_refused(shape, fields, message):
+    """It would ignore the tensor or the field and compute something else."""
+    layout = Layout("torch_dist", 1, 1, 1, 128, "auto")
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
+        layout.check(tiny_config(shape, **fields))
+    layout.check(tiny_config(shape))
+    layout.check(tiny_config("dense", mlp_bias=True, attention_bias=True))
+    layout.check(tiny_config("moe", num_experts_per_tok=4, n_group=4, topk_group=2))
 
 
 def test_left_over_and_missing_tensors(hf, tmp_path):
