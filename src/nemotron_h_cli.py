@@ -17,6 +17,8 @@ COMMANDS = (
     ("generate", "nemotron_h_hf.scripts.generate", "continue a prompt, printing tokens as they come"),
     ("info", "nemotron_h_hf.scripts.info", "pattern, parameters and memory of a folder, hub id or preset"),
     ("convert", "nemotron_h_hf.scripts.convert", "convert checkpoints between Megatron and Hugging Face"),
+    ("pretrain", "nemotron_h_hf.scripts.pretrain", "train on blended sources, from fresh weights or a checkpoint"),
+    ("plot", "nemotron_h_hf.scripts.plot", "draw the loss curves of runs side by side"),
     ("eval", "nemotron_h_hf.scripts.eval", "bits per byte, long-context questions, lm-evaluation-harness tasks"),
     ("bench", "nemotron_h_hf.scripts.bench", "measure speed beside transformers' own model"),
     ("push", "nemotron_h_hf.scripts.push", "upload a checkpoint folder with a model card of its own facts"),

@@ -131,6 +131,44 @@ def cache_bytes(config: NemotronHConfig, num_tokens: int, dtype: str = "bfloat16
     return growing + ssm_state_bytes(config) + conv_state_bytes(config, dtype)
 
 
+def forward_flops_per_token(config: NemotronHConfig, sequence_length: int) -> dict[str, float]:
+    """Floating-point operations of the forward pass, by part, for each token of a row of `sequence_length` (l) tokens.
+
+    A multiplication with an addition counts as two. MTP, norms and activations are left out.
+
+        linear     2 x elements of every matrix that a token meets: routed experts by num_experts_per_tok, and lm_head
+        attention  2 products x 2 x heads x head_dim x (l + 1) / 2 tokens seen on average, per layer
+        scan       in chunks of q tokens: C B^T and its product with x, 2q (groups x state + heads x head_dim); into the
+                   state and out of it, 4 x heads x head_dim x state; per layer
+        conv       2 x channels x taps, per layer
+    """
+    kinds = Counter(config.layers_block_type)
+    inner, state = config.mamba_intermediate_size, config.ssm_state_size
+    chunk = min(config.chunk_size, sequence_length)
+    scan = 2 * chunk * (config.n_groups * state + inner) + 4 * inner * state
+    return {
+        "linear": 2 * _matrix_elements_per_token(config),
+        "attention": kinds["full_attention"] * 2 * config.num_attention_heads * config.head_dim * (sequence_length + 1),
+        "scan": kinds["linear_attention"] * scan,
+        "conv": kinds["linear_attention"] * 2 * config.conv_dim * config.conv_kernel,
+    }
+
+
+def training_flops_per_token(config: NemotronHConfig, sequence_length: int) -> float:
+    """Forward, and twice as much backward; what is computed again to save memory does not count (as in MFU)."""
+    return 3 * sum(forward_flops_per_token(config, sequence_length).values())
+
+
+def _matrix_elements_per_token(config: NemotronHConfig) -> float:
+    """Elements of the matrices of the main stack that each token is multiplied with."""
+    elements = config.vocab_size * config.hidden_size  # lm_head, tied or not
+    for tensor in _stack(config):
+        if len(tensor.shape) == 2:
+            used = config.num_experts_per_tok / config.n_routed_experts if tensor.kind == "moe_routed" else 1
+            elements += tensor.num_elements * used
+    return elements
+
+
 def bytes_per_element(dtype: str) -> int:
     """Bytes of one element of `dtype`, named as in torch but without `torch.`."""
     if dtype not in BYTES_PER_ELEMENT:

@@ -53,6 +53,9 @@ class ModelArguments:
         "checkpoint folder, hub id, or with --init random also a preset (nemotron-h-8b); default: the model in the box",
     )
     init: str = _flag("weights", "weights: start from the checkpoint; random: only its shape", ("weights", "random"))
+    config_overrides: dict | str | None = _flag(
+        None, "with --init random: fields of the configuration to replace, '{hidden_size: 256, ...}'"
+    )
     tokenizer: str | None = _flag(None, "folder or hub id; default: the model's own")
     dtype: str = _flag(
         "float32", "of the weights that the optimizer steps; --bf16 computes in bfloat16", ("float32", "bfloat16")
@@ -155,13 +158,11 @@ def parse(
         parser.print_help()
         raise SystemExit(0)
     names = [item.name for kind in dataclasses for item in fields(kind) if item.init]
-    path = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].config
-    given = [] if path is None else _as_flags(read_yaml(path), names, path)
-    *filled, _, unknown = parser.parse_args_into_dataclasses(
-        [*given, *argv], return_remaining_strings=True, look_for_args_file=False
-    )
+    known, unknown = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     if unknown:
         raise ValueError(_unknown(unknown[0], names))
+    given = [] if known.config is None else _as_flags(read_yaml(known.config), names, known.config)
+    *filled, _ = parser.parse_args_into_dataclasses([*given, *argv], look_for_args_file=False)
     return tuple(filled)
 
 

@@ -1,0 +1,150 @@
+"""Draw loss curves of several runs side by side.
+
+    nemotron-h plot runs/a runs/b                                  # writes loss.png
+    nemotron-h plot bf16=runs/a fp8=runs/b --output gap.png        # with names of your own
+    nemotron-h plot runs/a --y learning_rate --window 1            # any figure of metrics.jsonl
+    nemotron-h plot docs/results/tiny/*.jsonl --window 5           # logs of train-tiny, and any JSON lines like them
+
+A RUN is a folder with metrics.jsonl (or train-tiny's log.jsonl), or such a file. The pale line is the log, the strong one
+its running mean over --window lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+LOG_FILES = ("metrics.jsonl", "log.jsonl")
+LABELS = {
+    "tokens": "training tokens (millions)",
+    "step": "steps",
+    "loss": "training loss (nats per token)",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+    "tokens_per_second": "tokens per second",
+}
+
+
+@dataclass(frozen=True)
+class PlotArguments:
+    """What the command line says."""
+
+    runs: list[str]
+    output: str
+    x: str
+    y: str
+    window: int
+    log_scale: bool
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Read the logs, draw, and print one line per run."""
+    arguments = parse(argv)
+    curves = {name: read_curve(path, arguments.x, arguments.y) for name, path in named_runs(arguments.runs).items()}
+    for name, (xs, ys) in curves.items():
+        last = running_mean(ys, arguments.window)[-1]
+        print(
+            f"{name}: {arguments.y} {last:.4g} at {arguments.x} {xs[-1]:,} (mean of {min(arguments.window, len(ys))} lines)"
+        )
+    draw(curves, arguments)
+    print(f"wrote {arguments.output}")
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> PlotArguments:
+    """Read and check the command line."""
+    parser = argparse.ArgumentParser(
+        prog="nemotron-h plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder or .jsonl file of a run, or NAME=one of these")
+    parser.add_argument("--output", default="loss.png", help="PNG to write; replaced if it is there (loss.png)")
+    parser.add_argument("--x", choices=("tokens", "step"), default="tokens", help="horizontal axis (tokens)")
+    parser.add_argument("--y", default="loss", help="figure of the logs to draw (loss)")
+    parser.add_argument("--window", type=int, default=5, help="lines in the running mean, 1 for none (5)")
+    parser.add_argument("--log-scale", action="store_true", help="logarithmic vertical axis")
+    arguments = PlotArguments(**vars(parser.parse_args(argv)))
+    if arguments.window < 1:
+        raise ValueError(f"--window is {arguments.window}; it must be 1 or more")
+    return arguments
+
+
+def named_runs(runs: Sequence[str]) -> dict[str, Path]:
+    """Name -> log file. The name is the one given, or that of the folder or file."""
+    named: dict[str, Path] = {}
+    for run in runs:
+        name, _, place = run.rpartition("=") if not Path(run).exists() else ("", "", run)
+        path = log_file(Path(place))
+        name = name or (path.parent.name if path.name in LOG_FILES else path.stem)
+        if name in named:
+            raise ValueError(f"RUN {run}: {name!r} is the name of {named[name]} already; write NAME={run}")
+        named[name] = path
+    return named
+
+
+def log_file(place: Path) -> Path:
+    """The log of a run's folder, or the file itself."""
+    if place.is_file():
+        return place
+    for name in LOG_FILES:
+        if (place / name).is_file():
+            return place / name
+    raise ValueError(f"RUN {place}: there is no {' or '.join(LOG_FILES)}; allowed is a run's folder or a .jsonl file")
+
+
+def read_curve(path: Path, x: str, y: str) -> tuple[list[float], list[float]]:
+    """The figures `x` and `y` of each line that has both; a last line that was cut short does not count."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if line.endswith("\n"):
+                raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
+    points = [(row[x], row[y]) for row in rows if x in row and y in row]
+    if not points:
+        known = sorted({name for row in rows for name in row})
+        raise ValueError(f"{path} has no line with {x} and {y}; it has {', '.join(known) or 'no lines'}")
+    return [point[0] for point in points], [point[1] for point in points]
+
+
+def running_mean(values: list[float], window: int) -> list[float]:
+    """The mean of each value and up to `window` - 1 before it."""
+    pieces = [values[max(0, i - window + 1) : i + 1] for i in range(len(values))]
+    return [sum(piece) / len(piece) for piece in pieces]
+
+
+def draw(curves: dict[str, tuple[list[float], list[float]]], arguments: PlotArguments) -> None:
+    """Write the PNG, whole or not at all."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("plot needs matplotlib: pip install 'nemotron-h-hf[plot]'") from None
+    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    unit = 1e6 if arguments.x == "tokens" else 1
+    for name, (xs, ys) in curves.items():
+        xs = [x / unit for x in xs]
+        [line] = axes.plot(
+            xs, ys, alpha=0.25 if arguments.window > 1 else 1.0, label=None if arguments.window > 1 else name
+        )
+        if arguments.window > 1:
+            axes.plot(xs, running_mean(ys, arguments.window), color=line.get_color(), label=name)
+    axes.set(xlabel=LABELS[arguments.x], ylabel=LABELS.get(arguments.y, arguments.y))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    if arguments.log_scale:
+        axes.set_yscale("log")
+    output = Path(arguments.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(output.name + ".tmp")
+    figure.savefig(temporary, format="png")
+    os.replace(temporary, output)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,147 @@
+"""Pretrain a Nemotron-H model on a blend of sources.
+
+    nemotron-h pretrain --sources '{code: {path: "src/**/*.py"}}' --total_tokens 2M       # the model in the box goes on
+    nemotron-h pretrain --config run.yaml                                                # everything in a file
+    nemotron-h pretrain --config run.yaml --learning_rate 4e-4                           # flags win over the file
+    nemotron-h pretrain --config run.yaml --model nemotron-h-8b --init random --tokenizer FOLDER
+    accelerate launch -m nemotron_h_hf.scripts.pretrain --config run.yaml                # many GPUs or machines
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml -m nemotron_h_hf.scripts.pretrain --config run.yaml
+
+run.yaml, with weights that change on the way (a phase without `until` or `last` fills what is left):
+
+    output_dir: runs/blend
+    total_tokens: 100M
+    sources:
+      web:  {path: data/web/*.jsonl}             # JSONL or parquet with a column `text`, or text files
+      code: {path: data/code/**/*.py}
+      wiki: {dataset: owner/name, split: train}  # streamed from the hub
+    phases:
+      - {until: 60%, weights: {web: 0.6, code: 0.3, wiki: 0.1}}
+      - {weights: {web: 0.3, code: 0.3, wiki: 0.4}}
+
+The same command again goes on from the last whole checkpoint, with the very next row. In OUTPUT_DIR: checkpoint-N/ while
+it runs, metrics.jsonl (see `nemotron-h plot`), and at the end model/, which from_pretrained loads.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
+from nemotron_h_hf.compression.cost import training_flops_per_token
+from nemotron_h_hf.data.blend import Blend
+from nemotron_h_hf.data.packing import PackedRows
+from nemotron_h_hf.data.phases import Phase, phases_from
+from nemotron_h_hf.data.sources import sources_from
+from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, as_mapping, parse, require
+from nemotron_h_hf.training.byte_bpe import save_tokenizer
+from nemotron_h_hf.training.starting_point import load_model, load_tokenizer
+from nemotron_h_hf.training.trainer import NemotronHTrainer
+
+MODEL_FOLDER = "model"
+
+
+@dataclass
+class DataArguments:
+    """What the model reads."""
+
+    _argument_group_name = "data"
+
+    sources: dict | str | None = field(
+        default=None, metadata={"help": "name -> {path: FILES} or {dataset: HUB_ID, split: train}; needed"}
+    )
+    phases: dict | str | None = field(
+        default=None,
+        metadata={
+            "help": "list of {until: 60%%, weights: {name: 0.7, ...}}; default: one phase, sources weighted alike"
+        },
+    )
+    on_bad_data: str = field(
+        default="skip", metadata={"help": "skip, with a count and a warning, or stop", "choices": ("skip", "error")}
+    )
+
+    def __post_init__(self) -> None:
+        self.sources, self.phases = as_mapping(self.sources, "sources"), as_mapping(self.phases, "phases")
+        require(bool(self.sources), "sources", self.sources, "a mapping from names to path or dataset")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Load, train or go on, save."""
+    model_arguments, data, training = parse(
+        (ModelArguments, DataArguments, NemotronHTrainingArguments), argv, __doc__, "nemotron-h pretrain",
+        output_dir="runs/pretrain",
+    )  # fmt: skip
+    require(training.max_steps > 0, "total_tokens", training.total_tokens, "a number of tokens, for instance 2M")
+    disable_progress_bar()
+    torch.set_flush_denormal(True)
+    set_seed(training.seed)
+    model = load_model(model_arguments, EMBEDDED_MODEL, NemotronHConfig.from_preset)
+    tokenizer = load_tokenizer(model_arguments, EMBEDDED_MODEL, model.config.vocab_size)
+    trainer = NemotronHTrainer(
+        model,
+        training,
+        train_dataset=make_rows(data, training, tokenizer),
+        processing_class=tokenizer,
+        flops_per_token=training_flops_per_token(model.config, training.sequence_length),
+    )
+    if trainer.is_world_process_zero():
+        print(describe(model, training), file=sys.stderr)
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or True)
+    if not trainer.is_fsdp_enabled and trainer.is_world_process_zero():
+        folder = Path(training.output_dir) / MODEL_FOLDER
+        model.save_pretrained(folder)
+        save_tokenizer(tokenizer, folder)
+        print(f"{folder} holds the trained model", file=sys.stderr)
+    return 0
+
+
+def make_rows(
+    data: DataArguments, training: NemotronHTrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> PackedRows:
+    """Full rows from the blend of sources, for the whole run."""
+    sources = sources_from(data.sources)
+    alike = [Phase({source.name: 1.0 for source in sources})]
+    blend = Blend(
+        sources,
+        phases_from(data.phases) if data.phases else alike,
+        document_encoder(tokenizer),
+        total_tokens=training.max_steps * training.tokens_per_step,
+        seed=training.seed if training.data_seed is None else training.data_seed,
+        on_bad_data=data.on_bad_data,
+    )
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    return PackedRows(blend, training.sequence_length, pad_token_id=pad)
+
+
+def document_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
+    """Text -> beginning of document (eos where the tokenizer has no bos), its tokens, eos."""
+    end = tokenizer.eos_token_id
+    begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+    def encode(text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise ValueError(f"the document is a {type(text).__name__}; allowed is text, name its column in the source")
+        return [begin, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], end]
+
+    return encode
+
+
+def describe(model: torch.nn.Module, training: NemotronHTrainingArguments) -> str:
+    """What is about to happen, in two lines."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"{count:,} parameters, {model.config.hybrid_override_pattern}; rows of {training.sequence_length:,} tokens\n"
+        f"{training.max_steps:,} steps of {training.tokens_per_step:,} tokens on {training.world_size} processes; "
+        f"output in {training.output_dir}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

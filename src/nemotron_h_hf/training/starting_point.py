@@ -1,0 +1,78 @@
+"""The model and the tokenizer that `ModelArguments` name, ready to be trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from .arguments import ModelArguments, as_mapping
+from .fp8 import convert_to_fp8, print_fp8_modules
+
+
+def load_model(
+    arguments: ModelArguments, default: str, from_preset: Callable[..., PreTrainedConfig], **loading: object
+) -> PreTrainedModel:
+    """The model, converted to FP8 if asked for; fresh weights depend on torch's seed.
+
+    Args:
+        default: what `model` stands for when it is not given.
+        from_preset: makes the configuration of a preset's name.
+        loading: more arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: for a model that is not there, or fields that the configuration does not have.
+    """
+    name, dtype = arguments.model or default, getattr(torch, arguments.dtype)
+    if arguments.init == "random":
+        config = load_config(name, from_preset, as_mapping(arguments.config_overrides, "config_overrides") or {})
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=arguments.attention)
+    else:
+        if arguments.config_overrides:
+            raise ValueError(
+                "config_overrides: allowed with --init random, a checkpoint's weights fit its own configuration"
+            )
+        model = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, attn_implementation=arguments.attention, **loading
+        )
+    model.set_mamba_implementation(arguments.mamba)
+    if arguments.fp8:
+        convert_to_fp8(model)
+        print_fp8_modules(model)
+    return model
+
+
+def load_config(name: str, from_preset: Callable[..., PreTrainedConfig], overrides: dict) -> PreTrainedConfig:
+    """The configuration of a folder, hub id or preset, with some of its fields replaced."""
+    if not Path(name).is_dir() and "/" not in name:
+        return from_preset(name, **overrides)
+    fields = AutoConfig.from_pretrained(name).to_dict()
+    if layers := {"layers_block_type", "hybrid_override_pattern"} & overrides.keys():
+        for field in ("layers_block_type", "hybrid_override_pattern", "num_hidden_layers"):
+            if field not in layers:
+                fields.pop(field, None)
+    unknown = sorted(overrides.keys() - fields.keys() - layers)
+    if unknown:
+        raise ValueError(f"config_overrides: got {unknown[0]!r}, allowed are fields of the configuration of {name}")
+    return type(AutoConfig.from_pretrained(name)).from_dict({**fields, **overrides})
+
+
+def load_tokenizer(arguments: ModelArguments, default: str, vocab_size: int) -> Tokenizer:
+    """The tokenizer, which may have no more tokens than the model.
+
+    Raises:
+        ValueError: if it has more, or no token that ends a document.
+    """
+    name = arguments.tokenizer or arguments.model or default
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer: none found in {name!r}; name one by --tokenizer ({error})") from None
+    if len(tokenizer) > vocab_size:
+        raise ValueError(f"tokenizer: {name} has {len(tokenizer)} tokens, allowed are the model's {vocab_size}")
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"tokenizer: {name} has no eos_token, which ends a document")
+    return tokenizer
