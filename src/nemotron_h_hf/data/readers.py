@@ -105,6 +105,7 @@ def read_parquet(path: str, column: str | None, bad: BadData, start: Position = 
     import pyarrow.parquet
 
     first, row = start or (0, 0)
+    before = 0  # rows of the groups before
     with open(path, "rb") as opened:
         if not opened.read(1):
             return bad.report(path, "empty file")
