@@ -7,18 +7,20 @@ which. LiveCodeBench, which the tables also have, is not part of the harness.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .records import Records
+from .records import Records, write_lines
 
 if TYPE_CHECKING:
+    from lm_eval.api.model import LM
     from lm_eval.tasks import TaskManager
 
 RUNS_CODE = ("humaneval", "mbpp")  # their scores come from running what the model wrote
@@ -113,36 +115,60 @@ def evaluate(
     records: Records,
     say: Callable[[str], None],
 ) -> list[dict]:
-    """Run the tasks that have no record yet, one after the other; returns the records."""
-    from lm_eval import simple_evaluate
+    """Run the tasks that have no record yet, one after the other; returns the records.
+
+    Questions and answers go to `harness_TASK.jsonl` beside the records.
+    """
     from lm_eval.models.huggingface import HFLM
 
-    wrapped = None
-    for task in tasks:
-        if record_key(task, options.limit) in records:
-            continue
-        say(f"lm-evaluation-harness: {task.name}")
-        if options.allow_code:
-            os.environ["HF_ALLOW_CODE_EVAL"] = "1"
-        wrapped = wrapped or HFLM(
+    missing = [task for task in tasks if record_key(task, options.limit) not in records]
+    if missing:
+        wrapped = HFLM(
             pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, max_length=options.max_length
         )
-        results = simple_evaluate(
+    for task in missing:
+        say(f"lm-evaluation-harness: {task.name}")
+        with plain_generation(model):
+            results = _run(wrapped, task, manager, options)
+        path = records.path.with_name(f"harness_{task.name}.jsonl")
+        write_lines(path, [row for rows in results["samples"].values() for row in rows])
+        records.add(record_key(task, options.limit), record(task, results))
+    return [records[record_key(task, options.limit)] for task in tasks]
+
+
+@contextlib.contextmanager
+def plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """No generation defaults of the checkpoint but its tokens: a `max_new_tokens` there would win over the task's limit."""
+    before = model.generation_config
+    tokens = {name: getattr(before, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    model.generation_config = GenerationConfig(**tokens)
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def _run(wrapped: LM, task: HarnessTask, manager: TaskManager, options: HarnessOptions) -> dict:
+    from lm_eval import simple_evaluate
+
+    if options.allow_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked for by the package `evaluate`, which runs the code
+    try:
+        return simple_evaluate(
             wrapped,
             tasks=[task.name],
             num_fewshot=task.num_fewshot,
             limit=options.limit,
             apply_chat_template=options.chat,
             confirm_run_unsafe_code=options.allow_code,
-            log_samples=False,
             task_manager=manager,
             random_seed=options.seed,
             numpy_random_seed=options.seed,
             torch_random_seed=options.seed,
             fewshot_random_seed=options.seed,
         )
-        records.add(record_key(task, options.limit), record(task, results))
-    return [records[record_key(task, options.limit)] for task in tasks]
+    except ImportError as error:  # some tasks need packages of their own
+        raise ValueError(f"tasks: {task.name} cannot run: {error}") from error
 
 
 def record_key(task: HarnessTask, limit: int | None) -> str:

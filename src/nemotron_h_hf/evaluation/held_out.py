@@ -33,17 +33,21 @@ def evaluate(
     stride: int,
     records: Records,
 ) -> dict:
-    """Score (name, text) pairs that have no record yet; returns the summary of them all."""
+    """Score (name, text) pairs that have no record yet; returns the summary of them all.
+
+    A record is known by the document's number, so that a path spelled in another way is the same document.
+    """
     if not 0 < stride < window:
         raise ValueError(f"stride: got {stride}, allowed is 1 to window - 1 = {window - 1}")
     end_id, found = end_token(tokenizer), []
     with tqdm(documents, unit="document", desc="bits per byte") as bar:
-        for name, text in bar:
-            key = f"bpb/{name}"
+        for number, (name, text) in enumerate(bar):
+            key = f"bpb/{number}"
             if key not in records:
                 ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
                 bits = document_bits(model, torch.tensor([end_id, *ids, end_id]), window, stride)
-                records.add(key, {"task": "bpb", "bits": bits, "bytes": len(text.encode()), "tokens": len(ids)})
+                row = {"task": "bpb", "document": name, "bits": bits, "bytes": len(text.encode()), "tokens": len(ids)}
+                records.add(key, row)
             found.append(records[key])
             bar.set_postfix_str(f"{summarise(found)['bits_per_byte']:.4f}")
     return summarise(found)

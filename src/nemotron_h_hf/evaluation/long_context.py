@@ -55,7 +55,7 @@ TASKS = (
     Task("multivalue", "one name with four numbers, all asked", _hidden(num_numbers=4), 128, 20),
     Task("multiquery", "four names with a number each, all asked", _hidden(num_names=4, num_asked=4), 128, 20),
     Task("variables", "which five variables got a value, over four assignments", gathering.variables, 30, 20),
-    Task("common_words", "the ten words that come most often in a list", gathering.common_words, 120, 80),
+    Task("common_words", "the ten words that come most often in a list", gathering.common_words, 120, 40),
     Task("frequent_words", "the three most frequent of many coded words", gathering.frequent_words, 50, 100),
     Task("facts", "where an invented person was born, among many", gathering.facts, 32, 22),
     Task("facts_two_hops", "where that person's teacher was born", functools.partial(gathering.facts, num_hops=2), 32, 22),
@@ -146,6 +146,8 @@ def evaluate(plan: Plan, prose: Prose, encode: Encode, answer: Answer, records: 
     rounds = [
         (length, task, index) for length in sorted(plan.lengths) for task in tasks for index in range(plan.num_samples)
     ]
+    for task in tasks:  # a length that is too short shows before the first answer
+        sample(task, min(plan.lengths), 0, plan.depths[0] if task.by_depth else None, plan.seed, prose, encode)
     found = []
     with tqdm(rounds, unit="question", disable=not rounds) as bar:
         for length, task, index in bar:

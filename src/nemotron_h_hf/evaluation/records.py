@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -40,10 +41,20 @@ def check_folder(folder: Path, marker: str) -> None:
 
 
 def write_json(path: Path, content: dict) -> None:
+    """One object, for people to read."""
+    _replace(path, json.dumps(content, indent=1, default=str) + "\n")
+
+
+def write_lines(path: Path, rows: Sequence[dict]) -> None:
+    """An object per line; what JSON has no form for is written as text."""
+    _replace(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))
+
+
+def _replace(path: Path, content: str) -> None:
     """Write under a temporary name first, then move into place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    temporary.write_text(content, encoding="utf-8")
     os.replace(temporary, path)
 
 

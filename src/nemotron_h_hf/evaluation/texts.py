@@ -20,14 +20,20 @@ PLAIN_WORD = re.compile(r"[a-z]{4,9}")
 def read_texts(patterns: Sequence[str], column: str = "text") -> Iterator[tuple[str, str]]:
     """(name, text) of every document: a line of a `.jsonl` file (its `column`), or any other file as a whole.
 
+    A file that several patterns match is read once.
+
     Raises:
         ValueError: naming the pattern without files, or file and line that hold no text.
     """
+    seen: set[Path] = set()
     for pattern in patterns:
         paths = sorted(Path(found) for found in glob.glob(pattern, recursive=True) if Path(found).is_file())
         if not paths:
             raise ValueError(f"text: {pattern!r} matches no file")
         for path in paths:
+            if path.resolve() in seen:
+                continue
+            seen.add(path.resolve())
             yield from (_json_lines(path, column) if path.suffix == ".jsonl" else [(str(path), _decode(path))])
 
 
