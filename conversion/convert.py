@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -23,7 +23,7 @@ from .report import JSON_NAME, TABLE_NAME, Report, add_plan, add_written, human,
 from .source import MegatronCheckpoint
 from .write_hf import TOKENIZER_FILES, write_config, write_hf
 from .write_legacy import write_ranks
-from .write_megatron import FOLDER, Layout, check_cuts
+from .write_megatron import FOLDER, Layout, Written, check_cuts
 from .write_torch_dist import write_distributed
 
 Allowed = tuple[Sequence[str], Sequence[str]]  # patterns of names: left over, missing
@@ -71,13 +71,9 @@ def convert(
         ValueError: naming the tensor, file or field, for anything that does not fit; the target is then unfinished.
     """
     started = time.monotonic()
-    target, found = Path(target), formats.find(source)
+    found = formats.find(source)
     to = _direction(to, found)
-    format = "hf" if to == "hf" else format or "torch_dist"
-    if to == "megatron" and format not in FORMATS:
-        raise ValueError(f"format={format!r}: allowed are {', '.join(FORMATS)}")
-    if verify_logits is not None and to != "hf":
-        raise ValueError("verify_logits needs a Hugging Face target; a Megatron one is checked by verify_output")
+    format = _format(to, format, verify_logits)
     tokenizer = _tokenizer(tokenizer)
     say(f"{source} is a {found.format} checkpoint in {found.folder}; converting to {format}")
     report = Report(str(source), found.format, str(target), format, dry_run=dry_run)
@@ -91,32 +87,62 @@ def convert(
     add_plan(report, plan)
     if dry_run:
         return report
-    _check_room(target, plan)
-    journal = Journal(target, plan.fingerprint(_stamps(found.folder), to, max_bytes, layout))
+    work = Work(found.folder, Path(target), to, checkpoint, plan, max_bytes, layout)
+    _check_room(work.target, plan)
+    journal = Journal(work.target, plan.fingerprint(_stamps(found.folder), to, max_bytes, layout))
     with _bar(plan, progress) as advance:
-        if to == "hf":
-            written = write_hf(plan, checkpoint.__getitem__, target, journal, max_bytes, advance)
-        else:
-            (target / FOLDER).mkdir(exist_ok=True)
-            write = FORMATS[format]
-            written = write(plan, checkpoint.__getitem__, target / FOLDER, journal, max_bytes, layout, advance)
+        written = _write(work, journal, advance)
     add_written(report, written)
     report.bytes_read = checkpoint.bytes_read
-    if verify_output:
-        verify.check_integrity(found.folder)
-        verify.check_output(target, to, written.digests, plan, checkpoint)
-        report.verified = True
-    if verify_logits is not None:
-        report.logits = verify.compare_logits(target, verify_logits, plan.config)
-    if to == "hf":
-        write_config(plan, target, tokenizer)
-    else:
-        write_text(target / formats.TRACKER, FOLDER)
+    _verify(work, written, verify_output, verify_logits, report)
+    _finish(work, tokenizer)
     report.seconds = time.monotonic() - started
-    write_text(target / JSON_NAME, report.to_json())
-    write_text(target / TABLE_NAME, report.table())
+    write_text(work.target / JSON_NAME, report.to_json())
+    write_text(work.target / TABLE_NAME, report.table())
     journal.finish()
     return report
+
+
+class Work(NamedTuple):
+    """A planned conversion: from where, to where, and in which shape."""
+
+    folder: Path
+    target: Path
+    to: str
+    checkpoint: Checkpoint | MegatronCheckpoint
+    plan: Plan
+    max_bytes: int
+    layout: Layout
+
+
+def _write(work: Work, journal: Journal, advance: Callable[[int], None]) -> Written:
+    """The weights."""
+    read = work.checkpoint.__getitem__
+    if work.to == "hf":
+        return write_hf(work.plan, read, work.target, journal, work.max_bytes, advance)
+    folder = work.target / FOLDER
+    folder.mkdir(exist_ok=True)
+    return FORMATS[work.layout.format](work.plan, read, folder, journal, work.max_bytes, work.layout, advance)
+
+
+def _verify(
+    work: Work, written: Written, verify_output: bool, verify_logits: str | Path | None, report: Report
+) -> None:
+    """The checks that were asked for, before the target is made to look finished."""
+    if verify_output:
+        verify.check_integrity(work.folder)
+        verify.check_output(work.target, work.to, written.digests, work.plan, work.checkpoint)
+        report.verified = True
+    if verify_logits is not None:
+        report.logits = verify.compare_logits(work.target, verify_logits, work.plan.config)
+
+
+def _finish(work: Work, tokenizer: Path | None) -> None:
+    """What makes a target look finished."""
+    if work.to == "hf":
+        write_config(work.plan, work.target, tokenizer)
+    else:
+        write_text(work.target / formats.TRACKER, FOLDER)
 
 
 def _direction(to: str | None, found: formats.Found) -> str:
@@ -125,6 +151,18 @@ def _direction(to: str | None, found: formats.Found) -> str:
     if to not in (None, other):
         raise ValueError(f"to={to!r}: {found.folder} is a {found.format} checkpoint, so {other!r} is allowed")
     return other
+
+
+def _format(to: str, format: str | None, verify_logits: str | Path | None) -> str:
+    """The target's format."""
+    if to == "hf":
+        return "hf"
+    format = format or "torch_dist"
+    if format not in FORMATS:
+        raise ValueError(f"format={format!r}: allowed are {', '.join(FORMATS)}")
+    if verify_logits is not None:
+        raise ValueError("verify_logits needs a Hugging Face target; a Megatron one is checked by verify_output")
+    return format
 
 
 def _tokenizer(folder: str | Path | None) -> Path | None:
