@@ -23,7 +23,7 @@ from nemotron_h_hf.checkpoint import Checkpoint, save
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 
-TOLERANCE = 2e-5  # measured: up to 2e-6, of logits up to 3
+TOLERANCE = 5e-6  # of the largest logit; measured: up to 8e-7, with one tensor's rows moved 0.09 and more
 # In groups of experts the choice is the same where Megatron, too, takes the best two of each: 4 experts of 2 groups.
 GROUPS = {"num_experts_per_tok": 4, "n_group": 4, "topk_group": 2}
 TINY = {
@@ -94,7 +94,9 @@ def ours(folder, ids: torch.Tensor) -> torch.Tensor:
 
 
 def difference(model: torch.nn.Module, ids: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((logits(model, ids)[..., : expected.shape[-1]] - expected).abs().max())
+    """The largest, as a share of the largest logit."""
+    found = logits(model, ids)[..., : expected.shape[-1]]
+    return float((found - expected).abs().max() / expected.abs().max())
 
 
 @pytest.mark.parametrize("name", ["dense_nemo2", "moe_t1p1e2_torch", "super19_t1p1_torch_dist"])
@@ -142,7 +144,7 @@ def test_rows_in_another_order_show(shape, tmp_path):
         save(folder, specs, ((key, source[key].roll(1, 0) if key == name else source[key]) for key in source))
         (folder / "config.json").write_bytes((tmp_path / "hf" / "config.json").read_bytes())
         write_megatron(folder, folder / "run")
-        assert difference(fill(model, folder / "run" / "release"), ids, expected) > 50 * TOLERANCE, name
+        assert difference(fill(model, folder / "run" / "release"), ids, expected) > 0.05, name
 
 
 def randomize(model: torch.nn.Module) -> None:
@@ -180,4 +182,4 @@ def test_what_it_saves_is_read(family, fused_norms, single, tmp_path):
     assert difference(model, ids, ours(tmp_path / "hf", ids)) < TOLERANCE
     with torch.no_grad():
         model.decoder.layers[0].mixer.in_proj.weight[3] += 0.1
-    assert difference(model, ids, ours(tmp_path / "hf", ids)) > 50 * TOLERANCE
+    assert difference(model, ids, ours(tmp_path / "hf", ids)) > 0.05
