@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -26,6 +27,10 @@ COMMANDS = (
 )
 
 
+# transformers imports torchao where it is installed, and torchao 0.18's import warns of CUDA libraries on every CPU machine.
+CHATTY_IMPORTS = ("torchao", "torch.utils._pytree")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed on its input, 2 wrong usage."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -36,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv[0] not in modules:
         print(unknown_command(argv[0]), file=sys.stderr)
         return 2
+    for name in CHATTY_IMPORTS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return importlib.import_module(modules[argv[0]]).main(argv[1:]) or 0
     except (ValueError, OSError) as error:
