@@ -1,0 +1,255 @@
+"""Blends keep every source within one document of its share at every moment, and go on exactly from any state."""
+
+import json
+import random
+
+import datasets
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nemotron_h_hf.data.blend import Blend
+from nemotron_h_hf.data.packing import PackedRows
+from nemotron_h_hf.data.phases import Phase, parse_tokens, phases_from, resolve_phases
+from nemotron_h_hf.data.sources import Source
+
+
+def words(text: str) -> list[int]:
+    """A tokenizer for tests: one token per word, its number."""
+    return [int(word) for word in text.split()]
+
+
+def source_of(path, lengths: list[int], first: int, window: int = 3) -> Source:
+    """Documents of these lengths, one per line of a file; each has a number of its own as its tokens."""
+    path.write_text("".join(" ".join([str(first + i)] * length) + "\n" for i, length in enumerate(lengths)))
+    return Source(path.name, str(path), format="lines", shuffle_window=window)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> list[Source]:
+    folder, generator = tmp_path_factory.mktemp("blend"), random.Random(0)
+    shapes = {"web": (40, 1, 30), "code": (25, 5, 90), "wiki": (7, 1, 4)}
+    return [
+        source_of(folder / name, [generator.randint(low, high) for _ in range(count)], 1000 * (place + 1))
+        for place, (name, (count, low, high)) in enumerate(shapes.items())
+    ]
+
+
+PHASES = [
+    Phase({"web": 0.59, "code": 0.2, "wiki": 0.088}, until="60%"),
+    Phase({"code": 3, "wiki": 1}, until="80%"),
+    Phase({"web": 1, "wiki": 1}),
+    Phase({"wiki": 1}, last=150),
+]
+TOTAL = 6000
+
+
+def make(sources, **kwargs) -> Blend:
+    return Blend(sources, PHASES, words, TOTAL, **{"seed": 4, **kwargs})
+
+
+def test_shares_are_exact_to_one_document_at_every_moment(sources):
+    """Counted anew here from what comes out, against the weights as written."""
+    blend = make(sources)
+    ends = [3600, 4800, 5850, 6000]
+    total, phase, counts, longest = 0, 0, {}, 0
+    for name, ids in blend:
+        while total >= ends[phase]:
+            phase, counts = phase + 1, {}
+        assert name in PHASES[phase].weights
+        counts[name] = counts.get(name, 0) + len(ids)
+        total, longest = total + len(ids), max(longest, len(ids))
+        weights = PHASES[phase].weights
+        for other, weight in weights.items():
+            ideal = weight / sum(weights.values()) * sum(counts.values())
+            assert abs(counts.get(other, 0) - ideal) <= longest, (phase, counts)
+    assert phase == 3 and TOTAL <= total < TOTAL + longest
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=st.lists(st.floats(0.001, 1), min_size=2, max_size=7),
+    longest=st.integers(1, 60),
+    seed=st.integers(0, 1000),
+)
+def test_shares_are_exact_for_any_weights_and_lengths(tmp_path_factory, weights, longest, seed):
+    folder, generator = tmp_path_factory.mktemp("any"), random.Random(seed)
+    names = [f"s{i}" for i in range(len(weights))]
+    sources = [
+        source_of(folder / name, [generator.choice((1, longest, generator.randint(1, longest))) for _ in range(9)], 1)
+        for name in names
+    ]
+    blend = Blend(sources, [Phase(dict(zip(names, weights)))], words, 40 * longest, seed)
+    counts = dict.fromkeys(names, 0)
+    for name, ids in blend:
+        counts[name] += len(ids)
+        for other, weight in zip(names, weights):
+            assert abs(counts[other] - weight / sum(weights) * sum(counts.values())) <= longest + 1e-6
+
+
+def test_same_seed_same_order(sources):
+    assert list(make(sources)) == list(make(sources))
+    assert list(make(sources)) != list(make(sources, seed=5))
+
+
+def test_resume_at_any_document_goes_on_exactly(sources):
+    """In the middle of phases and windows, at their ends, over several epochs of a source, before and after everything."""
+    whole = list(make(sources))
+    lengths = [len(ids) for _, ids in whole]
+    changes = [
+        n
+        for n in range(1, len(whole))
+        if any(sum(lengths[:n]) >= end > sum(lengths[: n - 1]) for end in (3600, 4800, 5850))
+    ]
+    assert len(changes) == 3
+    cuts = {0, 1, len(whole) - 1, len(whole), *random.Random(1).sample(range(len(whole)), 25)}
+    for cut in cuts | {change + shift for change in changes for shift in (-1, 0, 1)}:
+        before = make(sources)
+        iterator = iter(before)
+        for _ in range(cut):
+            next(iterator)
+        state = json.loads(json.dumps(before.state_dict()))
+        after = make(sources)
+        after.load_state_dict(state)
+        assert list(after) == whole[cut:], cut
+        uncut = make(sources)
+        list(uncut)
+        assert after.report() == uncut.report(), cut
+
+
+def test_state_does_not_grow(sources):
+    blend = make(sources)
+    sizes = [len(json.dumps(blend.state_dict())) for _ in blend]
+    assert max(sizes) < 1500
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_rows_resume_at_any_row(sources, split):
+    """The same through packing: rows cut documents, and phases change inside of rows."""
+    make_rows = lambda: PackedRows(make(sources), 128, split_documents=split, window_documents=20)  # noqa: E731
+    whole = list(make_rows())
+    for cut in range(0, len(whole), 3):
+        before = make_rows()
+        iterator = iter(before)
+        for _ in range(min(cut + 4, len(whole))):
+            next(iterator)
+        after = make_rows()
+        after.load_state_dict(json.loads(json.dumps(before.state_after(cut))))
+        rest = list(after)
+        assert len(rest) == len(whole) - cut
+        assert all((a[name] == b[name]).all() for a, b in zip(rest, whole[cut:]) for name in a)
+
+
+def test_report(sources):
+    blend = make(sources)
+    documents = list(blend)
+    report = blend.report()
+    for name in ("web", "code", "wiki"):
+        mine = [ids for other, ids in documents if other == name]
+        assert report[name]["tokens"] == sum(report[name]["tokens_by_phase"]) == sum(map(len, mine))
+        assert report[name]["documents"] == len(mine)
+    assert report["wiki"]["epoch"] > 10 and report["code"]["tokens_by_phase"][2:] == [0, 0]
+
+
+def test_documents_that_cannot_be_used_are_counted(caplog):
+    texts = ["1 2 3", "not numbers", "4 " * 50, "5"]
+    source = Source("web", dataset=datasets.Dataset.from_dict({"text": texts}), shuffle_window=0)
+    make_one = lambda **kw: Blend([source], [Phase({"web": 1})], words, 12, max_document_tokens=20, **kw)  # noqa: E731
+    blend = make_one()
+    assert [ids for _, ids in blend] == [[1, 2, 3], [5]] * 3
+    assert blend.report()["web"]["bad"] == {"cannot be encoded": 3, "too long": 3}
+    assert "web, shard 0:3: too long (50 tokens, allowed are 20)" in caplog.text
+    with pytest.raises(ValueError, match="shard 0:2: cannot be encoded"):
+        list(make_one(on_bad_data="error"))
+    nothing = Blend([source], [Phase({"web": 1})], lambda text: [], 12)
+    with pytest.raises(ValueError, match="source web: no usable document in a whole epoch; .* no tokens"):
+        list(nothing)
+
+
+def test_encoded_mappings_pass_through():
+    source = Source("chat", dataset=datasets.Dataset.from_dict({"text": ["1 2", "3 4"]}), shuffle_window=0)
+    encode = lambda text: {"input_ids": words(text), "labels": [-100, 9]}  # noqa: E731
+    blend = Blend([source], [Phase({"chat": 1})], encode, 4)
+    (row,) = PackedRows(blend, 4)
+    assert row["input_ids"].tolist() == [1, 2, 3, 4] and row["labels"].tolist() == [-100, 9, -100, 9]
+
+
+def test_resume_refuses_another_blend(sources, caplog):
+    blend = make(sources)
+    iterator = iter(blend)
+    for _ in range(150):
+        next(iterator)
+    assert blend.phase == 0
+    state = blend.state_dict()
+    with pytest.raises(ValueError, match="seed is 5, the state was saved with 4"):
+        make(sources, seed=5).load_state_dict(state)
+    with pytest.raises(ValueError, match=r"sources are \['web'\], the state was saved with \['code', 'web', 'wiki'\]"):
+        Blend(sources, [Phase({"web": 1})], words, TOTAL, 4).load_state_dict(state)
+    other = [Phase({"web": 1, "code": 1, "wiki": 1})]
+    with pytest.raises(ValueError, match="those begun may not change"):
+        Blend(sources, other, words, TOTAL, 4).load_state_dict(state)
+    longer = Blend(sources, PHASES, words, 2 * TOTAL, 4)
+    longer.load_state_dict(state)
+    assert "are changed" in caplog.text
+    assert sum(len(ids) for _, ids in longer) + state["tokens"] >= 2 * TOTAL
+
+
+def test_phases_cover_the_run():
+    phases = phases_from(
+        [{"until": "60%", "weights": {"a": 3, "b": 1}}, {"weights": {"a": 1}}, {"last": "380B", "weights": {"b": 2}}]
+    )
+    spans = resolve_phases(phases, ["a", "b"], parse_tokens("total_tokens", "15T"))
+    assert [(s.start, s.end) for s in spans] == [
+        (0, 9 * 10**12),
+        (9 * 10**12, 14_620 * 10**9),
+        (14_620 * 10**9, 15 * 10**12),
+    ]
+    assert [s.weights for s in spans] == [{"a": 0.75, "b": 0.25}, {"a": 1}, {"b": 1}]
+
+
+@pytest.mark.parametrize(
+    "phases, said",
+    [
+        ([Phase({"a": 1}, until="60%"), Phase({"a": 1}, last=10)], "last is 10, so it begins at 90 tokens, .* end at 60"),
+        ([Phase({"a": 1}, until="60%")], "phases end at 60 tokens, total_tokens is 100"),
+        ([Phase({"a": 1}, until=50), Phase({"a": 1}, until="40%")], "number 2 ends at 40 tokens; allowed is more than 50"),
+        ([Phase({"a": 1}), Phase({"a": 1})], "number 1 has no `until`"),
+        ([Phase({"a": 1}, last=5), Phase({"a": 1})], "number 1: last is 5; only the last phase"),
+        ([Phase({"a": 1}, last=5, until=5)], "only the last phase may have it, and then no `until`"),
+        ([Phase({"ab": 1})], "weights has a key 'ab'; did you mean 'a'"),
+        ([Phase({"a": -1})], "weight of a is -1"),
+        ([Phase({"a": float("nan")})], "weight of a is nan"),
+        ([Phase({"a": "1"})], "weight of a is '1'"),
+        ([Phase({"a": 0})], "at least one source needs a positive weight"),
+        ([Phase({"a": 1}, until="half")], "until is 'half'; allowed are a number of tokens"),
+        ([], "phases is empty"),
+    ],
+)  # fmt: skip
+def test_phases_that_make_no_sense(phases, said):
+    with pytest.raises(ValueError, match=said):
+        resolve_phases(phases, ["a"], 100)
+
+
+def test_token_counts_as_people_write_them():
+    for written, tokens in (
+        ("15T", 15 * 10**12),
+        ("1.5b", 1_500_000_000),
+        (7, 7),
+        (1e6, 10**6),
+        ("2_000", 2000),
+        ("6,291,456", 6291456),
+    ):
+        assert parse_tokens("x", written) == tokens
+    assert parse_tokens("x", "60%", 1000) == 600 and parse_tokens("x", "12.5 %", 1000) == 125
+    for wrong in ("60%", "-1", "3X", True, None, ""):
+        with pytest.raises(ValueError, match="x is"):
+            parse_tokens("x", wrong)
+
+
+def test_what_a_blend_refuses(sources):
+    with pytest.raises(ValueError, match="each name is allowed once"):
+        Blend([*sources, sources[0]], PHASES, words, TOTAL)
+    with pytest.raises(ValueError, match="total_tokens is 0"):
+        Blend(sources, PHASES, words, 0)
+    with pytest.raises(ValueError, match="phases, number 1 has a key 'untl'; did you mean 'until'"):
+        phases_from([{"untl": 5, "weights": {}}])
