@@ -118,6 +118,18 @@ def plan_upload(
     return plan
 
 
+def plan_adapter_upload(folder: str | os.PathLike) -> dict[str, Path | bytes]:
+    """What an upload of adapters holds, as `plan_upload`: their weights and configuration, tokenizer and card."""
+    folder = Path(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise ValueError(f"{folder} has no {name}, nothing was sent")
+    plan: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.iterdir()) if _belongs(path, folder)}
+    if "tokenizer_config.json" in plan:
+        plan["tokenizer_config.json"] = with_plain_tokenizer_class(_read_text(folder / "tokenizer_config.json"))
+    return plan
+
+
 def upload(plan: dict[str, Path | bytes], repo_id: str, private: bool = False) -> str:
     """Send a plan to the hub (`HF_ENDPOINT`, `HF_TOKEN`) as one commit, making the repository if new; its address."""
     api = HfApi()

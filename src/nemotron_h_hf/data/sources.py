@@ -104,6 +104,10 @@ class SourceStream:
         self._taken += 1
         return self._window[self._taken - 1]
 
+    def once(self) -> Iterator[Record]:
+        """The records of one epoch, without moving."""
+        return (record for record, _ in self._read_epoch())
+
     def state_dict(self) -> dict[str, Any]:
         """JSON-able place of the next record."""
         return self._start | {"taken": self._taken}

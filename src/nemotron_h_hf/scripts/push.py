@@ -2,6 +2,7 @@
 
     nemotron-h push path/to/checkpoint owner/name --dry-run
     nemotron-h push path/to/checkpoint owner/name --private --with-code
+    nemotron-h push runs/sft/adapter owner/adapters                        # LoRA adapters, with the card they have
 
 The folder itself is not changed. A README.md that it has is sent as it is, unless --overwrite-card is given.
 HF_ENDPOINT and HF_TOKEN are honoured, as everywhere in huggingface_hub.
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemotron_h_hf.facts import human_bytes
-from nemotron_h_hf.hub import plan_upload, size_of, upload
+from nemotron_h_hf.hub import plan_adapter_upload, plan_upload, size_of, upload
 
 
 @dataclass(frozen=True)
@@ -35,14 +36,18 @@ class PushArguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan the upload, show it, and unless it is a dry run do it."""
     arguments = parse(argv)
-    plan = plan_upload(
-        arguments.folder, arguments.repo_id, arguments.with_code, arguments.overwrite_card, arguments.license
-    )
+    if Path(arguments.folder, "adapter_config.json").is_file():
+        plan = plan_adapter_upload(arguments.folder)
+    else:
+        plan = plan_upload(
+            arguments.folder, arguments.repo_id, arguments.with_code, arguments.overwrite_card, arguments.license
+        )
     for name, source in plan.items():
         made = "  (written by this command)" if isinstance(source, bytes) else ""
         print(f"{human_bytes(size_of(source)):>12}  {name}{made}")
     if arguments.dry_run:
-        show_card(plan["README.md"])
+        if "README.md" in plan:
+            show_card(plan["README.md"])
         print("dry run: nothing was sent", file=sys.stderr)
         return 0
     print(upload(plan, arguments.repo_id, arguments.private))
@@ -54,7 +59,9 @@ def parse(argv: Sequence[str] | None) -> PushArguments:
     parser = argparse.ArgumentParser(
         prog="nemotron-h push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", help="checkpoint folder: config.json and safetensors weights")
+    parser.add_argument(
+        "folder", help="folder of a checkpoint (config.json and safetensors weights) or of LoRA adapters"
+    )
     parser.add_argument("repo_id", help="owner/name on the hub")
     parser.add_argument("--private", action="store_true", help="make a new repository private")
     parser.add_argument("--with-code", action="store_true", help="carry the model code, for trust_remote_code=True")
@@ -62,8 +69,10 @@ def parse(argv: Sequence[str] | None) -> PushArguments:
     parser.add_argument("--license", help="licence identifier for a new card's metadata, such as apache-2.0")
     parser.add_argument("--dry-run", action="store_true", help="show what would be sent, and the card; send nothing")
     arguments = PushArguments(**vars(parser.parse_args(argv)))
-    if not Path(arguments.folder, "config.json").is_file():
-        raise ValueError(f"folder is {arguments.folder!r}; a folder with a config.json is allowed")
+    if not any(Path(arguments.folder, name).is_file() for name in ("config.json", "adapter_config.json")):
+        raise ValueError(
+            f"folder is {arguments.folder!r}; a folder with a config.json or adapter_config.json is allowed"
+        )
     if "/" not in arguments.repo_id:
         raise ValueError(f"repo_id is {arguments.repo_id!r}; owner/name is allowed")
     return arguments

@@ -99,10 +99,10 @@ def distillation_loss(
         num_items_in_batch = (targets != IGNORE).sum()
     elif isinstance(num_items_in_batch, Tensor):
         num_items_in_batch = num_items_in_batch.to(total.device)
-    kl, cross_entropy = (total / num_items_in_batch).unbind()
+    kl, cross_entropy = total[0] / num_items_in_batch, total[1] / num_items_in_batch
     w = cross_entropy_weight
     loss = kl if w == 0 else cross_entropy if w == 1 else (1 - w) * kl + w * cross_entropy
-    return DistillationLoss(loss, kl.detach(), cross_entropy.detach())
+    return DistillationLoss(loss, kl.detach().clone(), cross_entropy.detach().clone())  # Trainer scales loss in place
 
 
 @torch.no_grad()

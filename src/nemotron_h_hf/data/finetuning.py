@@ -1,0 +1,77 @@
+"""Rows for fine-tuning and distillation: files named on the command line or a blend, packed; and how long an epoch is."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .bad_data import BadData
+from .blend import Blend
+from .packing import PackedRows
+from .phases import Phase, phases_from
+from .sources import Source, SourceStream, sources_from
+
+Encode = Callable[[Any], Mapping[str, Any]]
+
+
+def sources_and_phases(
+    data: Sequence[str] | None, sources: Mapping | None, phases: Sequence[Mapping] | None
+) -> tuple[list[Source], list[Phase]]:
+    """Files as one source of whole records, or else a blend's two mappings; without phases all sources weigh the same."""
+    if data:
+        found = [Source("data", path=list(data), column=None)]
+    else:
+        found = sources_from({name: {"column": None, **item} for name, item in sources.items()})
+    return found, phases_from(phases) if phases else [Phase({source.name: 1.0 for source in found})]
+
+
+def packed_blend(
+    sources: Sequence[Source],
+    phases: Sequence[Phase],
+    encode: Encode,
+    total_tokens: int,
+    sequence_length: int,
+    pad_token_id: int,
+    seed: int = 0,
+    split_documents: bool = False,
+    on_bad_data: str = "skip",
+) -> PackedRows:
+    """Rows that last for `total_tokens` of row, padding included."""
+    longest = None if split_documents else sequence_length
+    blend = Blend(sources, phases, encode, total_tokens, seed, on_bad_data, max_document_tokens=longest)
+    return PackedRows(blend, sequence_length, split_documents, pad_token_id)
+
+
+def rows_of_one_round(
+    source: Source,
+    encode: Encode,
+    sequence_length: int,
+    pad_token_id: int,
+    split_documents: bool = False,
+    on_bad_data: str = "skip",
+) -> list[dict[str, Tensor]]:
+    """All rows of a source, read once in its own order: for evaluation, and to know how long an epoch is.
+
+    Raises:
+        ValueError: if no record of it can be used.
+    """
+    documents = Round(source, encode, on_bad_data)
+    rows = list(PackedRows(documents, sequence_length, split_documents, pad_token_id))
+    if not rows:
+        raise ValueError(f"{source.name}: {source.path or source.dataset} has no usable record; {documents.bad.last}")
+    return rows
+
+
+class Round:
+    """The encoded records of a source, once; can be read again. Records that cannot be encoded are reported."""
+
+    def __init__(self, source: Source, encode: Encode, on_bad_data: str = "skip"):
+        self.stream, self.encode = SourceStream(source, on_bad_data=on_bad_data), encode
+        self.bad = BadData(source.name, on_bad_data)
+
+    def __iter__(self) -> Iterator[Mapping[str, Any]]:
+        for record in self.stream.once():
+            try:
+                yield self.encode(record.value)
+            except ValueError as error:
+                self.bad.report(record.origin, "cannot be encoded", str(error))

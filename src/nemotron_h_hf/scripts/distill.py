@@ -1,0 +1,183 @@
+"""Train a student on what a teacher predicts: T^2 * KL(softmax(z_T / T) || softmax(z_S / T)), after Nemotron-H-47B.
+
+    nemotron-h distill --data text/ --teacher path/to/56b --model path/to/pruned --output_dir runs/kd --total_tokens 7B
+    nemotron-h distill --data text/ --init random --config_overrides '{hybrid_override_pattern: M-*-}'    # of the model in the box
+    nemotron-h distill --data text/ --teacher big --model nemotron-h-4b --init random --tokenizer big
+
+A teacher that is too slow or too large to run beside the student speaks first and is read later, by any number of students:
+
+    nemotron-h distill --data text/ --total_tokens 10M --teacher big --cache_teacher cache --top_k 64
+    nemotron-h distill --data text/ --total_tokens 10M --teacher_cache cache --model small
+
+The first command may be interrupted and repeated. The k largest logits take 8 k bytes of disk per token, 512 MB per million
+tokens for k = 64; all other tokens together are one more outcome. Give the second command the same data, tokenizer,
+sequence_length and seed: a row that the cache does not have stops it.
+
+    accelerate launch --config_file examples/accelerate/fsdp2.yaml -m nemotron_h_hf.scripts.distill --config run.yaml
+
+The loss is that of the teacher alone; --cross_entropy_weight w makes it (1 - w) * KL + w * cross-entropy with the data.
+Records are those of `nemotron-h sft`, cut at the end of a row unless --whole_documents. The same command again goes on
+from the last whole checkpoint. In OUTPUT_DIR: checkpoint-N/, metrics.jsonl with both parts of the loss, and at the end
+model/, the student.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
+from nemotron_h_hf.compression.cost import training_flops_per_token
+from nemotron_h_hf.data.finetuning import packed_blend, rows_of_one_round, sources_and_phases
+from nemotron_h_hf.data.packing import PackedRows
+from nemotron_h_hf.data.records import encode_record
+from nemotron_h_hf.data.sources import Source
+from nemotron_h_hf.hub import save_tokenizer
+from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
+from nemotron_h_hf.training.data_arguments import DataArguments
+from nemotron_h_hf.training.distillation import DistillationTrainer
+from nemotron_h_hf.training.starting_point import load_model
+from nemotron_h_hf.training.teacher_cache import TeacherCache, fingerprint, write_cache
+
+DEFAULTS = {"output_dir": "runs/distill", "learning_rate": 1e-4}
+
+
+def _flag(default: Any, help_text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help_text, **more})
+
+
+@dataclass
+class TeacherArguments:
+    """Who teaches, and how."""
+
+    _argument_group_name = "teacher"
+
+    teacher: str | None = _flag(None, "folder or hub id; default: the model in the box")
+    teacher_dtype: str = _flag("auto", "of its weights; auto: as stored", choices=("auto", "float32", "bfloat16"))
+    temperature: float = _flag(1.0, "T; above 1 the teacher's small probabilities weigh more")
+    cross_entropy_weight: float = _flag(0.0, "w from 0, the teacher alone, to 1, the data alone")
+    teacher_cache: str | None = _flag(None, "folder made by --cache_teacher, read instead of running the teacher")
+    cache_teacher: str | None = _flag(None, "only run the teacher, and write its largest logits to this folder")
+    top_k: int = _flag(64, "logits per token that --cache_teacher keeps")
+    whole_documents: bool = _flag(False, "never cut a record at the end of a row")
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "temperature", self.temperature, "more than 0")
+        require(0 <= self.cross_entropy_weight <= 1, "cross_entropy_weight", self.cross_entropy_weight, "0 to 1")
+        both = self.cache_teacher is not None and self.teacher_cache is not None
+        require(not both, "teacher_cache", self.teacher_cache, "either this, to train, or cache_teacher, to write")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the teacher's cache; or train the student or go on, and save it."""
+    data, knowledge, start, training = parse(
+        (DataArguments, TeacherArguments, ModelArguments, NemotronHTrainingArguments), argv, __doc__,
+        "nemotron-h distill", **DEFAULTS,
+    )  # fmt: skip
+    require(training.max_steps > 0, "total_tokens", training.total_tokens, "a number of tokens, for instance 2M")
+    disable_progress_bar()
+    set_seed(training.seed)
+    tokenizer = find_tokenizer(start, knowledge, data)
+    rows, held_out = make_rows(data, knowledge, training, tokenizer)
+    if knowledge.cache_teacher is not None:
+        return cache(rows, held_out or [], knowledge, training)
+    model = load_model(start, EMBEDDED_MODEL, NemotronHConfig.from_preset)
+    trainer = DistillationTrainer(
+        model, training, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
+        flops_per_token=training_flops_per_token(model.config, training.sequence_length),
+        teacher=find_teacher(knowledge), temperature=knowledge.temperature,
+        cross_entropy_weight=knowledge.cross_entropy_weight,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or True)
+    folder = Path(training.output_dir, "model")
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        save_tokenizer(tokenizer, folder)
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads again
+        print(f"{folder} holds the student", file=sys.stderr)
+    if held_out:
+        print(f"held-out loss: {trainer.evaluate()['eval_loss']:.4f}", file=sys.stderr)
+    return 0
+
+
+def find_tokenizer(start: ModelArguments, knowledge: TeacherArguments, data: DataArguments) -> PreTrainedTokenizerBase:
+    """The one named, or else the teacher's, whose tokens the student has to speak."""
+    tokenizer = AutoTokenizer.from_pretrained(start.tokenizer or knowledge.teacher or EMBEDDED_MODEL)
+    if data.chat_template is not None:
+        tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
+    return tokenizer
+
+
+def make_rows(
+    data: DataArguments,
+    knowledge: TeacherArguments,
+    training: NemotronHTrainingArguments,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[PackedRows, list | None]:
+    """Rows for the whole run, and held-out rows."""
+    sources, phases = sources_and_phases(data.data, data.sources, data.phases)
+    length, pad = training.sequence_length, tokenizer.pad_token_id
+    pad = tokenizer.eos_token_id if pad is None else pad
+    how = {"split_documents": not knowledge.whole_documents, "on_bad_data": data.on_bad_data}
+
+    def encode(record: Any) -> Mapping[str, list[int]]:
+        return encode_record(record, tokenizer)
+
+    total = training.max_steps * training.tokens_per_step
+    rows = packed_blend(sources, phases, encode, total, length, pad, training.seed, **how)
+    if not data.eval_data:
+        return rows, None
+    held_out = Source("eval_data", path=data.eval_data, column=None, shuffle_window=0)
+    return rows, rows_of_one_round(held_out, encode, length, pad, **how)
+
+
+def find_teacher(knowledge: TeacherArguments) -> PreTrainedModel | TeacherCache:
+    """The teacher, or its cache; of a teacher named beside a cache it is checked that the cache is its own."""
+    if knowledge.teacher_cache is None:
+        return load_teacher(knowledge)
+    cached = TeacherCache(knowledge.teacher_cache)
+    if knowledge.teacher is not None:
+        cached.check(teacher=fingerprint(load_teacher(knowledge)))
+    return cached
+
+
+def load_teacher(knowledge: TeacherArguments) -> PreTrainedModel:
+    """The teacher in eval mode, its weights as they are stored unless told otherwise."""
+    dtype = knowledge.teacher_dtype if knowledge.teacher_dtype == "auto" else getattr(torch, knowledge.teacher_dtype)
+    return AutoModelForCausalLM.from_pretrained(knowledge.teacher or EMBEDDED_MODEL, dtype=dtype).eval()
+
+
+def cache(rows: PackedRows, held_out: list, knowledge: TeacherArguments, training: NemotronHTrainingArguments) -> int:
+    """Let the teacher speak on every row of the run and every held-out row, each process on its share."""
+    count = training.max_steps * training.tokens_per_step // training.sequence_length
+    mine = slice(training.process_index, None, training.world_size)
+    share = islice(islice(rows, count), mine.start, mine.stop, mine.step)
+    batches = batched([*held_out[mine]], share, size=training.per_device_train_batch_size)
+    teacher = load_teacher(knowledge).to(training.device)
+    folder = knowledge.cache_teacher
+    num_rows = write_cache(
+        folder, teacher, batches, knowledge.top_k, knowledge.temperature, process_index=training.process_index
+    )
+    print(f"{folder} holds {num_rows:,} rows of {training.sequence_length:,} tokens", file=sys.stderr)
+    return 0
+
+
+def batched(*rows: Any, size: int) -> Iterator[dict[str, Tensor]]:
+    """Rows of several iterables one after another, `size` at a time."""
+    for part in rows:
+        iterator = iter(part)
+        while batch := list(islice(iterator, size)):
+            yield {name: torch.stack([row[name] for row in batch]) for name in ("input_ids", "position_ids")}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

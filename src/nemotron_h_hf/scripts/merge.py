@@ -1,0 +1,111 @@
+"""Merge LoRA adapters into their base: an ordinary checkpoint that needs neither PEFT nor this package.
+
+    nemotron-h merge runs/sft/adapter --output merged
+    nemotron-h merge owner/adapters --base path/to/checkpoint --output merged --dtype bfloat16
+    nemotron-h push merged owner/name
+
+The sum W + (alpha / rank) * B A is formed in float32 and rounded once, to the dtype that each weight has in the base. The
+command compares logits before and after and says how far apart they are. Adapters trained on a base in 4 bits are merged
+into the base in full, as it was before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from nemotron_h_hf.hub import save_tokenizer
+
+NUM_COMPARED_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class MergeArguments:
+    """What the command line says."""
+
+    adapter: str
+    output: str
+    base: str | None
+    dtype: str | None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Load base and adapters, merge, compare, save."""
+    arguments = parse(argv)
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("merging needs peft: pip install 'nemotron-h-hf[peft]'")
+    from peft import PeftConfig, PeftModel
+
+    base_name = arguments.base or PeftConfig.from_pretrained(arguments.adapter).base_model_name_or_path
+    base = AutoModelForCausalLM.from_pretrained(base_name).eval()
+    dtypes = {name: weight.dtype for name, weight in base.state_dict().items()}
+    adapted = PeftModel.from_pretrained(base.float(), arguments.adapter)
+    before = logits_of(adapted)
+    merged = adapted.merge_and_unload()
+    after = logits_of(merged)
+    give_dtypes(merged, dtypes, arguments.dtype)
+    merged.save_pretrained(arguments.output)
+    save_tokenizer(find_tokenizer(arguments.adapter, base_name), arguments.output)
+    difference, size = (after - before).abs().max().item(), before.abs().max().item()
+    print(f"largest difference of logits {difference:.1e} in float32, the largest logit is {size:.3g}")
+    print(f"saved {arguments.output}")
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> MergeArguments:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="nemotron-h merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("adapter", help="folder or hub id of LoRA adapters")
+    parser.add_argument("--output", required=True, help="folder for the merged checkpoint; new or empty")
+    parser.add_argument("--base", help="folder or hub id of the base; default: what the adapters name")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of all weights; default: the base's"
+    )
+    arguments = MergeArguments(**vars(parser.parse_args(argv)))
+    folder = Path(arguments.adapter)
+    if folder.is_dir() and not (folder / "adapter_config.json").is_file():
+        raise ValueError(f"adapter is {arguments.adapter!r}; a folder with an adapter_config.json is allowed")
+    output = Path(arguments.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output is {arguments.output!r}, which is there already; a new or empty folder is allowed")
+    return arguments
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module) -> Tensor:
+    """(1, l, vocabulary) for a few random tokens."""
+    ids = torch.randint(
+        0, model.config.vocab_size, (1, NUM_COMPARED_TOKENS), generator=torch.Generator().manual_seed(0)
+    )
+    return model(input_ids=ids, use_cache=False).logits
+
+
+@torch.no_grad()
+def give_dtypes(model: PreTrainedModel, dtypes: dict[str, torch.dtype], wanted: str | None) -> None:
+    """Round every weight to the dtype it had, or to `wanted`."""
+    if wanted is not None:
+        model.to(getattr(torch, wanted))
+        return
+    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+        weight.data = weight.data.to(dtypes.get(name, weight.dtype))
+    model.config.dtype = max(set(dtypes.values()), key=list(dtypes.values()).count)
+
+
+def find_tokenizer(adapter: str, base: str) -> PreTrainedTokenizerBase:
+    """The adapters' own tokenizer, if they have one, or the base's."""
+    own = not Path(adapter).is_dir() or Path(adapter, "tokenizer_config.json").is_file()
+    return AutoTokenizer.from_pretrained(adapter if own else base)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

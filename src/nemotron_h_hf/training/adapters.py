@@ -1,0 +1,125 @@
+"""Low-rank adapters (LoRA) on a Nemotron-H model, and its base in 4 bits (QLoRA): which modules, and what to warn of.
+
+Targets may be a preset or names of modules. In a hybrid the choice matters more than elsewhere: adapters on attention
+alone, the usual default, reach 4 of the 52 layers of the 8B.
+
+    all         in_proj, out_proj (Mamba), q/k/v/o_proj (attention), up/down_proj (MLP and shared experts), latent projections
+    mamba, attention, mlp           one of the three kinds
+    experts     the routed experts' weights too, on top of all; they are parameters, no modules
+"""
+
+import importlib.util
+import re
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from .arguments import nearest, require
+
+logger = logging.get_logger(__name__)
+
+MAMBA, ATTENTION = ("in_proj", "out_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")
+MLP = ("up_proj", "down_proj", "fc1_latent_proj", "fc2_latent_proj")
+PRESETS = {
+    "all": (*MAMBA, *ATTENTION, *MLP), "mamba": MAMBA, "attention": ATTENTION, "mlp": MLP,
+    "experts": (*MAMBA, *ATTENTION, *MLP),
+}  # fmt: skip
+EXPERTS = ("experts.up_proj", "experts.down_proj")
+FEW_PARAMETERS = 0.001  # of the model's own
+FEW_LAYERS = 0.5
+
+
+def add_adapters(model: PreTrainedModel, rank: int, alpha: float, dropout: float, targets: str) -> nn.Module:
+    """The model with LoRA adapters, which alone are trained (a PeftModel).
+
+    Args:
+        targets: a preset, or names of modules separated by commas.
+
+    Raises:
+        ImportError: without peft.
+        ValueError: for a rank below 1 or targets that the model does not have.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ImportError("adapters need peft: pip install 'nemotron-h-hf[peft]'")
+    from peft import LoraConfig, get_peft_model
+
+    require(rank >= 1, "lora_rank", rank, "1 or more")
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules(model, targets),
+        target_parameters=list(EXPERTS) if targets == "experts" else None,
+        exclude_modules=r"mtp\..*" if model.config.num_nextn_predict_layers else None, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    adapted = get_peft_model(model, config)
+    warn_of_few_weights(adapted, model.config)
+    return adapted
+
+
+def target_modules(model: nn.Module, targets: str) -> list[str]:
+    """Last parts of module names: of a preset those that the model has, otherwise exactly the names given."""
+    present = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    if targets in PRESETS:
+        chosen = [name for name in PRESETS[targets] if name in present]
+        require(bool(chosen), "lora_targets", targets, f"a preset that matches one of {', '.join(sorted(present))}")
+        if targets == "experts":
+            has_experts = any(name.endswith("mixer.experts") for name, _ in model.named_modules())
+            require(has_experts, "lora_targets", targets, "a model with routed experts; or all")
+        return chosen
+    chosen = [name.strip() for name in targets.split(",") if name.strip()]
+    for name in chosen:
+        allowed = f"{', '.join(PRESETS)}, or some of {', '.join(sorted(present))}"
+        require(name in present, "lora_targets", name, allowed + nearest(name, [*PRESETS, *present]))
+    require(bool(chosen), "lora_targets", targets, ", ".join(PRESETS))
+    return chosen
+
+
+def warn_of_few_weights(model: nn.Module, config: PreTrainedConfig) -> None:
+    """Say how much is trained, and warn when that is very little or most layers have no adapter."""
+    trained = [(name, p.numel()) for name, p in model.named_parameters() if p.requires_grad]
+    count, total = sum(size for _, size in trained), count_parameters(model)
+    layers = {match[1] for name, _ in trained if (match := re.search(r"layers\.(\d+)\.", name)) and ".mtp." not in name}
+    num_layers = len(config.layers_block_type)
+    said = (
+        f"{count:,} of {total:,} parameters are trained ({count / total:.3%}), in {len(layers)} of {num_layers} layers"
+    )
+    if count < FEW_PARAMETERS * total or len(layers) < FEW_LAYERS * num_layers:
+        logger.warning(
+            f"{said}: that is little. --lora_targets all reaches every layer, a higher --lora_rank has more."
+        )
+    else:
+        logger.info(said)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters, those in 4 bits counted by what they stand for."""
+    packed = {id(m.weight): m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear)}
+    return sum(packed.get(id(p), p.numel()) for p in model.parameters())
+
+
+def four_bit_loading(use_cpu: bool = False) -> dict[str, object]:
+    """Arguments of `from_pretrained` for a base in 4 bits (NF4, computed in bfloat16), on this process's own device.
+
+    Raises:
+        ValueError: where bitsandbytes is missing or has no 4-bit kernels for the device.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError("load_in_4bit: needs bitsandbytes (pip install bitsandbytes), which is not installed")
+    from bitsandbytes.functional import quantize_4bit
+
+    on_gpu = torch.cuda.is_available() and not use_cpu
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    try:
+        quantize_4bit(torch.ones(64, dtype=torch.bfloat16, device=device), quant_type="nf4")
+    except (RuntimeError, NotImplementedError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"load_in_4bit: bitsandbytes cannot run on {device} here ({error}); leave it out, or take a machine where "
+            "`python -m bitsandbytes` succeeds"
+        ) from error
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
