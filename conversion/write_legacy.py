@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,10 +38,11 @@ _EXPERT = re.compile(r"(?<=\.weight)\d+$")
 
 
 class Part(NamedTuple):
-    """A whole tensor as one stage has it: the job, and its name there."""
+    """A whole tensor as one stage has it: the job, its name there, and whether it was written under another before."""
 
     job: Job
     name: str
+    again: bool = False
 
 
 def write_ranks(
@@ -67,7 +69,7 @@ def write_ranks(
             journal.add(f"stage {stage}", record)
         else:
             kept += names
-            progress(sum(part.job.targets[0].num_bytes for part in parts))
+            progress(sum(part.job.targets[0].num_bytes for part in parts if not part.again))
         files += names
         digests |= {name: Digest(*values) for name, values in record["digests"].items()}
     return Written(digests, files, kept)
@@ -102,9 +104,9 @@ def _parts(plan: Plan, stages: list[int], stage: int, layout: Layout) -> Iterato
                 yield Part(job, _LAYER.sub(f"decoder.layers.{layer - first_layer}.", name))
         elif name.startswith("embedding."):
             if stage == 0 or (stage == last and plan.config.num_nextn_predict_layers):
-                yield Part(job, name)
+                yield Part(job, name, again=stage > 0)
             if stage == last > 0 and plan.config.tie_word_embeddings:
-                yield Part(job, "output_layer.weight")
+                yield Part(job, "output_layer.weight", again=True)
         elif stage == last:
             yield Part(job, name)
 
@@ -134,9 +136,11 @@ def _write_stage(
             value = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
             writers[rank] = torchzip.Writer(file, value)
             opened.append(file)
-        for part, whole in ahead(parts, lambda part: to_megatron(part.job, read, plan.config)):
-            digests[part.job.targets[0].name] = _write_part(plan, part, whole, writers, layout, Digester(pool))
-            progress(part.job.targets[0].num_bytes)
+        same = [list(group) for _, group in groupby(parts, lambda part: part.job.targets[0].name)]
+        for group, whole in ahead(same, lambda group: to_megatron(group[0].job, read, plan.config)):
+            for part in group:
+                digester = Digester(pool)
+                digests[part.job.targets[0].name] = _write_part(plan, part, whole, writers, layout, digester, progress)
             del whole  # before the next but one is read
         for writer, file in zip(writers.values(), opened, strict=True):
             for _ in extras:
@@ -183,15 +187,28 @@ def _write_part(
     writers: dict[tuple[int, int], torchzip.Writer],
     layout: Layout,
     digester: Digester,
+    progress: Callable[[int], None],
 ) -> Digest:
     dtype = part.job.targets[0].dtype
     for piece in pieces(whole, dtype):
         digester.add(piece)
-    for (tp, ep), writer in writers.items():
-        if _local_name(part, ep, plan.config, layout) is not None:
-            local = _cut(whole, part, tp, layout)
-            writer.write((byte_view(piece) for piece in pieces(local, dtype)), dtype, tuple(local.shape))
+    holders = {rank: w for rank, w in writers.items() if _local_name(part, rank[1], plan.config, layout) is not None}
+    first_ep = min(ep for _, ep in holders)
+    for (tp, ep), writer in holders.items():
+        local = _cut(whole, part, tp, layout)
+        first = not part.again and ep == first_ep and (tp == 0 or part.job.link.split != COPY)  # of equal copies
+        writer.write(_bytes(local, dtype, progress if first else _no_progress), dtype, tuple(local.shape))
     return digester.result()
+
+
+def _bytes(tensor: Tensor, dtype: torch.dtype, progress: Callable[[int], None]) -> Iterator[memoryview]:
+    for piece in pieces(tensor, dtype):
+        yield byte_view(piece)
+        progress(piece.nbytes)  # written: the next one is asked for
+
+
+def _no_progress(num_bytes: int) -> None:
+    """For a copy of what was counted already."""
 
 
 def _extra_names(config: NemotronHConfig, stages: list[int], stage: int, layout: Layout) -> list[str]:

@@ -83,9 +83,8 @@ def _write_distcp(
         for job, whole in ahead(jobs, lambda job: to_megatron(job, read, plan.config)):
             spec = job.targets[0]
             digester = Digester(pool)
-            record["chunks"] += _write_chunks(file, chunks_of(job, whole), spec.dtype, digester)
+            record["chunks"] += _write_chunks(file, chunks_of(job, whole), spec.dtype, digester, progress)
             record["digests"][spec.name] = digester.result()
-            progress(spec.num_bytes)
             del whole  # before the next but one is read
         file.flush()
         os.fsync(file.fileno())
@@ -94,11 +93,13 @@ def _write_distcp(
     return record
 
 
-def _write_chunks(file: IO[bytes], chunks: list, dtype: torch.dtype, digester: Digester) -> list[list]:
+def _write_chunks(
+    file: IO[bytes], chunks: list, dtype: torch.dtype, digester: Digester, progress: Callable[[int], None]
+) -> list[list]:
     """Append the chunks to a file; key, corner, box, offset and length of each."""
     found = []
     for key, corner, tensor in chunks:
-        found.append([key, corner, list(tensor.shape), *write_zip(file, tensor, dtype, digester)])
+        found.append([key, corner, list(tensor.shape), *write_zip(file, tensor, dtype, digester, progress)])
     return found
 
 
@@ -116,18 +117,22 @@ def chunks_of(job: Job, whole: Tensor) -> list[tuple[str, list[int], Tensor]]:
     return [(f"{name}.{part}", corner, tensor) for (part, _), tensor in zip(link.parts, parts, strict=True)]
 
 
-def write_zip(file: IO[bytes], tensor: Tensor, dtype: torch.dtype, digester: Digester | None = None) -> tuple[int, int]:
+def write_zip(
+    file: IO[bytes], tensor: Tensor, dtype: torch.dtype, digester: Digester, progress: Callable[[int], None]
+) -> tuple[int, int]:
     """Append a tensor as a torch.save zip; (offset, length)."""
     writer = torchzip.Writer(file, Later(dtype, tuple(tensor.shape)))
-    writer.write(_bytes(tensor, dtype, digester), dtype, tuple(tensor.shape))
+    writer.write(_bytes(tensor, dtype, digester, progress), dtype, tuple(tensor.shape))
     return writer.start, writer.close()
 
 
-def _bytes(tensor: Tensor, dtype: torch.dtype, digester: Digester | None) -> Iterator[memoryview]:
+def _bytes(
+    tensor: Tensor, dtype: torch.dtype, digester: Digester, progress: Callable[[int], None]
+) -> Iterator[memoryview]:
     for piece in pieces(tensor, dtype):
-        if digester is not None:
-            digester.add(piece)
+        digester.add(piece)
         yield byte_view(piece)
+        progress(piece.nbytes)  # written: the next one is asked for
 
 
 def _is_whole(path: Path, record: dict[str, Any]) -> bool:

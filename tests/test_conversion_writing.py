@@ -11,11 +11,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron_fixtures import FIXTURES, assert_same
-from nemotron_h_hf.conversion import convert, read_megatron, torchzip, unpickle, write_megatron
+from nemotron_h_hf.conversion import convert, names, read_megatron, torchzip, unpickle, write_megatron
 from nemotron_h_hf.conversion.legacy import FILE_NAME
 from nemotron_h_hf.conversion.write_megatron import Layout
 from safetensors.torch import load_file, save_file
 from tiny import tiny_config
+from tqdm import tqdm
 
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
 
@@ -152,6 +153,45 @@ def test_tied_embeddings_and_biases(tmp_path, options):
     if stages != 1:
         last = sorted((tmp_path / "run" / "release").glob("mp_rank_*"))[-1] / FILE_NAME
         assert "output_layer.weight" in torchzip.read(last).value["model"]
+
+
+@pytest.mark.parametrize("options", [{}, {"format": "torch", "tp": 2, "pp": 3, "ep": 2}])
+def test_progress_moves_within_a_tensor_and_ends_at_the_whole(hf, tmp_path, monkeypatch, options):
+    steps = []
+    monkeypatch.setattr("nemotron_h_hf.checkpoint.PIECE_BYTES", 1024)
+    monkeypatch.setattr(tqdm, "update", lambda bar, count: steps.append(count))
+    report = write_megatron(hf["super"], tmp_path / "run", **options)
+    assert sum(steps) == report.num_bytes and max(steps) <= 1024
+    if not options:
+        return
+    embedding = 2 * 229 * 64
+    assert report.bytes_read == report.num_bytes - 2 * padding_of(report) + embedding  # the last stage has it as well
+
+
+def padding_of(report) -> int:
+    """Bytes of zeros under a vocabulary of 229."""
+    rows, width = report.tensors["embedding.word_embeddings.weight"]["shape"]
+    return 2 * (rows - 229) * width
+
+
+def test_tied_embeddings_are_read_once_per_stage(tmp_path):
+    """With multi-token prediction the last stage has them under two names."""
+    config = tiny_config(
+        "dense", tie_word_embeddings=True, num_nextn_predict_layers=1, mtp_hybrid_override_pattern="*-"
+    )
+    tensors = {
+        name: torch.randn(shape)
+        for link in names.links(config)
+        for name, shape in zip(link.hf, link.hf_shapes, strict=True)
+    }
+    (tmp_path / "hf").mkdir()
+    save_file(tensors, tmp_path / "hf" / "model.safetensors")
+    (tmp_path / "hf" / "config.json").write_text(config.to_json_string(use_diff=False))
+    report = write_megatron(tmp_path / "hf", tmp_path / "run", format="torch", pp=2)
+    stored = sum(tensor.nbytes for tensor in tensors.values())
+    assert report.bytes_read == stored + tensors["backbone.embeddings.weight"].nbytes
+    convert(tmp_path / "run", tmp_path / "back")
+    assert_same(tmp_path / "back", tensors)
 
 
 def test_dtype_is_cast_and_the_router_bias_is_not(hf, tmp_path):
