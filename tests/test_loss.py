@@ -6,7 +6,9 @@ from test_modeling import assert_close, assert_same_gradients, gradients
 from test_ssd import LargestTensor
 from tiny import prompt, tiny_model
 from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.utils.generic import find_labels
 
+from nemotron_h_hf import NemotronHForCausalLM
 from nemotron_h_hf.model import loss as loss_module
 
 
@@ -39,6 +41,11 @@ def test_shifted_labels():
     labels = labels_of(ids)
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     assert_close(model(ids, shift_labels=shifted).loss, model(ids, labels=labels).loss, 0)
+
+
+def test_trainer_asks_for_no_other_labels():
+    """transformers' Trainer evaluates a batch without a loss unless all that this finds is in it."""
+    assert find_labels(NemotronHForCausalLM) == ["labels"]
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -367,7 +367,6 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         skip_logits: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
-        shift_labels: Tensor | None = None,
         loss_from_hidden: Callable[[Tensor, nn.Module], Tensor] | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
@@ -379,10 +378,12 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
             skip_logits: with labels, compute the loss alone, without ever holding the logits of the whole batch; by
                 default in training, where `output.logits` is then computed only if it is read.
             num_items_in_batch: divisor of the summed loss, as transformers' Trainer passes it.
-            shift_labels: (b, l) labels already shifted (sequence parallelism).
             loss_from_hidden: called with (hidden states (b, l, hidden), lm_head), makes a scalar that replaces the
                 next-token loss. It runs inside this forward because only here a sharded lm_head has its weight.
+            shift_labels (in kwargs): (b, l) labels already shifted (sequence parallelism). Trainer would expect every
+                argument whose name has "label" in each batch that it evaluates.
         """
+        shift_labels = kwargs.pop("shift_labels", None)
         outputs: MoeModelOutputWithPast = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
