@@ -18,6 +18,7 @@ COMMANDS = (
     ("generate", "nemotron_h_hf.scripts.generate", "continue a prompt, printing tokens as they come"),
     ("info", "nemotron_h_hf.scripts.info", "pattern, parameters and memory of a folder, hub id or preset"),
     ("convert", "nemotron_h_hf.scripts.convert", "convert checkpoints between Megatron and Hugging Face"),
+    ("blend", "nemotron_h_hf.scripts.blend", "show the tokens per source and phase of a training blend"),
     ("pretrain", "nemotron_h_hf.scripts.pretrain", "train on blended sources, from fresh weights or a checkpoint"),
     ("sft", "nemotron_h_hf.scripts.sft", "fine-tune on conversations or text, whole or with LoRA adapters"),
     ("merge", "nemotron_h_hf.scripts.merge", "merge LoRA adapters into an ordinary checkpoint"),

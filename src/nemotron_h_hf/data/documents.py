@@ -1,6 +1,6 @@
 """What packing takes: documents in the forms they come in, from something that knows where it stands."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -26,6 +26,22 @@ class Document(NamedTuple):
 def resumable(documents: Resumable | Iterable[Any]) -> Resumable:
     """The documents themselves if they know where they stand; otherwise counted, which needs a list or a dataset."""
     return documents if isinstance(documents, Resumable) else Counted(documents)
+
+
+def document_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
+    """Text -> beginning of document (eos where the tokenizer has no bos), its tokens, eos.
+
+    The encoder raises ValueError for what is no text.
+    """
+    end = tokenizer.eos_token_id
+    begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+
+    def encode(text: str) -> list[int]:
+        if not isinstance(text, str):
+            raise ValueError(f"the document is a {type(text).__name__}; allowed is text, name its column in the source")
+        return [begin, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], end]
+
+    return encode
 
 
 def as_document(item: Any) -> Document:

@@ -26,7 +26,7 @@ it runs, metrics.jsonl (see `nemotron-h plot`), and at the end model/, which fro
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +37,7 @@ from transformers.utils.logging import disable_progress_bar
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
 from nemotron_h_hf.compression.cost import training_flops_per_token
 from nemotron_h_hf.data.blend import Blend
+from nemotron_h_hf.data.documents import document_encoder
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.phases import Phase, phases_from
 from nemotron_h_hf.data.sources import sources_from
@@ -118,19 +119,6 @@ def make_rows(
     )
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return PackedRows(blend, training.sequence_length, pad_token_id=pad)
-
-
-def document_encoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
-    """Text -> beginning of document (eos where the tokenizer has no bos), its tokens, eos."""
-    end = tokenizer.eos_token_id
-    begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-
-    def encode(text: str) -> list[int]:
-        if not isinstance(text, str):
-            raise ValueError(f"the document is a {type(text).__name__}; allowed is text, name its column in the source")
-        return [begin, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], end]
-
-    return encode
 
 
 def describe(model: torch.nn.Module, training: NemotronHTrainingArguments) -> str:

@@ -1,0 +1,175 @@
+"""Show what a blend of sources will give: tokens per source and phase, planned and, with --read, as really read.
+
+    nemotron-h blend --config run.yaml                        # the plan, from the weights alone; opens no file
+    nemotron-h blend --config run.yaml --total_tokens 15T     # for another length of the run
+    nemotron-h blend --config run.yaml --read 1M              # read and tokenise a million tokens of it
+    nemotron-h blend --config sft.yaml --read 1M --records    # whole records, as sft reads them
+
+FILE is a configuration of `nemotron-h pretrain` (with --records: of sft or distill); of its keys those are used:
+
+    total_tokens: 100M
+    sources:
+      web:  {path: data/web/*.jsonl}
+      code: {path: data/code/**/*.py}
+    phases:
+      - {until: 60%, weights: {web: 0.6, code: 0.4}}
+      - {weights: {web: 0.3, code: 0.7}}
+
+Reading shrinks all phases in proportion, so that every source is met: wrong columns, damaged files and sources that are
+smaller than their share show before the run does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from nemotron_h_hf import EMBEDDED_MODEL
+from nemotron_h_hf.data.blend import Blend
+from nemotron_h_hf.data.documents import document_encoder
+from nemotron_h_hf.data.finetuning import sources_and_phases
+from nemotron_h_hf.data.phases import Phase, Span, check_keys, parse_tokens, phases_from, resolve_phases
+from nemotron_h_hf.data.records import encode_record
+from nemotron_h_hf.data.sources import Source, sources_from
+from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, read_yaml
+from nemotron_h_hf.training.data_arguments import DataArguments
+
+DEFAULT_SEED = 42  # transformers.TrainingArguments'
+
+
+@dataclass(frozen=True)
+class BlendArguments:
+    """What the command line says."""
+
+    config: str
+    read: str | None
+    total_tokens: str | None
+    tokenizer: str | None
+    seed: int | None
+    records: bool
+    on_bad_data: str | None
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the plan, and what reading gave if that was asked for."""
+    arguments = parse(argv)
+    config = read_yaml(arguments.config)
+    known = {item.name for kind in (ModelArguments, DataArguments, NemotronHTrainingArguments) for item in fields(kind)}
+    check_keys(f"config {arguments.config}", config, sorted(known))
+    config |= {name: value for name, value in vars(arguments).items() if value is not None}
+    if config.get("total_tokens") is None:
+        raise ValueError("total_tokens is not in the configuration; give --total_tokens, for instance 100M")
+    total = parse_tokens("total_tokens", config["total_tokens"])
+    sources, phases = read_blend(config)
+    spans = resolve_phases(phases, [source.name for source in sources], total)
+    print(f"{total:,} tokens, {len(spans)} phases, {len(sources)} sources\n")
+    print(plan_table(sources, spans))
+    if arguments.read is not None:
+        blend = read(sources, spans, parse_tokens("read", arguments.read, total), total, config)
+        print(f"\nread: {blend.tokens:,} tokens, phases in proportion\n")
+        print(reading_table(blend))
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> BlendArguments:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="nemotron-h blend", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML with sources, phases and total_tokens")
+    parser.add_argument("--read", metavar="N", help="read and tokenise N tokens (1M) or a share of the run (1%%)")
+    parser.add_argument(
+        "--total_tokens", "--total-tokens", metavar="N", help="length of the run, instead of the file's"
+    )
+    parser.add_argument(
+        "--tokenizer", help="folder or hub id; default: the file's tokenizer or model, or the one in the box"
+    )
+    parser.add_argument("--seed", type=int, help="of the order, instead of the file's")
+    parser.add_argument("--records", action="store_true", help="read whole records, as sft and distill do")
+    parser.add_argument("--on_bad_data", "--on-bad-data", choices=("skip", "error"), help="instead of the file's")
+    return BlendArguments(**vars(parser.parse_args(argv)))
+
+
+def read_blend(config: Mapping[str, Any]) -> tuple[list[Source], list[Phase]]:
+    """Sources and phases of a configuration; without phases all sources weigh the same."""
+    if config["records"]:
+        return sources_and_phases(config.get("data"), config.get("sources"), config.get("phases"))
+    sources = sources_from(config.get("sources"))
+    alike = [Phase({source.name: 1.0 for source in sources})]
+    return sources, phases_from(config["phases"]) if config.get("phases") else alike
+
+
+def read(sources: Sequence[Source], spans: Sequence[Span], num_tokens: int, total: int, config: Mapping) -> Blend:
+    """A blend that was read to its end, with the phases shrunk to `num_tokens`."""
+    ends = [round(span.end * num_tokens / total) for span in spans]
+    if any(end <= start for start, end in zip([0, *ends], ends)):
+        raise ValueError(f"read is {num_tokens:,} tokens; more are needed so that each of {len(spans)} phases has one")
+    phases = [Phase(span.weights, until=end) for span, end in zip(spans, ends)]
+    name = config.get("tokenizer") or config.get("model") or EMBEDDED_MODEL
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    encode = document_encoder(tokenizer)
+    if config["records"]:
+        encode = lambda record: encode_record(record, tokenizer)  # noqa: E731
+    seed = next((config[key] for key in ("data_seed", "seed") if config.get(key) is not None), DEFAULT_SEED)
+    blend = Blend(sources, phases, encode, num_tokens, seed, config.get("on_bad_data") or "skip")
+    with tqdm(total=num_tokens, unit="tok", unit_scale=True, file=sys.stderr, disable=None) as bar:
+        for _ in blend:
+            bar.update(min(blend.tokens, num_tokens) - bar.n)
+    return blend
+
+
+def plan_table(sources: Sequence[Source], spans: Sequence[Span]) -> str:
+    """Tokens of each source in each phase and in the run, with shares."""
+    columns = [[(span.end - span.start) * span.weights.get(source.name, 0) for source in sources] for span in spans]
+    columns.append([sum(tokens) for tokens in zip(*columns)])
+    heads = [f"phase {n}" for n in range(1, len(spans) + 1)] + ["run"]
+    rows = [["", *heads], ["until token", *(f"{span.end:,}" for span in spans), ""]]
+    for place, source in enumerate(sources):
+        rows.append([source.name, *(_amount(column[place], sum(column)) for column in columns)])
+    rows.append(["tokens", *(f"{round(sum(column)):,}" for column in columns)])
+    return table(rows)
+
+
+def reading_table(blend: Blend) -> str:
+    """What each source gave, phase by phase, and what had to be left out."""
+    report = blend.report()
+    sums = [sum(entry["tokens_by_phase"][n] for entry in report.values()) for n in range(len(blend.spans))]
+    heads = [f"phase {n}" for n in range(1, len(sums) + 1)]
+    rows = [["", *heads, "documents", "tokens each", "epochs begun"]]
+    for name, entry in report.items():
+        shares = [
+            f"{_amount(tokens, whole)} (plan {span.weights[name]:.1%})" if name in span.weights else "-"
+            for tokens, whole, span in zip(entry["tokens_by_phase"], sums, blend.spans)
+        ]
+        each = f"{entry['tokens'] / max(entry['documents'], 1):,.0f}"
+        rows.append([name, *shares, f"{entry['documents']:,}", each, str(entry["epoch"] + 1)])
+    lines = [table(rows)]
+    left_out = [(name, kind, count) for name, entry in report.items() for kind, count in entry["bad"].items()]
+    if left_out:
+        lines += ["", "left out:", *(f"  {name}: {count:,} x {kind}" for name, kind, count in left_out)]
+    return "\n".join(lines)
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text, the first to the left and the others to the right."""
+    widths = [max(len(row[n]) for row in rows) for n in range(len(rows[0]))]
+    lines = [
+        [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))] for row in rows
+    ]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+def _amount(tokens: float, whole: float) -> str:
+    return f"{round(tokens):,} {tokens / max(whole, 1):6.1%}" if tokens else "-"
+
+
+if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")
+    sys.exit(main())
