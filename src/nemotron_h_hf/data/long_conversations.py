@@ -1,0 +1,207 @@
+"""Long conversations out of short ones, with turns that refer back to earlier ones at random places.
+
+The recipe of Nemotron-H's long-context fine-tuning (arXiv 2504.03624, alignment of the 8B; up to 512k tokens): shorter
+conversations are put one after another up to a target length, and synthetic turns ask for something said before, so that
+the answer is only to be had from far back. A question is asked only if one earlier turn fits it.
+
+The paper also spreads linked pieces of one topic over the conversation; that is not done here.
+"""
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from .bad_data import BadData
+from .documents import Resumable, resumable
+
+QUOTED_WORDS = 12
+Message = Mapping[str, Any]
+
+
+class Exchange(NamedTuple):
+    """A question of the user in plain words, and the assistant's answer."""
+
+    question: str
+    answer: str
+
+
+class LongConversations:
+    """Iterates encoded long conversations; goes on where it stands, and ends when the conversations do.
+
+    Args:
+        conversations: lists of messages (see chat.py), or mappings with `messages`, or pairs (source name, one of these);
+            a Blend or other Resumable, or a list or dataset.
+        encode: messages -> a mapping with `input_ids` and `labels`, such as `encode_conversation` with its tokenizer.
+        target_tokens: length that is not exceeded. A conversation that alone is longer is left out, with a report.
+        num_references: synthetic turns in each long conversation, as far as they fit.
+        reference_share: of the target, kept free for them.
+        seed: of places and questions.
+        on_bad_data: "skip" (with count and warning) or "error".
+    """
+
+    def __init__(
+        self,
+        conversations: Resumable | Iterable[Any],
+        encode: Callable[[Sequence[Message]], Mapping[str, list[int]]],
+        target_tokens: int,
+        num_references: int = 8,
+        reference_share: float = 0.1,
+        seed: int = 0,
+        on_bad_data: str = "skip",
+    ):
+        for field, value, least in (("target_tokens", target_tokens, 1), ("num_references", num_references, 0)):
+            if value < least:
+                raise ValueError(f"{field} is {value}; {least} or more is allowed")
+        if not 0 <= reference_share < 1:
+            raise ValueError(f"reference_share is {reference_share}; 0 or more and less than 1 is allowed")
+        self.conversations = resumable(conversations)
+        self.encode = encode
+        self.target_tokens = target_tokens
+        self.num_references = num_references
+        self.reference_share = reference_share
+        self.seed = seed
+        self.bad = BadData("long conversations", on_bad_data)
+        self._made = 0
+        self._state = self.conversations.state_dict()
+
+    def __iter__(self) -> Iterator[Mapping[str, list[int]]]:
+        self.conversations.load_state_dict(self._state)
+        parts: list[Sequence[Message]] = []
+        budget = round(self.target_tokens * (1 - self.reference_share))
+        total, before = 0, self._state
+        for item in self.conversations:
+            messages = _messages_of(item)
+            length = self._length(messages)
+            if length is not None:
+                if parts and total + length > budget:
+                    yield self._finish(parts, total, before)
+                    parts, total = [], 0
+                parts, total = [*parts, messages], total + length
+            before = self.conversations.state_dict()
+        before = self.conversations.state_dict()
+        if parts:
+            yield self._finish(parts, total, before)
+        self._state = before
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON-able state after the last conversation handed out."""
+        return {"conversations": self._state, "made": self._made}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly after the conversations that `state` saw."""
+        self._state, self._made = state["conversations"], state["made"]
+
+    def _tokens(self, messages: Sequence[Message]) -> int:
+        return len(self.encode(messages)["input_ids"])
+
+    def _length(self, messages: Sequence[Message]) -> int | None:
+        """Tokens of a conversation, or None, with a report, for one that cannot be used."""
+        try:
+            length = self._tokens(messages)
+        except ValueError as error:
+            return self.bad.report("a conversation", "cannot be encoded", str(error))
+        if length > self.target_tokens:
+            return self.bad.report("a conversation", "longer than target_tokens", f"{length} tokens")
+        return length
+
+    def _finish(self, parts: list[Sequence[Message]], total: int, state: dict[str, Any]) -> Mapping[str, list[int]]:
+        """Join the parts and put in as many references as fit."""
+        generator = random.Random(f"{self.seed}/{self._made}")
+        self._state, self._made = state, self._made + 1
+        joined = join_conversations(parts)
+        if self.num_references:
+            room = self.target_tokens - total
+            encoded = self.encode(add_references(joined, self.num_references, generator, room, self._tokens))
+            if len(encoded["input_ids"]) <= self.target_tokens:
+                return encoded
+        return self.encode(joined)
+
+
+def join_conversations(parts: Sequence[Sequence[Message]]) -> list[Message]:
+    """The messages of all parts; a system message after the first part becomes the beginning of the question after it."""
+    joined: list[Message] = []
+    for part in parts:
+        system = None
+        for message in part:
+            if message["role"] == "system" and joined:
+                system = None if message == joined[0] else message["content"]
+            elif system is not None and message["role"] == "user":
+                joined.append({**message, "content": _preceded(system, message["content"])})
+                system = None
+            else:
+                joined.append(message)
+    return joined
+
+
+def add_references(
+    messages: Sequence[Message],
+    count: int,
+    generator: random.Random,
+    room: int,
+    cost: Callable[[Sequence[Message]], int],
+) -> list[Message]:
+    """The messages with up to `count` exchanges more, each asking for something said before it.
+
+    Args:
+        generator: chooses places (after any plain answer), what is asked about, and how.
+        room: tokens that all of them together may have.
+        cost: tokens of a question with its answer.
+    """
+    messages = list(messages)
+    places = [end for end in range(2, len(messages) + 1) if _exchange(messages, end) and _may_follow(messages, end)]
+    places = set(generator.sample(places, min(count, len(places))))
+    result: list[Message] = []
+    known: list[Exchange] = []
+    for end, message in enumerate(messages, 1):
+        result.append(message)
+        known += [exchange] if (exchange := _exchange(messages, end)) else []
+        if end in places:
+            turns = refer_back(known, result, generator)
+            if (tokens := cost(turns)) <= room:
+                result, room = result + turns, room - tokens
+    return result
+
+
+def refer_back(known: Sequence[Exchange], messages: Sequence[Message], generator: random.Random) -> list[Message]:
+    """A question about one of the `known` exchanges of the messages so far, and its answer."""
+    question, answer = generator.choice(known)
+    asked, answered = _quote(question), _quote(answer)
+    number = 1 + next(n for n, m in enumerate(m for m in messages if m["role"] == "user") if m["content"] == question)
+    choices = [(f"What did I say in message number {number} of mine, counted from the beginning? Repeat it.", question)]
+    if len({e.answer for e in known if _quote(e.question) == asked}) == 1:
+        choices.append((f'Earlier I said: "{asked}" Repeat word for word what you answered.', answer))
+    if len({e.question for e in known if _quote(e.answer) == answered}) == 1:
+        choices.append((f'Which message of mine did you answer with: "{answered}" Repeat that message.', question))
+    asks, says = generator.choice(choices)
+    return [{"role": "user", "content": asks}, {"role": "assistant", "content": says}]
+
+
+def _messages_of(item: Any) -> Sequence[Message]:
+    if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
+        item = item[1]
+    return item["messages"] if isinstance(item, Mapping) else item
+
+
+def _exchange(messages: Sequence[Message], end: int) -> Exchange | None:
+    """The question and answer that end before place `end`, if both are plain text."""
+    if end < 2:
+        return None
+    asks, says = messages[end - 2], messages[end - 1]
+    plain = isinstance(asks.get("content"), str) and isinstance(says.get("content"), str) and not says.get("tool_calls")
+    if not plain or (asks["role"], says["role"]) != ("user", "assistant") or not says["content"].strip():
+        return None
+    return Exchange(asks["content"], says["content"])
+
+
+def _may_follow(messages: Sequence[Message], end: int) -> bool:
+    return end == len(messages) or messages[end]["role"] == "user"
+
+
+def _quote(text: str) -> str:
+    words = text.split()
+    return " ".join(words[:QUOTED_WORDS]) + (" ..." if len(words) > QUOTED_WORDS else "")
+
+
+def _preceded(system: str, content: Any) -> Any:
+    """A question, plain or in parts, with the text before it."""
+    return f"{system}\n\n{content}" if isinstance(content, str) else [{"type": "text", "text": system}, *content]
