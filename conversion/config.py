@@ -109,7 +109,8 @@ def derive(checkpoint: MegatronCheckpoint, extra: str | Path | None = None) -> t
         **fields, architectures=["NemotronHForCausalLM"], dtype=sorted(dtypes)[0] if dtypes else None
     )
     _check_product(config, known)
-    check_groups(config)
+    if other := other_groups(config):
+        remarks.append(f"the weights are the same, the choice of experts is not: {other}")
     if "M" in pattern and config.layer_norm_epsilon != GATED_NORM_EPSILON:
         remarks.append(
             f"Megatron's gated norms have an epsilon of {GATED_NORM_EPSILON}; in Hugging Face they share "
@@ -349,17 +350,18 @@ def _check_product(config: NemotronHConfig, known: dict[str, Known]) -> None:
         )
 
 
-def check_groups(config: NemotronHConfig) -> None:
-    """ValueError where the two sides would choose other experts: Hugging Face ranks a group by its best two experts,
+def other_groups(config: NemotronHConfig) -> str | None:
+    """What to say where the two sides would choose other experts: Hugging Face ranks a group by its best two experts,
     Megatron by as many as each chosen group has of the token's experts."""
     if not config.has_experts or config.topk_group == config.n_group:
-        return
+        return None
     ranked = config.num_experts_per_tok // config.topk_group
-    if ranked != 2:
-        raise ValueError(
-            f"num_experts_per_tok={config.num_experts_per_tok} with topk_group={config.topk_group} of "
-            f"{config.n_group} groups: Megatron ranks a group of experts by its best {ranked}, Hugging Face by its best 2"
-        )
+    if ranked == 2:
+        return None
+    return (
+        f"num_experts_per_tok={config.num_experts_per_tok} with topk_group={config.topk_group} of "
+        f"{config.n_group} groups: Megatron ranks a group of experts by its best {ranked}, Hugging Face by its best 2"
+    )
 
 
 def to_args(config: NemotronHConfig, padded_rows: int, sizes: dict[str, int], core: str, cuts: str) -> dict[str, Any]:

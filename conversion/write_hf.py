@@ -71,8 +71,7 @@ def _write_shard(
 
 def _write_job(writer: ShardWriter, job: Job, tensors: list[Tensor], progress: Callable[[int], None]) -> None:
     for spec, tensor in zip(job.targets, tensors, strict=True):
-        writer.write(spec.name, tensor)
-        progress(spec.num_bytes)
+        writer.write(spec.name, tensor, progress)
 
 
 def _finished(path: Path, specs: list[TensorSpec], record: dict | None) -> dict[str, Digest] | None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from nemotron_h_hf.checkpoint import Digest
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 
-from .config import check_groups, to_args
+from .config import other_groups, to_args
 from .layouts import rank_ranges
 from .names import (
     COLUMNS,
@@ -103,7 +103,8 @@ def _check_expressible(config: NemotronHConfig) -> None:
     if {"*", "-"} <= set(pattern) and config.attention_bias != config.mlp_bias:
         raise ValueError(f"attention_bias={config.attention_bias} and mlp_bias={config.mlp_bias}: Megatron has one "
                          f"switch for both")  # fmt: skip
-    check_groups(config)
+    if other := other_groups(config):
+        raise ValueError(other)
 
 
 def namespace(plan: Plan, layout: Layout, stages: Sequence[int]) -> argparse.Namespace:

@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -256,8 +256,8 @@ class ShardWriter:
         self.file.write(_header(self.specs, self.metadata))
         return self
 
-    def write(self, name: str, tensor: Tensor) -> Digest:
-        """Write the next tensor, cast to the dtype that was announced."""
+    def write(self, name: str, tensor: Tensor, progress: Callable[[int], object] | None = None) -> Digest:
+        """Write the next tensor, cast to the dtype that was announced; `progress` hears of the bytes of each piece."""
         spec = self.specs[len(self.digests)]
         if name != spec.name or tuple(tensor.shape) != spec.shape:
             raise ValueError(f"{name} {tuple(tensor.shape)} does not fit the announced {spec.name} {spec.shape}")
@@ -265,6 +265,8 @@ class ShardWriter:
         for piece in pieces(tensor, spec.dtype):
             digester.add(piece)
             _write_all(self.file, byte_view(piece))
+            if progress is not None:
+                progress(piece.nbytes)
         self.digests[name] = digester.result()
         return self.digests[name]
 
