@@ -41,6 +41,15 @@ def run_push(server: LoopbackHub, *argv: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
+def test_push_sends_adapters(tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md", "training_args.bin"):
+        (tmp_path / name).write_text("{}")
+    with loopback_hub() as server:
+        done = run_push(server, tmp_path, "owner/adapters")
+    assert done.returncode == 0, done.stderr
+    assert set(server.repos["owner/adapters"]) == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+
+
 def test_push_sends_the_checkpoint_with_card_and_code(folder):
     before = snapshot(folder)
     with loopback_hub() as server:
