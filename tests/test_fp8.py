@@ -276,8 +276,15 @@ def test_emulation_is_chosen_by_the_device(monkeypatch):
         model = tiny_model(**EVEN)
         convert_to_fp8(model)
         assert one_linear(model).config.emulate is emulate
-        assert len(warned) == emulate and all("emulated" in text for text in warned)
+        assert len(warned) == emulate and all("FP8 is emulated: no CUDA device" in text for text in warned)
         warned.clear()
+    odd = tiny_model()  # a capable device, but in_proj has 200 outputs
+    convert_to_fp8(odd)
+    assert warned == [
+        "FP8 is emulated in 1 of 8 modules, whose sizes are no multiples of 16: model.layers.2.mixer.in_proj"
+    ]
+    assert [n for n in converted_modules(odd) if odd.get_submodule(n).config.emulate] == [warned[0].split(": ")[1]]
+    assert describe_fp8_modules(odd).startswith("FP8 (1 of them emulated) in 8 of the 16")
 
 
 def test_bad_counts_and_models():

@@ -61,13 +61,14 @@ def convert_to_fp8(
 
     Args:
         emulate: round as FP8 does and multiply in fp32, on any device. None: real FP8 if there is a CUDA device that
-            can, else emulated with a warning. (False on a CPU runs torch's own FP8 product, no faster there.)
+            can, else emulated with a warning; beside real FP8, modules whose sizes are no multiples of 16 are
+            emulated, with a warning too. (False on a CPU runs torch's own FP8 product, no faster there.)
         skip_first, skip_last: GEMMs at either end of the stack that stay in high precision.
 
     Raises:
         ImportError: without torchao.
         ValueError: if the model is converted already or Accelerate would do it, if a module is no plain Linear, if sizes
-            are no multiples of 16 (real FP8), or if nothing is left to convert.
+            are no multiples of 16 (emulate=False), or if nothing is left to convert.
     """
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -77,14 +78,14 @@ def convert_to_fp8(
         raise ValueError(f"model: {len(converted)} modules are in FP8 already, {converted[0]} first; convert it once")
     refuse_accelerate_fp8(AcceleratorState().mixed_precision if is_initialized() else None)
     names = fp8_module_names(model, skip_first, skip_last)
-    emulate = choose_emulation() if emulate is None else emulate
-    check_modules(model, names, emulate)
+    check_modules(model, names)
+    emulated = set(choose_emulated(model, names, emulate))
     if "moe" in model.config.layers_block_type:
         logger.warning_once("FP8: routed experts stay in high precision, only shared experts and projections convert")
-    # Padding acts on the inner size of each product, which is the number of tokens for a weight's gradient.
-    config = replace(Float8LinearConfig.from_recipe_name("tensorwise"), emulate=emulate, pad_inner_dim=not emulate)
-    chosen = set(names)
-    convert_to_float8_training(model, module_filter_fn=lambda _, name: name in chosen, config=config)
+    for how, chosen in ((True, emulated), (False, set(names) - emulated)):
+        # Padding acts on the inner size of each product, which is the number of tokens for a weight's gradient.
+        config = replace(Float8LinearConfig.from_recipe_name("tensorwise"), emulate=how, pad_inner_dim=not how)
+        convert_to_float8_training(model, module_filter_fn=lambda _, name, now=chosen: name in now, config=config)
     return names
 
 
@@ -140,7 +141,8 @@ def describe_fp8_modules(model: PreTrainedModel) -> str:
         if name in names:
             layer, module = name.split(".mixer.")
             by_layer.setdefault(layer, []).append(module)
-    how = "emulated" if any(model.get_submodule(name).config.emulate for name in names) else "real"
+    num_emulated = sum(model.get_submodule(name).config.emulate for name in names)
+    how = {0: "real", len(names): "emulated"}.get(num_emulated, f"{num_emulated} of them emulated")
     rows = [f"  {layer}: {', '.join(modules)}" for layer, modules in by_layer.items()]
     return "\n".join([f"FP8 ({how}) in {len(names)} of the {len(linear)} Linear modules in the decoder:", *rows])
 
@@ -181,29 +183,42 @@ def refuse_accelerate_fp8(mixed_precision: str | None) -> None:
             )
 
 
-def choose_emulation() -> bool:
-    """False where a CUDA device multiplies in FP8; else True, and a warning."""
-    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= MIN_CAPABILITY:
-        return False
-    logger.warning_once(
-        f"FP8 is emulated: no CUDA device of capability {'.'.join(map(str, MIN_CAPABILITY))} or more. Values are rounded as "
-        "in FP8 and multiplied in fp32, which is slower than no FP8."
-    )
-    return True
-
-
-def check_modules(model: nn.Module, names: list[str], emulate: bool) -> None:
-    """ValueError unless each named module is a plain Linear, with sizes that real FP8 takes."""
+def check_modules(model: nn.Module, names: list[str]) -> None:
+    """ValueError unless each named module is a plain Linear."""
     modules = dict(model.named_modules())
     for name in names:
-        module = modules.get(name)
-        if type(module) is not nn.Linear:
+        if type(modules.get(name)) is not nn.Linear:
             raise ValueError(
-                f"{name}: got {type(module).__name__}, allowed is nn.Linear: convert before adapters are added, "
+                f"{name}: got {type(modules.get(name)).__name__}, allowed is nn.Linear: convert before adapters are added, "
                 "and without quantised weights"
             )
-        if not emulate and (module.in_features % MULTIPLE or module.out_features % MULTIPLE):
-            raise ValueError(
-                f"{name}: got {module.in_features} inputs and {module.out_features} outputs, allowed in real FP8 are "
-                f"multiples of {MULTIPLE}; choose such sizes, or emulate=True"
+
+
+def choose_emulated(model: nn.Module, names: list[str], emulate: bool | None) -> list[str]:
+    """Those of the named Linear modules that are emulated; warns if the caller left the choice and there are any.
+
+    Raises:
+        ValueError: with emulate=False, for sizes that torch._scaled_mm does not take.
+    """
+    linear = {name: model.get_submodule(name) for name in names}
+    odd = [name for name, m in linear.items() if m.in_features % MULTIPLE or m.out_features % MULTIPLE]
+    if emulate is None:
+        emulate = not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= MIN_CAPABILITY)
+        if emulate:
+            logger.warning_once(
+                f"FP8 is emulated: no CUDA device of capability {'.'.join(map(str, MIN_CAPABILITY))} or more. Values are "
+                "rounded as in FP8 and multiplied in fp32, which is slower than no FP8."
             )
+        elif odd:
+            logger.warning_once(
+                f"FP8 is emulated in {len(odd)} of {len(names)} modules, whose sizes are no multiples of {MULTIPLE}: "
+                f"{', '.join(odd)}"
+            )
+        return names if emulate else odd
+    if odd and not emulate:
+        inputs, outputs = linear[odd[0]].in_features, linear[odd[0]].out_features
+        raise ValueError(
+            f"{odd[0]}: got {inputs} inputs and {outputs} outputs, allowed in real FP8 are multiples of {MULTIPLE}; choose "
+            "such sizes, or emulate=None, which emulates the modules that have others"
+        )
+    return names if emulate else []
