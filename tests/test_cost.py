@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from nemotron_h_hf import HybridCache, NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.compression import cost
@@ -108,6 +109,41 @@ def test_cache_bytes_are_what_the_cache_takes():
     assert measured["attention"] == 23 * cost.kv_bytes_per_token(config, "float32")
     assert measured["mamba"] == cost.ssm_state_bytes(config) + cost.conv_state_bytes(config, "float32")
     assert measured["total"] == cost.cache_bytes(config, 23, "float32")
+
+
+@pytest.mark.parametrize("pattern", ["M-M", "*-*", "ME*E"])
+def test_flops_are_those_that_torch_counts(pattern):
+    """torch counts products of matrices, attention without its mask, and not our convolution of plain additions."""
+    config = small_config(hybrid_override_pattern=pattern, moe_latent_size=8 if "E" in pattern else None)
+    config._attn_implementation = config._experts_implementation = "eager"  # torch counts no grouped products
+    model, length = NemotronHForCausalLM(config).eval(), 64
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.arange(length)[None] % 60, use_cache=False)
+    expected = cost.forward_flops_per_token(config, length)
+    unmasked = expected["attention"] * 2 * length / (length + 1)
+    assert counter.get_total_flops() == length * (expected["linear"] + expected["scan"] + unmasked)
+    assert bool(expected["conv"]) == bool(expected["scan"]) == ("M" in pattern)
+    assert cost.training_flops_per_token(config, length) == 3 * sum(expected.values())
+
+
+def test_backward_takes_twice_the_flops_of_forward():
+    config = small_config(hybrid_override_pattern="-*-")
+    config._attn_implementation = "eager"
+    model, ids = NemotronHForCausalLM(config).train(), torch.arange(32)[None]
+    with FlopCounterMode(display=False) as counter:
+        loss = model(ids, labels=ids).loss
+        forward = counter.get_total_flops()
+        loss.backward()
+    assert counter.get_total_flops() == 3 * forward
+
+
+def test_flops_of_the_8b_model():
+    """Twice the parameters that multiply, 4 attention layers of 32 x 128 and 24 scans, at 8,192 tokens."""
+    config = NemotronHConfig.from_preset("nemotron-h-8b")
+    flops = cost.forward_flops_per_token(config, 8192)
+    assert flops["linear"] == pytest.approx(2 * (8.1e9 - 131072 * 4096), rel=2e-3)
+    assert flops["attention"] == 4 * 2 * 32 * 128 * 8193
+    assert 0.005 < flops["scan"] / flops["linear"] < 0.05
 
 
 def test_bad_values_are_named():

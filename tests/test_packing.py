@@ -201,6 +201,7 @@ def test_documents_longer_than_a_row(caplog):
     again = PackedRows(documents, 16, split_documents=False)
     again.load_state_dict(rows.state_dict())
     assert again.bad.counts == rows.bad.counts
+    assert len(list(again)) == 1
     with pytest.raises(ValueError, match="90 tokens, 16 fit"):
         list(PackedRows(documents, 16, split_documents=False, on_long_document="error"))
     with pytest.raises(ValueError, match="sequence_length is 4, and no document fits"):
@@ -218,3 +219,30 @@ def test_what_packing_refuses():
         list(PackedRows([[]], 8))
     with pytest.raises(ValueError, match="num_workers of the data loader is not 0"):
         list(DataLoader(PackedRows([[1]], 8), num_workers=1))
+
+
+def test_resumed_rows_that_have_ended_are_no_error():
+    """A run that stops after its last row, with documents left out before: there is just nothing more."""
+    rows = PackedRows(EndsOnce([[5] * 4, [5] * 99, [5] * 4]), 4, split_documents=False)
+    list(rows)
+    again = PackedRows(EndsOnce([[5] * 4, [5] * 99, [5] * 4]), 4, split_documents=False)
+    again.load_state_dict(rows.state_dict())
+    assert again.rows_yielded == 2 and list(again) == []
+
+
+class EndsOnce:
+    """Documents that end once, as a Blend does."""
+
+    def __init__(self, documents):
+        self.documents, self.taken = documents, 0
+
+    def __iter__(self):
+        while self.taken < len(self.documents):
+            self.taken += 1
+            yield self.documents[self.taken - 1]
+
+    def state_dict(self):
+        return {"taken": self.taken}
+
+    def load_state_dict(self, state):
+        self.taken = state["taken"]

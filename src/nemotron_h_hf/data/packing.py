@@ -72,13 +72,12 @@ class PackedRows(IterableDataset):
         if get_worker_info() is not None:
             raise ValueError("num_workers of the data loader is not 0; PackedRows allows 0, or its state would be lost")
         self.documents.load_state_dict(self._place.documents)
-        first = self.rows_yielded
         for pieces, place in self._split_rows() if self.split_documents else self._whole_rows():
             self._place = place
             self.rows_yielded += 1
             self._remember()
             yield self._row(pieces)
-        if self.rows_yielded == first and self.bad.counts:
+        if not self.rows_yielded and self.bad.counts.total():
             raise ValueError(f"sequence_length is {self.sequence_length}, and no document fits; {self.bad.last}")
         self._place = self._here()
         self._remember()

@@ -106,7 +106,10 @@ class NemotronHTrainingArguments(TrainingArguments):
     save_total_limit: int | None = _flag(3, "checkpoints kept; the oldest go when a new one is whole")
     logging_nan_inf_filter: bool = _flag(False, "as in transformers; here a loss that is no number stops the run")
     remove_unused_columns: bool = _flag(False, "as in transformers; here rows hold what the model takes")
-    report_to: str = _flag("none", "tensorboard, trackio, wandb, ...; metrics.jsonl is written in any case")
+    report_to: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "tensorboard, trackio, wandb, ...; metrics.jsonl is written in any case"},
+    )
 
     def __post_init__(self) -> None:
         self.uses_wsd = str(self.lr_scheduler_type) == "wsd"

@@ -23,6 +23,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, default_data_collator
 
@@ -146,9 +147,9 @@ class NemotronHTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As transformers'; then the settings of this run replace those of the checkpoint."""
         settings = [{name: v for name, v in group.items() if name != "params"} for group in self.optimizer.param_groups]
-        peaks = self.lr_scheduler.base_lrs
+        peaks = list(self.lr_scheduler.base_lrs)
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None:
+        if checkpoint is None or not isinstance(self.lr_scheduler, LambdaLR):
             return
         self.lr_scheduler.base_lrs = peaks
         for group, setting, peak, factor in zip(
@@ -156,6 +157,7 @@ class NemotronHTrainer(Trainer):
         ):
             group.update(setting)
             group["lr"] = peak * factor(self.lr_scheduler.last_epoch)
+        self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     # Optimizer and schedule
 
