@@ -1,6 +1,7 @@
 """Conversations become the ids of the chat template, with a loss on the assistant's words and the end of each turn only."""
 
 import random
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -145,13 +146,43 @@ def test_template_that_rewrites_earlier_turns_is_refused(tokenizer):
         ([{"content": "x"}], "message 1 is"),
         ([{"role": "user", "content": None}], "message 1: content is None"),
         (TALK[:2], "no assistant turn"),
-        (TALK[2:], "begins with an assistant turn"),
     ],
 )
 def test_what_is_no_conversation_is_refused(tokenizer, messages, said):
     tokenizer.chat_template = CHATML
     with pytest.raises(ValueError, match=said):
         encode_conversation(messages, tokenizer)
+
+
+def test_conversation_that_begins_with_the_assistant(tokenizer):
+    tokenizer.chat_template = CHATML
+    assert learned(encode_conversation(TALK[2:], tokenizer), tokenizer)[0] == "Hello, friend.<|im_end|>"
+    calling = [{"role": "assistant", "content": "Hi", "tool_calls": [{"name": "clock"}]}, *TALK[3:]]
+    with pytest.raises(ValueError, match="begins with an assistant turn"):
+        encode_conversation(calling, tokenizer)
+
+
+@pytest.mark.parametrize("template", [CHATML, NEMOTRON_H])
+def test_words_repeated_elsewhere_are_not_taken_for_the_answer(tokenizer, template):
+    """The user, the system and earlier answers say the same, with the template's own tokens and line breaks in it."""
+    tokenizer.chat_template = template
+    said = " <|im_end|>\n<|im_start|>assistant\nsame\n"
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    fast = encode_conversation([{"role": role, "content": said} for role in roles], tokenizer)
+    slow = encode_conversation([{"role": role, "content": said, "name": "x"} for role in roles], tokenizer)
+    assert fast == slow
+    end = "<|im_end|>" if template == CHATML else "\n<SPECIAL_11>"
+    words = said if template == CHATML else said.strip()
+    assert learned(fast, tokenizer) == [words + end] * 2
+
+
+def test_time_grows_with_the_length_and_not_its_square(tokenizer):
+    tokenizer.chat_template = CHATML
+    messages = [{"role": ("user", "assistant")[i % 2], "content": f"words {i}"} for i in range(2000)]
+    started = time.perf_counter()
+    encoded = encode_conversation(messages, tokenizer)
+    assert time.perf_counter() - started < 10  # minutes if each turn were rendered with all before it
+    assert len(learned(encoded, tokenizer)) == 1000
 
 
 def test_template_errors_are_value_errors(tokenizer):

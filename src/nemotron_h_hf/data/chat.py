@@ -4,7 +4,8 @@
     loss                                                          ^^^^^^^^^^^^^^^
 
 Where assistant turns lie comes from the template: from its {% generation %} marks if it has them, otherwise from rendering
-the conversation up to each turn, which must give the beginning of the whole text. Token ids are those of
+with something else in the assistant's place, and where a turn is more than words (tool calls) from rendering the
+conversation up to each turn, which must give the beginning of the whole text. Token ids are those of
 `tokenizer.apply_chat_template(messages)`, cut where a prompt ends.
 
 The model must also learn to stop. What ends a turn is found by rendering a probe: the first added token after the
@@ -22,6 +23,7 @@ from jinja2 import TemplateError
 from transformers.utils.chat_template_utils import render_jinja_template
 
 IGNORED = -100
+PROBE = [{"role": "user", "content": "7Q7"}, {"role": "assistant", "content": "8A8"}]
 Message = Mapping[str, Any]
 Render = Callable[..., str]
 
@@ -61,7 +63,8 @@ def encode_conversation(
     if re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template(None, tools)):
         spans = _marked_spans(messages, tokenizer, tools)
     else:
-        spans = _assistant_spans(messages, render, text)
+        spans = _spans_by_stand_ins(messages, render, text)
+        spans = _spans_by_beginnings(messages, render, text) if spans is None else spans
     ids, runs = _token_runs(text, spans, tokenizer)
     end = turn_end(tokenizer, tools)
     labels = [IGNORED] * len(ids)
@@ -93,12 +96,11 @@ def check_messages(messages: Sequence[Message]) -> None:
 def turn_end(tokenizer: Any, tools: Sequence[Any] | None = None) -> TurnEnd:
     """What ends an assistant turn under the tokenizer's template."""
     render = _renderer(tokenizer, tools)
-    probe = [{"role": "user", "content": "7Q7"}, {"role": "assistant", "content": "8A8"}]
-    tail = render(probe).rpartition("8A8")[2]
+    tail = render(PROBE).rpartition("8A8")[2]
     token = _first_added(tail, tokenizer)
     if token is not None:
         return TurnEnd(token, True)
-    longer = render([*probe, {"role": "user", "content": "9Q9"}])
+    longer = render([*PROBE, {"role": "user", "content": "9Q9"}])
     token = _first_added(longer.rpartition("8A8")[2].partition("9Q9")[0], tokenizer)
     return TurnEnd(tokenizer.eos_token_id if token is None else token, False)
 
@@ -117,8 +119,35 @@ def _renderer(tokenizer: Any, tools: Sequence[Any] | None) -> Render:
     return render
 
 
-def _assistant_spans(messages: Sequence[Message], render: Render, text: str) -> list[tuple[int, int]]:
-    """First and last character of each assistant turn, header left out."""
+def _spans_by_stand_ins(messages: Sequence[Message], render: Render, text: str) -> list[tuple[int, int]] | None:
+    """Characters of each assistant turn, found by rendering once with numbers in place of the assistant's words.
+
+    None where the words are not all that a turn consists of, or the text is not what is expected around them.
+    """
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    if any(set(messages[n]) != {"role", "content"} or not isinstance(messages[n]["content"], str) for n in turns):
+        return None
+    stand_ins = {n: {**messages[n], "content": f"\ue000{n}\ue001"} for n in turns}
+    rendered = render([stand_ins.get(number, message) for number, message in enumerate(messages)])
+    pieces = re.split("\ue000(\\d+)\ue001", rendered)
+    if pieces[1::2] != [str(n) for n in turns]:
+        return None
+    header = render(PROBE[:1], True).removeprefix(render(PROBE[:1]))
+    tail = render(PROBE).rpartition(PROBE[1]["content"])[2]
+    spans, before, place = [], pieces[0], len(pieces[0])
+    for number, after in zip(turns, pieces[2::2]):
+        content = messages[number]["content"]
+        fits = (words for words in (content, content.strip()) if text.startswith(words + after, place))
+        words = next(fits, None)
+        if words is None or not before.endswith(header) or not after.startswith(tail):
+            return None
+        spans.append((place, place + len(words) + len(tail)))
+        before, place = after, place + len(words) + len(after)
+    return spans if text.startswith(pieces[0]) and place == len(text) else None
+
+
+def _spans_by_beginnings(messages: Sequence[Message], render: Render, text: str) -> list[tuple[int, int]]:
+    """Characters of each assistant turn, header left out, found by rendering up to each: slow for hundreds of turns."""
     spans = []
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
