@@ -306,3 +306,10 @@ def test_defaults_are_the_8b():
     with torch.device("meta"):
         model = NemotronHForCausalLM(NemotronHConfig())
     assert sum(weight.numel() for weight in model.parameters()) == 8_100_852_736
+
+
+def test_number_of_experts_under_the_names_that_libraries_use():
+    config = tiny_config("moe")
+    assert config.num_experts == config.num_local_experts == config.n_routed_experts == 8
+    assert "num_experts" not in config.to_dict()
+    assert NemotronHConfig(hybrid_override_pattern="ME", num_experts=4, num_experts_per_tok=2).n_routed_experts == 4

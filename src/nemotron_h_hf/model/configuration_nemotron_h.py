@@ -35,6 +35,7 @@ SYNONYMS = {
     "mamba_conv_bias": "use_conv_bias",
     "mamba_chunk_size": "chunk_size",
     "num_local_experts": "n_routed_experts",
+    "num_experts": "n_routed_experts",
 }
 
 # Written only when the model has experts: llama.cpp takes a dense model for a mixture of experts if it sees them.
@@ -64,7 +65,11 @@ class NemotronHConfig(PreTrainedConfig):
 
     model_type = "nemotron_h"
     keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {"layer_types": "layers_block_type", "num_local_experts": "n_routed_experts"}
+    attribute_map = {
+        "layer_types": "layers_block_type",
+        "num_local_experts": "n_routed_experts",
+        "num_experts": "n_routed_experts",  # where TRL's fused head looks for it
+    }
     # in_proj packs five blocks of rows (gate, x, B, C, dt), so it is gathered before they are cut apart; conv and scan run
     # on every rank, while the weights, which are nearly all of a Mamba layer, are split.
     base_model_tp_plan = {
