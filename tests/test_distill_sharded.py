@@ -1,0 +1,84 @@
+"""Distillation on two processes: student and teacher sharded (FSDP2, gloo) give the loss and gradients of one process."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny import prompt, tiny_model
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+
+from nemotron_h_hf.training import losses
+from nemotron_h_hf.training.distillation import shard_teacher
+from nemotron_h_hf.training.losses import LiveTeacher, distillation_loss
+from nemotron_h_hf.training.teacher_cache import teacher_hidden_states
+
+
+def loss_of(student: nn.Module, teacher: nn.Module, ids: torch.Tensor, num_items: int) -> torch.Tensor:
+    """As DistillationTrainer asks for it; several chunks."""
+    live = LiveTeacher(teacher_hidden_states(teacher, ids), teacher.get_output_embeddings())
+
+    def loss_from_hidden(hidden_states, lm_head):
+        return distillation_loss(hidden_states, lm_head, ids, 97, live, num_items_in_batch=num_items).loss
+
+    return student(input_ids=ids, loss_from_hidden=loss_from_hidden).loss
+
+
+def work() -> None:
+    """In each of two processes: half of the rows, twice (the second step finds what the first left gathered)."""
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    losses.LOGITS_PER_CHUNK = 97 * 8
+    student, teacher = tiny_model("square", seed=3).train(), tiny_model().requires_grad_(False)
+    for layer in student.model.layers:
+        fully_shard(layer)
+    fully_shard(student)
+    shard_teacher(teacher)
+    assert isinstance(teacher.model.layers[0].mixer.in_proj.weight, DTensor)
+    ids = prompt(4, 21)
+    for _ in range(2):
+        student.zero_grad()
+        loss = loss_of(student, teacher, ids[2 * rank : 2 * rank + 2], num_items=4 * 20)
+        loss.backward()
+    torch.distributed.all_reduce(loss)
+    gradients = {name: 2 * p.grad.full_tensor() for name, p in student.named_parameters()}  # FSDP2 takes the mean
+    assert all(p.grad is None for p in teacher.parameters())
+    if rank == 0:
+        reference, whole = tiny_model("square", seed=3).train(), tiny_model()
+        expected = loss_of(reference, whole, ids, num_items=4 * 20)
+        expected.backward()
+        torch.testing.assert_close(loss.detach(), expected.detach(), rtol=0, atol=1e-5)
+        for name, parameter in reference.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=0, atol=2e-5)
+        print("same loss and gradients")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_loss_and_gradients_of_one():
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_port",
+        "29617",
+        __file__,
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "same loss and gradients" in done.stdout
+
+
+def test_a_tied_teacher_is_not_sharded():
+    with pytest.raises(ValueError, match="tie_word_embeddings"):
+        shard_teacher(tiny_model(tie_word_embeddings=True))
+
+
+if __name__ == "__main__":
+    work()
