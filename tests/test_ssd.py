@@ -250,6 +250,18 @@ def test_low_precision_inputs_are_computed_in_fp32():
     assert ssd.gated_norm(torch.randn(3, 8), gate, torch.ones(8), 4, 1e-5).dtype == torch.bfloat16
 
 
+def test_autocast_does_not_lower_the_recurrence():
+    """Mixed-precision training lowers the projections around it, not the products inside."""
+    x, dt, A, B_, C, D, state = (t.float() for t in scan_inputs(70).values())
+    step = (x[:, 0], dt[:, 0], A, B_[:, 0], C[:, 0], D, state)
+    plain, stepped = ssd.scan(x, dt, A, B_, C, D, 16, state), ssd.scan_step(*step)
+    replayed = ssd.final_state(x, dt, A, B_, state)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ssd.scan(x, dt, A, B_, C, D, 16, state)[0], plain[0])
+        assert torch.equal(ssd.scan_step(*step)[0], stepped[0])
+        assert torch.equal(ssd.final_state(x, dt, A, B_, state), replayed)
+
+
 def test_float64_stays_float64():
     args = scan_inputs(20)
     y, state = ssd.scan(*(args[k] for k in ("x", "dt", "A", "B", "C", "D")), 8)

@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from .configuration_nemotron_h import NemotronHConfig
-from .ssd import times, wide
+from .ssd import no_autocast, times, wide
 
 
 class NemotronHMLP(nn.Module):
@@ -45,7 +45,8 @@ class NemotronHTopkRouter(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(t, hidden) -> logits (t, e), weights (t, k), indices (t, k), logits and weights in fp32."""
-        logits = F.linear(wide(hidden_states), wide(self.weight))
+        with no_autocast(hidden_states):
+            logits = F.linear(wide(hidden_states), wide(self.weight))
         scores = logits.sigmoid()
         choice = scores + self.e_score_correction_bias
         if self.n_group > 1:

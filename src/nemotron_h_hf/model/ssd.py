@@ -17,6 +17,8 @@ Padding needs no code here: a token with dt = 0 leaves the state as it is.
     d channels, k conv taps
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,6 +33,12 @@ KEPT_TOKENS = 2048  # up to this length all segments are kept for the backward p
 def wide(x: Tensor) -> Tensor:
     """The dtype that the recurrence, the step sizes and the norms are computed in: fp32, or float64 for float64 inputs."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def no_autocast(x: Tensor) -> AbstractContextManager:
+    """Products inside stay in the dtypes that they are given, as `wide` chose them, also under `torch.autocast`."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def discretize(dt: Tensor, dt_bias: Tensor, limit: tuple[float, float]) -> Tensor:
@@ -146,10 +154,11 @@ def scan(
         part = slice(start, min(start + segment, l))
         documents = None if seq_idx is None else seq_idx[:, part]
         args = (x[:, part], dt[:, part], A, B[:, part], C[:, part], D, chunk_size, state, documents, document)
-        if recompute:
-            y, state = checkpoint(_scan_segment, *args, use_reentrant=False, preserve_rng_state=False)
-        else:
-            y, state = _scan_segment(*args)
+        with no_autocast(x):
+            if recompute:
+                y, state = checkpoint(_scan_segment, *args, use_reentrant=False, preserve_rng_state=False)
+            else:
+                y, state = _scan_segment(*args)
         outputs.append(y)
         document = None if seq_idx is None else documents[:, -1]
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)), state
@@ -168,7 +177,8 @@ def scan_step(
     state = times(wide(state), torch.exp(dt * A)[..., None, None])
     inputs, B = (dt[..., None] * x32).view(*by_group, p, 1), wide(B).view(b, g, 1, 1, n)
     state.view(*by_group, p, n).addcmul_(inputs, B)
-    y = torch.matmul(wide(C).view(b, g, 1, n), state.view(b, g, -1, n).transpose(-1, -2)).view(b, h, p)
+    with no_autocast(x):
+        y = torch.matmul(wide(C).view(b, g, 1, n), state.view(b, g, -1, n).transpose(-1, -2)).view(b, h, p)
     return torch.addcmul(y, wide(D)[:, None], x32), state
 
 
@@ -179,7 +189,8 @@ def final_state(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, initial_state: Tens
     total = torch.cumsum(dt * A, dim=1)  # (b, l, h)
     weights = dt * torch.exp(total[:, -1:] - total)
     columns = (wide(x) * weights[..., None]).view(b, l, g, -1)
-    added = torch.einsum("blgn,blgk->bgkn", wide(B), columns).reshape(b, h, p, n)
+    with no_autocast(x):
+        added = torch.einsum("blgn,blgk->bgkn", wide(B), columns).reshape(b, h, p, n)
     return wide(initial_state) * torch.exp(total[:, -1])[..., None, None] + added
 
 
