@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils.logging import disable_progress_bar
@@ -45,6 +46,7 @@ from nemotron_h_hf.hub import save_tokenizer
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
 from nemotron_h_hf.training.data_arguments import DataArguments
 from nemotron_h_hf.training.distillation import DistillationTrainer
+from nemotron_h_hf.training.finished import save_finished
 from nemotron_h_hf.training.starting_point import load_model
 from nemotron_h_hf.training.teacher_cache import TeacherCache, fingerprint, write_cache
 
@@ -99,10 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or True)
     folder = Path(training.output_dir, "model")
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
+    if save_finished(trainer, folder):
         save_tokenizer(tokenizer, folder)
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads again
         print(f"{folder} holds the student", file=sys.stderr)
     if held_out:
         print(f"held-out loss: {trainer.evaluate()['eval_loss']:.4f}", file=sys.stderr)
@@ -164,10 +164,12 @@ def cache(rows: PackedRows, held_out: list, knowledge: TeacherArguments, trainin
     batches = batched([*held_out[mine]], share, size=training.per_device_train_batch_size)
     teacher = load_teacher(knowledge).to(training.device)
     folder = knowledge.cache_teacher
-    num_rows = write_cache(
-        folder, teacher, batches, knowledge.top_k, knowledge.temperature, process_index=training.process_index
-    )
-    print(f"{folder} holds {num_rows:,} rows of {training.sequence_length:,} tokens", file=sys.stderr)
+    write_cache(folder, teacher, batches, knowledge.top_k, knowledge.temperature, process_index=training.process_index)
+    PartialState().wait_for_everyone()
+    if training.process_index == 0:
+        print(
+            f"{folder} holds {len(TeacherCache(folder)):,} rows of {training.sequence_length:,} tokens", file=sys.stderr
+        )
     return 0
 
 

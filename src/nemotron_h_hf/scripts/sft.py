@@ -44,6 +44,7 @@ from nemotron_h_hf.training.adapters import add_adapters, four_bit_loading
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
 from nemotron_h_hf.training.checkpoints import last_whole_checkpoint, write_json
 from nemotron_h_hf.training.data_arguments import DataArguments
+from nemotron_h_hf.training.finished import save_finished
 from nemotron_h_hf.training.starting_point import load_model, load_tokenizer
 from nemotron_h_hf.training.trainer import NemotronHTrainer
 
@@ -85,7 +86,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if data.chat_template is not None:
         tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
     rows, held_out = make_rows(data, training, tokenizer)
-    training.label_names = ["labels"]  # transformers does not find them behind adapters
     push, training.push_to_hub = training.push_to_hub, False  # the finished model, once, and not every checkpoint
     trainer = NemotronHTrainer(
         model, training, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
@@ -164,10 +164,8 @@ def tell_held_out(trainer: NemotronHTrainer, when: str) -> None:
 def save(trainer: NemotronHTrainer, tokenizer: PreTrainedTokenizerBase, name: str) -> Path:
     """The model or adapters with the tokenizer in a folder of OUTPUT_DIR."""
     folder = Path(trainer.args.output_dir, name)
-    trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
+    if save_finished(trainer, folder):
         save_tokenizer(tokenizer, folder)
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads again
         print(f"{folder} holds the trained {name}", file=sys.stderr)
     return folder
 

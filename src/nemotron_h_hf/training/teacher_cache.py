@@ -108,7 +108,7 @@ def write_cache(
         process_index: names this process's shards; each process brings rows of its own.
 
     Returns:
-        The number of rows in the folder.
+        The number of rows that the folder has of this process and had of others when it began.
 
     Raises:
         ValueError: if the folder holds a cache of another teacher, k or temperature.
