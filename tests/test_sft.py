@@ -74,11 +74,7 @@ def test_prompt_has_no_loss_and_completion_ends(tokenizer):
 def test_text_is_learned_whole(tokenizer):
     for record in ({"text": "import os\n"}, "import os\n"):
         encoded = encode_record(record, tokenizer)
-        assert (
-            encoded["labels"]
-            == encoded["input_ids"]
-            == [*tokenizer("import os\n")["input_ids"], tokenizer.eos_token_id]
-        )
+        assert encoded["labels"] == encoded["input_ids"] == [0, *tokenizer("import os\n")["input_ids"], 0]
 
 
 def test_conversations_in_two_layouts_are_one(tokenizer):
@@ -103,7 +99,7 @@ def test_a_round_is_every_record_once(tmp_path, tokenizer, caplog):
     source = Source("data", path=path, column=None)
     with caplog.at_level(logging.WARNING):
         rows = rows_of_one_round(source, lambda record: encode_record(record, tokenizer), 64, 1)
-    assert sum((row["input_ids"] == tokenizer.eos_token_id).sum() for row in rows) == 30
+    assert sum((row["input_ids"] == tokenizer.eos_token_id).sum() for row in rows) == 2 * 30
     assert "data.jsonl:31" in caplog.text and "data.jsonl:32" in caplog.text and "starts again" not in caplog.text
     with pytest.raises(ValueError, match="data.jsonl:31"):
         rows_of_one_round(source, lambda record: encode_record(record, tokenizer), 64, 1, on_bad_data="error")
@@ -128,6 +124,16 @@ def test_full_fine_tuning_lowers_the_held_out_loss(kind, tmp_path):
     embedded = NemotronHForCausalLM.from_pretrained(EMBEDDED_MODEL)
     assert not torch.equal(model.lm_head.weight, embedded.lm_head.weight.float())
     assert not list((tmp_path / "run" / "model").glob("*.bin"))
+
+
+def test_long_context_joins_conversations(tmp_path):
+    """One conversation of a long row, where packing would have put many documents beside each other."""
+    assert run(tmp_path, "--max_steps", "2", "--sequence_length", "256", "--long_context", kind="messages") == 0
+    assert len(read_metrics(tmp_path / "run")) >= 2
+    with pytest.raises(ValueError, match="long_context"):
+        run(tmp_path, "--long_context", "--output_dir", str(tmp_path / "other"), kind="messages")
+    with pytest.raises(ValueError, match="conversations alone"):
+        run(tmp_path, "--long_context", "--max_steps", "1", "--output_dir", str(tmp_path / "other"), kind="text")
 
 
 def test_epochs_set_the_steps(tmp_path, capsys):

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .bad_data import BadData
 from .blend import Blend
+from .long_conversations import LongConversations
 from .packing import PackedRows
 from .phases import Phase, phases_from
 from .sources import Source, SourceStream, sources_from
@@ -35,11 +36,19 @@ def packed_blend(
     seed: int = 0,
     split_documents: bool = False,
     on_bad_data: str = "skip",
+    join: Encode | None = None,
 ) -> PackedRows:
-    """Rows that last for `total_tokens` of row, padding included."""
+    """Rows that last for `total_tokens` of row, padding included.
+
+    Args:
+        join: makes token ids and labels of messages; conversations are then joined to long ones with turns that refer
+            back, and `encode` must give their `messages` beside the token ids.
+    """
     longest = None if split_documents else sequence_length
-    blend = Blend(sources, phases, encode, total_tokens, seed, on_bad_data, max_document_tokens=longest)
-    return PackedRows(blend, sequence_length, split_documents, pad_token_id)
+    documents = Blend(sources, phases, encode, total_tokens, seed, on_bad_data, max_document_tokens=longest)
+    if join is not None:
+        documents = LongConversations(documents, join, sequence_length, seed=seed, on_bad_data=on_bad_data)
+    return PackedRows(documents, sequence_length, split_documents, pad_token_id)
 
 
 def rows_of_one_round(

@@ -10,13 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from .chat import IGNORED, encode_conversation
+from .documents import document_encoder
 
 
 def encode_record(record: Mapping[str, Any] | str, tokenizer: Any) -> dict[str, list[int]]:
     """`input_ids` and `labels` (not shifted, -100 where there is nothing to learn) of one record.
 
-    A prompt is encoded as a model gets it to continue, with the special tokens that the tokenizer puts in front;
-    completions and texts end with its end token.
+    A prompt is encoded as a model gets it to continue, with the special tokens that the tokenizer puts in front, and the
+    completion ends with its end token. A text begins and ends as in pretraining.
 
     Raises:
         ValueError: for a record of no known layout, or a conversation that cannot be encoded.
@@ -29,7 +30,7 @@ def encode_record(record: Mapping[str, Any] | str, tokenizer: Any) -> dict[str, 
     if "prompt" in record and "completion" in record:
         return _prompt_and_completion(record["prompt"], record["completion"], tokenizer, record.get("tools"))
     if "text" in record:
-        ids = [*_opening(_text(record, "text"), tokenizer), tokenizer.eos_token_id]
+        ids = document_encoder(tokenizer)(record["text"])
         return {"input_ids": ids, "labels": list(ids)}
     raise ValueError(
         f"a record has {', '.join(record) or 'nothing'}; messages, prompt and completion, or text are allowed"

@@ -56,6 +56,17 @@ def _flag(default: Any, help_text: str) -> Any:
 
 
 @dataclass
+class LongContextArguments:
+    """How conversations fill a row."""
+
+    _argument_group_name = "long context"
+
+    long_context: bool = _flag(
+        False, "join conversations up to sequence_length, with synthetic turns that ask for something said far back"
+    )
+
+
+@dataclass
 class AdapterArguments:
     """LoRA: 0 as rank trains the whole model."""
 
@@ -74,9 +85,9 @@ class AdapterArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train or go on, save, and push if asked to."""
-    data, adapters, start, training = parse(
-        (DataArguments, AdapterArguments, ModelArguments, NemotronHTrainingArguments), argv, __doc__, "nemotron-h sft",
-        **DEFAULTS,
+    data, packing, adapters, start, training = parse(
+        (DataArguments, LongContextArguments, AdapterArguments, ModelArguments, NemotronHTrainingArguments), argv,
+        __doc__, "nemotron-h sft", **DEFAULTS,
     )  # fmt: skip
     check(adapters, start, training)
     disable_progress_bar()
@@ -85,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     tokenizer = load_tokenizer(start, EMBEDDED_MODEL, model.config.vocab_size)
     if data.chat_template is not None:
         tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
-    rows, held_out = make_rows(data, training, tokenizer)
+    rows, held_out = make_rows(data, packing.long_context, training, tokenizer)
     push, training.push_to_hub = training.push_to_hub, False  # the finished model, once, and not every checkpoint
     trainer = NemotronHTrainer(
         model, training, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
@@ -116,7 +127,7 @@ def check(adapters: AdapterArguments, start: ModelArguments, training: NemotronH
 
 
 def make_rows(
-    data: DataArguments, training: NemotronHTrainingArguments, tokenizer: PreTrainedTokenizerBase
+    data: DataArguments, long_context: bool, training: NemotronHTrainingArguments, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PackedRows, list | None]:
     """Training rows for the whole run, and held-out rows; sets `training.max_steps` from the epochs if it is not given."""
     sources, phases = sources_and_phases(data.data, data.sources, data.phases)
@@ -126,7 +137,16 @@ def make_rows(
     def encode(record: Any) -> Mapping[str, list[int]]:
         return encode_record(record, tokenizer)
 
+    def encode_with_messages(record: Any) -> Mapping[str, Any]:
+        if not isinstance(record, Mapping) or "messages" not in record:
+            raise ValueError("the record has no messages; --long_context allows conversations alone")
+        return {**encode(record), "messages": record["messages"]}
+
+    def join(messages: Sequence[Mapping]) -> Mapping[str, list[int]]:
+        return encode({"messages": messages})
+
     if training.max_steps <= 0:
+        require(not long_context, "max_steps", training.max_steps, "with --long_context: --max_steps or --total_tokens")
         require(
             len(sources) == 1, "max_steps", training.max_steps, "with several sources: --max_steps or --total_tokens"
         )
@@ -134,7 +154,10 @@ def make_rows(
         training.max_steps = math.ceil(training.num_train_epochs * num_rows * length / training.tokens_per_step)
         print(f"{num_rows:,} rows of {length:,} tokens in an epoch, {training.max_steps:,} steps", file=sys.stderr)
     total = training.max_steps * training.tokens_per_step
-    rows = packed_blend(sources, phases, encode, total, length, pad, training.seed, on_bad_data=data.on_bad_data)
+    rows = packed_blend(
+        sources, phases, encode_with_messages if long_context else encode, total, length, pad, training.seed,
+        on_bad_data=data.on_bad_data, join=join if long_context else None,
+    )  # fmt: skip
     if not data.eval_data:
         return rows, None
     held_out = Source("eval_data", path=data.eval_data, column=None, shuffle_window=0)
