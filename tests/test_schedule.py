@@ -58,7 +58,7 @@ def test_published_shape():
 
 
 def test_without_warmup_or_decay():
-    assert [Schedule(100, 0, 0).factor(tokens) for tokens in (0, 1, 100)] == [1.0, 1.0, 1.0]
+    assert [Schedule(100, 0, 0).factor(tokens) for tokens in (0, 1, 100, 101)] == [1.0] * 4
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,6 @@ class DataArguments:
 
     def __post_init__(self) -> None:
         self.sources, self.phases = as_mapping(self.sources, "sources"), as_mapping(self.phases, "phases")
-        require(bool(self.sources), "sources", self.sources, "a mapping from names to path or dataset")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -79,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (ModelArguments, DataArguments, NemotronHTrainingArguments), argv, __doc__, "nemotron-h pretrain",
         output_dir="runs/pretrain",
     )  # fmt: skip
+    require(bool(data.sources), "sources", data.sources, "a mapping from names to path or dataset")
     require(training.max_steps > 0, "total_tokens", training.total_tokens, "a number of tokens, for instance 2M")
     disable_progress_bar()
     torch.set_flush_denormal(True)

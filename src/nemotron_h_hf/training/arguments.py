@@ -120,6 +120,7 @@ class NemotronHTrainingArguments(TrainingArguments):
         if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ and self.gradient_checkpointing:
             self.activation_checkpointing, self.gradient_checkpointing = True, None  # its name since transformers 5.23
         super().__post_init__()
+        _ = self.device  # joins the other processes: only then is their number known
         for name in ("sequence_length", "per_device_train_batch_size", "gradient_accumulation_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("z_loss", "max_loss_jump", "weight_decay", "max_grad_norm"):

@@ -48,7 +48,7 @@ class Schedule:
         if tokens < self.warmup_tokens:
             return tokens / self.warmup_tokens
         remaining = self.total_tokens - tokens
-        if remaining >= self.decay_tokens:
+        if remaining >= self.decay_tokens or self.decay_tokens == 0:
             return 1.0
         share = max(remaining, 0) / self.decay_tokens  # 1 where the decay begins, 0 at the end
         height = share if self.shape == "linear" else (1 - math.cos(math.pi * share)) / 2

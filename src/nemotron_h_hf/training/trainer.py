@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, default_data_collator
+from transformers.trainer_utils import TrainOutput
+from transformers.utils import logging
 
 from . import checkpoints
 from .arguments import NemotronHTrainingArguments, parse_tokens
@@ -33,6 +35,8 @@ from .monitor import Monitor
 from .optimizer import make_optimizer
 from .schedule import Schedule, scheduler
 from .z_loss import next_token_loss_with_z
+
+logger = logging.get_logger(__name__)
 
 DATA_STATE_FILE = "data_state.json"
 STEPS_REMEMBERED = 100  # whose mean a jump of the loss is measured from
@@ -109,6 +113,8 @@ class NemotronHTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, **named: Any) -> Any:
         """As transformers', from a whole checkpoint only; True takes the last one, if there is any.
 
+        When that is the end of the run already, its weights are loaded and nothing is trained.
+
         Raises:
             TrainingStopped: when the loss is no number or jumps.
             ValueError: for a checkpoint that is not whole, or of another batch size.
@@ -121,11 +127,11 @@ class NemotronHTrainer(Trainer):
             resume_from_checkpoint = checkpoints.last_whole_checkpoint(output_dir)
         if resume_from_checkpoint:
             self._prepare_resume(Path(resume_from_checkpoint))
-        if self.args.max_steps > 0 and self._first_step >= self.args.max_steps:
-            raise ValueError(
-                f"max_steps: got {self.args.max_steps}, but {resume_from_checkpoint} is at step {self._first_step} already; "
-                "allowed is more"
-            )
+            if 0 < self.args.max_steps <= self._first_step:
+                logger.warning(f"{resume_from_checkpoint} is at step {self._first_step} of {self.args.max_steps}: done")
+                if not self.is_fsdp_enabled:
+                    self._load_from_checkpoint(str(resume_from_checkpoint))
+                return TrainOutput(self._first_step, float("nan"), {})
         try:
             return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **named)
         finally:
