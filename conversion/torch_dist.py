@@ -55,12 +55,18 @@ def open_folder(folder: Path, format_name: str, args: dict[str, Any], table: Tab
     ignored = {key: skip_reason(key, prefix) or "an object, not a tensor" for key in table.objects}
     ignored |= {key: reason for key in table.tensors if (reason := skip_reason(key, prefix))}
     wanted = {key: value for key, value in table.tensors.items() if key not in ignored}
-    chunks = {key: _chunks(folder, key, *value, table) for key, value in wanted.items()}
-    _check_byte_ranges(chunks)
+    chunks = chunks_of(folder, wanted, table)
     _assemble({key.removeprefix(prefix): value for key, value in chunks.items()}, wanted, prefix, entries)
     checkpoint = MegatronCheckpoint(folder, format_name, entries, args)
     checkpoint.ignored, checkpoint.stand_ins = ignored, table.stand_ins
     return checkpoint
+
+
+def chunks_of(folder: Path, keys: Iterable[str], table: Table) -> dict[str, list[tuple]]:
+    """(corner, box, Chunk) of each of these tensors, checked against each other and against the files."""
+    chunks = {key: _chunks(folder, key, *table.tensors[key], table) for key in keys}
+    _check_byte_ranges(chunks)
+    return chunks
 
 
 def read_metadata(folder: Path) -> Table:
@@ -201,7 +207,7 @@ def _assemble(chunks: dict[str, list[tuple]], wanted: dict, prefix: str, entries
     for key, found in chunks.items():
         dtype, shape, _ = wanted[prefix + key]
         if stack := _STACK.fullmatch(key):
-            for expert, pieces in _pieces_by_expert(key, shape, found).items():
+            for expert, pieces in pieces_by_expert(key, shape, found).items():
                 _put(entries, f"{stack[1]}.{stack[2]}{expert}", Entry(dtype, shape[1:], pieces))
         elif part := _PART.fullmatch(key):
             parts.setdefault(part[1], set()).add(part[2])
@@ -214,7 +220,7 @@ def _assemble(chunks: dict[str, list[tuple]], wanted: dict, prefix: str, entries
         _put(entries, name, _join_parts(name, present, chunks, wanted, prefix))
 
 
-def _pieces_by_expert(key: str, shape: tuple[int, ...], found: list[tuple]) -> dict[int, list[Piece]]:
+def pieces_by_expert(key: str, shape: tuple[int, ...], found: list[tuple]) -> dict[int, list[Piece]]:
     """The pieces of each expert of a stack; a chunk may hold several experts, an expert may lie in several chunks."""
     if len(shape) != 3:
         raise ValueError(f"{key}: a stack of experts has three axes, not {len(shape)}")

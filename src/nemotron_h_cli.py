@@ -23,6 +23,7 @@ COMMANDS = (
     ("sft", "nemotron_h_hf.scripts.sft", "fine-tune on conversations or text, whole or with LoRA adapters"),
     ("merge", "nemotron_h_hf.scripts.merge", "merge LoRA adapters into an ordinary checkpoint"),
     ("distill", "nemotron_h_hf.scripts.distill", "train a student on what a teacher predicts"),
+    ("export", "nemotron_h_hf.scripts.export", "make an ordinary checkpoint of a training run's, sharded or not"),
     ("plot", "nemotron_h_hf.scripts.plot", "draw the loss curves of runs side by side"),
     ("eval", "nemotron_h_hf.scripts.eval", "bits per byte, long-context questions, lm-evaluation-harness tasks"),
     ("bench", "nemotron_h_hf.scripts.bench", "measure speed beside transformers' own model"),

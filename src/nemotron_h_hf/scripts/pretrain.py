@@ -36,13 +36,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
 from nemotron_h_hf.compression.cost import training_flops_per_token
+from nemotron_h_hf.conversion.sharded_run import export_run
 from nemotron_h_hf.data.blend import Blend
 from nemotron_h_hf.data.documents import document_encoder
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.phases import Phase, phases_from
 from nemotron_h_hf.data.sources import sources_from
+from nemotron_h_hf.hub import save_tokenizer
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, as_mapping, parse, require
-from nemotron_h_hf.training.byte_bpe import save_tokenizer
+from nemotron_h_hf.training.checkpoints import last_whole_checkpoint
 from nemotron_h_hf.training.starting_point import load_model, load_tokenizer
 from nemotron_h_hf.training.trainer import NemotronHTrainer
 
@@ -92,15 +94,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         processing_class=tokenizer,
         flops_per_token=training_flops_per_token(model.config, training.sequence_length),
     )
+    if trainer.is_fsdp_enabled:
+        require(
+            training.save_strategy != "no", "save_strategy", "no", "steps under FSDP: model/ is made of a checkpoint"
+        )
     if trainer.is_world_process_zero():
         print(describe(model, training), file=sys.stderr)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or True)
-    if not trainer.is_fsdp_enabled and trainer.is_world_process_zero():
-        folder = Path(training.output_dir) / MODEL_FOLDER
-        model.save_pretrained(folder)
-        save_tokenizer(tokenizer, folder)
-        print(f"{folder} holds the trained model", file=sys.stderr)
+    if trainer.is_world_process_zero():
+        save(trainer, tokenizer)
     return 0
+
+
+def save(trainer: NemotronHTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
+    """The trained model as a folder of its own; weights spread by FSDP are put together from the last checkpoint."""
+    output_dir = Path(trainer.args.output_dir)
+    folder = output_dir / MODEL_FOLDER
+    if not trainer.is_fsdp_enabled:
+        trainer.model.save_pretrained(folder)
+    else:
+        for old in folder.glob("model*.safetensors*"):  # of this run when it was shorter
+            old.unlink()
+        export_run(last_whole_checkpoint(output_dir), folder)
+    save_tokenizer(tokenizer, folder)
+    print(f"{folder} holds the trained model", file=sys.stderr)
 
 
 def make_rows(

@@ -23,6 +23,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import IterableDataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, default_data_collator
@@ -248,8 +249,10 @@ class NemotronHTrainer(Trainer):
 
     def _save_before_stop(self) -> None:
         """Keep the steps since the last checkpoint too, if the weights are still numbers; older ones all stay."""
-        finite = torch.stack([parameter.detach().isfinite().all() for parameter in self.model.parameters()]).all()
-        if self.state.global_step > self._first_step and self.args.save_strategy != "no" and bool(finite):
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in self.model.parameters()]
+        broken = sum(~tensor.detach().isfinite().all() for tensor in local).to(self.args.device, torch.float32)
+        finite = self.accelerator.reduce(broken, "sum").item() == 0
+        if self.state.global_step > self._first_step and self.args.save_strategy != "no" and finite:
             self.model.zero_grad()
             limit, self.args.save_total_limit = self.args.save_total_limit, None
             self._save_checkpoint(self.model_wrapped, trial=None)
@@ -276,6 +279,10 @@ class NemotronHTrainer(Trainer):
                 checkpoints.begin(folder)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            if self.is_world_process_zero() and not (folder / "config.json").is_file():  # of sharded weights
+                self.model.config.save_pretrained(folder)
+                if self.processing_class is not None:
+                    self.processing_class.save_pretrained(folder)
             if self.is_world_process_zero() and self.rows is not None:
                 checkpoints.write_json(folder / DATA_STATE_FILE, self.rows.state_after(self._rows_consumed()))
             self.accelerator.wait_for_everyone()
@@ -287,7 +294,8 @@ class NemotronHTrainer(Trainer):
             RuntimeError,
             SafetensorError,
         ) as error:  # torch and safetensors raise their own on a full disk
-            checkpoints.discard_unfinished(output_dir)
+            if self.is_world_process_zero():
+                checkpoints.discard_unfinished(output_dir)
             raise OSError(
                 f"the checkpoint of step {self.state.global_step} could not be written: {error}. {self._what_is_safe()}"
             ) from error

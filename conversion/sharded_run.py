@@ -1,0 +1,89 @@
+"""Checkpoints of a training run under FSDP, spread over files by process, to ordinary ones: one tensor in memory at a time.
+
+Accelerate writes `pytorch_model_fsdp_0/` with torch's distributed checkpointing: the parts of each tensor wherever its
+processes wrote them, and a pickled table of them, which is read without executing anything in it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import torch
+
+from nemotron_h_hf.checkpoint import Checkpoint, TensorSpec, save, write_text
+
+from .source import Entry, MegatronCheckpoint, Piece
+from .torch_dist import chunks_of, pieces_by_expert, read_metadata
+from .write_hf import TOKENIZER_FILES
+
+WEIGHTS_FOLDER = "pytorch_model_fsdp_0"
+WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.")  # of activation checkpointing and torch.compile
+STACK = re.compile(r"(.*\.experts)\.(up_proj|down_proj)")
+FLOAT32 = "e_score_correction_bias"  # in every release
+
+
+def export_run(
+    checkpoint: Path, target: Path, dtype: torch.dtype | None = None, max_shard_bytes: int = 5 * 2**30
+) -> int:
+    """Write the weights of a run's checkpoint, sharded or not, as a folder that `from_pretrained` loads; the tensors written.
+
+    Args:
+        dtype: of all weights but the router's correction bias; None for that of the checkpoint.
+
+    Raises:
+        ValueError: when files are missing or damaged, or the target holds weights already.
+    """
+    sharded = (checkpoint / WEIGHTS_FOLDER).is_dir()
+    source = open_sharded(checkpoint / WEIGHTS_FOLDER) if sharded else Checkpoint(checkpoint)
+    specs = [_spec(source.spec(name), dtype) for name in sorted(source, key=_by_depth)]
+    save(target, specs, ((spec.name, source[spec.name]) for spec in specs), max_shard_bytes)
+    for name in TOKENIZER_FILES:
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, target / name)
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    stored = next(spec.dtype for spec in specs if not spec.name.endswith(FLOAT32))
+    write_text(
+        target / "config.json", json.dumps({**config, "dtype": str(stored).removeprefix("torch.")}, indent=2) + "\n"
+    )
+    return len(specs)
+
+
+def open_sharded(folder: Path) -> MegatronCheckpoint:
+    """The weights under released names (`backbone.`, one matrix per expert), each read when asked for.
+
+    Raises:
+        ValueError: naming file and key, when parts are missing, overlap, leave the folder or a file's end.
+    """
+    table = read_metadata(folder)
+    entries: dict[str, Entry] = {}
+    for key, found in chunks_of(folder, table.tensors, table).items():
+        dtype, shape, _ = table.tensors[key]
+        name = released_name(key)
+        if stack := STACK.fullmatch(name):
+            for expert, pieces in pieces_by_expert(key, shape, found).items():
+                entries[f"{stack[1]}.{expert}.{stack[2]}.weight"] = Entry(dtype, shape[1:], pieces)
+        else:
+            entries[name] = Entry(
+                dtype, shape, [Piece(chunk, 0, box or (1,), corner or (0,)) for corner, box, chunk in found]
+            )
+    return MegatronCheckpoint(folder, "fsdp", entries, {})
+
+
+def released_name(key: str) -> str:
+    """`model.model.layers.0.norm.weight` -> `backbone.layers.0.norm.weight`; `model.` at the front is Accelerate's."""
+    name = WRAPPERS.sub("", key).removeprefix("model.")
+    return re.sub(r"^model\.", "backbone.", name)
+
+
+def _spec(stored: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
+    keeps = dtype is None or stored.name.endswith(FLOAT32)
+    return stored if keeps else stored._replace(dtype=dtype)
+
+
+def _by_depth(name: str) -> tuple:
+    """Embeddings, layers by number, what follows them: as a forward pass meets them."""
+    first = 0 if "embeddings" in name else 1 if ".layers." in name else 2
+    return (first, *(int(part) if part.isdigit() else part for part in name.split(".")))

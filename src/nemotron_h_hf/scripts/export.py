@@ -1,0 +1,73 @@
+"""Make an ordinary checkpoint of a training run's: one folder that from_pretrained loads, whatever wrote it.
+
+    nemotron-h export runs/big model/                            # the run's last whole checkpoint
+    nemotron-h export runs/big/checkpoint-500 model/ --dtype bfloat16
+
+A run under FSDP writes its weights in parts, one file per process; they are put together one tensor at a time, so a model
+larger than memory is no trouble, and neither GPUs nor processes are needed. Other runs' checkpoints are copied.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from nemotron_h_hf.conversion.sharded_run import export_run
+from nemotron_h_hf.training.checkpoints import MARKER, check_whole, last_whole_checkpoint
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class ExportArguments:
+    """What the command line says."""
+
+    source: Path
+    target: Path
+    dtype: str | None
+    max_shard_gb: float
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Find the checkpoint, write it, say so."""
+    arguments = parse(argv)
+    checkpoint = find_checkpoint(arguments.source)
+    dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
+    count = export_run(checkpoint, arguments.target, dtype, int(arguments.max_shard_gb * 1e9))
+    print(f"{arguments.target} holds {count} tensors of {checkpoint}")
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> ExportArguments:
+    """Read and check the command line."""
+    parser = argparse.ArgumentParser(
+        prog="nemotron-h export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="SRC", type=Path, help="a run's folder, or one of its checkpoints")
+    parser.add_argument("target", metavar="DST", type=Path, help="new folder")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (as in SRC, float32 in most runs)")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="of the files of DST (5)")
+    arguments = ExportArguments(**vars(parser.parse_args(argv)))
+    if not arguments.max_shard_gb > 0:
+        raise ValueError(f"--max-shard-gb is {arguments.max_shard_gb}; it must be above 0")
+    return arguments
+
+
+def find_checkpoint(source: Path) -> Path:
+    """The checkpoint itself, or the last whole one of a run."""
+    if (source / MARKER).is_file():
+        check_whole(source)
+        return source
+    checkpoint = last_whole_checkpoint(source)
+    if checkpoint is None:
+        raise ValueError(f"SRC is {source}; allowed is a run's folder with a whole checkpoint, or such a checkpoint")
+    return checkpoint
+
+
+if __name__ == "__main__":
+    sys.exit(main())

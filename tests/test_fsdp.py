@@ -1,0 +1,114 @@
+"""Pretraining under FSDP2 on two CPU processes (gloo): the losses of one process, sharded checkpoints, other numbers of processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from test_pretrain import COMMAND, environment, write_config
+from tiny_run import read_metrics, write_texts
+
+from nemotron_h_hf import NemotronHForCausalLM
+from nemotron_h_hf.training.checkpoints import last_whole_checkpoint
+
+MOE = {
+    "hybrid_override_pattern": "ME*-", "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 24,
+}  # fmt: skip
+FSDP2 = {
+    "compute_environment": "LOCAL_MACHINE", "distributed_type": "FSDP", "num_machines": 1, "mixed_precision": "no",
+    "use_cpu": True,
+    "fsdp_config": {
+        "fsdp_version": 2, "fsdp_auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "fsdp_reshard_after_forward": True,
+        "fsdp_transformer_layer_cls_to_wrap": "NemotronHBlock", "fsdp_state_dict_type": "SHARDED_STATE_DICT",
+        "fsdp_cpu_ram_efficient_loading": False,
+    },
+}  # fmt: skip
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A run of 12 steps of four rows of a model with a layer of each kind."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    path = write_config(folder, write_texts(folder / "texts"))
+    settings = yaml.safe_load(path.read_text())
+    settings["config_overrides"] |= MOE
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture(scope="module")
+def one(config, tmp_path_factory):
+    """The run on one process, not sharded."""
+    output_dir = tmp_path_factory.mktemp("one") / "run"
+    run([*COMMAND, f"--config={config}", f"--output_dir={output_dir}"])
+    return output_dir
+
+
+def test_same_losses_as_one_process_and_an_ordinary_checkpoint(config, one, tmp_path):
+    launch(config, tmp_path / "two", processes=2)
+    assert_same_losses(tmp_path / "two", one)
+    checkpoint = last_whole_checkpoint(tmp_path / "two")
+    assert len(list((checkpoint / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2
+    models = [NemotronHForCausalLM.from_pretrained(run / "model").state_dict() for run in (tmp_path / "two", one)]
+    for name, value in models[1].items():
+        assert torch.allclose(models[0][name], value, atol=2e-3), name
+
+
+def test_another_number_of_processes_goes_on(config, one, tmp_path):
+    """Stopped at step 8 of 12 as a crash would (nothing of the end is written), in the second phase of the data."""
+    launch(config, tmp_path / "run", processes=2, max_steps=12, crash_after=8)
+    assert last_whole_checkpoint(tmp_path / "run").name == "checkpoint-8"
+    launch(config, tmp_path / "run", processes=1)
+    assert_same_losses(tmp_path / "run", one)
+
+
+CRASHING = """
+import os, sys
+from nemotron_h_hf.scripts import pretrain
+from nemotron_h_hf.training.monitor import Monitor
+step = int(os.environ["CRASH_AFTER"])
+begin = Monitor.on_step_begin
+def crashing(self, args, state, control, **named):
+    if state.global_step == step:
+        os._exit(7)
+    begin(self, args, state, control, **named)
+Monitor.on_step_begin = crashing
+pretrain.main()
+"""
+
+
+def launch(config: Path, output_dir: Path, processes: int, crash_after: int | None = None, **flags) -> None:
+    output_dir.mkdir(exist_ok=True)
+    settings = output_dir / "accelerate.yaml"
+    settings.write_text(yaml.safe_dump({**FSDP2, "num_processes": processes}))
+    script = ["-m", "nemotron_h_hf.scripts.pretrain"]
+    if crash_after is not None:
+        (output_dir / "crashing.py").write_text(CRASHING)
+        script = [str(output_dir / "crashing.py")]
+    flags = {"output_dir": output_dir, "per_device_train_batch_size": 4 // processes, **flags}
+    words = [f"--{name}={value}" for name, value in {"config": config, **flags}.items()]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings)]
+    run([*command, "--main_process_port", "0", *script, *words], crash_after)
+
+
+def run(command: list[str], crash_after: int | None = None) -> None:
+    variables = {**environment(), "CRASH_AFTER": str(crash_after)}
+    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
+    assert (done.returncode == 0) == (crash_after is None), done.stderr[-4000:]
+
+
+def assert_same_losses(left: Path, right: Path) -> None:
+    """Sums run in another order on two processes; the differences grow with the steps."""
+    rows = [read_metrics(path) for path in (left, right)]
+    assert [row["step"] for row in rows[0]] == [row["step"] for row in rows[1]] == list(range(1, 13))
+    assert rows[0][0]["loss"] == pytest.approx(rows[1][0]["loss"], abs=1e-5)
+    assert rows[0][0]["grad_norm"] == pytest.approx(rows[1][0]["grad_norm"], rel=1e-4)
+    for name, tolerance in (("loss", 2e-3), ("learning_rate", 1e-9), ("tokens", 0)):
+        values = [[row[name] for row in run] for run in rows]
+        assert values[0] == pytest.approx(values[1], rel=tolerance), name
