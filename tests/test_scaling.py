@@ -226,7 +226,8 @@ for passes, each in ((1, True), (3, True), (3, False)):  # the first also steps 
     optimizer.zero_grad()
 states = [value for state in optimizer.state.values() for name, value in state.items() if name != "step"]
 size = lambda tensors: sum(local(t).numel() * t.element_size() for t in tensors)
-write(sys.argv[1], {"sent": seen, "weights": size(model.parameters()), "gradients": gradients, "moments": size(states), "whole_gradients": whole})
+held = {"weights": size(model.parameters()), "gradients": gradients, "moments": size(states), "whole_gradients": whole}
+write(sys.argv[1], {"sent": seen, **held})
 """
 )
 
