@@ -1,6 +1,5 @@
 """Pretraining under FSDP2 on two CPU processes (gloo): the losses of one process, sharded checkpoints, other numbers of processes."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -62,45 +61,25 @@ def test_same_losses_as_one_process_and_an_ordinary_checkpoint(config, one, tmp_
 
 def test_another_number_of_processes_goes_on(config, one, tmp_path):
     """Stopped at step 8 of 12 as a crash would (nothing of the end is written), in the second phase of the data."""
-    launch(config, tmp_path / "run", processes=2, max_steps=12, crash_after=8)
+    launch(config, tmp_path / "run", processes=2, crash_after=8)
     assert last_whole_checkpoint(tmp_path / "run").name == "checkpoint-8"
     launch(config, tmp_path / "run", processes=1)
     assert_same_losses(tmp_path / "run", one)
 
 
-CRASHING = """
-import os, sys
-from nemotron_h_hf.scripts import pretrain
-from nemotron_h_hf.training.monitor import Monitor
-step = int(os.environ["CRASH_AFTER"])
-begin = Monitor.on_step_begin
-def crashing(self, args, state, control, **named):
-    if state.global_step == step:
-        os._exit(7)
-    begin(self, args, state, control, **named)
-Monitor.on_step_begin = crashing
-pretrain.main()
-"""
-
-
-def launch(config: Path, output_dir: Path, processes: int, crash_after: int | None = None, **flags) -> None:
+def launch(config: Path, output_dir: Path, processes: int, crash_after: int = -1) -> None:
     output_dir.mkdir(exist_ok=True)
     settings = output_dir / "accelerate.yaml"
     settings.write_text(yaml.safe_dump({**FSDP2, "num_processes": processes}))
-    script = ["-m", "nemotron_h_hf.scripts.pretrain"]
-    if crash_after is not None:
-        (output_dir / "crashing.py").write_text(CRASHING)
-        script = [str(output_dir / "crashing.py")]
-    flags = {"output_dir": output_dir, "per_device_train_batch_size": 4 // processes, **flags}
-    words = [f"--{name}={value}" for name, value in {"config": config, **flags}.items()]
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings)]
-    run([*command, "--main_process_port", "0", *script, *words], crash_after)
+    command += ["--main_process_port", "0", str(Path(__file__).with_name("fsdp_on_cpu.py")), f"--config={config}"]
+    run([*command, f"--output_dir={output_dir}", f"--per_device_train_batch_size={4 // processes}"], crash_after)
 
 
-def run(command: list[str], crash_after: int | None = None) -> None:
+def run(command: list[str], crash_after: int = -1) -> None:
     variables = {**environment(), "CRASH_AFTER": str(crash_after)}
-    done = subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True)
-    assert (done.returncode == 0) == (crash_after is None), done.stderr[-4000:]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True)
+    assert (done.returncode == 0) == (crash_after < 0), done.stderr[-4000:]
 
 
 def assert_same_losses(left: Path, right: Path) -> None:

@@ -91,7 +91,7 @@ def test_wrong_flags_are_named(argv, message):
         ({"learning_rate": "quick"}, "invalid float value: 'quick'"),
         ({"sources": {"low": {"pth": "x"}}}, "source low has a key 'pth'; did you mean 'path'"),
         ({"phases": [{"weights": {"lo": 1}}]}, "'lo'; did you mean 'low'"),
-        ({"config_overrides": {"hiden_size": 3}}, "config_overrides: got 'hiden_size'"),
+        ({"config_overrides": {"hiden_size": 3}}, "config_overrides: got 'hiden_size'.*did you mean 'hidden_size'"),
         ({"init": "weights"}, "config_overrides: allowed with --init random"),
         ({"tokenizer": "nowhere"}, "tokenizer: none found in 'nowhere'"),
         ({"config_overrides": {**MODEL, "vocab_size": 99}}, "has 2048 tokens, allowed are the model's 99"),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from .arguments import ModelArguments, as_mapping
+from .arguments import ModelArguments, as_mapping, nearest
 from .fp8 import convert_to_fp8, print_fp8_modules
 
 
@@ -47,17 +48,19 @@ def load_model(
 
 def load_config(name: str, from_preset: Callable[..., PreTrainedConfig], overrides: dict) -> PreTrainedConfig:
     """The configuration of a folder, hub id or preset, with some of its fields replaced."""
-    if not Path(name).is_dir() and "/" not in name:
-        return from_preset(name, **overrides)
-    fields = AutoConfig.from_pretrained(name).to_dict()
-    if layers := {"layers_block_type", "hybrid_override_pattern"} & overrides.keys():
-        for field in ("layers_block_type", "hybrid_override_pattern", "num_hidden_layers"):
-            if field not in layers:
-                fields.pop(field, None)
-    unknown = sorted(overrides.keys() - fields.keys() - layers)
-    if unknown:
-        raise ValueError(f"config_overrides: got {unknown[0]!r}, allowed are fields of the configuration of {name}")
-    return type(AutoConfig.from_pretrained(name)).from_dict({**fields, **overrides})
+    is_preset = not Path(name).is_dir() and "/" not in name
+    base = from_preset(name) if is_preset else AutoConfig.from_pretrained(name)
+    kept = base.to_dict()
+    layers = {"layers_block_type", "hybrid_override_pattern"} & overrides.keys()
+    for field in ("layers_block_type", "hybrid_override_pattern", "num_hidden_layers") if layers else ():
+        kept.pop(field, None)  # the new layers say all three
+    known = [*kept, *layers, *(item.name for item in fields(type(base)))]
+    for field in overrides:
+        if field not in known:
+            raise ValueError(
+                f"config_overrides: got {field!r}, allowed are fields of the configuration{nearest(field, known)}"
+            )
+    return type(base).from_dict({**kept, **overrides})
 
 
 def load_tokenizer(arguments: ModelArguments, default: str, vocab_size: int) -> Tokenizer:
