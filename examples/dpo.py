@@ -48,7 +48,7 @@ with tempfile.TemporaryDirectory() as scratch:
     trainer = DPOTrainer(model, reference, args=training, train_dataset=data, processing_class=tokenizer)
     trainer.train()
     for line in trainer.state.log_history:
-        if "rewards/margins" in line and trainer.is_world_process_zero():
+        if "loss" in line and trainer.is_world_process_zero():
             print(f"step {line['step']}  loss {line['loss']:.3f}  margin {line['rewards/margins']:.3f}")
     if sys.argv[1:]:
         trainer.save_model(f"{training.output_dir}/model")
