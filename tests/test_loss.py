@@ -19,9 +19,10 @@ def labels_of(ids):
 
 
 @pytest.mark.parametrize("num_items", [None, 17, torch.tensor(23)])
-@pytest.mark.parametrize("positions_per_chunk", [1, 5, 10**6])
-def test_loss_and_gradients_are_transformers(num_items, positions_per_chunk, monkeypatch):
+@pytest.mark.parametrize("positions_per_chunk, kept", [(1, False), (5, False), (5, True), (10**6, True)])
+def test_loss_and_gradients_are_transformers(num_items, positions_per_chunk, kept, monkeypatch):
     monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", positions_per_chunk * 97)
+    monkeypatch.setattr(loss_module, "KEPT_LOGITS", 10**9 if kept else 0)
     model, ids = tiny_model(), prompt(2, 21)
     labels = labels_of(ids)
     logits = model(ids).logits
@@ -52,6 +53,7 @@ def test_trainer_asks_for_no_other_labels():
 def test_logits_of_the_whole_batch_never_exist(training, monkeypatch):
     vocab = 4096
     monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 16 * vocab)
+    monkeypatch.setattr(loss_module, "KEPT_LOGITS", 32 * vocab)
     model, ids = tiny_model(vocab_size=vocab), prompt(2, 500)
     model.train()
     with torch.set_grad_enabled(training), LargestTensor() as largest:

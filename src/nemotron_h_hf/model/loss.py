@@ -1,7 +1,8 @@
 """Next-token loss from hidden states, a few positions at a time, so that the logits of a whole batch never exist.
 
 A vocabulary of 131,072 turns 8,192 positions into 4 GiB of fp32 logits, and training needs three such tensors. Here each
-chunk's logits live only while its loss (and later its gradient) is computed. `lm_head` is called as a module.
+chunk's logits live only while its loss (and later its gradient) is computed; of a small batch they are kept, which saves
+`lm_head`'s second pass. `lm_head` is called as a module.
 """
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 LOGITS_PER_CHUNK = 2**24  # 64 MiB in fp32
+KEPT_LOGITS = 2**26  # up to so many, all chunks are kept for the backward pass, beyond it they are made again
 
 
 def next_token_loss(
@@ -37,7 +39,7 @@ def next_token_loss(
     targets = targets.to(hidden_states.device).flatten()
     hidden_states = hidden_states.flatten(0, -2)
     step = max(1, LOGITS_PER_CHUNK // vocab_size)
-    recompute = torch.is_grad_enabled() and len(targets) > step
+    recompute = torch.is_grad_enabled() and len(targets) * vocab_size > KEPT_LOGITS
     total = None
     for start in range(0, len(targets), step):
         args = (hidden_states[start : start + step], targets[start : start + step], lm_head, ignore_index)

@@ -262,6 +262,9 @@ class NemotronHModel(NemotronHPreTrainedModel):
         if "full_attention" not in self.config.layers_block_type:
             return None, {}
         if documents is None:
+            growing = cache is None or not cache.is_compileable
+            if embeds.shape[1] == 1 and mask is None and growing and self.config._attn_implementation == "sdpa":
+                return None, {}  # one token sees everything before it
             return create_causal_mask(self.config, embeds, mask, cache), {}
         if "flash" in self.config._attn_implementation:
             return None, flash_offsets(documents, mask)

@@ -67,14 +67,13 @@ def causal_conv(
     before = x.new_zeros(x.shape[0], earlier, x.shape[2]) if initial_state is None else initial_state[..., 1:].mT
     same = [] if seq_idx is None else [_same_document(seq_idx, back).to(x.dtype) for back in range(1, earlier + 1)]
     outputs, before = [], before.to(x.dtype)
-    for start in range(0, x.shape[1], CONV_TOKENS):
-        part = slice(start, start + CONV_TOKENS)
-        block = torch.cat([before, x[:, part]], dim=1)
-        before, out = block[:, block.shape[1] - earlier :], block[:, earlier:] * taps[-1]
+    for number, part in enumerate(x.split(CONV_TOKENS, dim=1)):  # the gradient of a slice would be as long as x
+        block = torch.cat([before, part], dim=1)
+        before, out = block[:, block.shape[1] - earlier :], part * taps[-1]
         for back in range(1, earlier + 1):
             shifted = block[:, earlier - back : block.shape[1] - back]
             if seq_idx is not None:
-                shifted = shifted * same[back - 1][:, part]
+                shifted = shifted * same[back - 1][:, number * CONV_TOKENS :][:, : part.shape[1]]
             out.addcmul_(shifted, taps[-1 - back])
         outputs.append(F.silu(out if bias is None else out.add_(bias), inplace=not torch.is_grad_enabled()))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -113,7 +112,10 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, group_size: int, eps: fl
     """RMSNorm over groups of channels of x * silu(gate), in fp32. x, gate (..., d), weight (d) -> (..., d) in gate's dtype."""
     gated = times(F.silu(wide(gate)), wide(x))
     groups = gated.view(*gated.shape[:-1], -1, group_size)
-    normed = times(groups, torch.rsqrt(groups.square().mean(-1, keepdim=True) + eps))
+    lengths = torch.linalg.vector_norm(
+        groups, dim=-1, keepdim=True
+    )  # one pass, where squares and their mean take three
+    normed = times(groups, torch.rsqrt(lengths.square() / group_size + eps))
     return times(normed.flatten(-2), wide(weight)).to(gate.dtype)
 
 
@@ -150,10 +152,10 @@ def scan(
     segment = SEGMENT_TOKENS // chunk_size * chunk_size
     recompute = l > KEPT_TOKENS and torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C, D, state))
     outputs, document = [], None
-    for start in range(0, l, segment):
-        part = slice(start, min(start + segment, l))
-        documents = None if seq_idx is None else seq_idx[:, part]
-        args = (x[:, part], dt[:, part], A, B[:, part], C[:, part], D, chunk_size, state, documents, document)
+    parts = zip(*(t.split(segment, dim=1) for t in (x, dt, B, C)))  # the gradient of a slice would be as long as x
+    for number, (x_part, dt_part, B_part, C_part) in enumerate(parts):
+        documents = None if seq_idx is None else seq_idx[:, number * segment : (number + 1) * segment]
+        args = (x_part, dt_part, A, B_part, C_part, D, chunk_size, state, documents, document)
         with no_autocast(x):
             if recompute:
                 y, state = checkpoint(_scan_segment, *args, use_reentrant=False, preserve_rng_state=False)
@@ -260,9 +262,9 @@ def _scan_segment(
     keep = torch.exp(survives).view(b, c, g, r, 1).expand(-1, -1, -1, -1, p).reshape(b, c, g, 1, r * p)
     state = state.view(b, g, r * p, n).transpose(-1, -2)  # (b, g, n, r*p)
     states = []
-    for i in range(c):
+    for added_by_chunk, kept in zip(added.unbind(1), keep.unbind(1)):
         states.append(state)
-        state = torch.addcmul(added[:, i], state, keep[:, i])
+        state = torch.addcmul(added_by_chunk, state, kept)
 
     # 4. From the state that a chunk is given: y_i += exp(total_i) C_i . S, and the skip D x
     carried = (C @ torch.stack(states, dim=1)).transpose(2, 3).reshape(b, c, q, h, p)
