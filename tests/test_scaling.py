@@ -77,10 +77,11 @@ def test_activations_are_those_that_autograd_keeps(pattern, checkpointing, dtype
 
 
 def test_activations_of_a_loss_in_chunks(monkeypatch):
-    """Logits are not kept once there are more of them than a chunk holds."""
+    """Logits are not kept once there are too many of them."""
     config = tiny_config()
     for module in (loss, sys.modules[activation_bytes.__module__]):
         monkeypatch.setattr(module, "LOGITS_PER_CHUNK", 32 * config.vocab_size)
+        monkeypatch.setattr(module, "KEPT_LOGITS", 32 * config.vocab_size)
     plan = Plan(checkpointing=False, fused_norm=False)
     for length in (32, 33, 128):
         measured = run_keeping(config, length, "bfloat16", False)

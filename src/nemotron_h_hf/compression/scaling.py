@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..model.configuration_nemotron_h import NemotronHConfig
-from ..model.loss import LOGITS_PER_CHUNK
+from ..model.loss import KEPT_LOGITS, LOGITS_PER_CHUNK
 from ..model.ssd import CONV_TOKENS, KEPT_TOKENS, SEGMENT_TOKENS
 from .cost import Tensor, checkpoint_tensors, forward_flops_per_token
 
@@ -141,12 +141,12 @@ def kept_bytes(config: NemotronHConfig, kind: str, width: int, plan: Plan) -> in
 def activation_bytes(config: NemotronHConfig, plan: Plan, tokens: int | None = None) -> int:
     """Bytes of activations that a pass keeps between forward and backward, the loss included.
 
-    With checkpointing a layer keeps its input alone (s d per token). The loss keeps logits only if they fit one chunk.
+    With checkpointing a layer keeps its input alone (s d per token). The loss keeps logits only of a small batch.
     """
     tokens = plan.tokens_per_pass if tokens is None else tokens
     s, d, vocab = plan.element_bytes, config.hidden_size, config.vocab_size
     per_token = 8 + _norm_bytes(config, plan) + 8  # token ids, the final norm, labels
-    per_token += 4 * vocab if tokens <= LOGITS_PER_CHUNK // vocab else 0
+    per_token += 4 * vocab if tokens * vocab <= KEPT_LOGITS else 0
     layers = _layers(config)
     per_token += (
         s * d * len(layers) if plan.checkpointing else sum(kept_bytes(config, *layer, plan) for layer in layers)
@@ -173,7 +173,7 @@ def mixer_bytes(config: NemotronHConfig, plan: Plan, tokens: int) -> int:
     """Bytes inside one Mamba mixer while its backward runs, on the PyTorch path; the fused kernels should keep less.
 
     Per token s c (2 + (1 + 3 / 128)) for the convolution in blocks of 128 with 3 tokens of overlap, its SiLU and its
-    output; 5 x 4 i and 4 groups for the scan's output and the gated norm; 2 x 4 heads for step sizes; and a state of
+    output; 5 x 4 i and 8 groups for the scan's output and the gated norm; 2 x 4 heads for step sizes; and a state of
     4 i n per segment of 512 tokens. Each rank of a tensor-parallel group does all of it.
     """
     if tokens <= KEPT_TOKENS or tokens % SEGMENT_TOKENS:
@@ -181,7 +181,7 @@ def mixer_bytes(config: NemotronHConfig, plan: Plan, tokens: int) -> int:
     s, inner, state = plan.element_bytes, config.mamba_intermediate_size, config.ssm_state_size
     overlap = (config.conv_kernel - 1) * tokens // CONV_TOKENS
     conv = s * config.conv_dim * (3 * tokens + overlap)
-    scan = tokens * (20 * inner + 4 * config.n_groups + 8 * config.mamba_num_heads)
+    scan = tokens * (20 * inner + 8 * config.n_groups + 8 * config.mamba_num_heads)
     return conv + scan + 4 * inner * state * tokens // SEGMENT_TOKENS
 
 
