@@ -102,7 +102,9 @@ def parse(argv: Sequence[str]) -> BenchArguments:
         "--output", type=Path, default=Path("bench_cpu"), help="files to write, without ending (bench_cpu)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
-    parser.add_argument("--runs", type=int, default=5, help="rounds (5; decode takes 3 times as many, prompts over 4,096 one)")
+    parser.add_argument(
+        "--runs", type=int, default=5, help="rounds (5; decode takes 3 times as many, prompts over 4,096 one)"
+    )
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch (2)")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure (all)")
     parser.add_argument("--prompts", nargs="+", type=int, help="lengths to prefill (256 1024 4096 16384)")
