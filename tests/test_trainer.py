@@ -1,6 +1,7 @@
 """NemotronHTrainer: resuming exactly, stopping without loss, and options that must leave the loss as it is."""
 
 import errno
+import itertools
 import json
 import shutil
 
@@ -24,7 +25,7 @@ from nemotron_h_hf import NemotronHForCausalLM
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.training import checkpoints
 from nemotron_h_hf.training.checkpoints import last_whole_checkpoint, whole_checkpoints
-from nemotron_h_hf.training.trainer import NemotronHTrainer, TrainingStopped
+from nemotron_h_hf.training.trainer import EndlessRows, NemotronHTrainer, TrainingStopped
 from nemotron_h_hf.training.z_loss import next_token_loss_with_z
 
 
@@ -120,6 +121,17 @@ def test_loss_does_not_depend_on(texts, tmp_path, fields):
         losses.append([(row["loss"], row["grad_norm"]) for row in read_metrics(tmp_path / name)])
     assert torch.allclose(torch.tensor(losses[0]), torch.tensor(losses[1]), atol=2e-4, rtol=1e-3)
     assert losses[0][0][0] == pytest.approx(losses[1][0][0], abs=1e-5)
+
+
+@pytest.mark.slow
+def test_loss_does_not_depend_on_compilation(texts, tmp_path):
+    rows = []
+    for name, fields in (("plain", {}), ("compiled", {"torch_compile": True})):
+        make_trainer(texts, tmp_path / name, steps=4, save_strategy="no", **fields).train()
+        rows.append(read_metrics(tmp_path / name))
+    assert rows[0][0]["loss"] == pytest.approx(rows[1][0]["loss"], abs=1e-5)
+    for name in ("loss", "grad_norm"):
+        assert [row[name] for row in rows[0]] == pytest.approx([row[name] for row in rows[1]], rel=2e-3), name
 
 
 def test_accumulated_batches_of_unequal_labels(tmp_path):
@@ -256,6 +268,18 @@ def test_rows_of_a_list_go_round(tmp_path):
     trainer = NemotronHTrainer(fresh_model(), make_arguments(tmp_path), train_dataset=PackedRows(documents, LENGTH))
     trainer.train()
     assert json.loads((tmp_path / "checkpoint-8" / "data_state.json").read_text())["rows"] == 4 * STEPS
+
+
+def test_states_of_steps_outlast_reading_ahead():
+    """Steps of 700 rows, as on hundreds of GPUs, read 300 rows too far: the state of each step is that of its last row."""
+    documents = [torch.arange(3, 3 + length) for length in range(1, 90)]
+    rows = EndlessRows(PackedRows(documents, 4), rows_per_step=700)
+    taken = list(itertools.islice(rows, 1700))
+    assert list(rows.states) == [700, 1400]
+    again = PackedRows(documents, 4)
+    again.load_state_dict(json.loads(json.dumps(rows.states[700])))
+    following = list(itertools.islice(EndlessRows(again, 700), 1000))
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(following, taken[700:], strict=True))
 
 
 def test_data_loader_workers_are_refused(texts, tmp_path):

@@ -18,7 +18,7 @@ LENGTH = 32
 ROWS_PER_STEP = 4
 TOKENS_PER_STEP = ROWS_PER_STEP * LENGTH
 STEPS = 8
-TIMES = ("tokens_per_second", "mfu", "memory_bytes", "epoch")
+TIMES = ("tokens_per_second", "mfu", "memory_bytes")
 
 
 def write_texts(folder: Path) -> Path:

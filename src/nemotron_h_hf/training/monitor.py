@@ -71,6 +71,8 @@ class Monitor(ProgressCallback):
         if self._log is None or not logs or "train_runtime" in logs:  # that is the summary at the end, no step
             return
         row = {"step": state.global_step, "tokens": state.global_step * args.tokens_per_step, **logs}
+        if args.max_steps > 0:  # then it counts from where this process began
+            row.pop("epoch", None)
         write_row(self._log, row)
         if self.training_bar is not None:
             self.training_bar.set_postfix_str(describe(row))

@@ -40,6 +40,7 @@ from .z_loss import next_token_loss_with_z
 logger = logging.get_logger(__name__)
 
 DATA_STATE_FILE = "data_state.json"
+STATES_KEPT = 8  # steps; a data loader reads one batch ahead
 STEPS_REMEMBERED = 100  # whose mean a jump of the loss is measured from
 
 
@@ -59,16 +60,25 @@ class RowsWithState(Protocol):
 
 
 class EndlessRows(IterableDataset):
-    """Rows round after round, until a round has none; a batch may so begin in one round and end in the next."""
+    """Rows round after round, until a round has none; a batch may so begin in one round and end in the next.
 
-    def __init__(self, rows: RowsWithState):
-        self.rows = rows
+    Data loaders read ahead, so the state after each step's rows is kept here until the step is done.
+    """
+
+    def __init__(self, rows: RowsWithState, rows_per_step: int):
+        self.rows, self.rows_per_step = rows, rows_per_step
+        self.states: dict[int, dict[str, Any]] = {}
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        before = -1
+        first, before = self.rows.rows_yielded, -1
         while self.rows.rows_yielded != before:
             before = self.rows.rows_yielded
-            yield from self.rows
+            for row in self.rows:
+                count = self.rows.rows_yielded
+                if (count - first) % self.rows_per_step == 0:
+                    self.states[count] = self.rows.state_after(count)
+                    self.states = dict(list(self.states.items())[-STATES_KEPT:])
+                yield row
 
 
 class NemotronHTrainer(Trainer):
@@ -92,7 +102,7 @@ class NemotronHTrainer(Trainer):
     ):
         self.rows = train_dataset if isinstance(train_dataset, RowsWithState) else None
         if self.rows is not None:
-            train_dataset = EndlessRows(self.rows)
+            train_dataset = EndlessRows(self.rows, args.tokens_per_step // args.sequence_length)
             data_collator = data_collator or default_data_collator
             args.accelerator_config.dispatch_batches = False  # every process reads all rows and takes its own
             args.ignore_data_skip = True
@@ -284,7 +294,7 @@ class NemotronHTrainer(Trainer):
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(folder)
             if self.is_world_process_zero() and self.rows is not None:
-                checkpoints.write_json(folder / DATA_STATE_FILE, self.rows.state_after(self._rows_consumed()))
+                checkpoints.write_json(folder / DATA_STATE_FILE, self.train_dataset.states[self._rows_consumed()])
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 step = self.state.global_step
@@ -307,7 +317,7 @@ class NemotronHTrainer(Trainer):
     def _rows_consumed(self) -> int:
         """Rows in all whole steps of the run, those that other processes took included."""
         steps = self.state.global_step - self._first_step
-        return self._first_row + steps * self.args.tokens_per_step // self.args.sequence_length
+        return self._first_row + steps * self.train_dataset.rows_per_step
 
     def _checkpoint_bytes(self) -> int:
         """Bytes of weights and optimizer states, all processes together where they are sharded."""
