@@ -47,7 +47,7 @@ def test_quick_run_writes_json_plot_and_table(tmp_path, capsys):
     captured = capsys.readouterr()
     assert "correctness gate passed" in captured.out and "peak memory beyond the weights" in captured.out
     assert all(name in captured.out for name in names)
-    assert "decode: round 2 of 2" in captured.err
+    assert "decode: round 6 of 6" in captured.err
 
 
 def test_parts_can_be_chosen(tmp_path, capsys):
