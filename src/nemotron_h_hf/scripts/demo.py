@@ -77,7 +77,12 @@ def write(model: PreTrainedModel, tokenizer, arguments: DemoArguments) -> str:
     inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False)
     start = time.perf_counter()
     output = model.generate(
-        **inputs, max_new_tokens=arguments.max_new_tokens, do_sample=True, temperature=0.6, top_p=0.95
+        **inputs,
+        max_new_tokens=arguments.max_new_tokens,
+        do_sample=True,
+        temperature=0.7,
+        top_p=0.95,
+        repetition_penalty=1.15,  # so small a model falls into loops
     )
     seconds = time.perf_counter() - start
     num_new = output.shape[1] - inputs["input_ids"].shape[1]
