@@ -159,6 +159,7 @@ import json
 import sys
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -181,7 +182,7 @@ class Sent(TorchDispatchMode):
 
 
 def local(tensor):
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def write(folder, content):

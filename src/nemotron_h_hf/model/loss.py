@@ -41,8 +41,8 @@ def next_token_loss(
     step = max(1, LOGITS_PER_CHUNK // vocab_size)
     recompute = torch.is_grad_enabled() and len(targets) * vocab_size > KEPT_LOGITS
     total = None
-    for start in range(0, len(targets), step):
-        args = (hidden_states[start : start + step], targets[start : start + step], lm_head, ignore_index)
+    for rows, row_targets in zip(hidden_states.split(step), targets.split(step)):
+        args = (rows, row_targets, lm_head, ignore_index)
         part = (
             checkpoint(_summed_loss, *args, use_reentrant=False, preserve_rng_state=False)
             if recompute

@@ -16,6 +16,7 @@ student agrees, and it still pulls down what the student puts outside S. (Renorm
     b batch, l length, n positions (b * l), v vocabulary, k kept tokens
 """
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -85,24 +86,38 @@ def distillation_loss(
     kept = (teacher.hidden_states.detach(),) if live else teacher
     kept = tuple(tensor.to(student.device).flatten(0, 1) for tensor in kept)
     teacher_head = teacher.lm_head if live else None
-    step = max(1, LOGITS_PER_CHUNK // vocab_size)
-    recompute = torch.is_grad_enabled() and len(targets) > step
-    total = None
-    for start in range(0, len(targets), step):
-        part = slice(start, start + step)
-        args = (student[part], targets[part], [tensor[part] for tensor in kept], lm_head, teacher_head, temperature)
-        sums = (
-            checkpoint(_summed, *args, use_reentrant=False, preserve_rng_state=False) if recompute else _summed(*args)
-        )
-        total = sums if total is None else total + sums
-    if num_items_in_batch is None:
-        num_items_in_batch = (targets != IGNORE).sum()
-    elif isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    kl, cross_entropy = total[0] / num_items_in_batch, total[1] / num_items_in_batch
+
+    def summed(student: Tensor, targets: Tensor, *kept: Tensor) -> Tensor:
+        return _summed(student, targets, kept, lm_head, teacher_head, temperature)
+
+    total = sum_in_chunks(summed, (student, targets, *kept), vocab_size)
+    kl, cross_entropy = (per_item(sums, targets, num_items_in_batch) for sums in (total[0], total[1]))
     w = cross_entropy_weight
     loss = kl if w == 0 else cross_entropy if w == 1 else (1 - w) * kl + w * cross_entropy
     return DistillationLoss(loss, kl.detach().clone(), cross_entropy.detach().clone())  # Trainer scales loss in place
+
+
+def sum_in_chunks(summed: Callable[..., Tensor], rows: Sequence[Tensor], vocab_size: int) -> Tensor:
+    """Sum of `summed(a part of each of rows)` over parts of at most LOGITS_PER_CHUNK logits.
+
+    Of several parts each is computed again in the backward pass, so that one part's logits are alive at a time.
+    """
+    parts = list(zip(*(tensor.split(max(1, LOGITS_PER_CHUNK // vocab_size)) for tensor in rows)))
+    recompute = torch.is_grad_enabled() and len(parts) > 1
+    total = None
+    for part in parts:
+        more = checkpoint(summed, *part, use_reentrant=False, preserve_rng_state=False) if recompute else summed(*part)
+        total = more if total is None else total + more
+    return total
+
+
+def per_item(total: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
+    """A sum over positions, divided by the items of the accumulated batch, or by the labels of this one."""
+    if num_items_in_batch is None:
+        return total / (targets != IGNORE).sum()
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(total.device)
+    return total / num_items_in_batch
 
 
 @torch.no_grad()
@@ -128,7 +143,7 @@ def top_k(hidden_states: Tensor, lm_head: nn.Module, vocab_size: int, k: int, te
 def _summed(
     student: Tensor,
     targets: Tensor,
-    kept: list[Tensor],
+    kept: Sequence[Tensor],
     lm_head: nn.Module,
     teacher_head: nn.Module | None,
     temperature: float,

@@ -6,13 +6,10 @@ another one through `loss_from_hidden`; this is that other one, in the same piec
     b batch, l length, n positions (b * l), v vocabulary
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-LOGITS_PER_CHUNK = 2**24  # 64 MiB in fp32
-IGNORE = -100
+from .losses import IGNORE, per_item, sum_in_chunks
 
 
 def next_token_loss_with_z(
@@ -35,24 +32,11 @@ def next_token_loss_with_z(
     """
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE).to(hidden_states.device).flatten()  # (n)
     hidden_states = hidden_states.flatten(0, 1)
-    step = max(1, LOGITS_PER_CHUNK // vocab_size)
-    recompute = torch.is_grad_enabled() and len(targets) > step
-    total = None
-    for start in range(0, len(targets), step):
-        args = (hidden_states[start : start + step], targets[start : start + step], lm_head, z_weight)
-        part = (
-            checkpoint(_summed, *args, use_reentrant=False, preserve_rng_state=False) if recompute else _summed(*args)
-        )
-        total = part if total is None else total + part
-    if num_items_in_batch is None:
-        num_items_in_batch = (targets != IGNORE).sum()
-    elif isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
 
+    def summed(hidden_states: Tensor, targets: Tensor) -> Tensor:
+        logits = lm_head(hidden_states).float()  # (n, v)
+        z = logits.logsumexp(-1)
+        cross_entropy = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+        return cross_entropy + z_weight * z.square().masked_fill(targets == IGNORE, 0.0).sum()
 
-def _summed(hidden_states: Tensor, targets: Tensor, lm_head: nn.Module, z_weight: float) -> Tensor:
-    logits = lm_head(hidden_states).float()  # (n, v)
-    z = logits.logsumexp(-1)
-    cross_entropy = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-    return cross_entropy + z_weight * z.square().masked_fill(targets == IGNORE, 0.0).sum()
+    return per_item(sum_in_chunks(summed, (hidden_states, targets), vocab_size), targets, num_items_in_batch)
