@@ -7,7 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nemotron_h_hf import HybridCache, NemotronHConfig, NemotronHForCausalLM
-from nemotron_h_hf.compression import cost
+from nemotron_h_hf.model import cost
 
 MIB = 2**20
 

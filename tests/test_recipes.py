@@ -17,8 +17,8 @@ from transformers import AutoTokenizer
 from trl import DPOConfig, TrlParser
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig, NemotronHForCausalLM
-from nemotron_h_hf.compression.cost import num_parameters
 from nemotron_h_hf.data.phases import phases_from, resolve_phases
+from nemotron_h_hf.model.cost import num_parameters
 from nemotron_h_hf.scripts import distill, pretrain, sft
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse
 from nemotron_h_hf.training.data_arguments import DataArguments

@@ -13,7 +13,6 @@ from tiny import prompt, tiny_config, tiny_model
 
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.compression import scaling_table
-from nemotron_h_hf.compression.cost import num_parameters
 from nemotron_h_hf.compression.scaling import (
     Plan,
     activation_bytes,
@@ -29,6 +28,7 @@ from nemotron_h_hf.compression.scaling import (
     working_bytes,
 )
 from nemotron_h_hf.model import loss
+from nemotron_h_hf.model.cost import num_parameters
 
 DTYPES = {"float32": 4, "bfloat16": 2}
 DOC = Path(__file__).parent.parent / "docs" / "scaling.md"

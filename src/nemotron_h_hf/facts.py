@@ -8,8 +8,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from .compression import cost
 from .headers import Contents, read_contents
+from .model import cost
 from .model.configuration_nemotron_h import NemotronHConfig
 
 LAYER_NAMES = {"M": "Mamba-2", "*": "attention", "-": "MLP", "E": "MoE"}

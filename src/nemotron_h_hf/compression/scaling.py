@@ -17,9 +17,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ..model.configuration_nemotron_h import NemotronHConfig
+from ..model.cost import Tensor, checkpoint_tensors, forward_flops_per_token
 from ..model.loss import KEPT_LOGITS, LOGITS_PER_CHUNK
 from ..model.ssd import CONV_TOKENS, KEPT_TOKENS, SEGMENT_TOKENS
-from .cost import Tensor, checkpoint_tensors, forward_flops_per_token
 
 PAPER_TOKENS_PER_STEP = 768 * 8192
 LM_HEAD_RULE = {"lm_head": "colwise_gather_output"}

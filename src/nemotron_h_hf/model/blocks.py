@@ -43,13 +43,14 @@ class NemotronHAttention(nn.Module):
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
         self.head_dim, self.scaling, self.is_causal = config.head_dim, config.head_dim**-0.5, True
-        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        num_heads = config.size("num_attention_heads", layer_idx)
+        self.num_key_value_groups = num_heads // config.num_key_value_heads
         self.attention_dropout = config.attention_dropout
         hidden, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(hidden, config.num_attention_heads * self.head_dim, bias=bias)
+        self.q_proj = nn.Linear(hidden, num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(config.num_attention_heads * self.head_dim, hidden, bias=bias)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden, bias=bias)
 
     def forward(
         self,
@@ -110,12 +111,12 @@ def eager_attention_forward(
     return output.view(b, heads, l, d).transpose(1, 2), weights
 
 
-def make_mixer(config: NemotronHConfig, kind: str, layer_idx: int, mlp_width: int | None) -> nn.Module:
-    """The mixer of one layer; `mlp_width` is only for MLP layers, whose widths may differ."""
+def make_mixer(config: NemotronHConfig, kind: str, layer_idx: int) -> nn.Module:
+    """The mixer of one layer."""
     mixers = {
         "linear_attention": lambda: NemotronHMamba2Mixer(config, layer_idx),
         "full_attention": lambda: NemotronHAttention(config, layer_idx),
-        "mlp": lambda: NemotronHMLP(config, mlp_width),
+        "mlp": lambda: NemotronHMLP(config, config.size("intermediate_size", layer_idx)),
         "moe": lambda: NemotronHMoE(config),
     }
     return mixers[kind]()
@@ -124,12 +125,12 @@ def make_mixer(config: NemotronHConfig, kind: str, layer_idx: int, mlp_width: in
 class NemotronHBlock(GradientCheckpointingLayer):
     """x + mixer(norm(x))."""
 
-    def __init__(self, config: NemotronHConfig, layer_idx: int, kind: str, mlp_width: int | None) -> None:
+    def __init__(self, config: NemotronHConfig, layer_idx: int, kind: str) -> None:
         super().__init__()
         self.layer_idx, self.block_type = layer_idx, kind
         self.residual_in_fp32 = config.residual_in_fp32
         self.norm = NemotronHRMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = make_mixer(config, kind, layer_idx, mlp_width)
+        self.mixer = make_mixer(config, kind, layer_idx)
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         residual, hidden_states = hidden_states, self.norm(hidden_states)
@@ -150,7 +151,6 @@ class NemotronHMTP(nn.Module):
     def __init__(self, config: NemotronHConfig) -> None:
         super().__init__()
         kinds, hidden, eps = config.mtp_layers_block_type, config.hidden_size, config.layer_norm_epsilon
-        width = config.intermediate_size if isinstance(config.intermediate_size, int) else max(config.mlp_widths)
         self.layers = nn.ModuleList()
         for _ in range(config.num_nextn_predict_layers):
             for position, kind in enumerate(kinds):
@@ -159,7 +159,7 @@ class NemotronHMTP(nn.Module):
                     layer.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
                     layer.enorm, layer.hnorm = NemotronHRMSNorm(hidden, eps), NemotronHRMSNorm(hidden, eps)
                 layer.norm = NemotronHRMSNorm(hidden, eps)
-                layer.mixer = make_mixer(config, kind, config.num_hidden_layers + len(self.layers), width)
+                layer.mixer = make_mixer(config, kind, config.num_hidden_layers + len(self.layers))
                 if position == len(kinds) - 1:
                     layer.final_layernorm = NemotronHRMSNorm(hidden, eps)
                 self.layers.append(layer)

@@ -395,8 +395,6 @@ def check_cache(cache: Cache, config: PreTrainedConfig, batch_size: int) -> None
         raise ValueError(
             f"past_key_values has {len(cache.layers)} layers, the model has {len(kinds)}: a cache of another model"
         )
-    ssm_shape = (config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
-    conv_shape = (config.conv_dim, config.conv_kernel)
     kv_heads, tensor_parallel = (
         config.num_key_value_heads,
         torch.distributed.is_available() and torch.distributed.is_initialized(),
@@ -405,7 +403,9 @@ def check_cache(cache: Cache, config: PreTrainedConfig, batch_size: int) -> None
         if kind == "linear_attention" and isinstance(layer, LinearAttentionLayer):
             if not layer.is_recurrent_states_initialized[0]:
                 continue
-            held, needed = layer.recurrent_states[0].shape, (batch_size, *ssm_shape)
+            heads, head_dim = config.size("mamba_num_heads", index), config.size("mamba_head_dim", index)
+            conv_shape = (config.conv_width(index), config.conv_kernel)
+            held, needed = layer.recurrent_states[0].shape, (batch_size, heads, head_dim, config.ssm_state_size)
             if layer.conv_states[0].shape[1:] != conv_shape:
                 held, needed = layer.conv_states[0].shape, (batch_size, *conv_shape)
         elif kind == "full_attention" and isinstance(layer, CacheLayerMixin):

@@ -4,7 +4,9 @@ A layer is one mixer: Mamba-2 (M), attention (*), MLP (-) or mixture of experts 
 `M-M*-`. What this class guarantees after construction:
 
     layers_block_type   list of "linear_attention" | "full_attention" | "mlp" | "moe", one per layer (transformers' names)
-    mlp_widths          one width per MLP layer, in order (`intermediate_size` may be one int or such a list)
+    mlp_widths          one width per MLP layer, in order
+    size(field, layer)  a size of one layer: `intermediate_size`, `mamba_num_heads`, `mamba_head_dim` and
+                        `num_attention_heads` may be one int, or a list with one for each layer of their kind
     time_step_limit     (low, high) of the Mamba step size; absent or null means (0, inf), never (time_step_min, inf)
 
 Widths are never derived from `expand` or `hidden_size`: the Mamba width is heads * head_dim (`mamba_intermediate_size`).
@@ -16,8 +18,11 @@ from typing import Any
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .budgets import read_elastic
+
 LETTER_TO_TYPE = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 TYPE_TO_LETTER = {name: letter for letter, name in LETTER_TO_TYPE.items()}
+LAYER_NAMES = {"linear_attention": "Mamba", "full_attention": "attention", "mlp": "MLP", "moe": "MoE"}  # for people
 LEGACY_TYPES = {"mamba": "linear_attention", "attention": "full_attention"}
 
 # Older spellings of a field -> the field. The value in the older spelling is used only where the field itself is absent.
@@ -56,7 +61,8 @@ class NemotronHConfig(PreTrainedConfig):
 
     Layers come from `hybrid_override_pattern` ("M-M*-"), or from a list in `layers_block_type` (or `layer_types`) with
     the names linear_attention/mamba, full_attention/attention, mlp, moe. Sizes are counts of elements.
-    `intermediate_size` is one width for every MLP layer or a list with one width per MLP layer.
+    `intermediate_size`, `mamba_num_heads`, `mamba_head_dim` and `num_attention_heads` are one size for every layer of
+    their kind, or a list with one size for each of them.
     `mamba_implementation` chooses the ops: "auto" (kernels where the tensors and the packages allow), "torch", "kernels".
 
     Raises:
@@ -69,6 +75,13 @@ class NemotronHConfig(PreTrainedConfig):
         "layer_types": "layers_block_type",
         "num_local_experts": "n_routed_experts",
         "num_experts": "n_routed_experts",  # where TRL's fused head looks for it
+    }
+    # Fields that may be a list -> the kind of layer that has them: one entry for each layer of that kind, in order.
+    PER_LAYER_FIELDS = {
+        "intermediate_size": "mlp",
+        "mamba_num_heads": "linear_attention",
+        "mamba_head_dim": "linear_attention",
+        "num_attention_heads": "full_attention",
     }
     # in_proj packs five blocks of rows (gate, x, B, C, dt), so it is gathered before they are cut apart; conv and scan run
     # on every rank, while the weights, which are nearly all of a Mamba layer, are split.
@@ -110,7 +123,7 @@ class NemotronHConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 2
     max_position_embeddings: int = 8192
     # attention: grouped queries, no position embedding
-    num_attention_heads: int = 32
+    num_attention_heads: int | list[int] = 32
     num_key_value_heads: int | None = 8
     head_dim: int = 128
     attention_bias: bool = False
@@ -120,8 +133,8 @@ class NemotronHConfig(PreTrainedConfig):
     mlp_hidden_act: str = "relu2"
     mlp_bias: bool = False
     # Mamba-2
-    mamba_num_heads: int = 128
-    mamba_head_dim: int = 64
+    mamba_num_heads: int | list[int] = 128
+    mamba_head_dim: int | list[int] = 64
     ssm_state_size: int = 128
     n_groups: int = 8
     conv_kernel: int = 4
@@ -153,6 +166,8 @@ class NemotronHConfig(PreTrainedConfig):
     # multi-token prediction
     num_nextn_predict_layers: int = 0
     mtp_layers_block_type: list[str] | None = None
+    # smaller models nested in this one (budgets.py)
+    elastic: dict[str, Any] | None = None
     # everywhere
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
@@ -183,6 +198,7 @@ class NemotronHConfig(PreTrainedConfig):
         if kwargs.pop("use_mamba_kernels", True) is False and self.mamba_implementation == "auto":
             self.mamba_implementation = "torch"
         if self.num_key_value_heads is None:
+            self.require_uniform("num_attention_heads")
             self.num_key_value_heads = self.num_attention_heads
         self.time_step_limit = _read_time_step_limit(self.time_step_limit)
         super().__post_init__(**kwargs)
@@ -232,23 +248,43 @@ class NemotronHConfig(PreTrainedConfig):
     def mtp_hybrid_override_pattern(self) -> str:
         return "".join(TYPE_TO_LETTER[name] for name in self.mtp_layers_block_type or [])
 
+    def size(self, field: str, layer_idx: int) -> int:
+        """`field`, one of PER_LAYER_FIELDS, of layer `layer_idx`; layers past the stack (MTP) have the largest."""
+        value, kinds = getattr(self, field), self.layers_block_type
+        if isinstance(value, int):
+            return value
+        return max(value) if layer_idx >= len(kinds) else value[kinds[:layer_idx].count(self.PER_LAYER_FIELDS[field])]
+
+    def mamba_width(self, layer_idx: int) -> int:
+        """Width of Mamba layer `layer_idx`: heads * head_dim."""
+        return self.size("mamba_num_heads", layer_idx) * self.size("mamba_head_dim", layer_idx)
+
+    def conv_width(self, layer_idx: int) -> int:
+        """Channels of the causal convolution of Mamba layer `layer_idx`: x, B and C."""
+        return self.mamba_width(layer_idx) + 2 * self.n_groups * self.ssm_state_size
+
     @property
     def mamba_intermediate_size(self) -> int:
-        """Width of a Mamba layer: heads * head_dim."""
+        """Width of every Mamba layer: heads * head_dim; `mamba_width(layer)` where they differ."""
+        self.require_uniform("mamba_num_heads", "mamba_head_dim")
         return self.mamba_num_heads * self.mamba_head_dim
 
     @property
     def conv_dim(self) -> int:
-        """Channels of the causal convolution: x, B and C."""
+        """Channels of every causal convolution: x, B and C; `conv_width(layer)` where they differ."""
         return self.mamba_intermediate_size + 2 * self.n_groups * self.ssm_state_size
+
+    def require_uniform(self, *fields: str) -> None:
+        """Raise a ValueError if a field is a list, for readers that know one size alone."""
+        for field in fields:
+            if isinstance(value := getattr(self, field), list):
+                raise ValueError(f"{field}={value!r}: allowed is one size for every layer here")
 
     @property
     def mlp_widths(self) -> tuple[int, ...]:
         """Width of each MLP layer of the main stack, in order."""
-        count = self.layers_block_type.count("mlp")
-        if isinstance(self.intermediate_size, int):
-            return (self.intermediate_size,) * count
-        return tuple(self.intermediate_size)
+        layers = [index for index, kind in enumerate(self.layers_block_type) if kind == "mlp"]
+        return tuple(self.size("intermediate_size", index) for index in layers)
 
     @property
     def has_experts(self) -> bool:
@@ -268,6 +304,7 @@ class NemotronHConfig(PreTrainedConfig):
             output["mtp_hybrid_override_pattern"] = self.mtp_hybrid_override_pattern
         output.pop("mamba_implementation", None)  # a choice for this machine, not a property of the model
         dropped = () if self.has_experts else MOE_FIELDS
+        dropped += () if self.elastic else ("elastic",)
         dropped += () if self.num_nextn_predict_layers else MTP_FIELDS
         return {key: value for key, value in output.items() if key not in dropped}
 
@@ -342,28 +379,27 @@ def _validate(config: NemotronHConfig) -> None:
     def is_number(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
-    counts = ["vocab_size", "hidden_size", "max_position_embeddings", "num_attention_heads", "num_key_value_heads",
-              "head_dim", "mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "chunk_size"]  # fmt: skip
+    counts = ["vocab_size", "hidden_size", "max_position_embeddings", "num_key_value_heads", "head_dim",
+              "ssm_state_size", "n_groups", "chunk_size"]  # fmt: skip
     if config.has_experts:
         counts += ["n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "n_group",
                    "topk_group", "moe_shared_expert_intermediate_size"]  # fmt: skip
     for field in counts:
         require(is_count(getattr(config, field)), field, "a positive integer")
-    widths, count = config.intermediate_size, config.layers_block_type.count("mlp")
-    if isinstance(widths, (list, tuple)):
-        config.intermediate_size = widths = list(widths)
-        require(all(is_count(w) for w in widths), "intermediate_size", "an integer or a list of positive integers")
-        require(len(widths) == count, "intermediate_size", f"one width per MLP layer; the pattern has {count} of them")
-    else:
-        require(is_count(widths), "intermediate_size", "a positive integer or a list of them, one per MLP layer")
+    for field, kind in config.PER_LAYER_FIELDS.items():
+        sizes, count = getattr(config, field), config.layers_block_type.count(kind)
+        if isinstance(sizes, (list, tuple)):
+            setattr(config, field, list(sizes))
+            require(all(map(is_count, sizes)), field, "an integer or a list of positive integers")
+            name = LAYER_NAMES[kind]
+            require(len(sizes) == count, field, f"one per {name} layer; the pattern has {count} of them")
+        else:
+            require(is_count(sizes), field, f"a positive integer or a list of them, one per {LAYER_NAMES[kind]} layer")
+    for field, divisor in (("num_attention_heads", "num_key_value_heads"), ("mamba_num_heads", "n_groups")):
+        sizes, by = getattr(config, field), getattr(config, divisor)
+        sizes = sizes if isinstance(sizes, list) else [sizes]
+        require(all(size % by == 0 for size in sizes), field, f"a multiple of {divisor}={by}")
     require(is_count(config.conv_kernel) and config.conv_kernel > 1, "conv_kernel", "an integer of 2 or more")
-    require(
-        config.num_attention_heads % config.num_key_value_heads == 0, "num_attention_heads",
-        f"a multiple of num_key_value_heads={config.num_key_value_heads}",
-    )  # fmt: skip
-    require(
-        config.mamba_num_heads % config.n_groups == 0, "mamba_num_heads", f"a multiple of n_groups={config.n_groups}"
-    )
     for field in ("layer_norm_epsilon", "initializer_range", "time_step_min", "time_step_max", "time_step_floor"):
         require(is_number(getattr(config, field)) and getattr(config, field) > 0, field, "a positive number")
     for field in ("attention_dropout", "hidden_dropout"):
@@ -390,6 +426,8 @@ def _validate(config: NemotronHConfig) -> None:
         latent = config.moe_latent_size
         require(latent is None or is_count(latent), "moe_latent_size", "null or a positive integer")
         require(is_number(config.routed_scaling_factor), "routed_scaling_factor", "a number")
+    if config.elastic is not None:
+        read_elastic(config)
 
 
 # Released shapes (facts of the family: NVIDIA's provider code and model cards). Fields not named are the class defaults.

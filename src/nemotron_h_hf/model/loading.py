@@ -192,6 +192,8 @@ def warn_of_other_readers(config: PreTrainedConfig) -> None:
         "attention_bias": (config.attention_bias, "leaves the biases of attention out"),
         "intermediate_size": (isinstance(config.intermediate_size, list), "refuses a list of widths (vLLM takes it)"),
     }
+    for field in ("mamba_num_heads", "mamba_head_dim", "num_attention_heads"):
+        reasons[field] = (isinstance(getattr(config, field), list), "refuses a list of sizes (so does vLLM)")
     for field, (applies, effect) in reasons.items():
         if applies:
             value = getattr(config, field)

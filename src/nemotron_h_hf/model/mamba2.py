@@ -53,10 +53,10 @@ class NemotronHMamba2Mixer(nn.Module):
     def __init__(self, config: NemotronHConfig, layer_idx: int) -> None:
         super().__init__()
         self.config, self.layer_idx = config, layer_idx
-        self.num_heads, self.head_dim = config.mamba_num_heads, config.mamba_head_dim
+        self.num_heads, self.head_dim = (config.size(name, layer_idx) for name in ("mamba_num_heads", "mamba_head_dim"))
         self.n_groups, self.ssm_state_size = config.n_groups, config.ssm_state_size
         self.chunk_size, self.time_step_limit = config.chunk_size, tuple(config.time_step_limit)
-        self.intermediate_size, self.conv_dim = config.mamba_intermediate_size, config.conv_dim
+        self.intermediate_size, self.conv_dim = config.mamba_width(layer_idx), config.conv_width(layer_idx)
         groups_size = self.n_groups * self.ssm_state_size
         self.in_proj_sizes = [self.intermediate_size, self.conv_dim, self.num_heads]  # gate, (x, B, C), dt
         self.conv_sizes = [self.intermediate_size, groups_size, groups_size]  # x, B, C

@@ -7,6 +7,7 @@ Modules and parameters are named as in transformers' own `nemotron_h`, so adapte
 
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
@@ -43,6 +44,9 @@ from .mamba2 import NemotronHMamba2Mixer
 from .moe import NemotronHTopkRouter, init_experts, load_balancing_loss
 from .peft_support import allow_adapters_on_out_proj
 from .rows import Padding, check_mask, find_documents, find_padding, flash_offsets
+
+MIN_STATIC_STEP = 64  # tokens; the room of static caches is a multiple of this
+MODES_WITH_FIXED_ROWS = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # beams move rows to other memory
 
 
 class NemotronHPreTrainedModel(PreTrainedModel):
@@ -147,10 +151,8 @@ class NemotronHModel(NemotronHPreTrainedModel):
         super().__init__(config)
         check_implementation(config.mamba_implementation)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        widths = iter(config.mlp_widths)
         self.layers = nn.ModuleList(
-            NemotronHBlock(config, index, kind, next(widths) if kind == "mlp" else None)
-            for index, kind in enumerate(config.layers_block_type)
+            NemotronHBlock(config, index, kind) for index, kind in enumerate(config.layers_block_type)
         )
         self.norm_f = NemotronHRMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.post_init()
@@ -344,6 +346,8 @@ class NemotronHCausalLMOutput(MoeCausalLMOutputWithPast):
 class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
     """The language model: stack, lm_head, loss, generation."""
 
+    _static_cache: HybridCache | None = None  # the last one that generate() made, for its next call
+    _static_cache_use: tuple = ()  # what it can be used again for: rows, device, dtype, inference mode
     _previous_max_cache_length = 0  # of the longest static cache that generate() has made
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
@@ -461,13 +465,13 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         elif kind not in (None, "dynamic", "dynamic_full", "offloaded", "static", "offloaded_static"):
             raise ValueError(f"cache_implementation={kind!r}: allowed are dynamic, offloaded, static, offloaded_static")
         elif generation_config.use_cache is not False:
-            static = kind in ("static", "offloaded_static")
-            max_cache_len = None
-            if static:  # never shorter than before, so that a compiled decode step stays valid
-                asked = generation_config.max_cache_len or 0
-                max_cache_len = max(max_cache_length, asked, self._previous_max_cache_length)
-                self._previous_max_cache_length = max_cache_len
-            cache = HybridCache(self.config, max_cache_len, offloading=kind in ("offloaded", "offloaded_static"))
+            if kind == "static" and generation_mode in MODES_WITH_FIXED_ROWS and not generation_config.is_assistant:
+                rows = batch_size * (generation_config.num_return_sequences or 1)
+                cache = self._reusable_static_cache(rows, max_cache_length, generation_config.max_cache_len)
+            else:
+                length = max_cache_length if kind in ("static", "offloaded_static") else None
+                length = length and self._static_length(length, generation_config.max_cache_len)
+                cache = HybridCache(self.config, length, offloading=kind in ("offloaded", "offloaded_static"))
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             model_kwargs["past_key_values"] = cache
@@ -475,6 +479,32 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+
+    def _static_length(self, needed: int, asked: int | None) -> int:
+        """Room of a static cache: what was asked for, or what is needed rounded up by an eighth at most, so that prompts
+        of many lengths share few sizes; never less than before, so that a compiled decode step stays valid."""
+        step = max(MIN_STATIC_STEP, 1 << max(0, needed.bit_length() - 4))
+        rounded = asked if asked is not None and asked >= needed else min(-(-needed // step) * step, 2**31 - 1)
+        self._previous_max_cache_length = max(rounded, self._previous_max_cache_length)
+        return self._previous_max_cache_length
+
+    def _reusable_static_cache(self, rows: int, needed: int, asked: int | None) -> HybridCache:
+        """The static cache of the last `generate()`, emptied, if it fits and nobody holds it, else a new one.
+
+        CUDA graphs are captured on the memory of one cache; another one's would have to be captured again.
+        """
+        length = self._static_length(needed, asked)
+        use = (rows, self.device, self.dtype, torch.is_inference_mode_enabled())
+        kept, self._static_cache = self._static_cache, None
+        fits = kept is not None and kept.max_cache_len == length and self._static_cache_use == use
+        held_here_alone = object()  # a caller may still have the cache, another thread may be generating with it
+        if fits and sys.getrefcount(kept) == sys.getrefcount(held_here_alone):
+            kept.reset()
+        else:
+            del kept  # before the new one takes memory
+            kept = HybridCache(self.config, length)
+        self._static_cache, self._static_cache_use = kept, use
+        return kept
 
     def prepare_inputs_for_generation(
         self,

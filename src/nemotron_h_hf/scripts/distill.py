@@ -37,12 +37,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
-from nemotron_h_hf.compression.cost import training_flops_per_token
 from nemotron_h_hf.data.finetuning import packed_blend, rows_of_one_round, sources_and_phases
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.hub import save_tokenizer
+from nemotron_h_hf.model.cost import training_flops_per_token
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
 from nemotron_h_hf.training.data_arguments import DataArguments
 from nemotron_h_hf.training.distillation import DistillationTrainer

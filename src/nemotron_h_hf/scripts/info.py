@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from nemotron_h_hf import EMBEDDED_MODEL
-from nemotron_h_hf.compression.cost import BYTES_PER_ELEMENT
 from nemotron_h_hf.facts import LAYER_NAMES, Facts, describe, disagreements, human_bytes, human_count, load_target
 from nemotron_h_hf.headers import Contents
+from nemotron_h_hf.model.cost import BYTES_PER_ELEMENT
 
 COLOURS = {"M": "\033[36m", "*": "\033[31;1m", "-": "\033[90m", "E": "\033[33m"}
 RESET = "\033[0m"

@@ -35,7 +35,6 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
-from nemotron_h_hf.compression.cost import training_flops_per_token
 from nemotron_h_hf.conversion.sharded_run import export_run
 from nemotron_h_hf.data.blend import Blend
 from nemotron_h_hf.data.documents import document_encoder
@@ -43,6 +42,7 @@ from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.phases import Phase, phases_from
 from nemotron_h_hf.data.sources import sources_from
 from nemotron_h_hf.hub import save_tokenizer
+from nemotron_h_hf.model.cost import training_flops_per_token
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, as_mapping, parse, require
 from nemotron_h_hf.training.checkpoints import last_whole_checkpoint
 from nemotron_h_hf.training.starting_point import load_model, load_tokenizer

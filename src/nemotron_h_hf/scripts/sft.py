@@ -34,12 +34,12 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
-from nemotron_h_hf.compression.cost import training_flops_per_token
 from nemotron_h_hf.data.finetuning import packed_blend, rows_of_one_round, sources_and_phases
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.hub import plan_adapter_upload, plan_upload, save_tokenizer, upload
+from nemotron_h_hf.model.cost import training_flops_per_token
 from nemotron_h_hf.training.adapters import add_adapters, four_bit_loading
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
 from nemotron_h_hf.training.checkpoints import last_whole_checkpoint, write_json

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..model.configuration_nemotron_h import NemotronHConfig
+from .configuration_nemotron_h import NemotronHConfig
 
 BYTES_PER_ELEMENT = {
     "float64": 8,
@@ -113,14 +113,14 @@ def kv_bytes_per_token(config: NemotronHConfig, dtype: str = "bfloat16") -> int:
 
 def ssm_state_bytes(config: NemotronHConfig, dtype: str = "float32") -> int:
     """Bytes of the recurrent state (heads x head_dim x state per Mamba layer) of one sequence of any length."""
-    num_mamba_layers = config.layers_block_type.count("linear_attention")
-    return num_mamba_layers * config.mamba_intermediate_size * config.ssm_state_size * bytes_per_element(dtype)
+    width = sum(map(config.mamba_width, layers_of_kind(config, "linear_attention")))
+    return width * config.ssm_state_size * bytes_per_element(dtype)
 
 
 def conv_state_bytes(config: NemotronHConfig, dtype: str = "bfloat16") -> int:
     """Bytes of the convolution windows (conv_dim x kernel per Mamba layer) of one sequence of any length."""
-    num_mamba_layers = config.layers_block_type.count("linear_attention")
-    return num_mamba_layers * config.conv_dim * config.conv_kernel * bytes_per_element(dtype)
+    channels = sum(map(config.conv_width, layers_of_kind(config, "linear_attention")))
+    return channels * config.conv_kernel * bytes_per_element(dtype)
 
 
 def cache_bytes(config: NemotronHConfig, num_tokens: int, dtype: str = "bfloat16") -> int:
@@ -142,15 +142,15 @@ def forward_flops_per_token(config: NemotronHConfig, sequence_length: int) -> di
                    state and out of it, 4 x heads x head_dim x state; per layer
         conv       2 x channels x taps, per layer
     """
-    kinds = Counter(config.layers_block_type)
-    inner, state = config.mamba_intermediate_size, config.ssm_state_size
+    mamba, attention = (layers_of_kind(config, kind) for kind in ("linear_attention", "full_attention"))
+    inner, state = sum(map(config.mamba_width, mamba)), config.ssm_state_size  # of all layers
+    heads = sum(config.size("num_attention_heads", index) for index in attention)
     chunk = min(config.chunk_size, sequence_length)
-    scan = 2 * chunk * (config.n_groups * state + inner) + 4 * inner * state
     return {
         "linear": 2 * _matrix_elements_per_token(config),
-        "attention": kinds["full_attention"] * 2 * config.num_attention_heads * config.head_dim * (sequence_length + 1),
-        "scan": kinds["linear_attention"] * scan,
-        "conv": kinds["linear_attention"] * 2 * config.conv_dim * config.conv_kernel,
+        "attention": 2 * heads * config.head_dim * (sequence_length + 1),
+        "scan": 2 * chunk * (len(mamba) * config.n_groups * state + inner) + 4 * inner * state,
+        "conv": 2 * sum(map(config.conv_width, mamba)) * config.conv_kernel,
     }
 
 
@@ -176,21 +176,25 @@ def bytes_per_element(dtype: str) -> int:
     return BYTES_PER_ELEMENT[dtype]
 
 
+def layers_of_kind(config: NemotronHConfig, kind: str) -> list[int]:
+    """Indices of the layers of the main stack with that mixer (as in `layers_block_type`)."""
+    return [index for index, found in enumerate(config.layers_block_type) if found == kind]
+
+
 def _stack(config: NemotronHConfig) -> Iterator[Tensor]:
-    widths = iter(config.mlp_widths)
     for index, block_type in enumerate(config.layers_block_type):
         prefix = f"backbone.layers.{index}."
-        width = next(widths) if block_type == "mlp" else 0
         yield Tensor(prefix + "norm.weight", (config.hidden_size,), "norms")
-        yield from _mixer(config, block_type, prefix + "mixer.", width)
+        yield from _mixer(config, block_type, prefix + "mixer.", index)
 
 
-def _mixer(config: NemotronHConfig, block_type: str, prefix: str, mlp_width: int) -> Iterator[Tensor]:
+def _mixer(config: NemotronHConfig, block_type: str, prefix: str, index: int) -> Iterator[Tensor]:
     if block_type == "linear_attention":
-        yield from _mamba(config, prefix)
+        yield from _mamba(config, prefix, index)
     elif block_type == "full_attention":
-        yield from _attention(config, prefix)
+        yield from _attention(config, prefix, index)
     elif block_type == "mlp":
+        mlp_width = config.size("intermediate_size", index)
         yield from _linear(prefix + "up_proj", config.hidden_size, mlp_width, config.mlp_bias, "mlp")
         yield from _linear(prefix + "down_proj", mlp_width, config.hidden_size, config.mlp_bias, "mlp")
     else:
@@ -203,22 +207,22 @@ def _linear(name: str, num_in: int, num_out: int, bias: bool, kind: str) -> Iter
         yield Tensor(f"{name}.bias", (num_out,), kind)
 
 
-def _mamba(config: NemotronHConfig, prefix: str) -> Iterator[Tensor]:
-    inner, heads = config.mamba_intermediate_size, config.mamba_num_heads
-    num_in_proj = inner + config.conv_dim + heads  # gate, what the convolution sees, dt
+def _mamba(config: NemotronHConfig, prefix: str, index: int) -> Iterator[Tensor]:
+    inner, heads, channels = config.mamba_width(index), config.size("mamba_num_heads", index), config.conv_width(index)
+    num_in_proj = inner + channels + heads  # gate, what the convolution sees, dt
     yield from _linear(prefix + "in_proj", config.hidden_size, num_in_proj, config.use_bias, "mamba")
-    yield Tensor(prefix + "conv1d.weight", (config.conv_dim, 1, config.conv_kernel), "mamba")
+    yield Tensor(prefix + "conv1d.weight", (channels, 1, config.conv_kernel), "mamba")
     if config.use_conv_bias:
-        yield Tensor(prefix + "conv1d.bias", (config.conv_dim,), "mamba")
+        yield Tensor(prefix + "conv1d.bias", (channels,), "mamba")
     for name in ("A_log", "D", "dt_bias"):
         yield Tensor(prefix + name, (heads,), "mamba")
     yield Tensor(prefix + "norm.weight", (inner,), "mamba")
     yield from _linear(prefix + "out_proj", inner, config.hidden_size, config.use_bias, "mamba")
 
 
-def _attention(config: NemotronHConfig, prefix: str) -> Iterator[Tensor]:
+def _attention(config: NemotronHConfig, prefix: str, index: int) -> Iterator[Tensor]:
     hidden, bias = config.hidden_size, config.attention_bias
-    query = config.num_attention_heads * config.head_dim
+    query = config.size("num_attention_heads", index) * config.head_dim
     key_value = config.num_key_value_heads * config.head_dim
     yield from _linear(prefix + "q_proj", hidden, query, bias, "attention")
     yield from _linear(prefix + "k_proj", hidden, key_value, bias, "attention")
@@ -244,8 +248,6 @@ def _moe(config: NemotronHConfig, prefix: str) -> Iterator[Tensor]:
 
 def _mtp(config: NemotronHConfig) -> Iterator[Tensor]:
     """The multi-token-prediction blocks: each joins embedding and hidden state, runs its layers, and norms."""
-    sizes = config.intermediate_size
-    mlp_width = sizes if isinstance(sizes, int) else max(sizes)
     for step in range(config.num_nextn_predict_layers):
         block_types = config.mtp_layers_block_type
         for inner, block_type in enumerate(block_types):
@@ -253,7 +255,7 @@ def _mtp(config: NemotronHConfig) -> Iterator[Tensor]:
             for name, shape in _mtp_extras(config, first=inner == 0, last=inner == len(block_types) - 1):
                 yield Tensor(prefix + name, shape, "mtp")
             yield Tensor(prefix + "norm.weight", (config.hidden_size,), "mtp")
-            for tensor in _mixer(config, block_type, prefix + "mixer.", mlp_width):
+            for tensor in _mixer(config, block_type, prefix + "mixer.", config.num_hidden_layers + inner):
                 yield tensor._replace(kind="mtp")
 
 

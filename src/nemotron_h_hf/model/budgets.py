@@ -1,0 +1,214 @@
+"""Budgets: the smaller models nested in a parent, as its configuration names them, and the plain configuration of each.
+
+`config.elastic` is JSON that readers who do not know it ignore; they load the parent:
+
+    {"version": 1,
+     "budgets": {"12b": {"trained": true, "loss": 1.71},                     nothing named: the parent itself
+                 "6b": {"hidden_size": 3072, "mamba_num_heads": 96, "intermediate_size": [9216, 12288, ...],
+                        "layers": [0, 1, 2, 4, ...], "trained": true, "loss": 1.93}},
+     "choices": {"hidden_size": [5120, 4096, 3072], ...},                    sizes that may be combined, largest first
+     "layer_order": [17, 4, ...],                                            layers, the least important first
+     "calibration": {"loss": 1.71, "hidden_size": {"4096": 1.80, ...}, "layers": {"50": 1.75, ...}}}
+
+A budget's sizes are those of the small model: one number for all kept layers of a kind, or a list with one for each of
+them. What it does not name is as in the parent. In the parent's weights every budget is a prefix: of the hidden channels,
+of each layer's neurons and experts, of the heads inside each Mamba group (and of their channels) and of the query heads of
+each key/value head. `calibration` holds losses on held-out text with one thing changed: a size, or how many layers stay.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+VERSION = 1
+EXPERT_FIELDS = ("n_routed_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size")
+SIZE_FIELDS = (
+    "hidden_size", "intermediate_size", "mamba_num_heads", "mamba_head_dim", "num_attention_heads", *EXPERT_FIELDS,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """One nested model. Sizes are None where they are the parent's; a tuple has one entry for each kept layer of the kind.
+
+    `layers` are the parent's layers that stay, ascending. `loss` is the mean loss per token (nats) on calibration text,
+    `trained` says whether the parent was trained with this budget.
+    """
+
+    name: str
+    hidden_size: int | None = None
+    layers: tuple[int, ...] | None = None
+    intermediate_size: int | tuple[int, ...] | None = None
+    mamba_num_heads: int | tuple[int, ...] | None = None
+    mamba_head_dim: int | tuple[int, ...] | None = None
+    num_attention_heads: int | tuple[int, ...] | None = None
+    n_routed_experts: int | None = None
+    moe_intermediate_size: int | None = None
+    moe_shared_expert_intermediate_size: int | None = None
+    trained: bool = False
+    loss: float | None = None
+
+    @classmethod
+    def from_dict(cls, name: str, entry: Any) -> "Budget":
+        """A budget from its entry in the configuration."""
+        if not isinstance(entry, Mapping):
+            raise ValueError(f"budget {name!r} is {entry!r}: allowed is an object of sizes")
+        known = {field.name for field in fields(cls)} - {"name"}
+        if unknown := set(entry) - known:
+            raise ValueError(f"budget {name!r} has {min(unknown)!r}: allowed are {', '.join(sorted(known))}")
+        return cls(name=name, **{key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The entry in the configuration: what is set, without the name."""
+        entry = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items() if v is not None}
+        del entry["name"]
+        return entry
+
+
+@dataclass(frozen=True)
+class Elastic:
+    """What `config.elastic` says, read and checked."""
+
+    budgets: dict[str, Budget]
+    choices: dict[str, tuple[int, ...]]
+    layer_order: tuple[int, ...]
+    calibration: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As it stands in the configuration."""
+        return {
+            "version": VERSION,
+            "budgets": {name: budget.to_dict() for name, budget in self.budgets.items()},
+            "choices": {field: list(sizes) for field, sizes in self.choices.items()},
+            "layer_order": list(self.layer_order),
+            "calibration": self.calibration,
+        }
+
+
+def read_elastic(config: PreTrainedConfig) -> Elastic:
+    """The budgets of a parent.
+
+    Raises:
+        ValueError: if it names none, or one that does not fit the parent: which, the value, and what is allowed.
+    """
+    entry = config.elastic
+    if not entry:
+        raise ValueError("elastic is not in the configuration: this model names no budgets (nemotron-h elasticize)")
+    if not isinstance(entry, Mapping) or entry.get("version") != VERSION:
+        version = entry.get("version") if isinstance(entry, Mapping) else entry
+        raise ValueError(f"elastic.version={version!r}: allowed is {VERSION}")
+    if unknown := set(entry) - {"version", "budgets", "choices", "layer_order", "calibration"}:
+        raise ValueError(f"elastic.{min(unknown)}: allowed are budgets, choices, layer_order, calibration")
+    if not isinstance(entry.get("budgets", {}), Mapping) or not isinstance(entry.get("choices", {}), Mapping):
+        raise ValueError("elastic.budgets and elastic.choices: allowed are objects")
+    budgets = {name: Budget.from_dict(name, sizes) for name, sizes in entry.get("budgets", {}).items()}
+    for budget in budgets.values():
+        check_budget(config, budget)
+    choices = {field: tuple(sizes) for field, sizes in entry.get("choices", {}).items()}
+    for field, sizes in choices.items():
+        _check_choices(config, field, sizes)
+    order = tuple(entry.get("layer_order", ()))
+    if order and sorted(order) != list(range(config.num_hidden_layers)):
+        raise ValueError(f"elastic.layer_order={list(order)}: allowed is each of the parent's layers once")
+    return Elastic(budgets, choices, order, dict(entry.get("calibration", {})))
+
+
+def budget_config(parent: PreTrainedConfig, budget: Budget) -> PreTrainedConfig:
+    """The plain configuration of the small model: no budgets in it, lists of sizes only where they differ."""
+    check_budget(parent, budget)
+    layers = range(parent.num_hidden_layers) if budget.layers is None else budget.layers
+    entry = parent.to_dict()
+    for derived in ("elastic", "hybrid_override_pattern", "num_hidden_layers"):
+        entry.pop(derived, None)
+    entry["layers_block_type"] = [parent.layers_block_type[index] for index in layers]
+    for field in SIZE_FIELDS:
+        if field in parent.PER_LAYER_FIELDS:
+            sizes = sizes_of_kept(parent, budget, field)
+            entry[field] = (sizes[0] if len(set(sizes)) == 1 else list(sizes)) if sizes else _one(parent, field)
+        elif (size := getattr(budget, field)) is not None:
+            entry[field] = size
+    config = type(parent).from_dict(entry)
+    config._attn_implementation = parent._attn_implementation
+    config.mamba_implementation = parent.mamba_implementation
+    return config
+
+
+def sizes_of_kept(parent: PreTrainedConfig, budget: Budget, field: str) -> tuple[int, ...]:
+    """`field`, a per-layer one, for each kept layer of its kind, in order."""
+    kind = parent.PER_LAYER_FIELDS[field]
+    layers = range(parent.num_hidden_layers) if budget.layers is None else budget.layers
+    kept = [index for index in layers if parent.layers_block_type[index] == kind]
+    value = getattr(budget, field)
+    if value is None:
+        return tuple(parent.size(field, index) for index in kept)
+    return (value,) * len(kept) if isinstance(value, int) else value
+
+
+def check_budget(parent: PreTrainedConfig, budget: Budget) -> None:
+    """Raise a ValueError unless `budget` lies inside `parent`."""
+
+    def require(condition: bool, field: str, allowed: str) -> None:
+        if not condition:
+            raise ValueError(f"{field}={getattr(budget, field)!r} of budget {budget.name!r}: allowed is {allowed}")
+
+    count = parent.num_hidden_layers
+    if budget.layers is not None:
+        inside = all(_is_count(index + 1) and index < count for index in budget.layers)
+        ascending = inside and list(budget.layers) == sorted(set(budget.layers))
+        require(ascending and budget.layers, "layers", f"some of the layers 0 to {count - 1}, ascending")
+    for field in SIZE_FIELDS:
+        value = getattr(budget, field)
+        if value is None:
+            continue
+        require(field not in EXPERT_FIELDS or parent.has_experts, field, "none, as the parent has no experts")
+        sizes = value if isinstance(value, tuple) else (value,)
+        largest = [getattr(parent, field)]
+        if field in parent.PER_LAYER_FIELDS:
+            whole = sizes_of_kept(parent, replace(budget, **{field: None}), field)
+            require(
+                isinstance(value, int) or len(value) == len(whole),
+                field,
+                f"one size, or one for each of {len(whole)} layers",
+            )
+            sizes, largest = sizes if len(sizes) > 1 else sizes * len(whole), whole
+        require(
+            all(map(_is_count, sizes)),
+            field,
+            "a positive integer" + " or a list of them" * (field in parent.PER_LAYER_FIELDS),
+        )
+        fits = all(size <= most for size, most in zip(sizes, largest))
+        require(fits, field, f"at most the parent's {', '.join(map(str, sorted(set(largest))))}")
+        multiple = _multiple_of(parent, field)
+        require(all(size % multiple == 0 for size in sizes), field, f"a multiple of {multiple}")
+        if field == "n_routed_experts":
+            require(
+                value >= parent.num_experts_per_tok, field, f"at least num_experts_per_tok={parent.num_experts_per_tok}"
+            )
+            require(value >= 2 * parent.n_group or parent.n_group == 1, field, "two experts or more in each group")
+
+
+def _multiple_of(parent: PreTrainedConfig, field: str) -> int:
+    """What a size is counted in: heads stay equally many in each group, experts in each of theirs."""
+    by = {"mamba_num_heads": "n_groups", "num_attention_heads": "num_key_value_heads", "n_routed_experts": "n_group"}
+    return getattr(parent, by[field]) if field in by else 1
+
+
+def _check_choices(parent: PreTrainedConfig, field: str, sizes: tuple[int, ...]) -> None:
+    if field not in SIZE_FIELDS:
+        raise ValueError(f"elastic.choices.{field}: allowed are {', '.join(SIZE_FIELDS)}")
+    if not sizes or not all(map(_is_count, sizes)) or list(sizes) != sorted(set(sizes), reverse=True):
+        raise ValueError(f"elastic.choices.{field}={list(sizes)}: allowed are positive integers, the largest first")
+    for size in sizes:
+        check_budget(parent, Budget(name=f"choices.{field}", **{field: size}))
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _one(parent: PreTrainedConfig, field: str) -> int:
+    """A size for a kind of layer that is gone."""
+    value = getattr(parent, field)
+    return value if isinstance(value, int) else max(value)
