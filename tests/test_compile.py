@@ -60,6 +60,28 @@ def test_compiled_generation_is_greedy(shape):
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
 
 
+@pytest.mark.parametrize("shape", ["dense", "attention_free"])
+def test_compilations_do_not_grow_with_lengths_batches_and_padding(shape):
+    """One row, several rows, one length of cache, any length of cache: no more graphs than that, whatever comes."""
+    model, graphs = tiny_model(shape), []
+    compile_config = CompileConfig(backend="eager", fullgraph=True, mode=None)
+    compile_config._compile_all_devices = True
+    how = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
+    calls = [(2, 9, 0), (2, 100, 0), (1, 9, 0), (3, 9, 0)]  # rows, tokens, padding: each may bring a graph
+    calls += [(2, 12, 0), (2, 150, 3), (4, 31, 5), (5, 300, 0), (1, 200, 2), (2, 9, 1)]
+    for rows, length, padding in calls:
+        ids = prompt(rows, length, seed=length)
+        given = torch.nn.functional.pad(ids, (padding, 0))
+        free = model.generate(ids, eos_token_id=None, **how)[:, length:]
+        stop = int(free[0, 2])  # the first row stops early, the others go on or stop as well
+        expected = model.generate(ids, eos_token_id=stop, **how)[:, length:]
+        static = {"cache_implementation": "static", "compile_config": compile_config, "eos_token_id": stop}
+        out = model.generate(given, attention_mask=(given != 0).long(), **static, **how)
+        assert torch.equal(out[:, length + padding :], expected)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert 0 < graphs[0] and graphs[3] <= 4 and graphs[-1] == graphs[3]
+
+
 def test_compiled_forward_and_backward():
     model, ids = tiny_model().train(), prompt(2, 16)
     with torch.enable_grad():

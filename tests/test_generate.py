@@ -4,8 +4,10 @@ import pytest
 import torch
 from tiny import native_twin, prompt, tiny_model
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import StaticLayer
 
 from nemotron_h_hf import HybridCache
+from nemotron_h_hf.model.cache import MambaCacheLayer
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
 
@@ -49,7 +51,7 @@ def test_cache_implementations(model, kind):
 def test_static_caches_never_shrink():
     """A compiled decode step is made for one length of cache; a shorter generation must not ask for another step."""
     model, ids, lengths = tiny_model("dense"), prompt(2, 11), []
-    for steps in (12, 3, 20):
+    for steps in (12, 3, 60):
         how = {**GREEDY, "max_new_tokens": steps, "cache_implementation": "static", "disable_compile": True}
         out = model.generate(ids, return_dict_in_generate=True, **how)
         assert torch.equal(out.sequences, greedy_by_hand(model, ids, steps))
@@ -150,3 +152,49 @@ def test_sampling_several_sequences(model):
 def test_bad_lengths(model):
     with pytest.raises(ValueError, match="2\\*\\*31"):
         model.generate(prompt(1, 5), **{**GREEDY, "max_new_tokens": 2**31})
+
+
+@pytest.mark.parametrize("shape", ["dense", "attention_free"])
+def test_static_cache_keeps_its_memory_from_call_to_call(shape):
+    """CUDA graphs are captured on addresses: a new cache for every call would be captured anew for every call."""
+    model, addresses = tiny_model(shape), []
+    how = {**GREEDY, "cache_implementation": "static", "disable_compile": True}
+    for length in (11, 5, 20):
+        ids = prompt(2, length, seed=length)
+        assert torch.equal(model.generate(ids, **how), greedy_by_hand(model, ids))  # nothing is left of the call before
+        addresses.append([t.data_ptr() for t in cache_tensors(model._static_cache)])
+    assert addresses[0] == addresses[1] == addresses[2] and len(addresses[0]) >= 4
+
+
+def test_static_cache_in_use_is_left_alone():
+    model, ids = tiny_model(), prompt(2, 11)
+    how = {**GREEDY, "cache_implementation": "static", "disable_compile": True}
+    held = model.generate(ids, return_dict_in_generate=True, **how).past_key_values
+    before = [t.clone() for t in cache_tensors(held)]
+    model.generate(prompt(2, 9, seed=5), **how)
+    assert model._static_cache is not held
+    assert all(torch.equal(a, b) for a, b in zip(before, cache_tensors(held)))
+    with torch.inference_mode():  # whose tensors may not be written to outside of it
+        model.generate(ids, **how)
+    assert torch.equal(model.generate(ids, **how), greedy_by_hand(model, ids))
+    other_rows = prompt(3, 9, seed=7)
+    assert torch.equal(model.generate(other_rows, **how), greedy_by_hand(model, other_rows))
+
+
+def cache_tensors(cache) -> list:
+    """Keys, values and states."""
+    keys = [t for layer in cache.layers if isinstance(layer, StaticLayer) for t in (layer.keys, layer.values)]
+    return keys + [t for layer in cache.layers if isinstance(layer, MambaCacheLayer) for t in layer.tensors()]
+
+
+def test_lengths_of_static_caches_are_few():
+    model = tiny_model()
+    lengths = set()
+    for needed in range(1, 5000):
+        model._previous_max_cache_length = 0
+        length = model._static_length(needed, None)
+        assert needed <= length < max(needed + 64, 1.125 * needed + 1)
+        lengths.add(length)
+    assert len(lengths) < 45
+    model._previous_max_cache_length = 0
+    assert model._static_length(10, 5003) == 5003  # what the caller asked for

@@ -70,7 +70,9 @@ class NemotronHAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         implementation = self.config._attn_implementation
-        if implementation == "sdpa" and rows[1] == 1 and query.device.type == "cpu" and not self.training:
+        # with a mask (static caches) the general way would repeat keys and values for every query head, in memory
+        grouped = query.device.type == "cpu" or attention_mask is not None
+        if implementation == "sdpa" and rows[1] == 1 and grouped and not self.training:
             output, weights = attend_one(query, key, value, attention_mask, self.scaling), None
         else:
             attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
@@ -83,7 +85,7 @@ class NemotronHAttention(nn.Module):
 
 def attend_one(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float) -> Tensor:
     """SDPA for one new token per row: (b, heads, 1, d) -> (b, 1, heads, d). PyTorch is slow there with grouped keys on a CPU,
-    so the queries that share a key head stand as rows of one product; the mask is the same for all of them."""
+    and on a GPU with a mask; so the queries that share a key head stand as rows of one product, under the same mask."""
     grouped = query.view(query.shape[0], key.shape[1], -1, query.shape[-1])  # (b, kv heads, heads per kv head, d)
     output = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
     return output.reshape(query.shape[0], 1, -1, query.shape[-1])
