@@ -1,0 +1,1 @@
+"""Nested models in one parent: masks, cutting, sharing one memory image, training."""
