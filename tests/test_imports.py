@@ -16,9 +16,10 @@ MAY_IMPORT = {
     "model": set(),
     "checkpoint": set(),
     "headers": {"model"},
-    "data": set(),
+    "token_counts": set(),
+    "data": {"token_counts"},
     "benchmark": {"public", "compression", "model"},
-    "training": set(),
+    "training": {"token_counts"},
     "compression": {"model", "checkpoint"},
     "elastic": {"compression", "model", "training"},
     "evaluation": {"public", "compression", "model", "training"},
@@ -30,6 +31,7 @@ MAY_IMPORT = {
         "checkpoint",
         "conversion",
         "headers",
+        "token_counts",
         "benchmark",
         "data",
         "training",
@@ -47,6 +49,7 @@ THIRD_PARTY = {
     "model": {"torch", "transformers", "safetensors", "mamba_ssm", "causal_conv1d", "peft"},
     "checkpoint": {"torch", "safetensors"},
     "headers": set(),
+    "token_counts": set(),
     "nemotron_h_cli": set(),
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")

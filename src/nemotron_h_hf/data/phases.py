@@ -11,11 +11,10 @@ A token count is a number, a number with K, M, B or T (powers of a thousand), or
 
 import difflib
 import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+from ..token_counts import parse_tokens
 
 
 @dataclass(frozen=True)
@@ -73,20 +72,6 @@ def resolve_phases(phases: Sequence[Phase], sources: Iterable[str], total_tokens
     return spans
 
 
-def parse_tokens(field_name: str, value: int | float | str, total_tokens: int | None = None) -> int:
-    """A number of tokens from 380000000000, "380B" or, where `total_tokens` is known, "60%"."""
-    text = str(value).replace(",", "").replace("_", "").strip()
-    match = re.fullmatch(r"(\d+(?:\.\d+)?(?:[eE]\+?\d+)?)\s*([KMBT%]?)", text, re.IGNORECASE)
-    if match is None or isinstance(value, bool) or (match[2] == "%" and total_tokens is None):
-        share = "" if total_tokens is None else ', a share such as "60%"'
-        raise ValueError(
-            f'{field_name} is {value!r}; allowed are a number of tokens, with K, M, B or T, as in "1.5B"{share}'
-        )
-    if match[2] == "%":
-        return round(float(match[1]) / 100 * total_tokens)
-    return round(float(match[1]) * UNITS[match[2].upper()])
-
-
 def check_keys(place: str, item: object, allowed: Sequence[str]) -> None:
     """Refuse anything but a mapping with keys out of `allowed`; the message names the nearest allowed key."""
     if not isinstance(item, Mapping):
@@ -102,7 +87,7 @@ def _end_of(name: str, phase: Phase, following: Phase | None, start: int, total_
     if phase.last is not None:
         if following is not None or phase.until is not None:
             raise ValueError(f"{name}: last is {phase.last!r}; only the last phase may have it, and then no `until`")
-        begin = total_tokens - parse_tokens(f"{name}, last", phase.last, total_tokens)
+        begin = total_tokens - parse_tokens(phase.last, f"{name}, last", total_tokens)
         if begin != start:
             raise ValueError(
                 f"{name}: last is {phase.last!r}, so it begins at {begin:,} tokens, but the phases before it end at "
@@ -110,11 +95,11 @@ def _end_of(name: str, phase: Phase, following: Phase | None, start: int, total_
             )
         return total_tokens
     if phase.until is not None:
-        end = parse_tokens(f"{name}, until", phase.until, total_tokens)
+        end = parse_tokens(phase.until, f"{name}, until", total_tokens)
     elif following is None:
         end = total_tokens
     elif following.last is not None:
-        end = total_tokens - parse_tokens(f"{name}, last of the next phase", following.last, total_tokens)
+        end = total_tokens - parse_tokens(following.last, f"{name}, last of the next phase", total_tokens)
     else:
         raise ValueError(
             f"{name} has no `until`; only the last phase, or one before a phase with `last`, may leave it out"

@@ -35,9 +35,10 @@ from nemotron_h_hf import EMBEDDED_MODEL
 from nemotron_h_hf.data.blend import Blend
 from nemotron_h_hf.data.documents import document_encoder
 from nemotron_h_hf.data.finetuning import sources_and_phases
-from nemotron_h_hf.data.phases import Phase, Span, check_keys, parse_tokens, phases_from, resolve_phases
+from nemotron_h_hf.data.phases import Phase, Span, check_keys, phases_from, resolve_phases
 from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source, sources_from
+from nemotron_h_hf.token_counts import parse_tokens
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, read_yaml
 from nemotron_h_hf.training.data_arguments import DataArguments
 
@@ -66,13 +67,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     config |= {name: value for name, value in vars(arguments).items() if value is not None}
     if config.get("total_tokens") is None:
         raise ValueError("total_tokens is not in the configuration; give --total_tokens, for instance 100M")
-    total = parse_tokens("total_tokens", config["total_tokens"])
+    total = parse_tokens(config["total_tokens"], "total_tokens")
     sources, phases = read_blend(config)
     spans = resolve_phases(phases, [source.name for source in sources], total)
     print(f"{total:,} tokens, {len(spans)} phases, {len(sources)} sources\n")
     print(plan_table(sources, spans))
     if arguments.read is not None:
-        blend = read(sources, spans, parse_tokens("read", arguments.read, total), total, config)
+        blend = read(sources, spans, parse_tokens(arguments.read, "read", total), total, config)
         print(f"\nread: {blend.tokens:,} tokens, phases in proportion\n")
         print(reading_table(blend))
     return 0

@@ -141,9 +141,10 @@ def make_rows(
 def describe(model: torch.nn.Module, training: NemotronHTrainingArguments) -> str:
     """What is about to happen, in two lines."""
     count = sum(parameter.numel() for parameter in model.parameters())
+    processes = "1 process" if training.world_size == 1 else f"{training.world_size} processes"
     return (
         f"{count:,} parameters, {model.config.hybrid_override_pattern}; rows of {training.sequence_length:,} tokens\n"
-        f"{training.max_steps:,} steps of {training.tokens_per_step:,} tokens on {training.world_size} processes; "
+        f"{training.max_steps:,} steps of {training.tokens_per_step:,} tokens on {processes}; "
         f"output in {training.output_dir}"
     )
 

@@ -26,7 +26,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-MULTIPLES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+from ..token_counts import parse_tokens
 
 # Of transformers.TrainingArguments, those that --help shows; --help_all shows the others too.
 COMMON_FIELDS = (
@@ -120,7 +120,10 @@ class NemotronHTrainingArguments(TrainingArguments):
         if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ and self.gradient_checkpointing:
             self.activation_checkpointing, self.gradient_checkpointing = True, None  # its name since transformers 5.23
         super().__post_init__()
-        _ = self.device  # joins the other processes: only then is their number known
+        if (
+            self.device.type == "cpu"
+        ):  # to ask for the device joins the other processes: only then is their number known
+            self.dataloader_pin_memory = False  # there is no device to copy to, and torch warns
         for name in ("sequence_length", "per_device_train_batch_size", "gradient_accumulation_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("z_loss", "max_loss_jump", "weight_decay", "max_grad_norm"):
@@ -218,21 +221,6 @@ def as_mapping(value: str | Mapping | Sequence | None, name: str) -> Any:
         raise ValueError(f"{name}: got {value!r}, allowed is a mapping or list in YAML or JSON: {error}") from None
     require(isinstance(content, (dict, list)), name, value, "a mapping or list in YAML or JSON")
     return content
-
-
-def parse_tokens(text: str | int | float, name: str, total: int | None = None) -> int:
-    """'8.3B' -> 8_300_000_000; '20%' of `total`, if there is one; a plain number as it is."""
-    words = str(text).strip().replace("_", "").replace(",", "")
-    allowed = "a number of tokens such as 2500000, 4K, 2.5M, 6.3B, 15T" + (", or a share such as 20%" if total else "")
-    share = words.endswith("%")
-    unit = "" if share else words[-1:].upper() if words[-1:].isalpha() else ""
-    number = words[:-1] if share or unit else words
-    try:
-        value = float(number)
-    except ValueError:
-        raise ValueError(f"{name}: got {text!r}, allowed is {allowed}") from None
-    require(unit in MULTIPLES and 0 <= value < float("inf") and (total is not None or not share), name, text, allowed)
-    return round(value * total / 100) if share else round(value * MULTIPLES[unit])
 
 
 def require(condition: bool, name: str, value: Any, allowed: str) -> None:

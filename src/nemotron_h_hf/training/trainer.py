@@ -30,8 +30,9 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, default_dat
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
+from ..token_counts import parse_tokens
 from . import checkpoints
-from .arguments import NemotronHTrainingArguments, parse_tokens
+from .arguments import NemotronHTrainingArguments
 from .monitor import Monitor
 from .optimizer import make_optimizer
 from .schedule import Schedule, scheduler
