@@ -129,7 +129,8 @@ def own_tasks(tmp_path, monkeypatch) -> TaskManager:
 
 
 @pytest.mark.parametrize("batch_size", (1, 3))
-def test_harness_gets_the_models_own_likelihoods(own_tasks, model, tokenizer, tmp_path, batch_size):
+def test_harness_gets_the_models_own_likelihoods(own_tasks, model, tokenizer, tmp_path, monkeypatch, batch_size):
+    monkeypatch.setattr(model.generation_config, "max_new_tokens", 256)
     tasks, options = [HarnessTask("choose"), HarnessTask("write")], HarnessOptions(batch_size=batch_size)
     records, said = Records(tmp_path / "out" / "samples.jsonl"), []
     chosen, written = harness.evaluate(model, tokenizer, tasks, own_tasks, options, records, said.append)
@@ -156,6 +157,14 @@ def test_harness_gets_the_models_own_likelihoods(own_tasks, model, tokenizer, tm
     assert model.generation_config.max_new_tokens == 256  # put aside for the harness, whose limit it would beat
     again = harness.evaluate(model, tokenizer, tasks, own_tasks, options, Records(records.path), said.append)
     assert again == [chosen, written] and len(said) == 2
+
+
+def test_the_embedded_model_leaves_the_length_to_the_caller(model, tokenizer):
+    """A `max_new_tokens` in its generation_config.json would win over the `max_length` that the harness sends."""
+    prompt = tokenizer("import", return_tensors="pt", return_token_type_ids=False)
+    length = prompt["input_ids"].shape[1] + 4
+    written = model.generate(**prompt, max_length=length, do_sample=False, eos_token_id=None)
+    assert written.shape[1] == length
 
 
 def test_every_task_of_our_groups_is_in_the_harness():

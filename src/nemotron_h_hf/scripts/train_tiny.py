@@ -250,7 +250,7 @@ def round_to_bfloat16(model: nn.Module) -> None:
 
 def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """bfloat16 weights, configuration, tokenizer and sampling defaults, as `from_pretrained` reads them."""
-    model.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95, top_k=0, max_new_tokens=256,
+    model.generation_config = GenerationConfig(do_sample=True, temperature=0.8, top_p=0.95, top_k=0,
                                                bos_token_id=0, eos_token_id=0, pad_token_id=1)  # fmt: skip
     model.bfloat16().save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
