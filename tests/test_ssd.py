@@ -158,7 +158,7 @@ def test_step_by_step_is_the_scan():
     torch.testing.assert_close(ssd.final_state(args["x"], args["dt"], args["A"], args["B"], args["state"]), last)
 
 
-@pytest.mark.parametrize("length", [1, 2, 3, 5, 17])
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 17, 2 * ssd.CONV_TOKENS + 2])
 @pytest.mark.parametrize("with_state", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
@@ -180,6 +180,18 @@ def test_conv_is_a_window_sum_forward_and_backward(length, with_state, packed, w
         return naive_conv(x, weight, bias if with_bias else None, state if with_state else None, documents)
 
     assert_same(run(ours, args, used), run(naive, args, used))
+
+
+def test_gradients_of_taps_are_summed_in_fp32():
+    """A sum over many tokens in bf16 would stop growing; the result is within a few roundings of float64's."""
+    torch.manual_seed(0)
+    x, weight, bias = torch.rand(1, 4096, 6) + 0.5, torch.rand(6, TAPS), torch.rand(6)
+    low = [t.bfloat16().requires_grad_() for t in (x, weight, bias)]
+    exact = [t.detach().double().requires_grad_() for t in low]
+    gradients = torch.autograd.grad(ssd.causal_conv(*low).float().sum(), low)
+    expected = torch.autograd.grad(ssd.causal_conv(*exact).sum(), exact)
+    for ours, theirs in zip(gradients, expected):
+        torch.testing.assert_close(ours.double(), theirs, rtol=2**-6, atol=0)
 
 
 def test_conv_steps_and_windows_continue_the_convolution():

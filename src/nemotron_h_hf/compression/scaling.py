@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.cost import Tensor, checkpoint_tensors, forward_flops_per_token
 from ..model.loss import KEPT_LOGITS, LOGITS_PER_CHUNK
-from ..model.ssd import CONV_TOKENS, KEPT_TOKENS, SEGMENT_TOKENS
+from ..model.ssd import KEPT_TOKENS, SEGMENT_TOKENS
 
 PAPER_TOKENS_PER_STEP = 768 * 8192
 LM_HEAD_RULE = {"lm_head": "colwise_gather_output"}
@@ -172,15 +172,14 @@ def working_bytes(config: NemotronHConfig, plan: Plan, tokens: int | None = None
 def mixer_bytes(config: NemotronHConfig, plan: Plan, tokens: int) -> int:
     """Bytes inside one Mamba mixer while its backward runs, on the PyTorch path; the fused kernels should keep less.
 
-    Per token s c (2 + (1 + 3 / 128)) for the convolution in blocks of 128 with 3 tokens of overlap, its SiLU and its
-    output; 5 x 4 i and 8 groups for the scan's output and the gated norm; 2 x 4 heads for step sizes; and a state of
-    4 i n per segment of 512 tokens. Each rank of a tensor-parallel group does all of it.
+    Per token s c for the convolution's output (it keeps no more); 5 x 4 i and 8 groups for the scan's output and the
+    gated norm; 2 x 4 heads for step sizes; and a state of 4 i n per segment of 512 tokens. Each rank of a
+    tensor-parallel group does all of it.
     """
     if tokens <= KEPT_TOKENS or tokens % SEGMENT_TOKENS:
         raise ValueError(f"tokens is {tokens}: allowed are multiples of {SEGMENT_TOKENS} above {KEPT_TOKENS}")
     s, inner, state = plan.element_bytes, config.mamba_intermediate_size, config.ssm_state_size
-    overlap = (config.conv_kernel - 1) * tokens // CONV_TOKENS
-    conv = s * config.conv_dim * (3 * tokens + overlap)
+    conv = s * config.conv_dim * tokens
     scan = tokens * (20 * inner + 8 * config.n_groups + 8 * config.mamba_num_heads)
     return conv + scan + 4 * inner * state * tokens // SEGMENT_TOKENS
 

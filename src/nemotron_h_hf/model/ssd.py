@@ -22,11 +22,12 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_TOKENS = 64  # longer chunks only add work here: the products inside a chunk grow with its length
 SEGMENT_TOKENS = 512  # tokens scanned at a time: bounds the memory, and keeps the work in a CPU's cache
-CONV_TOKENS = 128  # tokens convolved at a time, for the same reasons
+CONV_TOKENS = 64  # tokens convolved at a time: few enough to stay in a CPU's cache
 KEPT_TOKENS = 2048  # up to this length all segments are kept for the backward pass, beyond it they are recomputed
 
 
@@ -62,21 +63,66 @@ def causal_conv(
         (b, l, d) in x's dtype.
     """
     taps = weight.to(x.dtype).t().contiguous()  # (k, d)
-    bias = None if bias is None else bias.to(x.dtype)
+    bias = taps.new_zeros(()) if bias is None else bias.to(x.dtype)
     earlier = len(taps) - 1
     before = x.new_zeros(x.shape[0], earlier, x.shape[2]) if initial_state is None else initial_state[..., 1:].mT
-    same = [] if seq_idx is None else [_same_document(seq_idx, back).to(x.dtype) for back in range(1, earlier + 1)]
-    outputs, before = [], before.to(x.dtype)
-    for number, part in enumerate(x.split(CONV_TOKENS, dim=1)):  # the gradient of a slice would be as long as x
-        block = torch.cat([before, part], dim=1)
-        before, out = block[:, block.shape[1] - earlier :], part * taps[-1]
-        for back in range(1, earlier + 1):
-            shifted = block[:, earlier - back : block.shape[1] - back]
-            if seq_idx is not None:
-                shifted = shifted * same[back - 1][:, number * CONV_TOKENS :][:, : part.shape[1]]
-            out.addcmul_(shifted, taps[-1 - back])
-        outputs.append(F.silu(out if bias is None else out.add_(bias), inplace=not torch.is_grad_enabled()))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+    same = None
+    if seq_idx is not None:
+        same = torch.stack([_same_document(seq_idx, earlier - tap) for tap in range(earlier + 1)]).to(x.dtype)
+    return _CausalConv.apply(x, taps, bias, before.to(x.dtype), same)
+
+
+class _CausalConv(torch.autograd.Function):
+    """Convolution and SiLU, block by block. Keeps only its inputs; the gradients of slices and of in-place sums that
+    autograd would make are as long as the sequence and several per tap.
+
+    x (b, l, d), taps (k, d), bias (d) or (), before (b, k - 1, d), same (k, b, l, 1) or None.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, taps: Tensor, bias: Tensor, before: Tensor, same: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, taps, bias, before, same)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for start in range(0, x.shape[1], CONV_TOKENS):
+            met = _met_by_taps(x, before, same, start)
+            out[:, start : start + CONV_TOKENS] = F.silu(_weighted_sum(met, taps, bias), inplace=True)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, taps, bias, before, same = ctx.saved_tensors
+        (b, l, d), earlier = x.shape, len(taps) - 1
+        grad_rows = x.new_zeros(b, earlier + l, d)  # of before and x, end to end
+        in_block, fp32 = (b, min(l, CONV_TOKENS), d), wide(taps)  # sums over the whole length
+        sums, sum_of_bias = fp32.new_zeros(earlier + 1, *in_block), fp32.new_zeros(in_block)
+        for start in range(0, l, CONV_TOKENS):
+            met = _met_by_taps(x, before, same, start)
+            end = start + met[0].shape[1]
+            grad_sum = torch.ops.aten.silu_backward(grad[:, start:end], _weighted_sum(met, taps, bias))
+            sum_of_bias[:, : end - start] += grad_sum
+            for tap in range(earlier + 1):
+                sums[tap, :, : end - start].addcmul_(grad_sum, met[tap])
+                to_row = grad_sum if same is None else grad_sum * same[tap, :, start:end]
+                grad_rows[:, start + tap : end + tap].addcmul_(to_row, taps[tap])
+        grad_taps = sums.sum((1, 2)).to(x.dtype)
+        grad_bias = sum_of_bias.sum((0, 1)).to(x.dtype) if bias.dim() else None
+        return grad_rows[:, earlier:], grad_taps, grad_bias, grad_rows[:, :earlier], None
+
+
+def _met_by_taps(x: Tensor, before: Tensor, same: Tensor | None, start: int) -> list[Tensor]:
+    """For each tap the inputs (b, <= CONV_TOKENS, d) that it meets for the block of tokens from `start`."""
+    end, earlier = min(start + CONV_TOKENS, x.shape[1]), before.shape[1]
+    rows = x[:, start - earlier : end] if start >= earlier else torch.cat([before, x[:, :end]], dim=1)[:, start:]
+    met = [rows[:, tap : tap + end - start] for tap in range(earlier + 1)]
+    return met if same is None else [rows * same[tap, :, start:end] for tap, rows in enumerate(met)]
+
+
+def _weighted_sum(met: list[Tensor], taps: Tensor, bias: Tensor) -> Tensor:
+    total = torch.addcmul(bias, met[0], taps[0])
+    for rows, tap in zip(met[1:], taps[1:]):
+        total.addcmul_(rows, tap)
+    return total
 
 
 def conv_step(x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -203,7 +249,7 @@ def times(a: Tensor, b: Tensor) -> Tensor:
 
 def _same_document(seq_idx: Tensor, back: int) -> Tensor:
     """(b, l, 1) whether the token `back` places before belongs to the same document; the initial state counts as the first's."""
-    earlier = torch.cat([seq_idx[:, :1].expand(-1, back), seq_idx[:, :-back]], dim=1)[:, : seq_idx.shape[1]]
+    earlier = torch.cat([seq_idx[:, :1].expand(-1, back), seq_idx], dim=1)[:, : seq_idx.shape[1]]
     return (earlier == seq_idx)[..., None]
 
 
