@@ -13,6 +13,7 @@ expert, `mtp.*` included). Nothing is allocated, so a 550B model is counted in m
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -98,17 +99,28 @@ def num_checkpoint_tensors(config: NemotronHConfig) -> int:
 
 def weight_bytes(config: NemotronHConfig, dtype: str = "bfloat16") -> int:
     """Bytes of all weights stored in `dtype`; the router's correction bias is float32 in every release."""
-    element_bytes = bytes_per_element(dtype)
-    return sum(
-        tensor.num_elements * (4 if tensor.name.endswith("e_score_correction_bias") else element_bytes)
-        for tensor in checkpoint_tensors(config)
-    )
+    return sum(stored_bytes(tensor, dtype) for tensor in checkpoint_tensors(config))
+
+
+def stored_bytes(tensor: Tensor, dtype: str) -> int:
+    """Bytes of one tensor (and its copies) of a checkpoint in `dtype`."""
+    in_float32 = tensor.name.endswith("e_score_correction_bias")
+    return tensor.num_elements * (4 if in_float32 else bytes_per_element(dtype))
+
+
+def layer_of(config: NemotronHConfig, tensor: Tensor) -> int | str | None:
+    """The layer of the stack that a tensor belongs to; of multi-token prediction the layer's kind; else None."""
+    match = re.match(r"(mtp|backbone)\.layers\.(\d+)\.", tensor.name)
+    if match is None:
+        return None
+    index = int(match[2])
+    return index if match[1] == "backbone" else config.mtp_layers_block_type[index % len(config.mtp_layers_block_type)]
 
 
 def kv_bytes_per_token(config: NemotronHConfig, dtype: str = "bfloat16") -> int:
     """Bytes that every further token adds to one sequence's cache: keys and values of the attention layers."""
-    num_attention_layers = config.layers_block_type.count("full_attention")
-    return 2 * num_attention_layers * config.num_key_value_heads * config.head_dim * bytes_per_element(dtype)
+    layers = layers_of_kind(config, "full_attention")
+    return sum(layer_cache_bytes(config, index, 1, dtype) for index in layers)
 
 
 def ssm_state_bytes(config: NemotronHConfig, dtype: str = "float32") -> int:
@@ -125,10 +137,20 @@ def conv_state_bytes(config: NemotronHConfig, dtype: str = "bfloat16") -> int:
 
 def cache_bytes(config: NemotronHConfig, num_tokens: int, dtype: str = "bfloat16") -> int:
     """Bytes of one sequence's whole cache after `num_tokens`, the recurrent state in float32."""
+    return sum(layer_cache_bytes(config, index, num_tokens, dtype) for index in range(config.num_hidden_layers))
+
+
+def layer_cache_bytes(config: NemotronHConfig, index: int, num_tokens: int, dtype: str = "bfloat16") -> int:
+    """Bytes that layer `index` of the stack keeps of one sequence after `num_tokens`."""
     if num_tokens < 0:
         raise ValueError(f"num_tokens is {num_tokens}; it must be 0 or more")
-    growing = num_tokens * kv_bytes_per_token(config, dtype)
-    return growing + ssm_state_bytes(config) + conv_state_bytes(config, dtype)
+    kind = config.layers_block_type[index]
+    if kind == "full_attention":
+        return 2 * num_tokens * config.num_key_value_heads * config.head_dim * bytes_per_element(dtype)
+    if kind == "linear_attention":
+        state = config.mamba_width(index) * config.ssm_state_size * bytes_per_element("float32")
+        return state + config.conv_width(index) * config.conv_kernel * bytes_per_element(dtype)
+    return 0
 
 
 def forward_flops_per_token(config: NemotronHConfig, sequence_length: int) -> dict[str, float]:

@@ -13,7 +13,9 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +29,21 @@ logger = logging.get_logger(__name__)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
-# Set while `from_pretrained` runs without an explicit dtype.
-keep_file_dtypes: contextvars.ContextVar[bool] = contextvars.ContextVar("keep_file_dtypes", default=False)
+
+@dataclass(frozen=True)
+class Loading:
+    """What `from_pretrained` was asked for: transformers does not hand it on to the place where files are read.
+
+    `keep_dtypes`: no dtype was given. `nested`: the small model to read (a `Nested`), if a budget was given. `manifest`:
+    the file beside the weights that says what they are, if there is one.
+    """
+
+    keep_dtypes: bool = False
+    nested: Any = None
+    manifest: str | None = None
+
+
+loading: contextvars.ContextVar[Loading] = contextvars.ContextVar("loading", default=Loading())  # noqa: B039 (frozen)
 
 
 def register_names() -> None:
@@ -126,19 +141,23 @@ def check_files(files: Iterable[str]) -> None:
                 raise ValueError(f"{file} has {name} in shape {tuple(entry['shape'])}, but {other} in {tuple(shape)}")
 
 
-def stored_dtypes(files: Iterable[str], dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Regular expressions for names of parameters -> their dtype in the files, for those that differ from `dtype`.
+def file_dtypes(files: Iterable[str]) -> dict[str, str]:
+    """Name of each tensor -> the code of its dtype, such as BF16."""
+    return {name: entry["dtype"] for file in files for name, entry in read_header(file).items()}
+
+
+def stored_dtypes(codes: Mapping[str, str], dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """Regular expressions for names of parameters -> their stored dtype, for those that differ from `dtype`.
 
     Layers that agree share one expression: transformers tries them all on every name.
     """
     by_place: dict[str, dict[str, torch.dtype]] = {}
-    for file in files:
-        for name, entry in read_header(file).items():
-            if entry["dtype"] in DTYPES:
-                name = re.sub(r"experts\.\d+\.(up_proj|down_proj)\.weight$", r"experts.\1", name)
-                name = re.sub(r"^(backbone|model)\.", "", name)
-                place = re.sub(r"^((?:mtp\.)?layers)\.\d+\.", r"\1.N.", name)
-                by_place.setdefault(place, {})[name] = DTYPES[entry["dtype"]]
+    for name, code in codes.items():
+        if code in DTYPES:
+            name = re.sub(r"experts\.\d+\.(up_proj|down_proj)\.weight$", r"experts.\1", name)
+            name = re.sub(r"^(backbone|model)\.", "", name)
+            place = re.sub(r"^((?:mtp\.)?layers)\.\d+\.", r"\1.N.", name)
+            by_place.setdefault(place, {})[name] = DTYPES[code]
     plan = {}
     for place, names in by_place.items():
         if len(set(names.values())) == 1:

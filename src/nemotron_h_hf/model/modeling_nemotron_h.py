@@ -28,11 +28,13 @@ from .cache import HybridCache, adopt_cache, check_cache, sequence_length
 from .configuration_nemotron_h import NemotronHConfig
 from .kernels import check_implementation
 from .loading import (
+    Loading,
     check_files,
     check_index,
     check_loaded,
     drop_absent_mtp,
-    keep_file_dtypes,
+    file_dtypes,
+    loading,
     module_names,
     register_names,
     save_whole,
@@ -41,7 +43,10 @@ from .loading import (
 )
 from .loss import next_token_loss, share_of_items
 from .mamba2 import NemotronHMamba2Mixer
+from .manifest import check_manifest, find_manifest
 from .moe import NemotronHTopkRouter, init_experts, load_balancing_loss
+from .needs import Request
+from .nested import find_nested
 from .peft_support import allow_adapters_on_out_proj
 from .rows import Padding, check_mask, find_documents, find_padding, flash_offsets
 
@@ -72,36 +77,57 @@ class NemotronHPreTrainedModel(PreTrainedModel):
     _new_on_load: tuple[str, ...] = ()  # parameters that a checkpoint need not have
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "NemotronHPreTrainedModel":
+    def from_pretrained(
+        cls, pretrained_model_name_or_path, *args, budget: Request | None = None, **kwargs
+    ) -> "NemotronHPreTrainedModel":
         """As transformers', with every tensor in the dtype it is stored in unless `dtype` is given.
 
+        Args:
+            budget: of an elastic parent, load only this smaller model: a name ("6b"), a fraction (0.5, "50%"), a need
+                ("7GiB@32k"), sizes (a mapping) or a `Budget`; see needs.py. The parent is never built, and rows that are
+                cut away are not read: `output_loading_info=True` tells `bytes_read` and `parent_bytes`.
+
         Raises:
-            ValueError: for files that are cut short, weights that do not fit the config, NaN, or pickled weights.
+            ValueError: for files that are cut short or changed after their manifest, weights that do not fit the config,
+                NaN, pickled weights, or a budget that does not fit the parent.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False: allowed is safetensors alone, pickled weights can run code")
+        manifest = nested = None
         if pretrained_model_name_or_path is not None:  # None comes with a configuration and a state_dict
             check_index(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+            manifest = find_manifest(pretrained_model_name_or_path, kwargs)
         explicit = kwargs.get("dtype", kwargs.get("torch_dtype"))
+        if budget is not None:
+            nested, kwargs = find_nested(cls.config_class, pretrained_model_name_or_path, budget, kwargs)
         with_info = kwargs.pop("output_loading_info", False)
-        token = keep_file_dtypes.set(explicit in (None, "auto"))
+        token = loading.set(Loading(explicit in (None, "auto"), nested, manifest))
         try:
             checked = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
             model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, **checked})
         finally:
-            keep_file_dtypes.reset(token)
+            loading.reset(token)
         drop_absent_mtp(model, info)
         ignore = model._keys_to_ignore_on_load_unexpected or []
         accepted = {**info, "mismatched_keys": set()} if kwargs.get("ignore_mismatched_sizes") else info
         check_loaded(model, accepted, str(pretrained_model_name_or_path), cls._new_on_load, ignore)
+        if nested is not None:
+            nested.report()
+            info = {**info, "bytes_read": nested.bytes_read, "parent_bytes": nested.parent_bytes}
         return (model, info) if with_info else model
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         files = [file for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
         check_files(files)
-        if keep_file_dtypes.get() and load_config.hf_quantizer is None:
-            plan = {**stored_dtypes(files, load_config.dtype), **load_config.dtype_plan}
+        wanted = loading.get()
+        if wanted.manifest is not None:
+            check_manifest(wanted.manifest, files)
+        if wanted.nested is not None:
+            state_dict, checkpoint_files = wanted.nested.tensors(files), None
+        if wanted.keep_dtypes and load_config.hf_quantizer is None:
+            cut = {} if wanted.nested is None else {name: pending.get_dtype() for name, pending in state_dict.items()}
+            plan = {**stored_dtypes(cut or file_dtypes(files), load_config.dtype), **load_config.dtype_plan}
             load_config = replace(load_config, dtype_plan=plan)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 

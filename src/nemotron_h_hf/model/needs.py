@@ -1,0 +1,286 @@
+"""Finding a budget: by name, by fraction of the parent, or by need, solved over the sizes that the parent allows.
+
+    find_budget(config, "6b")          a name in config.elastic
+    find_budget(config, 0.5)           at most half of the parent's parameters; also "0.5" and "50%"
+    find_budget(config, "7GiB@32k")    weights and the cache of one sequence of 32 * 1024 tokens in at most 7 GiB
+    find_budget(config, {"hidden_size": 3072, "layers": [0, 1, 2]})        sizes of one's own, or a `Budget`
+
+A fraction or a need is solved over the named budgets and all combinations of `elastic.choices`, with the least important
+layers of `elastic.layer_order` left out. What fits is ranked by loss: the measured one of a named budget, else a prediction,
+the parent's loss plus what each single change cost on the calibration text. That sum ignores how changes act together, and
+a combination that was never trained can be far worse than it says; every candidate tells whether it was trained.
+"""
+
+import heapq
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, NamedTuple
+
+from transformers.utils import logging
+
+from .budgets import EXPERT_FIELDS, SIZE_FIELDS, Budget, Elastic, budget_config, check_budget, read_elastic
+from .configuration_nemotron_h import NemotronHConfig
+from .cost import (
+    cache_bytes,
+    checkpoint_tensors,
+    layer_cache_bytes,
+    layer_of,
+    num_parameters,
+    stored_bytes,
+    weight_bytes,
+)
+
+logger = logging.get_logger(__name__)
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+         "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
+TOKEN_UNITS = {"": 1, "k": 2**10, "m": 2**20}
+KIND_FIELDS = {
+    "mlp": ("intermediate_size",),
+    "linear_attention": ("mamba_num_heads", "mamba_head_dim"),
+    "full_attention": ("num_attention_heads",),
+    "moe": EXPERT_FIELDS,
+}
+FORMS = 'a fraction such as 0.5 or "50%", or a need such as "7GiB@32k"'
+
+Request = str | float | Mapping[str, Any] | Budget
+
+
+class Limit(NamedTuple):
+    """What must fit: at most `most` parameters, or bytes of weights and of one sequence's cache of `num_tokens`."""
+
+    most: float
+    in_bytes: bool = False
+    num_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A budget that fits. `num_bytes` are weights and one sequence's cache at the asked context (0 tokens for a fraction).
+
+    `loss` is in nats per token on the calibration text, None if nothing is known; `measured` says that it belongs to this
+    budget and is not a sum over single changes.
+    """
+
+    budget: Budget
+    num_parameters: int
+    num_bytes: int
+    loss: float | None
+    measured: bool
+
+    def describe(self) -> str:
+        """One line for people."""
+        known = "no loss is known" if self.loss is None else f"loss {self.loss:.3f}"
+        if self.loss is not None:
+            known += " measured" if self.measured else " predicted (a sum over single changes)"
+        trained = "trained" if self.budget.trained else "NOT trained"
+        size = f"{self.num_parameters:,} parameters, {self.num_bytes / 2**30:.2f} GiB"
+        return f"{size}; {known}; {trained}"
+
+
+def find_budget(config: NemotronHConfig, request: Request, dtype: str = "bfloat16") -> Budget:
+    """The budget that is asked for; of several that fit, the one with the lowest loss.
+
+    Args:
+        config: the parent's.
+        dtype: of the weights and the KV cache, for needs in bytes.
+
+    Raises:
+        ValueError: for a name, form or size that is not allowed, or when nothing is small enough.
+    """
+    if isinstance(request, str) and request.lstrip().startswith("{"):
+        request = _read_json(request)
+    if isinstance(request, Mapping):
+        request = Budget.from_dict(request.get("name", "custom"), {k: v for k, v in request.items() if k != "name"})
+    if isinstance(request, Budget):
+        check_budget(config, request)
+        return request
+    elastic = read_elastic(config)
+    if isinstance(request, str) and request in elastic.budgets:
+        return elastic.budgets[request]
+    best = rank_budgets(config, request, dtype, limit=1)[0]
+    say = logger.info if best.budget.trained else logger.warning_once
+    say(f"budget={request!r}: {best.describe()}; {_sizes(best.budget)}")
+    return best.budget
+
+
+def rank_budgets(
+    config: NemotronHConfig, request: str | float, dtype: str = "bfloat16", limit: int = 10
+) -> list[Candidate]:
+    """The budgets that fit a fraction or a need, the best first, at most `limit` of them.
+
+    Raises:
+        ValueError: if the form is not known, or nothing is small enough.
+    """
+    elastic = read_elastic(config)
+    wanted = read_limit(config, request, list(elastic.budgets))
+    found: list[tuple[Budget, float, float | None]] = []
+    smallest = float("inf")
+    for budget, amount in _solutions(config, elastic, wanted, dtype, str(request)):
+        smallest = min(smallest, amount)
+        if amount <= wanted.most:
+            found.append((budget, amount, budget.loss or predict_loss(config, elastic, budget)))
+    if not found:
+        raise ValueError(
+            f"budget={request!r}: allowed is {_human(wanted, smallest)} or more, the smallest that this parent offers"
+        )
+    best = heapq.nsmallest(limit + len(elastic.budgets), found, key=_rank)
+    candidates, seen = [], []
+    for budget, _, loss in best:
+        child = budget_config(config, budget)
+        resolved = (_kept(config, budget), child.to_dict())
+        if resolved not in seen:
+            seen.append(resolved)
+            num_bytes = weight_bytes(child, dtype) + cache_bytes(child, wanted.num_tokens, dtype)
+            candidates.append(Candidate(budget, num_parameters(child), num_bytes, loss, budget.loss is not None))
+    return candidates[:limit]
+
+
+def read_limit(config: NemotronHConfig, request: str | float, names: list[str]) -> Limit:
+    """What a fraction or a need asks for; `names` are those of the budgets, for the message."""
+    text = str(request).strip()
+    if (match := re.fullmatch(r"(\d*\.?\d+)(%?)", text)) and not isinstance(request, bool):
+        fraction = float(match[1]) / (100 if match[2] else 1)
+        if not 0 < fraction <= 1:
+            raise ValueError(f"budget={request!r}: allowed is a fraction above 0 and up to 1, or 100%")
+        return Limit(fraction * num_parameters(config))
+    match = re.fullmatch(rf"(\d*\.?\d+)\s*({'|'.join(UNITS)})(?:@(\d+)([km]?))?", text, re.IGNORECASE)
+    if not match:
+        raise ValueError(f"budget={request!r}: allowed are {', '.join(map(repr, names))}{', ' * bool(names)}{FORMS}")
+    num_tokens = int(match[3] or 0) * TOKEN_UNITS[(match[4] or "").lower()]
+    return Limit(float(match[1]) * UNITS[match[2].upper()], in_bytes=True, num_tokens=num_tokens)
+
+
+def predict_loss(config: NemotronHConfig, elastic: Elastic, budget: Budget) -> float | None:
+    """The parent's loss plus what each of the budget's changes cost alone; None where the calibration does not tell."""
+    base = elastic.calibration.get("loss")
+    if base is None:
+        return None
+    changes: list[tuple[str, Any, Any]] = [("layers", len(_kept(config, budget)), config.num_hidden_layers)]
+    changes += [(field, getattr(budget, field), getattr(config, field)) for field in SIZE_FIELDS]
+    loss = base
+    for field, size, whole in changes:
+        if size is None or size == whole:
+            continue
+        known = {int(at): value for at, value in elastic.calibration.get(field, {}).items()}
+        if isinstance(whole, int):
+            known[whole] = base
+        alone = _interpolate(known, size) if isinstance(size, int) else None
+        if alone is None:
+            return None
+        loss += alone - base
+    return loss
+
+
+def _read_json(text: str) -> dict[str, Any]:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"budget={text!r}: allowed is JSON with the sizes of a budget; {error}") from None
+
+
+def _solutions(
+    config: NemotronHConfig, elastic: Elastic, wanted: Limit, dtype: str, name: str
+) -> Iterator[tuple[Budget, float]]:
+    """(budget, amount of what is limited): the named ones, and every combination of choices and depth."""
+    for budget in elastic.budgets.values():
+        child = budget_config(config, budget)
+        amount = num_parameters(child)
+        if wanted.in_bytes:
+            amount = weight_bytes(child, dtype) + cache_bytes(child, wanted.num_tokens, dtype)
+        yield budget, amount
+    depths = _depths(config, elastic)
+    for hidden_size in _options(config, elastic, "hidden_size"):
+        tables = [
+            _table(config, elastic, kind, hidden_size, wanted, dtype, depths)
+            for kind in KIND_FIELDS
+            if kind in (*config.layers_block_type, *(config.mtp_layers_block_type or ()))
+        ]
+        outside = _costs(_with(config, hidden_size=hidden_size), wanted, dtype)[None]
+        for entries in product(*tables):
+            sizes = {field: size for fields, _ in entries for field, size in fields.items()}
+            for place, layers in enumerate(depths):
+                amount = outside + sum(costs[place] for _, costs in entries)
+                yield Budget(name=name, hidden_size=hidden_size, layers=layers, **sizes), amount
+
+
+def _options(config: NemotronHConfig, elastic: Elastic, field: str) -> list[int | None]:
+    """Sizes that a field may take; None is the parent's own."""
+    return [None, *(size for size in elastic.choices.get(field, ()) if size != getattr(config, field))]
+
+
+def _depths(config: NemotronHConfig, elastic: Elastic) -> list[tuple[int, ...] | None]:
+    """Layers that may stay: all (None), and what is left without the least important ones, of the calibrated counts."""
+    counts = [int(count) for count in elastic.calibration.get("layers", {})]
+    counts = counts or list(range(1, config.num_hidden_layers)) if elastic.layer_order else []
+    kept = [tuple(sorted(elastic.layer_order[-count:])) for count in counts if 0 < count < config.num_hidden_layers]
+    return [None, *kept]
+
+
+def _table(
+    config: NemotronHConfig,
+    elastic: Elastic,
+    kind: str,
+    hidden_size: int | None,
+    wanted: Limit,
+    dtype: str,
+    depths: list[tuple[int, ...] | None],
+) -> list[tuple[dict[str, int | None], list[int]]]:
+    """For each choice of one kind of layer's sizes: (sizes, what all layers of the kind cost at each depth)."""
+    own = [index for index, found in enumerate(config.layers_block_type) if found == kind]
+    rows = []
+    for sizes in product(*(_options(config, elastic, field) for field in KIND_FIELDS[kind])):
+        fields = dict(zip(KIND_FIELDS[kind], sizes))
+        costs = _costs(_with(config, hidden_size=hidden_size, **fields), wanted, dtype)
+        always = costs.get(kind, 0)
+        kept = [own if layers is None else [index for index in own if index in layers] for layers in depths]
+        rows.append((fields, [always + sum(costs[index] for index in layers) for layers in kept]))
+    return rows
+
+
+def _costs(config: NemotronHConfig, wanted: Limit, dtype: str) -> dict[int | str | None, int]:
+    """What is limited, by layer of the stack, by kind for multi-token prediction, and under None what is outside."""
+    costs: dict[int | str | None, int] = {None: 0}
+    for tensor in checkpoint_tensors(config):
+        place = layer_of(config, tensor)
+        costs[place] = costs.get(place, 0) + (stored_bytes(tensor, dtype) if wanted.in_bytes else tensor.num_elements)
+    if wanted.in_bytes:
+        for index in range(config.num_hidden_layers):
+            costs[index] += layer_cache_bytes(config, index, wanted.num_tokens, dtype)
+    return costs
+
+
+def _with(config: NemotronHConfig, **sizes: int | None) -> NemotronHConfig:
+    return budget_config(config, Budget(name="one change", **sizes))
+
+
+def _kept(config: NemotronHConfig, budget: Budget) -> tuple[int, ...]:
+    return tuple(range(config.num_hidden_layers)) if budget.layers is None else budget.layers
+
+
+def _rank(found: tuple[Budget, float, float | None]) -> tuple:
+    """Lower is better: a known loss, the loss, a trained budget; without a loss the one that keeps most."""
+    budget, amount, loss = found
+    return (loss is None, loss or 0.0, not budget.trained, -amount)
+
+
+def _interpolate(known: Mapping[int, float], size: int) -> float | None:
+    """A loss between the calibrated sizes on either side; None outside of them."""
+    below = max((at for at in known if at <= size), default=None)
+    above = min((at for at in known if at >= size), default=None)
+    if below is None or above is None:
+        return None
+    share = 0.0 if below == above else (size - below) / (above - below)
+    return known[below] + share * (known[above] - known[below])
+
+
+def _sizes(budget: Budget) -> str:
+    entry = {key: value for key, value in budget.to_dict().items() if key not in ("trained", "loss")}
+    return json.dumps(entry) if entry else "the parent itself"
+
+
+def _human(wanted: Limit, amount: float) -> str:
+    return f"{amount / 2**30:.3g} GiB" if wanted.in_bytes else f"{int(amount):,} parameters"

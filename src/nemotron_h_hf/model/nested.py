@@ -1,0 +1,213 @@
+"""Reads one nested model out of its parent's files: the parent is never built, and little of what is cut away is read.
+
+transformers loads a mapping from names to lazy slices; here each slice is a `PendingCut`, which reads its tensor when it is
+indexed. Rows that are cut away are not read. Columns lie across the whole file, so rows are read whole, a piece at a time,
+and cut; beside the small tensor itself no more than `PIECE_BYTES` are held.
+
+    nested = Nested(parent_config, budget)
+    pending = nested.tensors(["model-00001-of-00002.safetensors", ...])     name -> PendingCut, in released names
+    tensor = pending["lm_head.weight"][...]
+"""
+
+import math
+import os
+import re
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from .budgets import Budget, budget_config
+from .configuration_nemotron_h import NemotronHConfig
+from .cost import checkpoint_tensors
+from .loading import DTYPES, read_header
+from .needs import Request, find_budget
+from .slicing import Cut, cuts, prefix, runs
+
+logger = logging.get_logger(__name__)
+
+PIECE_BYTES = 16 * 2**20
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+PRECISION_ARGUMENTS = (
+    "dtype",
+    "torch_dtype",
+    "quantization_config",
+)  # those of the loading, not of the parent's config
+
+
+def find_nested(
+    config_class: type[NemotronHConfig], path: str | os.PathLike | None, budget: Request, arguments: dict[str, Any]
+) -> tuple["Nested", dict[str, Any]]:
+    """The small model that a budget asks for, and the arguments of `from_pretrained` that load it."""
+    if path is None:
+        raise ValueError(f"budget={budget!r} without a checkpoint: allowed is a folder or hub id of the parent")
+    config = arguments.get("config")
+    if not isinstance(config, NemotronHConfig):
+        left = ("config", *PRECISION_ARGUMENTS)
+        changes = {name: value for name, value in arguments.items() if name not in left}
+        loaded, rest = config_class.from_pretrained(config or path, return_unused_kwargs=True, **changes)
+        again = (*HUB_ARGUMENTS, *PRECISION_ARGUMENTS)
+        arguments = {**rest, **{name: value for name, value in arguments.items() if name in again}}
+        config = loaded
+    dtype = arguments.get("dtype", arguments.get("torch_dtype"))
+    dtype = config.dtype if dtype in (None, "auto") else dtype
+    nested = Nested(config, find_budget(config, budget, str(dtype or "bfloat16").removeprefix("torch.")))
+    return nested, {**arguments, "config": nested.config}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: bytes from `offset` on in `file`; `dtype` is the format's code, such as BF16."""
+
+    file: str
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the data."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+class Nested:
+    """The small model of one budget: its configuration, and its tensors in the parent's files.
+
+    Raises:
+        ValueError: for a budget that does not fit, quantised weights, or files that are not the parent's.
+    """
+
+    def __init__(self, parent: NemotronHConfig, budget: Budget) -> None:
+        if "quantization_config" in parent.to_dict():
+            raise ValueError(
+                f"budget={budget.name!r} of quantised weights: allowed is a parent in its own precision; cut first, "
+                "quantise the small model after"
+            )
+        self.parent, self.budget = parent, budget
+        self.config = budget_config(parent, budget)
+        layers = range(parent.num_hidden_layers) if budget.layers is None else budget.layers
+        self.kept = prefix(parent, layers, self.config)
+        self.bytes_read = 0
+        self.parent_bytes = 0
+        self._lock = threading.Lock()
+
+    def tensors(self, files: Iterable[str | os.PathLike]) -> dict[str, "PendingCut"]:
+        """Every tensor of the small model by its released name, in the order of its depth; nothing is read yet."""
+        stored = find_tensors(files)
+        check_tensors(stored, self.parent)
+        self.parent_bytes = sum(entry.num_bytes for entry in stored.values())
+        return {
+            cut.name: PendingCut(self, stored[cut.source], cut) for cut in cuts(self.parent, self.kept, self.config)
+        }
+
+    def report(self) -> None:
+        """Say how much of the parent was read."""
+        logger.info(
+            f"budget {self.budget.name!r}: read {self.bytes_read:,} of the parent's {self.parent_bytes:,} bytes of weights"
+        )
+
+    def count(self, num_bytes: int) -> None:
+        """Add to `bytes_read`; transformers reads in several threads."""
+        with self._lock:
+            self.bytes_read += num_bytes
+
+
+class PendingCut:
+    """One tensor of the small model, read each time it is indexed; the methods are those of a slice of safetensors."""
+
+    def __init__(self, nested: Nested, stored: Stored, cut: Cut) -> None:
+        self.nested, self.stored, self.cut = nested, stored, cut
+
+    def get_shape(self) -> list[int]:
+        return list(self.cut.shape)
+
+    def get_dtype(self) -> str:
+        return self.stored.dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Torch's."""
+        return DTYPES[self.stored.dtype]
+
+    def __getitem__(self, index) -> Tensor:
+        return self.read()[index]
+
+    def read(self) -> Tensor:
+        """The whole small tensor."""
+        cut, shape = self.cut, self.stored.shape
+        output = torch.empty(cut.shape, dtype=self.dtype)
+        row_bytes = math.prod(shape[1:]) * self.dtype.itemsize
+        most_rows = max(1, PIECE_BYTES // max(1, row_bytes))
+        done = 0
+        with open(self.stored.file, "rb", buffering=0) as file:
+            for start, stop in [(0, shape[0])] if cut.rows is None else runs(cut.rows):
+                for first in range(start, stop, most_rows):
+                    last = min(first + most_rows, stop)
+                    target = output[done : done + last - first]
+                    piece = target if cut.columns is None else torch.empty(last - first, *shape[1:], dtype=self.dtype)
+                    _read_into(file, self.stored.offset + first * row_bytes, piece)
+                    self.nested.count(piece.nbytes)
+                    if cut.columns is not None:
+                        torch.index_select(piece, 1, cut.columns, out=target)
+                    done += last - first
+        return output
+
+
+def find_tensors(files: Iterable[str | os.PathLike]) -> dict[str, Stored]:
+    """The tensors of safetensors files under released names (`backbone.`, one matrix per expert)."""
+    found: dict[str, Stored] = {}
+    for file in map(str, files):
+        header = read_header(file)
+        data = os.path.getsize(file) - max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        for name, entry in header.items():
+            if entry["dtype"] not in DTYPES:
+                raise ValueError(f"{file} has {name} in {entry['dtype']}: allowed are {', '.join(DTYPES)}")
+            name = re.sub(r"^model\.", "backbone.", name)
+            stored = Stored(file, data + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
+            found |= _experts_apart(name, stored)
+    return found
+
+
+def check_tensors(stored: dict[str, Stored], config: NemotronHConfig) -> None:
+    """Raise a ValueError unless the files hold what `config` asks for, in those shapes, and nothing else."""
+    wanted = {
+        tensor.name.format(e=e): tensor.shape for tensor in checkpoint_tensors(config) for e in range(tensor.copies)
+    }
+    for name, shape in wanted.items():
+        if name not in stored:
+            raise ValueError(f"the files lack {name}, which the parent's config asks for")
+        if stored[name].shape != shape:
+            raise ValueError(f"{name} has shape {stored[name].shape}, the parent's config asks for {shape}")
+    if left_over := sorted(set(stored) - set(wanted)):
+        raise ValueError(f"the files have {left_over[0]}, for which the parent's config has no place")
+
+
+def _experts_apart(name: str, stored: Stored) -> dict[str, Stored]:
+    """A tensor that holds all experts (e, rows, columns) as one entry for each, as the released files have them."""
+    match = re.fullmatch(r"(.*\.experts)\.(up_proj|down_proj)", name)
+    if match is None:
+        return {name: stored}
+    num_experts, *shape = stored.shape
+    size = stored.num_bytes // num_experts
+    return {
+        f"{match[1]}.{expert}.{match[2]}.weight": Stored(
+            stored.file, stored.offset + expert * size, stored.dtype, tuple(shape)
+        )
+        for expert in range(num_experts)
+    }
+
+
+def _read_into(file, offset: int, tensor: Tensor) -> None:
+    """Fill a contiguous tensor with the bytes of an open file from `offset` on."""
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    file.seek(offset)
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])
+        if not count:
+            raise ValueError(f"{file.name} was cut short while it was read: {len(view)} bytes at {offset} are needed")
+        done += count
