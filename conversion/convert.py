@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -14,14 +13,14 @@ from tqdm import tqdm
 
 from nemotron_h_hf.checkpoint import Checkpoint, write_text
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
+from nemotron_h_hf.resumable import TOKENIZER_FILES, Journal, check_room
 
 from . import config as configs
 from . import formats, verify
-from .journal import Journal
 from .plan import Plan, plan_to_hf, plan_to_megatron
-from .report import JSON_NAME, TABLE_NAME, Report, add_plan, add_written, human, parse_dtype, parse_size
+from .report import JSON_NAME, TABLE_NAME, Report, add_plan, add_written, parse_dtype, parse_size
 from .source import MegatronCheckpoint
-from .write_hf import TOKENIZER_FILES, write_config, write_hf
+from .write_hf import write_config, write_hf
 from .write_legacy import write_ranks
 from .write_megatron import FOLDER, Layout, Written, check_cuts
 from .write_torch_dist import write_distributed
@@ -88,7 +87,7 @@ def convert(
     if dry_run:
         return report
     work = Work(found.folder, Path(target), to, checkpoint, plan, max_bytes, layout)
-    _check_room(work.target, plan)
+    check_room(work.target, plan.num_bytes)
     journal = Journal(work.target, plan.fingerprint(_stamps(found.folder), to, max_bytes, layout))
     with _bar(plan, progress) as advance:
         written = _write(work, journal, advance)
@@ -207,14 +206,6 @@ def read_config(folder: Path, extra: str | Path | None) -> NemotronHConfig:
     if extra is None and not (base / "config.json").is_file():
         raise ValueError(f"{base} has no config.json; give one by --config")
     return NemotronHConfig(**configs.read_extra(base if extra is None else extra))
-
-
-def _check_room(target: Path, plan: Plan) -> None:
-    existing = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
-    there = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) if target.is_dir() else 0
-    free = shutil.disk_usage(existing).free
-    if plan.num_bytes - there > free:
-        raise ValueError(f"{target} needs {human(plan.num_bytes)}, {existing} has {human(free)} free")
 
 
 @contextmanager

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import torch
 
 from nemotron_h_hf.checkpoint import Checkpoint, TensorSpec, save, write_text
+from nemotron_h_hf.resumable import TOKENIZER_FILES, copy_files
 
 from .source import Entry, MegatronCheckpoint, Piece
 from .torch_dist import chunks_of, pieces_by_expert, read_metadata
-from .write_hf import TOKENIZER_FILES
 
 WEIGHTS_FOLDER = "pytorch_model_fsdp_0"
 WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.")  # of activation checkpointing and torch.compile
@@ -40,9 +39,7 @@ def export_run(
     source = open_sharded(checkpoint / WEIGHTS_FOLDER) if sharded else Checkpoint(checkpoint)
     specs = [_spec(source.spec(name), dtype) for name in sorted(source, key=_by_depth)]
     save(target, specs, ((spec.name, source[spec.name]) for spec in specs), max_shard_bytes)
-    for name in TOKENIZER_FILES:
-        if (checkpoint / name).is_file():
-            shutil.copyfile(checkpoint / name, target / name)
+    copy_files(TOKENIZER_FILES, checkpoint, target)
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     stored = next(spec.dtype for spec in specs if not spec.name.endswith(FLOAT32))
     write_text(

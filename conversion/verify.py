@@ -13,12 +13,12 @@ import torch
 from nemotron_h_hf.checkpoint import PIECE_BYTES, Checkpoint, Digest, write_text
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 from nemotron_h_hf.model.modeling_nemotron_h import NemotronHForCausalLM
+from nemotron_h_hf.resumable import checksum
 
 from .formats import read_megatron
 from .plan import Plan, plan_to_hf, some, to_hf
 from .source import MegatronCheckpoint
 from .torch_dist import inside
-from .write_hf import checksum
 
 PROBE_TOKENS = 24
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from nemotron_h_hf.checkpoint import PART_SUFFIX, Digest, Digester, byte_view, pieces
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
+from nemotron_h_hf.resumable import Journal
 
 from . import torchzip
-from .journal import Journal
 from .layouts import cut_for_rank, expert_range
 from .legacy import FILE_NAME
 from .names import COLUMNS, COPY

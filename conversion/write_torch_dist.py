@@ -27,9 +27,9 @@ from torch.distributed.checkpoint.metadata import (
 )  # fmt: skip
 
 from nemotron_h_hf.checkpoint import PART_SUFFIX, Digest, Digester, byte_view, pieces, plan_shards, write_text
+from nemotron_h_hf.resumable import Journal
 
 from . import torchzip
-from .journal import Journal
 from .layouts import split_parts
 from .names import PARTS
 from .plan import Job, Plan, to_megatron

@@ -1,0 +1,144 @@
+"""Writes a checkpoint folder so that a run that was killed goes on where it stopped, and never looks whole before it is.
+
+The journal has a line of JSON per finished file, written after the file has its final name. A file that it names is checked
+against its checksums before it is kept; a file that it does not name is written again. What makes a folder look whole,
+config.json, comes last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .checkpoint import Checkpoint, Digest, ShardWriter, TensorSpec, byte_view, pieces, write_index
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
+    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+"""What a folder has beside weights and configuration."""
+
+
+class Journal:
+    """Finished files of one piece of work (`what`: "conversion", "slice") in one folder.
+
+    Raises ValueError when the folder holds something else than this very work, unfinished.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, what: str = "conversion") -> None:
+        self.path = folder / f"{what}_journal.jsonl"
+        self.done: dict[str, Any] = {}
+        if not folder.exists() or not any(folder.iterdir()):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._append({"fingerprint": fingerprint})
+            return
+        if not self.path.is_file():
+            raise ValueError(f"{folder} is not empty; choose a new folder (nothing in it was touched)")
+        header, *lines = self._lines()
+        if header.get("fingerprint") != fingerprint:
+            raise ValueError(f"{folder} holds another {what}, unfinished; remove it or choose a new folder")
+        self.done = {line["file"]: line["record"] for line in lines}
+
+    def add(self, file: str, record: Any) -> None:
+        """Note a file that is finished."""
+        self._append({"file": file, "record": record})
+        self.done[file] = record
+
+    def finish(self) -> None:
+        """The work is complete: nothing is left to resume."""
+        self.path.unlink()
+
+    def _append(self, line: dict) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _lines(self) -> list[dict]:
+        """All whole lines; a last one that was cut off by a crash does not count and is removed."""
+        text = self.path.read_text()
+        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        if not lines:
+            return [{}]
+        if not text.endswith("\n"):
+            self.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return lines
+
+
+def write_shards(
+    folder: Path,
+    shards: Mapping[str, Sequence[TensorSpec]],
+    fill: Callable[[ShardWriter, Sequence[TensorSpec]], None],
+    journal: Journal,
+    progress: Callable[[int], object],
+) -> tuple[dict[str, Digest], list[str]]:
+    """Write all shards and their index; those that `journal` names are kept if they still are what was written.
+
+    `fill` writes the tensors of one shard. Returns what was seen of each tensor, and the names of the files kept.
+    """
+    digests: dict[str, Digest] = {}
+    kept = []
+    for file, specs in shards.items():
+        seen = _finished(folder / file, specs, journal.done.get(file))
+        if seen is None:
+            with ShardWriter(folder / file, specs) as writer:
+                fill(writer, specs)
+            seen = writer.digests
+            journal.add(file, seen)
+        else:
+            kept.append(file)
+            progress(sum(spec.num_bytes for spec in specs))
+        digests |= seen
+    write_index(folder, shards)
+    return digests, kept
+
+
+def check_room(target: Path, num_bytes: int) -> None:
+    """Raise a ValueError unless the disk has room for `num_bytes` in `target`, less what is there already."""
+    existing = next(folder for folder in (target, *target.absolute().parents) if folder.exists())
+    there = sum(file.stat().st_size for file in target.rglob("*") if file.is_file()) if target.is_dir() else 0
+    free = shutil.disk_usage(existing).free
+    if num_bytes - there > free:
+        raise ValueError(f"{target} needs {num_bytes / 1e9:.2f} GB, {existing} has {free / 1e9:.2f} GB free")
+
+
+def copy_files(names: Sequence[str], source: Path, target: Path) -> list[str]:
+    """Copy the files of these names that `source` has, each whole or not at all; their names."""
+    found = [name for name in names if (source / name).is_file()]
+    for name in found:
+        part = target / f"{name}.part"
+        shutil.copyfile(source / name, part)
+        part.replace(target / name)
+    return found
+
+
+def _finished(path: Path, specs: Sequence[TensorSpec], record: dict | None) -> dict[str, Digest] | None:
+    """What the journal noted of a file, if the file is there and still is what was noted."""
+    if record is None or not path.is_file():
+        return None
+    noted = {name: Digest(*values) for name, values in record.items()}
+    try:
+        written = Checkpoint(path)
+    except ValueError:  # cut short since then
+        return None
+    return noted if list(noted) == [spec.name for spec in specs] and matches(written, noted) else None
+
+
+def matches(checkpoint: Checkpoint, noted: dict[str, Digest]) -> bool:
+    """Whether the tensors of a written checkpoint still have the checksums that were noted."""
+    return all(name in checkpoint and checksum(checkpoint[name]) == digest.sha256 for name, digest in noted.items())
+
+
+def checksum(tensor: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, row after row."""
+    digest = hashlib.sha256()
+    for piece in pieces(tensor, tensor.dtype):
+        digest.update(byte_view(piece))
+    return digest.hexdigest()
