@@ -1,0 +1,198 @@
+"""An elastic parent and its nested models in one memory: every budget a complete model whose weights are views into the parent.
+
+    parent = NemotronHElasticForCausalLM.from_pretrained("path/to/parent")     # an ordinary checkpoint with budgets
+    small = parent.submodel("6b")                                              # no second copy of the weights
+    parent.generate(**prompt, assistant_model=small)
+    parent.generate(**prompt, budget="6b")                                     # generating.py
+
+The parent keeps some weights in an order of its own (layout.py), made when it is loaded and undone when it is saved:
+`save_pretrained` and `state_dict` give the ordinary tensors. It computes the same function, with the same modules, cache and
+kernels, and adapters made for the ordinary model fit it.
+
+A submodel shares every matrix and most vectors. What the Mamba layers read in the ordinary order (convolution, gated norm,
+A_log, D, dt_bias) is copied, well under 1 % of the weights.
+
+- The parent moves (`to`, `half`, `cuda`): its submodels follow.
+- The parent's weights are replaced some other way, or a submodel is moved: the submodel's next forward raises.
+- The parent trains: its submodels see each step; copies are made again before the next forward.
+- A submodel is not trained: its weights belong to the parent. Train the parent under masks (masks.py).
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from ..model.budgets import Budget, budget_config
+from ..model.configuration_nemotron_h import NemotronHConfig
+from ..model.modeling_nemotron_h import NemotronHForCausalLM
+from ..model.needs import Request, find_budget
+from ..model.slicing import prefix
+from .generating import BudgetSchedule, generate_rows, generate_schedule
+from .layout import live_orders
+from .ordered import ordered
+from .ordinary import check_plain, write_ordinary
+from .views import Tie, tie_tensors
+
+logger = logging.get_logger(__name__)
+
+
+class NemotronHElasticForCausalLM(NemotronHForCausalLM):
+    """A parent in memory, and each of its submodels."""
+
+    def __init__(self, config: NemotronHConfig) -> None:
+        super().__init__(config)
+        lay_out(self)
+        self._submodels: WeakValueDictionary[Budget, NemotronHElasticForCausalLM] = WeakValueDictionary()
+        self._ties: list[Tie] = []  # of a submodel
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "NemotronHElasticForCausalLM":
+        """As `NemotronHForCausalLM.from_pretrained`; then the weights are laid out, one layer's copy at a time."""
+        return cls.from_model(NemotronHForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs))
+
+    @classmethod
+    def from_model(cls, model: NemotronHForCausalLM) -> "NemotronHElasticForCausalLM":
+        """Take over an ordinary model: its weights become this one's. `model` itself goes on computing the same.
+
+        Raises:
+            ValueError: for quantised, sharded or offloaded weights, and for adapters that are not merged.
+        """
+        check_plain(model)
+        with torch.device("meta"):
+            parent = cls(model.config)
+        lay_out(model)
+        for name, child in model.named_children():
+            setattr(parent, name, child)
+        parent.generation_config = model.generation_config
+        parent.name_or_path = model.name_or_path
+        return parent.train(model.training)
+
+    def submodel(self, budget: Request) -> "NemotronHElasticForCausalLM":
+        """The complete model of a budget, without gradients; the same object as long as somebody holds it.
+
+        Args:
+            budget: a name, a fraction, a need or sizes, as for `find_budget`.
+
+        Raises:
+            ValueError: for an unknown budget, or a parent whose weights cannot be viewed (see `from_model`).
+        """
+        budget = find_budget(self.config, budget)
+        config = budget_config(self.config, budget)
+        if _same_sizes(config, self.config):
+            return self
+        found = self._submodels.get(budget)
+        if found is None or not all(tie.check() for tie in found._ties):
+            found = self._submodels[budget] = self._make_submodel(budget, config)
+        return found
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        *args: Any,
+        budget: Request | BudgetSchedule | list | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers', by the model of `budget`: one for all rows, a list with one for each row, or a schedule.
+
+        Raises:
+            ValueError: for what a mixed batch or a schedule has no meaning for (streamer, a given cache, ...).
+        """
+        if budget is None:
+            return super().generate(inputs, *args, **kwargs)
+        if isinstance(budget, (list, BudgetSchedule)):
+            kwargs |= dict(zip(("generation_config", "logits_processor", "stopping_criteria"), args))
+            by = generate_rows if isinstance(budget, list) else generate_schedule
+            return by(self, inputs, budget, kwargs)
+        return self.submodel(budget).generate(inputs, *args, **kwargs)
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        state_dict: Mapping[str, Tensor] | None = None,
+        max_shard_size: int | str = "5GB",
+        push_to_hub: bool = False,
+        **_: Any,
+    ) -> None:
+        """An ordinary checkpoint with released names, written a tensor at a time.
+
+        Raises:
+            ValueError: for `push_to_hub`; save, then `nemotron-h push`. For adapters that are not merged.
+        """
+        if push_to_hub:
+            raise ValueError("push_to_hub=True: allowed is False; save, then upload the folder with `nemotron-h push`")
+        write_ordinary(self, save_directory, state_dict, max_shard_size)
+
+    def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
+        """As the ordinary model's."""
+        if self._ties:
+            raise ValueError("a submodel's weights are its parent's: load them into the parent")
+        return super().load_state_dict(state_dict, strict, assign)
+
+    def shared_bytes(self) -> dict[str, int]:
+        """Bytes of a submodel's tensors: `views` into the parent's, and `copies` of its own."""
+        sizes = {"views": 0, "copies": 0}
+        for tie in self._ties:
+            sizes["views" if tie.kept is None else "copies"] += tie.tensor().nbytes
+        return sizes
+
+    def _make_submodel(self, budget: Budget, config: NemotronHConfig) -> "NemotronHElasticForCausalLM":
+        check_plain(self)
+        with torch.device("meta"):
+            child = type(self)(config)
+        layers = range(self.config.num_hidden_layers) if budget.layers is None else budget.layers
+        child._ties = tie_tensors(self, child, prefix(self.config, layers, config))
+        child.generation_config = self.generation_config
+        child.name_or_path = self.name_or_path
+        large = [tie for tie in child._ties if tie.kept is not None and tie.tensor().dim() == 2]
+        if large:
+            size = sum(tie.tensor().nbytes for tie in large) / 2**20
+            logger.warning(
+                f"budget {budget.name!r}: {len(large)} matrices ({size:.1f} MiB) are copies, as what it keeps of them is "
+                f"no prefix beside the parent's other budgets: {large[0].path}{', ...' * (len(large) > 1)}"
+            )
+        child.model.register_forward_pre_hook(lambda _module, _args: _check_ties(child._ties))
+        return child.eval()
+
+    def _apply(self, fn, recurse: bool = True):
+        super()._apply(fn, recurse)
+        for child in self._submodels.values():
+            for tie in child._ties:
+                tie.tie()
+        return self
+
+
+def lay_out(model: NemotronHForCausalLM) -> None:
+    """Bring the weights of a model into the live order, in place, one matrix after the other."""
+    for path, order in live_orders(model.config).items():
+        place, _, name = path.rpartition(".")
+        module = model.get_submodule(place)
+        setattr(module, name, ordered(module.get_submodule(name), order))
+
+
+def _check_ties(ties: list[Tie]) -> None:
+    """What a submodel asks before each forward.
+
+    Raises:
+        RuntimeError: if its weights are no longer the parent's.
+        ValueError: if they ask for gradients.
+    """
+    if torch.compiler.is_compiling():
+        return
+    for tie in ties:
+        if not tie.check():
+            raise RuntimeError(
+                f"{tie.path} of a submodel is no longer its parent's: one of them was moved, copied or given other weights; "
+                "ask the parent for submodel() again, and move the parent instead of the submodel"
+            )
+        if tie.tensor().requires_grad:
+            raise ValueError(f"{tie.path}.requires_grad=True: a submodel's weights are its parent's; train the parent")
+
+
+def _same_sizes(config: NemotronHConfig, other: NemotronHConfig) -> bool:
+    ours, theirs = ({k: v for k, v in c.to_dict().items() if k != "elastic"} for c in (config, other))
+    return ours == theirs
