@@ -18,6 +18,7 @@ from .configuration_nemotron_h import NemotronHConfig
 from .mamba2 import NemotronHMamba2Mixer
 from .moe import NemotronHMLP, NemotronHMoE
 from .rows import Padding
+from .ssd import inverse_rms, wide
 
 
 class NemotronHRMSNorm(nn.Module):
@@ -29,11 +30,14 @@ class NemotronHRMSNorm(nn.Module):
         self.variance_epsilon = eps
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        wide = torch.promote_types(hidden_states.dtype, torch.float32)
-        weight = self.weight.to(wide)
-        return nn.functional.rms_norm(hidden_states.to(wide), weight.shape, weight, self.variance_epsilon).to(
-            hidden_states.dtype
-        )
+        x, weight = wide(hidden_states), wide(self.weight)
+        if (
+            x.device.type == "cpu" and not torch.is_grad_enabled()
+        ):  # PyTorch's has no kernel there, but a dozen small ops
+            normed = (x * inverse_rms(x, self.variance_epsilon)).mul_(weight)
+        else:
+            normed = nn.functional.rms_norm(x, weight.shape, weight, self.variance_epsilon)
+        return normed.to(hidden_states.dtype)
 
 
 class NemotronHAttention(nn.Module):

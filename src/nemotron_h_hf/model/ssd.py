@@ -158,11 +158,14 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, group_size: int, eps: fl
     """RMSNorm over groups of channels of x * silu(gate), in fp32. x, gate (..., d), weight (d) -> (..., d) in gate's dtype."""
     gated = times(F.silu(wide(gate)), wide(x))
     groups = gated.view(*gated.shape[:-1], -1, group_size)
-    lengths = torch.linalg.vector_norm(
-        groups, dim=-1, keepdim=True
-    )  # one pass, where squares and their mean take three
-    normed = times(groups, torch.rsqrt(lengths.square() / group_size + eps))
+    normed = times(groups, inverse_rms(groups, eps))
     return times(normed.flatten(-2), wide(weight)).to(gate.dtype)
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / sqrt(mean(x^2) + eps) over the last dimension, kept as 1. The norm reads x once and makes nothing of its size."""
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return torch.addcmul(length.new_full((), eps), length, length, value=1 / x.shape[-1]).rsqrt()
 
 
 def scan(
