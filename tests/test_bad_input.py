@@ -240,7 +240,7 @@ def test_a_mask_of_another_batch_or_length(model, shape):
         ({"hybrid_override_pattern": "M-M*-M"}, "6 layers, the model has 7"),
         (
             {"hybrid_override_pattern": "M-*M-M-"},
-            r"layers\[2\] is a DynamicLayer, .* is linear_attention",
+            r"layers\[2\] is a GrowingLayer, .* is linear_attention",
         ),
         ({"ssm_state_size": 32}, r"layers\[0\] holds .*: a cache of another model"),
         ({"head_dim": 8}, r"layers\[3\] holds .*: a cache of another model"),

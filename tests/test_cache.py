@@ -60,6 +60,37 @@ def test_states_are_updated_in_place(model):
     assert cache.layers[0].conv_states[0] is held[0] and cache.layers[0].recurrent_states[0] is held[1]
 
 
+def test_keys_grow_in_place(model):
+    """Memory is made for a quarter more tokens than there are, and found again after a roll-back; a copy has its own."""
+    ids, cache = prompt(2, 30), HybridCache(model.config)
+    expected, attention = full_logits(model, ids), model.config.layers_block_type.index("full_attention")
+    cache.activate_past_recording()
+    model(ids[:, :20], past_key_values=cache)
+    address = cache.layers[attention].keys.data_ptr()
+    for t in range(20, 24):
+        model(ids[:, t : t + 1], past_key_values=cache)
+    cache.crop(-3)
+    branch = cache.fork()
+    for each in (branch, cache, branch):
+        length = each.get_seq_length()
+        logits = model(ids[:, length : length + 4], past_key_values=each).logits
+        assert_close(logits, expected[:, length : length + 4])
+    assert cache.layers[attention].keys.data_ptr() == address != branch.layers[attention].keys.data_ptr()
+
+
+def test_rows_and_gradients_leave_the_memory(model):
+    ids, cache = prompt(2, 20), HybridCache(model.config)
+    expected = full_logits(model, ids)
+    model(ids[:, :12], past_key_values=cache)
+    model(ids[:, 12:13], past_key_values=cache)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    flipped = model(ids[:, 13:14].flip(0), past_key_values=cache).logits
+    with torch.enable_grad():
+        logits = model(ids[:, 14:17].flip(0), past_key_values=cache).logits
+    rest = model(ids[:, 17:].flip(0), past_key_values=cache).logits
+    assert_close(torch.cat([flipped, logits.detach(), rest], dim=1).flip(0), expected[:, 13:])
+
+
 def test_states_of_a_bfloat16_model_are_fp32():
     model = tiny_model("dense").bfloat16()
     cache = model(prompt(1, 5)).past_key_values

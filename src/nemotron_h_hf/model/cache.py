@@ -16,6 +16,8 @@ prompt lookup and multi-token verification need.
 import copy
 import json
 import os
+from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 
 import torch
@@ -181,6 +183,54 @@ class MambaCacheLayer(LinearAttentionLayer):
         self.dtype, self.device = conv_state.dtype, conv_state.device
 
 
+class GrowingLayer(DynamicLayer):
+    """Keys and values (b, kv heads, l, head_dim) that grow in place, in memory with room for a quarter more tokens:
+    transformers' layer copies all of them at every token.
+
+    `keys` and `values` are views of the filled part. What replaces them (reordered rows, another device, a forward with
+    gradients) is no longer in that memory, and the next update makes new.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop_memory()
+
+    def drop_memory(self) -> None:
+        """Keep no room to grow."""
+        self.key_memory: Tensor | None = None
+        self.value_memory: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():  # a graph may still need the old values
+            self.drop_memory()
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.key_memory = _append(self.keys, self.key_memory, key_states)
+        self.values, self.value_memory = _append(self.values, self.value_memory, value_states)
+        return self.keys, self.values
+
+    def offload(self) -> None:
+        super().offload()
+        self.drop_memory()
+
+    def reset(self) -> None:
+        super().reset()
+        self.drop_memory()
+
+
+def _append(held: Tensor, memory: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
+    """(held and new, the memory they are in). The memory is made anew if held is not in it, or no room is left."""
+    start = held.shape[-2] if held.numel() else 0
+    end = start + new.shape[-2]
+    if memory is None or not start or held.data_ptr() != memory.data_ptr() or end > memory.shape[-2]:
+        memory = new.new_empty(*new.shape[:2], end + end // 4, new.shape[-1])
+        if start:
+            memory[:, :, :start] = held
+    memory[:, :, start:end] = new
+    return memory[:, :, :end], memory
+
+
 class HybridCache(Cache):
     """Cache of a Nemotron-H model: one entry per layer, as `config.layers_block_type` says.
 
@@ -221,8 +271,8 @@ class HybridCache(Cache):
         """Start over; static layers keep their memory."""
         super().reset()
         for index, layer in enumerate(self.layers):
-            if type(layer) is DynamicLayer:  # transformers 5.17 keeps its length
-                self.layers[index] = DynamicLayer()
+            if isinstance(layer, GrowingLayer):  # transformers 5.17 keeps its length
+                self.layers[index] = GrowingLayer()
 
     def crop(self, tokens_to_remove: int) -> None:
         """`crop(-n)` removes the last n tokens of every row; `crop(0)` commits what is recorded.
@@ -260,12 +310,15 @@ class HybridCache(Cache):
             elif isinstance(layer, CacheLayerMixin) and layer.is_initialized:
                 layer.keys, layer.values = layer.keys.to(device), layer.values.to(device)
                 layer.device = torch.device(device)
+                if isinstance(layer, GrowingLayer):
+                    layer.drop_memory()
                 if isinstance(layer, StaticLayer):
                     layer.cumulative_length = layer.cumulative_length.to(device)
         return self
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes held: `attention` (keys and values), `mamba` (states, and records while recording), and their `total`."""
+        """Bytes of what is held: `attention` (keys and values, room to grow not counted), `mamba` (states, and records
+        while recording), and their `total`."""
         sizes = {"attention": 0, "mamba": 0}
         for layer in self.layers:
             if isinstance(layer, MambaCacheLayer):
@@ -343,7 +396,7 @@ class HybridCache(Cache):
 
 def hybrid_layers(config: PreTrainedConfig, max_cache_len: int | None = None) -> list:
     """One empty cache layer per layer of the model."""
-    attention = DynamicLayer if max_cache_len is None else lambda: StaticLayer(max_cache_len)
+    attention = GrowingLayer if max_cache_len is None else lambda: StaticLayer(max_cache_len)
     makers = {"full_attention": attention, "linear_attention": lambda: MambaCacheLayer(config.conv_kernel)}
     return [makers.get(kind, DummyLayer)() for kind in config.layers_block_type]
 
@@ -395,17 +448,15 @@ def check_cache(cache: Cache, config: PreTrainedConfig, batch_size: int) -> None
         raise ValueError(
             f"past_key_values has {len(cache.layers)} layers, the model has {len(kinds)}: a cache of another model"
         )
-    kv_heads, tensor_parallel = (
-        config.num_key_value_heads,
-        torch.distributed.is_available() and torch.distributed.is_initialized(),
-    )
+    kv_heads, kv_dim = config.num_key_value_heads, config.head_dim
+    tensor_parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+    state_shapes = _state_shapes(config)
     for index, (layer, kind) in enumerate(zip(cache.layers, kinds)):
         if kind == "linear_attention" and isinstance(layer, LinearAttentionLayer):
+            conv_shape, ssm_shape = next(state_shapes)
             if not layer.is_recurrent_states_initialized[0]:
                 continue
-            heads, head_dim = config.size("mamba_num_heads", index), config.size("mamba_head_dim", index)
-            conv_shape = (config.conv_width(index), config.conv_kernel)
-            held, needed = layer.recurrent_states[0].shape, (batch_size, heads, head_dim, config.ssm_state_size)
+            held, needed = layer.recurrent_states[0].shape, (batch_size, *ssm_shape)
             if layer.conv_states[0].shape[1:] != conv_shape:
                 held, needed = layer.conv_states[0].shape, (batch_size, *conv_shape)
         elif kind == "full_attention" and isinstance(layer, CacheLayerMixin):
@@ -413,7 +464,7 @@ def check_cache(cache: Cache, config: PreTrainedConfig, batch_size: int) -> None
                 continue
             rows, heads, _, dim = layer.keys.shape
             own_heads = heads if tensor_parallel and kv_heads % heads == 0 else kv_heads  # a rank may hold some of them
-            held, needed = (rows, heads, dim), (batch_size, own_heads, config.head_dim)
+            held, needed = (rows, heads, dim), (batch_size, own_heads, kv_dim)
         elif kind in ("mlp", "moe") and isinstance(layer, DummyLayer):
             continue
         else:
@@ -425,3 +476,11 @@ def check_cache(cache: Cache, config: PreTrainedConfig, batch_size: int) -> None
             raise ValueError(
                 f"past_key_values.layers[{index}] holds {tuple(held)}, {needed} is needed: a cache of {what}"
             )
+
+
+def _state_shapes(config: PreTrainedConfig) -> Iterator[tuple[tuple[int, int], tuple[int, int, int]]]:
+    """(d, k) and (h, p, n) of each Mamba layer. Reads each field once: that costs 3 us, and this runs at every token."""
+    fields = (config.mamba_num_heads, config.mamba_head_dim)
+    sizes = zip(*(repeat(size) if isinstance(size, int) else size for size in fields))
+    g, n, taps = config.n_groups, config.ssm_state_size, config.conv_kernel
+    return (((h * p + 2 * g * n, taps), (h, p, n)) for h, p in sizes)
