@@ -17,6 +17,7 @@ COMMANDS = (
     ("demo", "nemotron_h_hf.scripts.demo", "load the embedded model, generate, compare cache memory"),
     ("generate", "nemotron_h_hf.scripts.generate", "continue a prompt, printing tokens as they come"),
     ("info", "nemotron_h_hf.scripts.info", "pattern, parameters and memory of a folder, hub id or preset"),
+    ("slice", "nemotron_h_hf.scripts.slice", "cut a nested model out of an elastic parent"),
     ("convert", "nemotron_h_hf.scripts.convert", "convert checkpoints between Megatron and Hugging Face"),
     ("blend", "nemotron_h_hf.scripts.blend", "show the tokens per source and phase of a training blend"),
     ("pretrain", "nemotron_h_hf.scripts.pretrain", "train on blended sources, from fresh weights or a checkpoint"),

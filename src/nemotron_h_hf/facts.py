@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .headers import Contents, read_contents
 from .model import cost
+from .model.budgets import EXPERT_FIELDS, SIZE_FIELDS, Budget, budget_config, read_elastic
 from .model.configuration_nemotron_h import NemotronHConfig
 
 LAYER_NAMES = {"M": "Mamba-2", "*": "attention", "-": "MLP", "E": "MoE"}
@@ -43,6 +44,16 @@ class Facts:
     def cache_bytes(self, num_tokens: int) -> int:
         """Bytes of one sequence's cache after `num_tokens`."""
         return num_tokens * self.kv_bytes_per_token + self.ssm_state_bytes + self.conv_state_bytes
+
+
+@dataclass(frozen=True)
+class BudgetFacts:
+    """One nested model: its sizes (a list where layers differ), the facts of it alone, and how it came about."""
+
+    sizes: dict[str, int | list[int]]
+    facts: Facts
+    trained: bool
+    loss: float | None
 
 
 def load_target(target: str | os.PathLike) -> tuple[NemotronHConfig, Contents | None]:
@@ -85,6 +96,14 @@ def describe(target: str, config: NemotronHConfig, contents: Contents | None = N
     )
 
 
+def describe_budgets(config: NemotronHConfig, dtype: str) -> list[BudgetFacts]:
+    """The parent and each budget that its configuration names, in that order; empty if it names none."""
+    if not config.elastic:
+        return []
+    budgets = [Budget(name="(parent)"), *read_elastic(config).budgets.values()]
+    return [_budget_facts(config, budget, dtype) for budget in budgets]
+
+
 def disagreements(config: NemotronHConfig, contents: Contents) -> list[str]:
     """One line for each tensor that the configuration asks for and the files lack or hold in another shape.
 
@@ -117,6 +136,15 @@ def human_count(count: int) -> str:
         if count >= limit:
             return f"{count / limit:.2f} {unit}"
     return str(count)
+
+
+def _budget_facts(config: NemotronHConfig, budget: Budget, dtype: str) -> BudgetFacts:
+    child = budget_config(config, budget)
+    kinds = set(child.layers_block_type)
+    absent = {field for field, kind in child.PER_LAYER_FIELDS.items() if kind not in kinds}
+    absent |= set() if "moe" in kinds else set(EXPERT_FIELDS)
+    sizes = {field: getattr(child, field) for field in SIZE_FIELDS if field not in absent}
+    return BudgetFacts(sizes, describe(budget.name, child, None, dtype), budget.trained, budget.loss)
 
 
 def _load_config(name: str) -> NemotronHConfig:

@@ -180,7 +180,7 @@ def check_budget(parent: PreTrainedConfig, budget: Budget) -> None:
         )
         fits = all(size <= most for size, most in zip(sizes, largest))
         require(fits, field, f"at most the parent's {', '.join(map(str, sorted(set(largest))))}")
-        multiple = _multiple_of(parent, field)
+        multiple = multiple_of(parent, field)
         require(all(size % multiple == 0 for size in sizes), field, f"a multiple of {multiple}")
         if field == "n_routed_experts":
             require(
@@ -189,7 +189,7 @@ def check_budget(parent: PreTrainedConfig, budget: Budget) -> None:
             require(value >= 2 * parent.n_group or parent.n_group == 1, field, "two experts or more in each group")
 
 
-def _multiple_of(parent: PreTrainedConfig, field: str) -> int:
+def multiple_of(parent: PreTrainedConfig, field: str) -> int:
     """What a size is counted in: heads stay equally many in each group, experts in each of theirs."""
     by = {"mamba_num_heads": "n_groups", "num_attention_heads": "num_key_value_heads", "n_routed_experts": "n_group"}
     return getattr(parent, by[field]) if field in by else 1

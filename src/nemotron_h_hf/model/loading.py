@@ -28,6 +28,7 @@ logger = logging.get_logger(__name__)
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+MANIFEST_NAME = "elastic_manifest.json"  # manifest.py
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,24 @@ def check_index(folder: str | os.PathLike) -> None:
             raise ValueError(f"{path} names the shard {file!r}: allowed is a file name without folders")
 
 
+def weight_files(folder: str | os.PathLike) -> list[str]:
+    """The safetensors files of a folder, those of the index or the only one.
+
+    Raises:
+        ValueError: if there are none, or the index is damaged.
+    """
+    check_index(folder)
+    index, single = Path(folder) / "model.safetensors.index.json", Path(folder) / "model.safetensors"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if missing := [name for name in names if not (Path(folder) / name).is_file()]:
+            raise ValueError(f"{index} names {missing[0]}, which is missing")
+        return [str(Path(folder) / name) for name in names]
+    if not single.is_file():
+        raise ValueError(f"{folder} holds neither {single.name} nor {index.name}")
+    return [str(single)]
+
+
 def check_files(files: Iterable[str]) -> None:
     """Refuse files that are damaged, and experts of one layer that differ in shape, before anything is read.
 
@@ -204,8 +223,8 @@ def drop_absent_mtp(model: nn.Module, info: dict) -> None:
         info["missing_keys"] = set(info["missing_keys"]) - expected
 
 
-def warn_of_other_readers(config: PreTrainedConfig) -> None:
-    """Say what transformers' own nemotron_h does not take from a checkpoint with this configuration."""
+def limits_of_other_readers(config: PreTrainedConfig) -> list[str]:
+    """What transformers' own nemotron_h does not take from a checkpoint with this configuration, one line each."""
     reasons = {
         "tie_word_embeddings": (config.tie_word_embeddings, "draws a new lm_head"),
         "attention_bias": (config.attention_bias, "leaves the biases of attention out"),
@@ -213,10 +232,17 @@ def warn_of_other_readers(config: PreTrainedConfig) -> None:
     }
     for field in ("mamba_num_heads", "mamba_head_dim", "num_attention_heads"):
         reasons[field] = (isinstance(getattr(config, field), list), "refuses a list of sizes (so does vLLM)")
-    for field, (applies, effect) in reasons.items():
-        if applies:
-            value = getattr(config, field)
-            logger.warning_once(f"{field}={value}: without this package, transformers' own nemotron_h {effect}.")
+    return [
+        f"{field}={getattr(config, field)}: without this package, transformers' own nemotron_h {effect}."
+        for field, (applies, effect) in reasons.items()
+        if applies
+    ]
+
+
+def warn_of_other_readers(config: PreTrainedConfig) -> None:
+    """Say what transformers' own nemotron_h does not take from a checkpoint with this configuration."""
+    for line in limits_of_other_readers(config):
+        logger.warning_once(line)
 
 
 def save_whole(directory: str | os.PathLike, write: Callable[[str], None]) -> None:
@@ -247,6 +273,7 @@ def save_whole(directory: str | os.PathLike, write: Callable[[str], None]) -> No
                     and old.name not in names
                 ):
                     old.unlink()
+            (target / MANIFEST_NAME).unlink(missing_ok=True)  # it speaks of the weights that were here before
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

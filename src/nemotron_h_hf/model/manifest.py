@@ -19,9 +19,10 @@ from typing import Any
 
 from transformers.utils import cached_file
 
+from .loading import MANIFEST_NAME
 from .nested import HUB_ARGUMENTS, PIECE_BYTES, Stored, find_tensors
 
-NAME = "elastic_manifest.json"
+NAME = MANIFEST_NAME
 VERSION = 1
 EDGE_BYTES = 4096
 FULL_CHECK_BYTES = 256 * 2**20
@@ -55,6 +56,13 @@ def make_manifest(stored: Mapping[str, Stored], sha256: Mapping[str, str], **mor
     }
     count = sum(math.prod(entry.shape) for entry in stored.values())
     return {"version": VERSION, "num_parameters": count, "fingerprint": fingerprint(stored), **more, "tensors": tensors}
+
+
+def as_text(manifest: Mapping[str, Any]) -> str:
+    """JSON with a line for each tensor."""
+    head = json.dumps({**manifest, "tensors": None}, indent=2)
+    lines = [f"    {json.dumps(name)}: {json.dumps(entry)}" for name, entry in manifest["tensors"].items()]
+    return head.replace('"tensors": null', '"tensors": {\n' + ",\n".join(lines) + "\n  }") + "\n"
 
 
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:

@@ -4,8 +4,11 @@
     nemotron-h info nemotron-h-8b                     # a released shape, by preset
     nemotron-h info path/to/checkpoint --context 32768 --json
 
+    nemotron-h info path/to/slice --checksums         # reads every tensor, compares it with elastic_manifest.json
+
 For a folder the headers of the safetensors files are read: dtypes and bytes are the stored ones, and files or tensors
-that are missing, truncated or of another shape are named (exit status 1).
+that are missing, truncated or of another shape are named (exit status 1). The budgets of an elastic parent stand side by
+side.
 """
 
 from __future__ import annotations
@@ -15,15 +18,33 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from nemotron_h_hf import EMBEDDED_MODEL
-from nemotron_h_hf.facts import LAYER_NAMES, Facts, describe, disagreements, human_bytes, human_count, load_target
+from nemotron_h_hf.facts import (
+    LAYER_NAMES,
+    BudgetFacts,
+    Facts,
+    describe,
+    describe_budgets,
+    disagreements,
+    human_bytes,
+    human_count,
+    load_target,
+)
 from nemotron_h_hf.headers import Contents
+from nemotron_h_hf.model import manifest
 from nemotron_h_hf.model.cost import BYTES_PER_ELEMENT
+from nemotron_h_hf.model.loading import weight_files
 
 COLOURS = {"M": "\033[36m", "*": "\033[31;1m", "-": "\033[90m", "E": "\033[33m"}
 RESET = "\033[0m"
 MAX_PROBLEMS_SHOWN = 10
+SIZE_LABELS = {
+    "hidden_size": "hidden", "intermediate_size": "MLP width", "mamba_num_heads": "Mamba heads",
+    "mamba_head_dim": "Mamba channels per head", "num_attention_heads": "query heads", "n_routed_experts": "experts",
+    "moe_intermediate_size": "expert width", "moe_shared_expert_intermediate_size": "shared expert width",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,6 +56,7 @@ class InfoArguments:
     memory_gib: float
     dtype: str | None
     json: bool
+    checksums: bool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,10 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     config, contents = load_target(arguments.target)
     facts = describe(arguments.target, config, contents, arguments.dtype)
     problems = find_problems(config, contents)
+    if contents is not None and not problems:
+        problems = find_changes(Path(arguments.target), arguments.checksums)
+    budgets = describe_budgets(config, facts.dtype)
     if arguments.json:
-        print(json.dumps(as_json(facts, contents, problems, arguments), indent=2))
+        print(json.dumps(as_json(facts, contents, problems, arguments, budgets), indent=2))
     else:
         print("\n".join(as_text(facts, contents, arguments, colour=sys.stdout.isatty())))
+        if budgets:
+            print("\n".join(["", *budget_lines(budgets, arguments.context)]))
         for line in shorten(problems):
             print(f"problem: {line}", file=sys.stderr)
     return 1 if problems else 0
@@ -62,6 +89,9 @@ def parse(argv: Sequence[str] | None) -> InfoArguments:
     parser.add_argument("--memory-gib", type=float, default=80.0, help="device memory to fit sequences in (80)")
     parser.add_argument("--dtype", choices=tuple(BYTES_PER_ELEMENT), help="of weights and KV cache (as stored)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
+    parser.add_argument(
+        "--checksums", action="store_true", help="compare every tensor of a folder with elastic_manifest.json"
+    )
     arguments = InfoArguments(**vars(parser.parse_args(argv)))
     if arguments.context < 1:
         raise ValueError(f"--context is {arguments.context}; it must be 1 or more")
@@ -80,6 +110,18 @@ def find_problems(config, contents: Contents | None) -> list[str]:
     return lines if lines else disagreements(config, contents)
 
 
+def find_changes(folder: Path, checksums: bool) -> list[str]:
+    """What differs from the manifest beside the weights; without `checksums`, by counts, shapes and fingerprint."""
+    path = folder / manifest.NAME
+    if not path.is_file():
+        return [f"{folder} has no {manifest.NAME} to compare with"] if checksums else []
+    try:
+        manifest.check_manifest(path, weight_files(folder), full=checksums)
+    except ValueError as error:
+        return [str(error)]
+    return []
+
+
 def shorten(problems: list[str]) -> list[str]:
     """The first problems, and how many more there are."""
     rest = len(problems) - MAX_PROBLEMS_SHOWN
@@ -92,7 +134,9 @@ def sequences_that_fit(facts: Facts, arguments: InfoArguments) -> int:
     return max(0, free_bytes // max(1, facts.cache_bytes(arguments.context)))
 
 
-def as_json(facts: Facts, contents: Contents | None, problems: list[str], arguments: InfoArguments) -> dict:
+def as_json(
+    facts: Facts, contents: Contents | None, problems: list[str], arguments: InfoArguments, budgets: list[BudgetFacts]
+) -> dict:
     """Everything that is printed, as plain numbers."""
     stored = None
     if contents is not None:
@@ -112,6 +156,10 @@ def as_json(facts: Facts, contents: Contents | None, problems: list[str], argume
         "cache_bytes_at_context": facts.cache_bytes(arguments.context),
         "memory_gib": arguments.memory_gib,
         "sequences_that_fit": sequences_that_fit(facts, arguments),
+        "budgets": [
+            {**asdict(budget), "cache_bytes_at_context": budget.facts.cache_bytes(arguments.context)}
+            for budget in budgets
+        ],
     }
 
 
@@ -163,6 +211,43 @@ def memory_lines(facts: Facts, contents: Contents | None, arguments: InfoArgumen
         f"  sequences of {context:,} tokens that fit beside the weights in {arguments.memory_gib:g} GiB: "
         f"{sequences_that_fit(facts, arguments):,} (activations not counted)",
     ]
+
+
+def budget_lines(budgets: list[BudgetFacts], context: int) -> list[str]:
+    """The parent and its budgets side by side, a column each."""
+    columns = [budget_column(budget, budgets[0], context) for budget in budgets]
+    labels = list(dict.fromkeys(label for column in columns for label in column))
+    rows = [[label, *(column.get(label, "") for column in columns)] for label in labels]
+    widths = [max(map(len, cells)) for cells in zip(*rows)]
+    lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows]
+    return [f"budgets ({budgets[0].facts.dtype}; SSM state in float32; loss in nats per token of calibration text)"] + [
+        f"  {line}" for line in lines
+    ]
+
+
+def budget_column(budget: BudgetFacts, parent: BudgetFacts, context: int) -> dict[str, str]:
+    """What is said of one budget: label -> text."""
+    facts, whole = budget.facts, parent.facts
+    sizes = {
+        label: str(size) if isinstance(size, int) else f"{min(size)}..{max(size)}"
+        for field, label in SIZE_LABELS.items()
+        if (size := budget.sizes.get(field)) is not None
+    }
+    state_bytes = facts.ssm_state_bytes + facts.conv_state_bytes
+    return {
+        "": facts.target,
+        "layers": str(len(facts.pattern)),
+        **{f"  {name}": str(facts.layer_counts.get(name, 0)) for name in whole.layer_counts},
+        **sizes,
+        "parameters": f"{facts.num_parameters:,}",
+        "of the parent's": f"{facts.num_parameters / whole.num_parameters:.1%}",
+        "weights": human_bytes(facts.weight_bytes),
+        "KV per token": human_bytes(facts.kv_bytes_per_token),
+        "state per sequence": human_bytes(state_bytes),
+        f"all at {context:,} tokens": human_bytes(facts.weight_bytes + facts.cache_bytes(context)),
+        "trained": "yes" if budget.trained else "" if budget is parent else "no",
+        "loss": "" if budget.loss is None else f"{budget.loss:.3f}",
+    }
 
 
 if __name__ == "__main__":
