@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
-from .losses import LiveTeacher, TopK, distillation_loss
+from .losses import DistillationLoss, LiveTeacher, TopK, distillation_loss
 from .teacher_cache import TeacherCache, teacher_hidden_states
 from .trainer import NemotronHTrainer
 
@@ -62,7 +62,7 @@ class DistillationTrainer(NemotronHTrainer):
         """As transformers', with the distillation loss in place of the model's own, in evaluation too."""
         loss_from_hidden = partial(
             self._loss, labels=inputs["labels"], teacher=self._ask_teacher(inputs),
-            num_items_in_batch=num_items_in_batch, keep=model.training,
+            num_items_in_batch=num_items_in_batch, train=model.training,
         )  # fmt: skip
         inputs = {**inputs, "loss_from_hidden": loss_from_hidden, "skip_logits": True}
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -93,16 +93,22 @@ class DistillationTrainer(NemotronHTrainer):
         labels: Tensor,
         teacher: LiveTeacher | TopK,
         num_items_in_batch: Tensor | int | None,
-        keep: bool,
+        train: bool,
     ) -> Tensor:
         out = distillation_loss(
             hidden_states, lm_head, labels, self.model.config.vocab_size, teacher, self.temperature,
             self.cross_entropy_weight, num_items_in_batch,
         )  # fmt: skip
-        if keep:
+        self._keep(out, labels, num_items_in_batch, train)
+        return out.loss
+
+    def _keep(
+        self, out: DistillationLoss, labels: Tensor, num_items_in_batch: Tensor | int | None, train: bool
+    ) -> None:
+        """Remember the parts of a micro-step's loss for the log; those of an evaluation are not."""
+        if train:
             scale = 1 if num_items_in_batch is not None else 1 / self.current_gradient_accumulation_steps
             self._parts += scale * torch.stack([out.kl, out.cross_entropy]).to(self._parts)
-        return out.loss
 
 
 def check_teacher(teacher: PreTrainedModel | TeacherCache, student: nn.Module, temperature: float) -> None:

@@ -1,0 +1,58 @@
+"""The end of elastic training: the router's choices become budgets of the configuration, with losses on held-out text."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from transformers.utils import logging
+
+from nemotron_h_hf.elastic.axes import Axis, budget_of
+from nemotron_h_hf.elastic.expected_cost import choices_of
+from nemotron_h_hf.elastic.routed import Route
+from nemotron_h_hf.model.budgets import Budget, Elastic, read_elastic
+from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
+
+logger = logging.get_logger(__name__)
+
+
+def elastic_after(
+    config: NemotronHConfig,
+    route: Route,
+    budgets: Mapping[str, Budget],
+    losses: Mapping[str, float],
+    single_losses: Mapping[str, float] | None = None,
+) -> Elastic:
+    """What `config.elastic` says of the trained parent.
+
+    Budgets that it named before and that were not trained are left out, and so are losses: the weights are others now.
+
+    Args:
+        budgets: the router's choices; trained are those that are targets of the route.
+        losses: cross-entropy on held-out text by name, as far as it was measured.
+        single_losses: the same for the budgets of `single_sizes`.
+    """
+    before = read_elastic(config) if config.elastic else Elastic({}, {}, (), {})
+    if dropped := sorted(set(before.budgets) - set(budgets)):
+        logger.warning(f"budgets {', '.join(dropped)} are left out of the configuration: this run did not train them")
+    found = {
+        name: replace(budget, trained=name in route.targets, loss=losses.get(name)) for name, budget in budgets.items()
+    }
+    uniform = all(len(set(axis.sizes)) <= 1 for axis in route.axes)
+    choices = {field: tuple(sizes) for field, sizes in choices_of(route.axes).items()} if uniform else before.choices
+    order = tuple(route.layer_order) or before.layer_order
+    parent = next(iter(route.targets))
+    calibration: dict = {"loss": losses[parent]} if parent in losses else {}
+    for name, loss in (single_losses or {}).items():
+        field, size = name.split("=")
+        calibration.setdefault(field, {})[size] = loss
+    return Elastic(found, choices, order, calibration)
+
+
+def single_sizes(config: NemotronHConfig, axes: Sequence[Axis], layer_order: Sequence[int] = ()) -> dict[str, Budget]:
+    """`field=size` -> the budget in which that alone is smaller, for every smaller size of every axis."""
+    found = {}
+    for axis in axes:
+        for index in range(1, axis.num_choices):
+            indices = {other.field: [0] * other.num_rows for other in axes} | {axis.field: [index] * axis.num_rows}
+            name = f"{axis.field}={max(sizes[index] for sizes in axis.sizes)}"
+            found[name] = budget_of(config, axes, indices, name, layer_order)
+    return found
