@@ -28,7 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -183,6 +183,7 @@ class _TakesMasks:
     """Tells a block whose masks are attached."""
 
 
+@cache  # one class for all blocks: an FSDP policy looks for blocks of the class of the first
 def _masked_class(plain: type) -> type:
     """A block class that takes `elastic_masks`. It keeps the name, by which FSDP policies find blocks; being a subclass of a
     GradientCheckpointingLayer, its forward is what is recomputed, masks included."""
