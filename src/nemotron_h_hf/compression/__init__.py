@@ -1,1 +1,1 @@
-"""Making models smaller; today the part that only counts: what a configuration costs (`cost.py`)."""
+"""Making models smaller: what matters in them (importance, depth), and what they cost on many GPUs (scaling)."""
