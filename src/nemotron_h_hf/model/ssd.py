@@ -288,7 +288,9 @@ def _scan_segment(
         chunk_docs = seq_idx.view(b, c, q)
         hidden = (hidden | (chunk_docs[..., :, None] != chunk_docs[..., None, :]))[:, :, None]
     products = (C @ B.transpose(-1, -2)).masked_fill_(hidden, 0)  # (b, c, g, q, q), r times fewer than decays
-    decay = log_decay.clamp_(max=0).exp_().view(b, c, g, r, q, q)
+    with torch.no_grad():  # its gradient would change nothing: what it cuts meets products that are 0
+        log_decay.clamp_(max=0)
+    decay = log_decay.exp_().view(b, c, g, r, q, q)
     scores = times(decay, products[:, :, :, None]).view(b, c, h, q, q)
     heads = x.transpose(2, 3).clone(memory_format=torch.contiguous_format)  # a copy even where it is contiguous already
     x_dt = times(heads, dt.transpose(2, 3)[..., None])  # (b, c, h, q, p)
