@@ -17,6 +17,7 @@ COMMANDS = (
     ("demo", "nemotron_h_hf.scripts.demo", "load the embedded model, generate, compare cache memory"),
     ("generate", "nemotron_h_hf.scripts.generate", "continue a prompt, printing tokens as they come"),
     ("info", "nemotron_h_hf.scripts.info", "pattern, parameters and memory of a folder, hub id or preset"),
+    ("elasticize", "nemotron_h_hf.scripts.elasticize", "order a model's weights so that smaller models lie in front"),
     ("slice", "nemotron_h_hf.scripts.slice", "cut a nested model out of an elastic parent"),
     ("convert", "nemotron_h_hf.scripts.convert", "convert checkpoints between Megatron and Hugging Face"),
     ("blend", "nemotron_h_hf.scripts.blend", "show the tokens per source and phase of a training blend"),
@@ -24,6 +25,7 @@ COMMANDS = (
     ("sft", "nemotron_h_hf.scripts.sft", "fine-tune on conversations or text, whole or with LoRA adapters"),
     ("merge", "nemotron_h_hf.scripts.merge", "merge LoRA adapters into an ordinary checkpoint"),
     ("distill", "nemotron_h_hf.scripts.distill", "train a student on what a teacher predicts"),
+    ("elastic-train", "nemotron_h_hf.scripts.elastic_train", "train a parent and the smaller models nested in it"),
     ("export", "nemotron_h_hf.scripts.export", "make an ordinary checkpoint of a training run's, sharded or not"),
     ("plot", "nemotron_h_hf.scripts.plot", "draw the loss curves of runs side by side"),
     ("eval", "nemotron_h_hf.scripts.eval", "bits per byte, long-context questions, lm-evaluation-harness tasks"),
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def usage() -> str:
     """The text of `nemotron-h --help`."""
-    lines = [f"  {name:<12}{help_line}" for name, _, help_line in COMMANDS]
+    lines = [f"  {name:<15}{help_line}" for name, _, help_line in COMMANDS]
     return "\n".join(
         ["usage: nemotron-h COMMAND [OPTIONS]", "", "commands:", *lines, "", "nemotron-h COMMAND --help tells more."]
     )

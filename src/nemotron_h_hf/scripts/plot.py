@@ -3,6 +3,7 @@
     nemotron-h plot runs/a runs/b                                  # writes loss.png
     nemotron-h plot bf16=runs/a fp8=runs/b --output gap.png        # with names of your own
     nemotron-h plot runs/a --y learning_rate --window 1            # any figure of metrics.jsonl
+    nemotron-h plot runs/a --x step --y 'size_*,target_*'          # all that match, a curve each
     nemotron-h plot docs/results/tiny/*.jsonl --window 5           # logs of train-tiny, and any JSON lines like them
 
 A RUN is a folder with metrics.jsonl (or train-tiny's log.jsonl), or such a file. The pale line is the log, the strong one
@@ -17,6 +18,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 LOG_FILES = ("metrics.jsonl", "log.jsonl")
@@ -45,12 +47,14 @@ class PlotArguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Read the logs, draw, and print one line per run."""
     arguments = parse(argv)
-    curves = {name: read_curve(path, arguments.x, arguments.y) for name, path in named_runs(arguments.runs).items()}
-    for name, (xs, ys) in curves.items():
+    curves = {
+        (name, y): read_curve(path, arguments.x, y)
+        for name, path in named_runs(arguments.runs).items()
+        for y in figures(path, arguments.y.split(","))
+    }
+    for (name, y), (xs, ys) in curves.items():
         last = running_mean(ys, arguments.window)[-1]
-        print(
-            f"{name}: {arguments.y} {last:.4g} at {arguments.x} {xs[-1]:,} (mean of {min(arguments.window, len(ys))} lines)"
-        )
+        print(f"{name}: {y} {last:.4g} at {arguments.x} {xs[-1]:,} (mean of {min(arguments.window, len(ys))} lines)")
     draw(curves, arguments)
     print(f"wrote {arguments.output}")
     return 0
@@ -64,7 +68,9 @@ def parse(argv: Sequence[str] | None) -> PlotArguments:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder or .jsonl file of a run, or NAME=one of these")
     parser.add_argument("--output", default="loss.png", help="PNG to write; replaced if it is there (loss.png)")
     parser.add_argument("--x", choices=("tokens", "step"), default="tokens", help="horizontal axis (tokens)")
-    parser.add_argument("--y", default="loss", help="figure of the logs to draw (loss)")
+    parser.add_argument(
+        "--y", default="loss", help="figures of the logs to draw, by commas; * stands for any letters (loss)"
+    )
     parser.add_argument("--window", type=int, default=5, help="lines in the running mean, 1 for none (5)")
     parser.add_argument("--log-scale", action="store_true", help="logarithmic vertical axis")
     arguments = PlotArguments(**vars(parser.parse_args(argv)))
@@ -96,8 +102,30 @@ def log_file(place: Path) -> Path:
     raise ValueError(f"RUN {place}: there is no {' or '.join(LOG_FILES)}; allowed is a run's folder or a .jsonl file")
 
 
+def figures(path: Path, patterns: Sequence[str]) -> list[str]:
+    """The figures of a log that the patterns name, in the order of the log; a name without * or ? stands for itself."""
+    plain = [pattern for pattern in patterns if not {"*", "?"} & set(pattern)]
+    if len(plain) == len(patterns):
+        return plain
+    known = dict.fromkeys(name for row in read_rows(path) for name in row)
+    found = [name for name in known if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if not found:
+        raise ValueError(f"{path} has nothing that matches {' '.join(patterns)}; it has {', '.join(sorted(known))}")
+    return found
+
+
 def read_curve(path: Path, x: str, y: str) -> tuple[list[float], list[float]]:
-    """The figures `x` and `y` of each line that has both; a last line that was cut short does not count."""
+    """The figures `x` and `y` of each line that has both."""
+    rows = read_rows(path)
+    points = [(row[x], row[y]) for row in rows if x in row and y in row]
+    if not points:
+        known = sorted({name for row in rows for name in row})
+        raise ValueError(f"{path} has no line with {x} and {y}; it has {', '.join(known) or 'no lines'}")
+    return [point[0] for point in points], [point[1] for point in points]
+
+
+def read_rows(path: Path) -> list[dict[str, float]]:
+    """The lines of a log; a last one that was cut short does not count."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
         try:
@@ -105,11 +133,7 @@ def read_curve(path: Path, x: str, y: str) -> tuple[list[float], list[float]]:
         except json.JSONDecodeError as error:
             if line.endswith("\n"):
                 raise ValueError(f"{path}, line {number} is not JSON: {error}") from None
-    points = [(row[x], row[y]) for row in rows if x in row and y in row]
-    if not points:
-        known = sorted({name for row in rows for name in row})
-        raise ValueError(f"{path} has no line with {x} and {y}; it has {', '.join(known) or 'no lines'}")
-    return [point[0] for point in points], [point[1] for point in points]
+    return rows
 
 
 def running_mean(values: list[float], window: int) -> list[float]:
@@ -118,7 +142,7 @@ def running_mean(values: list[float], window: int) -> list[float]:
     return [sum(piece) / len(piece) for piece in pieces]
 
 
-def draw(curves: dict[str, tuple[list[float], list[float]]], arguments: PlotArguments) -> None:
+def draw(curves: dict[tuple[str, str], tuple[list[float], list[float]]], arguments: PlotArguments) -> None:
     """Write the PNG, whole or not at all."""
     try:
         from matplotlib.figure import Figure
@@ -127,14 +151,16 @@ def draw(curves: dict[str, tuple[list[float], list[float]]], arguments: PlotArgu
     figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     unit = 1e6 if arguments.x == "tokens" else 1
-    for name, (xs, ys) in curves.items():
+    runs, ys_drawn = ({key[part] for key in curves} for part in (0, 1))
+    for (run, y), (xs, ys) in curves.items():
+        name = run if len(ys_drawn) == 1 else y if len(runs) == 1 else f"{run} {y}"
         xs = [x / unit for x in xs]
         [line] = axes.plot(
             xs, ys, alpha=0.25 if arguments.window > 1 else 1.0, label=None if arguments.window > 1 else name
         )
         if arguments.window > 1:
             axes.plot(xs, running_mean(ys, arguments.window), color=line.get_color(), label=name)
-    axes.set(xlabel=LABELS[arguments.x], ylabel=LABELS.get(arguments.y, arguments.y))
+    axes.set(xlabel=LABELS[arguments.x], ylabel=", ".join(LABELS.get(y, y) for y in arguments.y.split(",")))
     axes.grid(alpha=0.3)
     axes.legend()
     if arguments.log_scale:

@@ -1,0 +1,266 @@
+"""Train a parent together with the smaller models nested in it (Nemotron Elastic): a router finds their sizes on the way.
+
+    nemotron-h elasticize MODEL parent --calibration text/*.txt       # first: weights in order of importance, sizes to choose
+    nemotron-h elastic-train --model parent --data text/ --budgets '{full: 1.0, small: 0.5}' --total_tokens 10M
+    nemotron-h elastic-train --config examples/recipes/elastic_12b.yaml
+
+A budget is a share of the parent, or a size: 8.9B parameters; 12GiB with --metric memory (weights, and the caches of
+--cost_batch_size sequences of --cost_context tokens); 30ms with --metric latency, from a table that this makes:
+
+    nemotron-h elastic-train --config run.yaml --metric latency --latency_table times.json --measure_latency
+
+The teacher is a frozen copy of the parent unless --teacher names another. The curriculum is a list of stages; a stage's
+shorter sequences are cut from the rows, so every step has as many tokens:
+
+    stages: [{until: 60%, sequence_length: 8192}, {weights: {12b: 0.5, 9b: 0.3, 6b: 0.2}}]
+
+The same command again goes on from the last whole checkpoint, router included. In OUTPUT_DIR: checkpoint-N/,
+metrics.jsonl, router.safetensors, and at the end model/, an ordinary parent whose config.json names the budgets that were
+found (with --eval_data: their held-out losses). Cut one out by `nemotron-h slice OUTPUT_DIR/model --budget small OUT`.
+
+    nemotron-h plot OUTPUT_DIR --x step --y 'choice_small_*'          # what the router chose, step by step
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from nemotron_h_hf import NemotronHConfig
+from nemotron_h_hf.data.finetuning import packed_blend, rows_of_one_round, sources_and_phases
+from nemotron_h_hf.data.packing import PackedRows
+from nemotron_h_hf.data.records import encode_record
+from nemotron_h_hf.data.sources import Source
+from nemotron_h_hf.elastic.axes import Axis, axes_of
+from nemotron_h_hf.elastic.curriculum import stages_of
+from nemotron_h_hf.elastic.expected_cost import METRICS, ExpectedCost
+from nemotron_h_hf.elastic.finished import elastic_after, single_sizes
+from nemotron_h_hf.elastic.latency import measure_latency
+from nemotron_h_hf.elastic.routed import Route
+from nemotron_h_hf.elastic.router import RouterSettings
+from nemotron_h_hf.elastic.targets import parse_target, targets_of
+from nemotron_h_hf.elastic.training import ROUTER_FILE, ElasticTrainer, save_router
+from nemotron_h_hf.hub import save_tokenizer
+from nemotron_h_hf.model.budgets import budget_config, read_elastic
+from nemotron_h_hf.model.cost import num_parameters, training_flops_per_token
+from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, as_mapping, parse, require
+from nemotron_h_hf.training.data_arguments import DataArguments
+from nemotron_h_hf.training.finished import save_finished
+from nemotron_h_hf.training.starting_point import load_model, load_tokenizer
+
+# A jump of the loss is not unusual where each step may train another budget.
+DEFAULTS = {"output_dir": "runs/elastic", "learning_rate": 9e-5, "max_loss_jump": 0.0}
+
+
+def _flag(default: Any, help_text: str, **more: Any) -> Any:
+    return field(default=default, metadata={"help": help_text, **more})
+
+
+@dataclass
+class ElasticArguments:
+    """What is nested in the parent, and how the router finds it."""
+
+    _argument_group_name = "elastic"
+
+    budgets: dict | str | None = _flag(None, "name -> size, a share of the parent (1.0 is itself) or such as 8.9B")
+    choices: dict | str | None = _flag(
+        None, "field -> sizes the router may choose, layers -> how many stay; default: the parent's elastic.choices"
+    )
+    per_layer: list[str] | None = _flag(None, "fields for which every layer chooses for itself; default: none")
+    stages: dict | str | None = _flag(None, "list of {until, weights, sequence_length}; default: one, uniform")
+    interpolate: dict | str | None = _flag(None, "more budgets, name -> size, that the router is asked for at the end")
+    metric: str = _flag("parameters", "what sizes are measured in", choices=METRICS)
+    cost_context: int = _flag(8192, "with --metric memory: tokens in each sequence's cache")
+    cost_batch_size: int = _flag(1, "with --metric memory or --measure_latency: sequences")
+    latency_table: str | None = _flag(None, "with --metric latency: JSON file")
+    measure_latency: bool = _flag(False, "only measure this machine at sequence_length and write --latency_table")
+    router_learning_rate: float = _flag(1e-2, "of the router; the paper's")
+    router_warmup_steps: int = _flag(60, "steps over which it rises; the paper's")
+    router_loss_weight: float = _flag(1.0, "of the router's loss beside the distillation loss; the paper's")
+    router_width: int = _flag(256, "of its networks; the paper's")
+    normalize_logits: bool = _flag(False, "divide the router's logits by their deviation")
+    gumbel_temperature: list[float] = field(
+        default_factory=lambda: [1.0, 0.05], metadata={"help": "of the router's choices: first, last"}
+    )
+    logit_scale: list[float] = field(
+        default_factory=lambda: [1.0, 10.0], metadata={"help": "of the logits: first, last"}
+    )
+    hard_share: float = _flag(0.0, "share of micro-steps that choose one size, no mixture; layers left out do not run")
+
+    def __post_init__(self) -> None:
+        for name in ("budgets", "choices", "stages", "interpolate"):
+            setattr(self, name, as_mapping(getattr(self, name), name))
+        require(
+            bool(self.budgets), "budgets", self.budgets, "a mapping of names to sizes such as {full: 1.0, small: 0.5}"
+        )
+        for name in ("cost_context", "cost_batch_size"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "1 or more")
+
+
+@dataclass
+class TeacherArguments:
+    """Who teaches, and how."""
+
+    _argument_group_name = "teacher"
+
+    teacher: str | None = _flag(None, "folder or hub id; default: a frozen copy of the parent")
+    temperature: float = _flag(1.0, "T; above 1 the teacher's small probabilities weigh more")
+    cross_entropy_weight: float = _flag(0.0, "w from 0, the teacher alone, to 1, the data alone")
+
+    def __post_init__(self) -> None:
+        require(self.temperature > 0, "temperature", self.temperature, "more than 0")
+        require(0 <= self.cross_entropy_weight <= 1, "cross_entropy_weight", self.cross_entropy_weight, "0 to 1")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure latencies; or train parent and router or go on, find the budgets, and save."""
+    data, elastic, knowledge, start, training = parse(
+        (DataArguments, ElasticArguments, TeacherArguments, ModelArguments, NemotronHTrainingArguments), argv, __doc__,
+        "nemotron-h elastic-train", **DEFAULTS,
+    )  # fmt: skip
+    require(start.model is not None, "model", start.model, "a parent made by nemotron-h elasticize")
+    disable_progress_bar()
+    set_seed(training.seed)
+    model = load_model(start, start.model, NemotronHConfig.from_preset)
+    axes, layer_order = find_axes(model.config, elastic)
+    if elastic.measure_latency:
+        return write_latency(model.config, axes, elastic, training)
+    require(training.max_steps > 0, "total_tokens", training.total_tokens, "a number of tokens, for instance 2M")
+    route = find_route(model.config, axes, layer_order, elastic)
+    tokenizer = load_tokenizer(start, start.model, model.config.vocab_size)
+    rows, held_out = make_rows(data, training, tokenizer)
+    total = training.max_steps * training.tokens_per_step
+    trainer = ElasticTrainer(
+        model, training, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
+        flops_per_token=training_flops_per_token(model.config, training.sequence_length),
+        route=route, stages=stages_of(elastic.stages, list(route.targets), total, training.sequence_length),
+        teacher=find_teacher(model, knowledge), temperature=knowledge.temperature,
+        cross_entropy_weight=knowledge.cross_entropy_weight, router_learning_rate=elastic.router_learning_rate,
+        router_warmup_steps=elastic.router_warmup_steps, router_loss_weight=elastic.router_loss_weight,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or True)
+    finish(trainer, elastic, tokenizer)
+    return 0
+
+
+def find_axes(config: NemotronHConfig, elastic: ElasticArguments) -> tuple[tuple[Axis, ...], tuple[int, ...]]:
+    """What the router may choose, and the parent's layers by importance."""
+    named = read_elastic(config) if config.elastic else None
+    choices = elastic.choices or (dict(named.choices) if named else {})
+    require(
+        bool(choices), "choices", choices, "sizes by field; nemotron-h elasticize writes them into the parent's config"
+    )
+    require(isinstance(choices, Mapping), "choices", choices, "a mapping of fields to lists of sizes")
+    order = named.layer_order if named else ()
+    if "layers" in choices:
+        require(bool(order), "choices.layers", choices["layers"], "none: the parent has no elastic.layer_order")
+    return axes_of(config, choices, elastic.per_layer or ()), order
+
+
+def find_route(
+    config: NemotronHConfig, axes: Sequence[Axis], layer_order: Sequence[int], elastic: ElasticArguments
+) -> Route:
+    """Axes, cost and targets of the run."""
+    table = None
+    if elastic.metric == "latency":
+        path = Path(elastic.latency_table or "")
+        require(path.is_file(), "latency_table", elastic.latency_table, "a file that --measure_latency has written")
+        table = json.loads(path.read_text(encoding="utf-8"))
+    cost = ExpectedCost(config, axes, elastic.metric, layer_order, elastic.cost_context, elastic.cost_batch_size,
+                        latency=table)  # fmt: skip
+    settings = RouterSettings(
+        elastic.router_width, temperature=tuple(elastic.gumbel_temperature), logit_scale=tuple(elastic.logit_scale),
+        normalize_logits=elastic.normalize_logits, hard_share=elastic.hard_share,
+    )  # fmt: skip
+    return Route(tuple(axes), cost, targets_of(elastic.budgets, elastic.metric, cost.full), layer_order, settings)
+
+
+def write_latency(
+    config: NemotronHConfig, axes: Sequence[Axis], elastic: ElasticArguments, training: NemotronHTrainingArguments
+) -> int:
+    """Measure this machine and write the table."""
+    path = Path(elastic.latency_table or "")
+    require(elastic.latency_table is not None, "latency_table", elastic.latency_table, "the file to write")
+    require(not path.exists(), "latency_table", str(path), "a new file, this one exists")
+    dtype = torch.bfloat16 if training.bf16 else torch.float32
+    table = measure_latency(config, axes, elastic.cost_batch_size, training.sequence_length, device=training.device,
+                            dtype=dtype)  # fmt: skip
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+    print(f"wrote {path}", file=sys.stderr)
+    return 0
+
+
+def make_rows(
+    data: DataArguments, training: NemotronHTrainingArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PackedRows, list | None]:
+    """Rows for the whole run, and held-out rows."""
+    if data.chat_template is not None:
+        tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
+    sources, phases = sources_and_phases(data.data, data.sources, data.phases)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    how = {"split_documents": True, "on_bad_data": data.on_bad_data}
+
+    def encode(record: Any) -> Mapping[str, list[int]]:
+        return encode_record(record, tokenizer)
+
+    total = training.max_steps * training.tokens_per_step
+    rows = packed_blend(sources, phases, encode, total, training.sequence_length, pad, training.seed, **how)
+    if not data.eval_data:
+        return rows, None
+    held_out = Source("eval_data", path=data.eval_data, column=None, shuffle_window=0)
+    return rows, rows_of_one_round(held_out, encode, training.sequence_length, pad, **how)
+
+
+def find_teacher(model: PreTrainedModel, knowledge: TeacherArguments) -> PreTrainedModel:
+    """Another checkpoint, its weights as they are stored, or a copy of the parent before it is trained."""
+    if knowledge.teacher is None:
+        return copy.deepcopy(model).eval()
+    return AutoModelForCausalLM.from_pretrained(knowledge.teacher, dtype="auto").eval()
+
+
+def finish(trainer: ElasticTrainer, elastic: ElasticArguments, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Budgets of the router's choices, their held-out losses, and the parent as an ordinary checkpoint."""
+    model, route, routed = trainer.model, trainer.route, trainer.routed
+    budgets = routed.budgets()
+    for name, value in (elastic.interpolate or {}).items():
+        require(name not in budgets, "interpolate", name, "names that budgets does not have")
+        target = parse_target(value, elastic.metric, route.cost.full, f"interpolate.{name}")
+        budgets[name] = routed.budget(name, target)
+    losses: dict[str, float] = {}
+    singles: dict[str, float] = {}
+    if trainer.eval_dataset:
+        losses = held_out_losses(trainer, budgets)
+        singles = held_out_losses(trainer, single_sizes(model.config, route.axes, route.layer_order))
+    model.config.elastic = elastic_after(model.config, route, budgets, losses, singles).to_dict()
+    folder = Path(trainer.args.output_dir)
+    save_router(routed, folder / ROUTER_FILE, write=trainer.is_world_process_zero())
+    if save_finished(trainer, folder / "model"):
+        save_tokenizer(tokenizer, folder / "model")
+        for name, budget in budgets.items():
+            count = num_parameters(budget_config(model.config, budget))
+            loss = f", held-out loss {losses[name]:.4f}" if name in losses else ""
+            print(f"{name}: {count:,} parameters ({count / num_parameters(model.config):.1%}){loss}", file=sys.stderr)
+        print(f"{folder / 'model'} holds the parent and its budgets", file=sys.stderr)
+
+
+def held_out_losses(trainer: ElasticTrainer, budgets: Mapping) -> dict[str, float]:
+    """Name -> cross-entropy on the held-out rows."""
+    metrics = trainer.evaluate(budgets=budgets)
+    return {name: metrics[f"eval_{name}_cross_entropy"] for name in budgets}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
