@@ -5,6 +5,7 @@ dict with transformers' names and a configuration, and knows nothing of the pack
 """
 
 import math
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -20,9 +21,18 @@ def reference_logits(weights: dict[str, Tensor], config, ids: Tensor) -> Tensor:
         own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
         normed = [rms_norm(x, own["norm.weight"], config.layer_norm_epsilon) for x in stream]
         mixer = {name.removeprefix("mixer."): tensor for name, tensor in own.items()}
-        stream = [x + y for x, y in zip(stream, mixers[letter](mixer, config, normed))]
+        stream = [x + y for x, y in zip(stream, mixers[letter](mixer, sizes_at(config, index), normed))]
     head = weights.get("lm_head.weight", weights["model.embeddings.weight"])
     return torch.stack([head @ rms_norm(x, weights["model.norm_f.weight"], config.layer_norm_epsilon) for x in stream])
+
+
+def sizes_at(config, index: int) -> SimpleNamespace:
+    """The configuration as layer `index` sees it: its own entry of a list of sizes."""
+    pattern, sizes = config.hybrid_override_pattern, config.to_dict()
+    number = pattern[:index].count(pattern[index])
+    lists = {"M": ("mamba_num_heads", "mamba_head_dim"), "*": ("num_attention_heads",)}.get(pattern[index], ())
+    own = {field: sizes[field][number] for field in lists if isinstance(sizes[field], list)}
+    return SimpleNamespace(**{**sizes, **own})
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

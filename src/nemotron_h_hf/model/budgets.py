@@ -126,7 +126,7 @@ def budget_config(parent: PreTrainedConfig, budget: Budget) -> PreTrainedConfig:
     for field in SIZE_FIELDS:
         if field in parent.PER_LAYER_FIELDS:
             sizes = sizes_of_kept(parent, budget, field)
-            entry[field] = (sizes[0] if len(set(sizes)) == 1 else list(sizes)) if sizes else _one(parent, field)
+            entry[field] = (sizes[0] if len(set(sizes)) == 1 else list(sizes)) if sizes else _one(parent, budget, field)
         elif (size := getattr(budget, field)) is not None:
             entry[field] = size
     config = type(parent).from_dict(entry)
@@ -163,6 +163,7 @@ def check_budget(parent: PreTrainedConfig, budget: Budget) -> None:
         if value is None:
             continue
         require(field not in EXPERT_FIELDS or parent.has_experts, field, "none, as the parent has no experts")
+        require(isinstance(value, int) or field in parent.PER_LAYER_FIELDS, field, "a positive integer")
         sizes = value if isinstance(value, tuple) else (value,)
         largest = [getattr(parent, field)]
         if field in parent.PER_LAYER_FIELDS:
@@ -208,7 +209,7 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _one(parent: PreTrainedConfig, field: str) -> int:
-    """A size for a kind of layer that is gone."""
-    value = getattr(parent, field)
+def _one(parent: PreTrainedConfig, budget: Budget, field: str) -> int:
+    """A size for a kind of layer that is gone from the stack; multi-token prediction may still have it."""
+    value = getattr(budget, field) or getattr(parent, field)
     return value if isinstance(value, int) else max(value)

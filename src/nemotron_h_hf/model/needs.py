@@ -35,7 +35,7 @@ from .cost import (
 
 logger = logging.get_logger(__name__)
 
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 TOKEN_UNITS = {"": 1, "k": 2**10, "m": 2**20}
 KIND_FIELDS = {
