@@ -6,6 +6,8 @@ from tiny import SHAPES, prompt, tiny_config, tiny_model
 from transformers import DynamicCache, StaticCache
 
 from nemotron_h_hf import HybridCache, NemotronHConfig
+from nemotron_h_hf.model import blocks
+from nemotron_h_hf.model.blocks import attend_in_two
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +52,38 @@ def test_chunked_prefill_at_any_split(model, parts, max_cache_len):
     ids, cache = prompt(2, 19), HybridCache(model.config, max_cache_len)
     rows = [model(part, past_key_values=cache).logits for part in ids.split(parts, dim=1)]
     assert_close(torch.cat(rows, dim=1), full_logits(model, ids))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_attention_in_two_pieces_is_attention(dtype):
+    """Values far from even, so that each piece wins somewhere; grouped heads, keys in a larger memory."""
+    torch.manual_seed(0)
+    query, memory = torch.randn(2, 4, 5, 8, dtype=dtype) * 3, torch.randn(2, 2, 2, 30, 8, dtype=dtype)
+    key, value = memory[:, :, :, :17]
+    mask = torch.ones(5, 17, dtype=torch.bool).tril(12)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        *(t.double() for t in (query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1))), mask, scale=0.3
+    )
+    ours = attend_in_two(query, key, value, 0.3).transpose(1, 2)
+    torch.testing.assert_close(ours.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_a_continuation_needs_no_mask(model, monkeypatch):
+    """With a 2-D mask of ones too; padding anywhere, gradients and the first tokens take the general way."""
+    calls, ids = [], prompt(2, 12)
+    attend = blocks.attend_in_two
+    monkeypatch.setattr(blocks, "attend_in_two", lambda *args: calls.append(1) or attend(*args))
+    expected, ones = full_logits(model, ids), torch.ones(2, 12, dtype=torch.long)
+    padded = torch.cat([torch.zeros(2, 1, dtype=torch.long), ones], dim=1)
+    for mask, first, used in ((None, 4, True), (ones, 4, True), (padded, 5, False)):
+        calls.clear()
+        rows = ids if mask is not padded else torch.nn.functional.pad(ids, (1, 0), value=3)
+        cache = HybridCache(model.config)
+        model(rows[:, :first], attention_mask=None if mask is None else mask[:, :first], past_key_values=cache)
+        assert not calls
+        logits = model(rows[:, first:], attention_mask=mask, past_key_values=cache).logits
+        assert bool(calls) == used
+        assert_close(logits, expected[:, 4:])
 
 
 def test_states_are_updated_in_place(model):

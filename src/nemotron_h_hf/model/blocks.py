@@ -63,9 +63,11 @@ class NemotronHAttention(nn.Module):
         attention_mask: Tensor | None = None,
         padding: Padding | None = None,
         seq_idx: Tensor | None = None,
+        in_two: bool = False,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """(b, l, hidden) -> (b, l, hidden) and, from the eager implementation, weights (b, heads, l, past + l)."""
+        """(b, l, hidden) -> (b, l, hidden) and, from the eager implementation, weights (b, heads, l, past + l). `in_two`
+        says that these are tokens after cached ones, see `attend_in_two`."""
         rows = hidden_states.shape[:-1]
         query, key, value = (
             proj(hidden_states).view(*rows, -1, self.head_dim).transpose(1, 2)
@@ -78,6 +80,8 @@ class NemotronHAttention(nn.Module):
         grouped = query.device.type == "cpu" or attention_mask is not None
         if implementation == "sdpa" and rows[1] == 1 and grouped and not self.training:
             output, weights = attend_one(query, key, value, attention_mask, self.scaling), None
+        elif in_two:
+            output, weights = attend_in_two(query, key, value, self.scaling), None
         else:
             attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
             dropout = self.attention_dropout if self.training else 0.0
@@ -93,6 +97,18 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor
     grouped = query.view(query.shape[0], key.shape[1], -1, query.shape[-1])  # (b, kv heads, heads per kv head, d)
     output = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
     return output.reshape(query.shape[0], 1, -1, query.shape[-1])
+
+
+def attend_in_two(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Causal attention on a CPU of tokens (b, heads, l, d) that follow others: over those before, which all of them see,
+    and among themselves, merged by their log-sum-exps (arXiv 2205.14135, section 3.1). PyTorch's attention would take a mask
+    of l x (past + l), and keys and values repeated for every query head. -> (b, l, heads, d)."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    past = key.shape[2] - query.shape[2]
+    before, log_before = attend(query, key[:, :, :past], value[:, :, :past], scale=scaling)
+    among, log_among = attend(query, key[:, :, past:], value[:, :, past:], is_causal=True, scale=scaling)
+    share = torch.sigmoid(log_before - log_among)[..., None].to(among.dtype)
+    return torch.lerp(among, before, share).transpose(1, 2)
 
 
 def eager_attention_forward(

@@ -286,13 +286,16 @@ class NemotronHModel(NemotronHPreTrainedModel):
     def _attention_mask(
         self, embeds: Tensor, mask: Tensor | None, documents: Tensor | None, cache: Cache | None
     ) -> tuple[Tensor | None, dict]:
-        """The mask in the form that the attention implementation wants, and what FlashAttention wants for packed rows."""
+        """The mask in the form that the attention implementation wants, and what else attention layers must know."""
         if "full_attention" not in self.config.layers_block_type:
             return None, {}
         if documents is None:
             growing = cache is None or not cache.is_compileable
-            if embeds.shape[1] == 1 and mask is None and growing and self.config._attn_implementation == "sdpa":
-                return None, {}  # one token sees everything before it
+            if growing and self.config._attn_implementation == "sdpa":
+                if embeds.shape[1] == 1 and mask is None:
+                    return None, {}  # one token sees everything before it
+                if self._continues_on_cpu(embeds, mask, cache):
+                    return None, {"in_two": True}
             return create_causal_mask(self.config, embeds, mask, cache), {}
         if "flash" in self.config._attn_implementation:
             return None, flash_offsets(documents, mask)
@@ -301,6 +304,13 @@ class NemotronHModel(NemotronHPreTrainedModel):
             return documents[row, query] == documents[row, key]
 
         return create_causal_mask(self.config, embeds, mask, cache, and_mask_function=same_document), {}
+
+    def _continues_on_cpu(self, embeds: Tensor, mask: Tensor | None, cache: Cache | None) -> bool:
+        """Whether these are tokens after cached ones, all of them real, without gradients or tracing."""
+        traced = torch.is_grad_enabled() or torch.compiler.is_compiling() or self.training
+        if traced or embeds.device.type != "cpu" or cache is None or not sequence_length(cache):
+            return False
+        return mask is None or (mask.dim() == 2 and bool(mask.all()))
 
     def _cache(self, cache: Cache | None, use_cache: bool | None, batch_size: int, packed: bool) -> Cache | None:
         """The cache to use: the caller's, a new one if asked for (by default outside training), or none."""
