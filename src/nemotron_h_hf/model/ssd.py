@@ -294,7 +294,7 @@ def _scan_segment(
     scores = times(decay, products[:, :, :, None]).view(b, c, h, q, q)
     heads = x.transpose(2, 3).clone(memory_format=torch.contiguous_format)  # a copy even where it is contiguous already
     x_dt = times(heads, dt.transpose(2, 3)[..., None])  # (b, c, h, q, p)
-    y = (scores @ x_dt).transpose(2, 3)  # (b, c, q, h, p)
+    inside = (scores @ x_dt).transpose(2, 3)  # (b, c, q, h, p)
 
     # 2. What each chunk adds to the state, and how much of the state it is given survives it
     to_end, from_start = total[:, :, -1:] - total, total
@@ -319,7 +319,6 @@ def _scan_segment(
 
     # 4. From the state that a chunk is given: y_i += exp(total_i) C_i . S, and the skip D x
     carried = (C @ torch.stack(states, dim=1)).transpose(2, 3).reshape(b, c, q, h, p)
-    y = torch.addcmul(y, carried, torch.exp(from_start)[..., None])
-    y = torch.addcmul(y, x, wide(D)[:, None])
-    y = y.reshape(b, c * q, h, p)[:, :l]
+    y = times(carried, torch.exp(from_start)[..., None]).add_(inside).addcmul_(x, wide(D)[:, None])
+    y = y.view(b, c * q, h, p)[:, :l]
     return y, state.transpose(-1, -2).reshape(b, h, p, n)
