@@ -18,8 +18,12 @@ from trl import DPOConfig, TrlParser
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.data.phases import phases_from, resolve_phases
+from nemotron_h_hf.elastic.axes import axes_of, one_hot
+from nemotron_h_hf.elastic.curriculum import stages_of
+from nemotron_h_hf.elastic.expected_cost import ExpectedCost
+from nemotron_h_hf.elastic.targets import targets_of
 from nemotron_h_hf.model.cost import num_parameters
-from nemotron_h_hf.scripts import distill, pretrain, sft
+from nemotron_h_hf.scripts import distill, elastic_train, pretrain, sft
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse
 from nemotron_h_hf.training.data_arguments import DataArguments
 
@@ -27,6 +31,7 @@ ROOT = Path(__file__).parent.parent
 RECIPES, ACCELERATE = ROOT / "examples" / "recipes", ROOT / "examples" / "accelerate"
 TEMPLATE = RECIPES / "nemotron_h.jinja"
 SFT = (DataArguments, sft.LongContextArguments, sft.AdapterArguments, ModelArguments)
+ELASTIC = (DataArguments, elastic_train.ElasticArguments, elastic_train.TeacherArguments, ModelArguments)
 # recipe -> its command and the dataclasses of that command
 COMMANDS = {
     "pretrain_8b": (pretrain, (ModelArguments, pretrain.DataArguments)),
@@ -35,6 +40,8 @@ COMMANDS = {
     "lora_8b_one_gpu": (sft, SFT),
     "align_1_sft": (sft, SFT),
     "distill_56b_to_47b": (distill, (DataArguments, distill.TeacherArguments, ModelArguments)),
+    "elastic_12b": (elastic_train, ELASTIC),
+    "elastic_tiny": (elastic_train, ELASTIC),
 }
 GPUS = {"pretrain_8b": 64, "pretrain_56b_fp8": 256, "distill_56b_to_47b": 128}  # as their comments say
 TINY = {
@@ -72,7 +79,7 @@ def test_parsed_by_its_command(recipe, monkeypatch, tmp_path):
         assert training.tokens_per_step * GPUS[recipe] == 768 * 8192
     if start.init == "random":
         assert num_parameters(NemotronHConfig.from_preset(start.model)) > 8e9
-    if training.gradient_accumulation_steps > 1 and recipe != "lora_8b_one_gpu":
+    if training.gradient_accumulation_steps > 1 and recipe not in ("lora_8b_one_gpu", "elastic_tiny"):
         assert training.accelerator_config.gradient_accumulation_kwargs["sync_each_batch"]
 
 
@@ -85,6 +92,20 @@ def test_phases_of_the_paper():
     first = spans[0].weights
     assert [first[name] for name in ("web", "code", "academic")] == pytest.approx([0.59, 0.2, 0.088])
     assert max(spans[3].weights, key=spans[3].weights.get) == "sft"
+
+
+def test_budgets_of_the_12b_are_within_reach():
+    """Rows of 49,152 tokens, 512 a step; the largest and smallest choices lie on both sides of each budget."""
+    recipe, config = read("elastic_12b"), NemotronHConfig.from_preset("nano-12b-v2")
+    rows = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * 256
+    assert rows * recipe["sequence_length"] == 512 * 49152
+    axes = axes_of(config, recipe["choices"], recipe["per_layer"])
+    cost = ExpectedCost(config, axes)
+    smallest = cost(one_hot(axes, {axis.field: [axis.num_choices - 1] * axis.num_rows for axis in axes}))
+    targets = targets_of(recipe["budgets"], "parameters", cost.full)
+    assert cost.full == num_parameters(config) and float(smallest) < targets["6b"] < 0.55 * cost.full
+    stages = stages_of(recipe["stages"], list(targets), 110 * 10**9, recipe["sequence_length"])
+    assert [stage.sequence_length for stage in stages] == [8192, 49152] and stages[1].weights == (0.5, 0.3, 0.2)
 
 
 def test_template_is_that_of_the_released_model():
@@ -130,6 +151,14 @@ def overrides_of(recipe: str, box: Path, output_dir: Path) -> dict:
     found |= {name: str(box / f"{kind}.jsonl") for name in ("data", "eval_data") if name in content}
     found |= {"chat_template": str(TEMPLATE)} if "chat_template" in content else {}
     found |= {name: str(box / "model") for name in ("model", "tokenizer", "teacher") if name in content}
+    if COMMANDS[recipe][0] is elastic_train:
+        found["choices"] = {"hidden_size": [32], "intermediate_size": [48, 16], "mamba_num_heads": [4]}
+        found["stages"] = [
+            {**stage, **({"sequence_length": 32} if "until" in stage else {})} for stage in content["stages"]
+        ]
+        found["stages"][0]["until"] = "60%"
+        found["budgets"] = dict(zip(content["budgets"], (1.0, 0.75, 0.6)))
+        found |= {"interpolate": {"7b": 0.7}} if "interpolate" in content else {}
     if content.get("init") == "random":
         found["config_overrides"] = {"hybrid_override_pattern": "M-M*-M-"}
     found |= {"sequence_length": 128} if content.get("long_context") else {}
