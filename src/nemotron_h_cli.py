@@ -29,7 +29,7 @@ COMMANDS = (
     ("export", "nemotron_h_hf.scripts.export", "make an ordinary checkpoint of a training run's, sharded or not"),
     ("plot", "nemotron_h_hf.scripts.plot", "draw the loss curves of runs side by side"),
     ("eval", "nemotron_h_hf.scripts.eval", "bits per byte, long-context questions, lm-evaluation-harness tasks"),
-    ("bench", "nemotron_h_hf.scripts.bench", "measure speed beside transformers' own model"),
+    ("bench", "nemotron_h_hf.scripts.bench", "speed and memory on CPU or GPU, beside transformers' models and a floor"),
     ("push", "nemotron_h_hf.scripts.push", "upload a checkpoint folder with a model card of its own facts"),
     ("train-tiny", "nemotron_h_hf.scripts.train_tiny", "train the embedded model again from text"),
 )

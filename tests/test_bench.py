@@ -10,11 +10,10 @@ import torch
 from torch import nn
 
 import nemotron_h_cli as cli
-from nemotron_h_hf.benchmark import gate, memory, report, sides, timing
+from nemotron_h_hf.benchmark import cpu_run, gate, memory, report, sides, timing
 from nemotron_h_hf.model import mamba2
-from nemotron_h_hf.scripts import bench
 
-SHAPE = bench.QUICK.shape
+SHAPE = cpu_run.QUICK.shape
 
 
 def quick(prefix, *options: str) -> int:

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "headers": {"model"},
     "token_counts": set(),
     "data": {"token_counts"},
-    "benchmark": {"public", "compression", "model"},
+    "benchmark": {"public", "compression", "model", "training"},
     "training": {"token_counts"},
     "compression": {"model", "checkpoint"},
     "elastic": {"compression", "model", "training", "checkpoint", "resumable"},

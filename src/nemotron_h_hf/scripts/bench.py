@@ -1,77 +1,73 @@
-"""Measure speed and memory, beside transformers' own model and a floor that nobody can beat.
+"""Measure speed and memory, beside transformers' own models and a floor that nobody can beat.
 
     nemotron-h bench cpu                                        # everything; best on a machine that does nothing else
     nemotron-h bench cpu --only decode prefill --runs 7
-    nemotron-h bench cpu --output docs/results/bench_cpu --overwrite
     nemotron-h bench cpu --quick                                # a tiny model: does it run, not how fast
+    nemotron-h bench decode --model nemotron-h-8b --rows 1 64 --context 1024
+    nemotron-h bench prefill --model path/to/checkpoint --context 8192 65536 --whole
+    nemotron-h bench throughput --sides ours qwen2 llama --context 65536 --tokens-out 1024
+    nemotron-h bench train --layers 4 --context 8192 --variants eager compiled fp8
+    nemotron-h bench memory --context 1000000
+    nemotron-h bench --suite gpu-10min --output docs/results/bench_gpu
+    nemotron-h bench decode --device cpu --model tiny --context 64     # the same code where there is no GPU
 
-All sides are measured in one run, taking turns, with the same random weights in fp32: ours, transformers' `nemotron_h`,
-and the floor, the model's Linear layers called alone at the same shapes. Before anything is timed, logits, cached
-decoding and gradients must agree. Writes OUTPUT.json (every sample) and OUTPUT.png, prints a table with the targets.
+`cpu` compares ours, transformers' `nemotron_h` and the model's Linear layers called alone, in turns, in fp32. The others
+run on a GPU: presets with random weights, checkpoints, or a slice of either's depth, beside transformers' own model on the
+same weights, Llama- and Qwen2-shaped models of equal size, and the floor: bytes and operations over the rates measured in
+the same run. Nothing of ours is timed before its results agree with transformers' own. OUTPUT.json is whole after every
+measurement; OUTPUT.png and a table come at the end.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from transformers.utils import logging
 
-from nemotron_h_hf.benchmark import gate, memory, report, sides, timing
-
-PARTS = ("decode", "prefill", "train", "long")
-DECODE_ROUNDS = 3  # times those of the rest: a sample lasts under a second, and one busy moment would colour it
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is measured; lengths in tokens. The defaults are what the targets are set for."""
-
-    shape: sides.Shape = field(default_factory=sides.Shape)
-    prefill_tokens: tuple[int, ...] = (256, 1024, 4096, 16384)
-    target_prefill_tokens: int = 4096
-    decode_context: int = 1024
-    decode_steps: int = 16
-    train_tokens: int = 2048
-    long_tokens: int = 65536
-    long_limit_bytes: int = 2 * report.GB  # what transformers' model is given beyond the weights
-
-
-QUICK = Plan(
-    sides.Shape("M-M*-", 64, 128, 4, 2, 16, 8, 16, 16, 2, 32, 512), (32, 96), 96, 64, 4, 64, 512, 2 * report.MB
-)
-
-
-@dataclass(frozen=True)
-class BenchArguments:
-    """What the command line says."""
-
-    output: Path
-    overwrite: bool
-    runs: int
-    threads: int
-    only: list[str]
-    prompts: list[int] | None
-    long: bool
-    quick: bool
+from nemotron_h_hf.benchmark import device_run, report, suite
+from nemotron_h_hf.benchmark.cpu_run import PARTS, QUICK, BenchArguments, Plan, measure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the benchmark of one kind of machine; there is one kind so far."""
+    """`bench cpu`, one part on any device, or a suite of parts."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    commands = {"cpu": cpu}
+    if argv[:1] == ["cpu"]:
+        return cpu(argv[1:])
     parser = argparse.ArgumentParser(
         prog="nemotron-h bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("command", choices=tuple(commands), help="what to measure; COMMAND --help tells its options")
-    return commands[parser.parse_args(argv[:1]).command](argv[1:])
+    parser.add_argument("command", nargs="?", choices=("cpu", *device_run.PARTS), help="what to measure")
+    parser.add_argument("--suite", choices=(suite.NAME,), help="everything that the targets need, in one run")
+    device_run.add_arguments(parser)
+    chosen = parser.parse_args(argv)
+    if (chosen.command is None) == (chosen.suite is None):
+        parser.error("give one of cpu, " + ", ".join(device_run.PARTS) + f" and --suite {suite.NAME}")
+    return on_device(chosen, shlex.join(["nemotron-h", "bench", *argv]))
+
+
+def on_device(chosen: argparse.Namespace, command: str) -> int:
+    """Measure one part, or the suite; 0 also where a target is missed, which the table and the JSON tell."""
+    options = {name: value for name, value in vars(chosen).items() if name != "suite"}
+    options["part"] = options.pop("command") or chosen.suite
+    arguments = device_run.DeviceArguments(**{**options, "output": chosen.output or Path(f"bench_{options['part']}")})
+    arguments.check()
+    refuse_existing(arguments.output, arguments.overwrite)
+    logging.set_verbosity_error()
+    journal, found = device_run.run(arguments, command, outputs(arguments.output)[0], say)
+    print("\n".join(device_run.table(journal, found)))
+    say(f"wrote {journal.path}")
+    if journal.rated():
+        draw_plot("nemotron_h_hf.benchmark.device_plot", journal, outputs(arguments.output)[1])
+    return 0
 
 
 def cpu(argv: Sequence[str]) -> int:
@@ -116,10 +112,15 @@ def parse(argv: Sequence[str]) -> BenchArguments:
     for option in ("runs", "threads", *(["prompts"] if arguments.prompts else [])):
         if min(as_list(getattr(arguments, option))) < 1:
             raise ValueError(f"--{option} is {getattr(arguments, option)}; it must be 1 or more")
-    for path in outputs(arguments.output):
-        if path.exists() and not arguments.overwrite:
-            raise ValueError(f"--output: {path} is there already; --overwrite replaces it")
+    refuse_existing(arguments.output, arguments.overwrite)
     return arguments
+
+
+def refuse_existing(prefix: Path, overwrite: bool) -> None:
+    """Files of the user's stay unless they may be replaced."""
+    for path in outputs(prefix):
+        if path.exists() and not overwrite:
+            raise ValueError(f"--output: {path} is there already; --overwrite replaces it")
 
 
 def as_list(value: int | list[int]) -> list[int]:
@@ -132,86 +133,22 @@ def outputs(prefix: Path) -> tuple[Path, Path]:
     return prefix.with_name(prefix.name + ".json"), prefix.with_name(prefix.name + ".png")
 
 
-def measure(plan: Plan, arguments: BenchArguments, say: Callable[[str], None]) -> report.Results:
-    """The gate, then the parts asked for, in the order of `PARTS`."""
-    busy = os.getloadavg()[0]
-    if busy > 0.5:
-        say(f"the machine is busy (load {busy:.1f}): figures will be noisy")
-    both = sides.build_sides(plan.shape)
-    results = report.Results(errors=gate.check_agreement(both, plan.shape))
-    say("correctness gate passed")
-    if "decode" in arguments.only:
-        results.decode = measure_decode(plan, both, DECODE_ROUNDS * arguments.runs, say)
-    if "prefill" in arguments.only:
-        for length in arguments.prompts or plan.prefill_tokens:
-            results.prefill.append(measure_prefill(plan, both, length, arguments.runs, say))
-            results.errors[f"logits, ours against native, last of {length}"] = check_prefill(results.prefill[-1])
-    if "train" in arguments.only:
-        results.train = measure_train(plan, both, arguments.runs, say)
-    del both  # the processes that follow bring their own weights
-    if "train" in arguments.only and memory.can_measure():
-        results.train_memory = measure_memory("train", plan, plan.train_tokens, None, arguments.threads, say)
-    if "long" in arguments.only and arguments.long and memory.can_measure():
-        results.long_tokens = plan.long_tokens
-        results.long_memory = measure_memory(
-            "prefill", plan, plan.long_tokens, plan.long_limit_bytes, arguments.threads, say
-        )
-    return results
-
-
-def measure_decode(plan: Plan, both: sides.Sides, num_runs: int, say: Callable[[str], None]) -> timing.Timing:
-    """Single tokens after a prompt; a sample is `decode_steps` of them."""
-    jobs = sides.decode_jobs(both, plan.shape, plan.decode_context, plan.decode_steps)
-    return timing.time_in_turns("decode", plan.decode_steps, jobs, num_runs, jobs, say)
-
-
-def measure_prefill(
-    plan: Plan, both: sides.Sides, length: int, num_runs: int, say: Callable[[str], None]
-) -> timing.Timing:
-    """One prompt; warmed up on one no longer than the target's, and beyond it timed once: minutes a round."""
-    num_runs = num_runs if length <= plan.target_prefill_tokens else 1
-    jobs = sides.prefill_jobs(both, plan.shape, length)
-    warm_up = sides.prefill_jobs(both, plan.shape, min(length, plan.target_prefill_tokens))
-    return timing.time_in_turns(f"prefill {length}", length, jobs, num_runs, warm_up, say)
-
-
-def check_prefill(measured: timing.Timing) -> float:
-    """The gate again, on what the timed prompt gave; 0 if native could not run it."""
-    if measured.last_results.keys() < {"ours", "native"}:
-        return 0.0
-    error = gate.largest_difference(measured.last_results["ours"], measured.last_results["native"])
-    gate.require(f"logits of {measured.name}", error)
-    return error
-
-
-def measure_train(plan: Plan, both: sides.Sides, num_runs: int, say: Callable[[str], None]) -> timing.Timing:
-    """Forward and backward of one sequence."""
-    jobs = sides.train_jobs(both, plan.shape, plan.train_tokens)
-    return timing.time_in_turns(f"train {plan.train_tokens}", plan.train_tokens, jobs, num_runs, jobs, say)
-
-
-def measure_memory(
-    job: str, plan: Plan, length: int, native_limit_bytes: int | None, threads: int, say: Callable[[str], None]
-) -> dict[str, memory.Footprint]:
-    """Both models, one after the other, each alone in a process; native may be held to a limit."""
-    found = {}
-    for side, limit in (("native", native_limit_bytes), ("ours", None)):
-        found[side] = memory.measure_apart(job, side, plan.shape, length, threads, limit)
-        say(f"memory of {job} {length}, {side}: {report.describe(found[side])}")
-    return found
-
-
 def write(arguments: BenchArguments, results: report.Results, document: dict) -> None:
     """JSON and plot, each under a temporary name first."""
     json_path, plot_path = outputs(arguments.output)
     json_path.parent.mkdir(parents=True, exist_ok=True)
     replace(json_path, lambda path: path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8"))
+    draw_plot("nemotron_h_hf.benchmark.plot", results, plot_path)
+
+
+def draw_plot(module: str, results: object, path: Path) -> None:
+    """The picture of a run, where matplotlib is installed."""
     try:
-        from nemotron_h_hf.benchmark.plot import draw
+        draw = importlib.import_module(module).draw
     except ImportError as error:
         say(f"no plot: {error.name} is not installed; pip install 'nemotron-h-hf[plot]'")
         return
-    replace(plot_path, lambda path: draw(results, path))
+    replace(path, lambda temporary: draw(results, temporary))
 
 
 def replace(path: Path, write_to: Callable[[Path], object]) -> None:

@@ -1,0 +1,85 @@
+"""Caches at the length where decoding is timed: one row is prefilled, all rows of the batch are copies of it.
+
+What a step takes does not depend on what is in the cache, and one row of a long prompt takes seconds where a batch would
+take minutes. Keys and values of caches that grow lie in memory taken once (`RoomyLayer`), for all models: transformers' own
+growing layer copies everything it holds at every token, which would be most of what is timed, and ours keeps spare room,
+which would lower the largest batch.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer
+
+from ..model.cache import HybridCache, MambaCacheLayer
+from .models import Side
+
+PREFILL_TOKENS = 8192  # that go through a transformer at once; ours has its own such number
+
+
+class RoomyLayer(DynamicLayer):
+    """Keys and values of a layer in memory for `room` tokens; what attention is given is the part in use."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room, self.used = room, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            b, heads, _, dim = key_states.shape
+            self.buffers = [states.new_zeros(b, heads, self.room, dim) for states in (key_states, value_states)]
+        end = self.used + key_states.shape[-2]
+        if end > self.room:
+            raise ValueError(f"room={self.room}: {end} tokens are needed")
+        for buffer, states in zip(self.buffers, (key_states, value_states)):
+            buffer[:, :, self.used : end] = states
+        self._show(end)
+        return self.keys, self.values
+
+    def skip(self, tokens: int) -> None:
+        """Count zeros as tokens, up to the room there is."""
+        self._show(min(self.used + tokens, self.room))
+
+    def _show(self, end: int) -> None:
+        self.used = end
+        self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
+
+
+def empty_cache(side: Side, room: int, static: bool) -> Cache:
+    """A cache for up to `room` tokens: static for compiled steps, else one that grows in place."""
+    config = side.model.config
+    if static:
+        return HybridCache(config, room) if side.name == "ours" else StaticCache(config=config, max_cache_len=room)
+    cache = HybridCache(config) if side.name == "ours" else DynamicCache(config=config)
+    cache.layers = [RoomyLayer(room) if isinstance(layer, DynamicLayer) else layer for layer in cache.layers]
+    return cache
+
+
+@torch.no_grad()
+def prefill(model: nn.Module, ids: Tensor, cache: Cache, part: int = PREFILL_TOKENS) -> Tensor:
+    """Feed a prompt (b, l) in parts; logits (b, vocab) of its last token."""
+    for ids_part in ids.split(part, dim=1):
+        logits = model(ids_part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    return logits[:, -1]
+
+
+@torch.no_grad()
+def filled_cache(side: Side, row: Cache, rows: int, room: int, static: bool) -> Cache:
+    """A cache of `rows` copies of the one row in `row`, with room for `room` tokens."""
+    cache = empty_cache(side, room, static)
+    for index, layer in enumerate(row.layers):
+        if isinstance(layer, MambaCacheLayer):
+            conv, ssm = (_copies(states[0], rows) for states in (layer.conv_states, layer.recurrent_states))
+            cache.layers[index].store(conv, ssm, layer.tokens_seen)
+        elif isinstance(layer, CacheLayerMixin) and layer.is_initialized:
+            cache.update(_copies(layer.keys, rows), _copies(layer.values, rows), index)
+        elif isinstance(layer, LinearAttentionLayer) and layer.is_recurrent_states_initialized[0]:
+            cache.update_conv_state(_copies(layer.conv_states[0], rows), index)
+            cache.update_recurrent_state(_copies(layer.recurrent_states[0], rows), index)
+    return cache
+
+
+def _copies(states: Tensor, rows: int) -> Tensor:
+    """(1, ...) -> (rows, ...), without memory of their own."""
+    return states.expand(rows, *states.shape[1:])
