@@ -25,6 +25,7 @@ from nemotron_h_hf.model.budgets import Budget
 from nemotron_h_hf.model.modeling_nemotron_h import NemotronHForCausalLM
 
 SAVE_EVERY_SECONDS = 60.0
+MAX_LOGITS = 2**27  # in a batch whose logits are compared: 512 MiB in fp32, several times
 Row = Mapping[str, Tensor]
 """`input_ids` (l), and perhaps `position_ids` and `labels` (l), as `PackedRows` makes them; without padding."""
 
@@ -61,7 +62,9 @@ def measure_depth(
     """Remove layers, going on where the file stands."""
     entries = read_record(path, mark).get("removals", [])
     done = [Removal(e["layer"], {int(j): s for j, s in e["scores"].items()}) for e in entries][:num_removals]
-    count, batches = model.config.num_hidden_layers, list(batches_of(rows, batch_size))
+    count, length = model.config.num_hidden_layers, rows[0]["input_ids"].shape[-1] if rows else 1
+    fitting = max(1, MAX_LOGITS // (length * model.config.vocab_size))
+    batches = list(batches_of(rows, min(batch_size, fitting)))
     total = len(batches) * (num_passes(count, num_removals) - num_passes(count, len(done)))
     masked = attach_masks(model)
     try:

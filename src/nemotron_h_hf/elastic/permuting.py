@@ -6,7 +6,7 @@ Memory: one tensor and its copy; of a live model's experts, those of one layer.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nemotron_h_hf.checkpoint import Checkpoint, Digest, TensorSpec, save
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
-from nemotron_h_hf.model.slicing import Cut, Kept, cuts
+from nemotron_h_hf.model.slicing import Kept, cuts
 
 
 @torch.no_grad()
@@ -38,8 +38,16 @@ def permute_model(model: nn.Module, order: Kept) -> None:
             experts.copy_(stacked.pop(name))
 
 
-def permute_checkpoint(source: Path, config: NemotronHConfig, order: Kept, output: Path) -> dict[str, Digest]:
+def permute_checkpoint(
+    source: Path,
+    config: NemotronHConfig,
+    order: Kept,
+    output: Path,
+    progress: Callable[[int], object] = lambda num_bytes: None,
+) -> dict[str, Digest]:
     """Write the weights of the checkpoint `source` to the folder `output` in the order of `order`, in their own dtypes.
+
+    `progress` hears of the bytes of each tensor.
 
     Raises:
         ValueError: naming the tensor, if the files are not those of `config`, or if `output` has weights already.
@@ -55,12 +63,14 @@ def permute_checkpoint(source: Path, config: NemotronHConfig, order: Kept, outpu
     if left_over := sorted(set(names) - {cut.source for cut in planned}):
         raise ValueError(f"{source} has {left_over[0]}, for which its config has no place")
     specs = [TensorSpec(cut.name, stored.spec(names[cut.source]).dtype, cut.shape) for cut in planned]
-    return save(output, specs, _reordered(stored, names, planned))
 
+    def reordered() -> Iterator[tuple[str, Tensor]]:
+        for cut in planned:
+            tensor = cut.of(stored[names[cut.source]])
+            yield cut.name, tensor
+            progress(tensor.nbytes)
 
-def _reordered(stored: Checkpoint, names: dict[str, str], planned: list[Cut]) -> Iterator[tuple[str, Tensor]]:
-    for cut in planned:
-        yield cut.name, cut.of(stored[names[cut.source]])
+    return save(output, specs, reordered())
 
 
 def _module_name(name: str) -> str:

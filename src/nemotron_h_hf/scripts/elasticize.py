@@ -1,0 +1,246 @@
+"""Make a parent: an ordinary checkpoint of the same function, its weights ordered so that smaller models lie in front.
+
+    nemotron-h elasticize path/to/model parent --calibration 'text/*.jsonl'
+    nemotron-h elasticize path/to/12b parent --calibration text.jsonl --budget 6b:hidden_size=3072,mamba_num_heads=96,depth=46
+    nemotron-h elasticize path/to/12b parent --calibration text.jsonl --budgets budgets.yaml --choices hidden_size=4096,3072
+
+Without --calibration the text is this Python's standard library, which suits the model in the box and no other. The command
+scores every hidden channel, neuron, head and expert by its activations, and every layer by what the logits lose without it;
+puts the weights in that order; measures the loss of every budget, and of every size that may be chosen, on held-out text;
+and writes all this to `elastic` in the new config.json. See the budgets with `nemotron-h info parent`, cut one out with
+`nemotron-h slice parent --budget NAME small`.
+
+A budget names sizes of the small model, as in its config; `depth` says how many layers stay. Sizes that differ by layer go
+into a YAML file:
+
+    6b: {hidden_size: 3072, mamba_num_heads: 96, depth: 46}
+    9b: {intermediate_size: [15680, 12288, ...], layers: [0, 1, 2, ...]}
+
+The model is loaded whole, as it has to run; the new weights are then written a tensor at a time. Scoring depth takes
+L (L + 1) / 2 forwards and more over its few rows (the command counts them); --removals bounds it, --depth_rows 0 leaves it
+out. The same command again goes on where it was interrupted: what is measured lies in OUTPUT.work until OUTPUT is whole. In
+OUTPUT/importance: scores.json and a plot for each axis (matplotlib).
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import random
+import shutil
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
+from nemotron_h_hf.checkpoint import write_text
+from nemotron_h_hf.data.packing import PackedRows
+from nemotron_h_hf.data.stdlib_text import read_documents, split_documents
+from nemotron_h_hf.elastic.cutting import local_folder
+from nemotron_h_hf.elastic.elasticize import Parent, elasticize
+from nemotron_h_hf.elastic.permuting import permute_checkpoint
+from nemotron_h_hf.evaluation.held_out import end_token
+from nemotron_h_hf.evaluation.texts import read_texts
+from nemotron_h_hf.model import manifest
+from nemotron_h_hf.model.loading import weight_files
+from nemotron_h_hf.model.nested import find_tensors
+from nemotron_h_hf.resumable import TOKENIZER_FILES, check_room, copy_files
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, permute, write."""
+    arguments = parse(argv)
+    disable_progress_bar()
+    source, output = local_folder(arguments.model), Path(arguments.output)
+    size = sum(Path(file).stat().st_size for file in weight_files(source))
+    check_room(output, size)
+    budgets, choices = read_budgets(arguments.budget, arguments.budgets), read_choices(arguments.choices)
+    rows, held_out = make_rows(arguments, source)
+    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    model = NemotronHForCausalLM.from_pretrained(source, dtype=dtype).to(arguments.device)
+    work = output.with_name(output.name + ".work")
+    parent = elasticize(
+        model, rows, held_out, budgets, choices, rows[: arguments.depth_rows], arguments.removals,
+        arguments.batch_size, work,
+    )  # fmt: skip
+    del model
+    write_parent(source, parent, output, size)
+    shutil.rmtree(work)
+    print("\n".join(as_text(output, parent)))
+    return 0
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="nemotron-h elasticize", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("model", help="folder or hub id; only read")
+    add("output", help="folder for the parent; new or empty")
+    add(
+        "--calibration", nargs="+", metavar="FILE", help="text: .jsonl, or whole files; patterns such as 'text/*.jsonl'"
+    )
+    add("--column", default="text", help="of .jsonl records (%(default)s)")
+    add(
+        "--held_out",
+        nargs="+",
+        metavar="FILE",
+        help="text for the losses; default: what follows in the calibration text",
+    )
+    add("--rows", type=int, default=256, help="rows of text that width is scored on (%(default)s)")
+    add("--held_out_rows", type=int, default=32, help="rows that losses are measured on (%(default)s)")
+    add("--depth_rows", type=int, default=8, help="rows that depth is scored on; 0: not at all (%(default)s)")
+    add("--removals", type=int, help="layers that are removed one after another to rank them; default: half of them")
+    add("--sequence_length", type=int, default=1024, help="tokens of a row (%(default)s)")
+    add("--batch_size", type=int, default=8, help="rows at a time (%(default)s)")
+    add("--budget", action="append", default=[], metavar="NAME:FIELD=SIZE,...", help="may be given several times")
+    add("--budgets", metavar="FILE", help="YAML or JSON: name -> sizes")
+    add("--choices", action="append", metavar="FIELD=SIZE,...", help="sizes that may be combined; default: eighths")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="to measure in; auto: as stored")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to measure on (%(default)s)")
+    add("--seed", type=int, default=0, help="of the order of the documents (%(default)s)")
+    arguments = parser.parse_args(argv)
+    for name in ("rows", "held_out_rows", "sequence_length", "batch_size"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"{name}: got {getattr(arguments, name)}, allowed is 1 or more")
+    if not 0 <= arguments.depth_rows <= arguments.rows:
+        raise ValueError(f"depth_rows: got {arguments.depth_rows}, allowed is 0 to rows={arguments.rows}")
+    output = Path(arguments.output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output: {arguments.output!r} is there already; a new or empty folder is allowed")
+    return arguments
+
+
+def read_budgets(named: Sequence[str], file: str | None) -> dict[str, dict[str, Any]]:
+    """Budgets of the command line and of a file: name -> sizes.
+
+    Raises:
+        ValueError: for what cannot be read, or a name given twice.
+    """
+    found = {} if file is None else yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    if not isinstance(found, dict) or not all(isinstance(sizes, dict) for sizes in found.values()):
+        raise ValueError(f"budgets: {file} is not a mapping of names to sizes")
+    found = {str(name): sizes for name, sizes in found.items()}
+    for text in named:
+        name, _, sizes = text.partition(":")
+        if not name or not sizes:
+            raise ValueError(
+                f"budget: got {text!r}, allowed is NAME:FIELD=SIZE,... such as 6b:hidden_size=3072,depth=46"
+            )
+        if name in found:
+            raise ValueError(f"budget: {name!r} is given twice")
+        pairs = [pair.partition("=") for pair in sizes.split(",")]
+        found[name] = {field.strip(): whole_number("budget", text, size) for field, _, size in pairs}
+    return found
+
+
+def read_choices(given: Sequence[str] | None) -> dict[str, list[int]] | None:
+    """FIELD=SIZE,... -> field -> sizes; None if none were given."""
+    if given is None:
+        return None
+    parts = [(text, *text.partition("=")[::2]) for text in given]
+    return {
+        field.strip(): [whole_number("choices", text, size) for size in sizes.split(",")]
+        for text, field, sizes in parts
+    }
+
+
+def whole_number(flag: str, text: str, size: str) -> int:
+    """A size in the text of a flag."""
+    if not size.strip().isdigit():
+        raise ValueError(f"{flag}: got {text!r}, in which {size!r} is not a whole number")
+    return int(size)
+
+
+def make_rows(arguments: argparse.Namespace, source: Path) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """Rows to score on, and held-out rows; documents in an order of the seed's."""
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if arguments.calibration is None:
+        kept, rest = split_documents(read_documents())
+        texts, others = [document.text for document in kept], [document.text for document in rest]
+    else:
+        texts = [text for _, text in read_texts(arguments.calibration, arguments.column)]
+        others = [text for _, text in read_texts(arguments.held_out, arguments.column)] if arguments.held_out else None
+    random.Random(arguments.seed).shuffle(texts)
+    stream = iter(texts)
+    rows = packed(tokenizer, stream, "rows", arguments.rows, arguments.sequence_length)
+    rest = stream if others is None else iter(others)
+    return rows, packed(tokenizer, rest, "held_out_rows", arguments.held_out_rows, arguments.sequence_length)
+
+
+def packed(tokenizer, texts: Iterable[str], name: str, num_rows: int, length: int) -> list[dict[str, Tensor]]:
+    """The first rows of documents laid end to end, each behind an end token; reads no more texts than that takes.
+
+    Raises:
+        ValueError: if there is less text.
+    """
+    end, documents, num_tokens = end_token(tokenizer), [], 0
+    with tqdm(total=num_rows * length, unit="token", unit_scale=True, desc=f"text for {name}") as bar:
+        for text in texts:
+            documents.append([end, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]])
+            num_tokens += len(documents[-1])
+            bar.update(len(documents[-1]))
+            if num_tokens >= num_rows * length:
+                return list(islice(PackedRows(documents, length), num_rows))
+    raise ValueError(
+        f"{name}: {num_rows} rows of {length} tokens are asked for, the text has {num_tokens:,} tokens; give more text "
+        f"or at most {num_tokens // length} rows"
+    )
+
+
+def write_parent(source: Path, parent: Parent, output: Path, num_bytes: int) -> None:
+    """The checkpoint, in a folder beside `output` that gets its name when it is whole."""
+    staging = output.with_name(f".{output.name}.part")
+    if staging.exists():  # of a run that was killed
+        shutil.rmtree(staging)
+    staging.mkdir(parents=True)
+    config = NemotronHConfig.from_pretrained(source)
+    with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="weights") as bar:
+        digests = permute_checkpoint(source, config, parent.order, staging, bar.update)
+    code = sorted(path.name for path in source.glob("*.py")) if "auto_map" in config.to_dict() else []
+    copy_files([*TOKENIZER_FILES, *code], source, staging)
+    checksums = {name: digest.sha256 for name, digest in digests.items()}
+    stored = find_tensors(weight_files(staging))
+    write_text(staging / manifest.NAME, manifest.as_text(manifest.make_manifest(stored, checksums)))
+    write_importance(staging / "importance", parent)
+    config.elastic = parent.elastic.to_dict()
+    write_text(staging / "config.json", config.to_json_string(use_diff=False))
+    os.replace(staging, output)
+
+
+def write_importance(folder: Path, parent: Parent) -> None:
+    """Scores as JSON, and a plot for each axis where matplotlib is installed."""
+    from nemotron_h_hf.elastic.scores import write_scores
+
+    folder.mkdir()
+    write_scores(folder / "scores.json", parent.importance, parent.removals)
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plots: pip install 'nemotron-h-hf[plot]'", file=sys.stderr)
+        return
+    from nemotron_h_hf.elastic.scores_plot import draw_scores
+
+    draw_scores(folder, parent)
+
+
+def as_text(output: Path, parent: Parent) -> Iterator[str]:
+    """What was made, for people."""
+    elastic = parent.elastic
+    yield f"{output} holds the parent, loss {elastic.calibration['loss']:.4f} on held-out text, and in it"
+    for name, budget in elastic.budgets.items():
+        sizes = ", ".join(f"{f}={v}" for f, v in budget.to_dict().items() if f not in ("loss", "trained"))
+        yield f"  {name:<10}loss {budget.loss:.4f}, not trained yet: {sizes}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
