@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.utils import logging
 
+from ..model.budgets import Budget
+from ..model.cache import HybridCache
 from ..model.needs import Request, find_budget
 from .carrying import Carried, carry_cache, check_carry
 
@@ -91,37 +93,69 @@ def generate_schedule(model: PreTrainedModel, inputs: Tensor | None, schedule: B
         mask = torch.ones_like(prompts) if pad in eos else (prompts != pad).long()
     source, target = (find_budget(model.config, budget) for budget in (schedule.first, schedule.then))
     if schedule.carry_state:
-        check_carry(model.config, source, target)
-        if schedule.at is not None and len(prompts) > 1:
-            raise ValueError(f"carry_state=True with at={schedule.at!r} for {len(prompts)} rows: allowed is one row, as rows "
-                             "switch at different tokens")  # fmt: skip
-    steps = min(total, schedule.after or total)
-    width, at = prompts.shape[1], _Until(schedule.at, kwargs.get("tokenizer"))
-    criteria = StoppingCriteriaList([at] if at.criteria else [])
-    thought = model.submodel(source).generate(
-        prompts, **{**kwargs, "attention_mask": mask, "max_new_tokens": steps, "stopping_criteria": criteria},
-        return_dict_in_generate=True, use_cache=True,
-    )  # fmt: skip
-    news = [_cut(row[width:], eos, at.lengths.get(number)) for number, row in enumerate(thought.sequences)]
+        _check_carried_rows(model, schedule, source, target, len(prompts))
+    until = _Until(schedule.at, kwargs.get("tokenizer"))
+    first = {**kwargs, "attention_mask": mask, "max_new_tokens": min(total, schedule.after or total), "use_cache": True,
+             "stopping_criteria": StoppingCriteriaList([until] if until.criteria else [])}  # fmt: skip
+    thought = model.submodel(source).generate(prompts, **first, return_dict_in_generate=True)
+    width, texts = prompts.shape[1], thought.sequences
+    news = [_cut(text[width:], eos, until.lengths.get(row)) for row, text in enumerate(texts)]
     going = [row for row, new in enumerate(news) if len(new) < total and not (len(new) and int(new[-1]) in eos)]
-    if not going:
-        return _stack([torch.cat(pair) for pair in zip(prompts, news)], pad)
-    if schedule.carry_state:
-        texts = thought.sequences[going]
-        masks = torch.cat([mask[going], mask.new_ones(len(going), texts.shape[1] - width)], dim=1)
-        kwargs.pop("cache_implementation", None)
-        kwargs["past_key_values"] = _carry(
-            model, schedule, source, target, thought.past_key_values, texts, masks, going
-        )
-    else:
-        texts = _stack([torch.cat([prompts[row][mask[row].bool()], news[row]]) for row in going], pad, left=True)
-        lengths = [int(mask[row].sum()) + len(news[row]) for row in going]
-        masks = torch.stack([(torch.arange(texts.shape[1]) >= texts.shape[1] - n).long() for n in lengths]).to(mask)
-    kwargs["max_new_tokens"] = max(total - len(news[row]) for row in going)
-    answers = model.submodel(target).generate(texts, attention_mask=masks, **kwargs)[:, texts.shape[1] :]
-    for row, answer in zip(going, answers):
-        news[row] = torch.cat([news[row], _cut(answer, eos, total - len(news[row]))])
+    if going:
+        if schedule.carry_state:
+            masks = torch.cat([mask, mask.new_ones(len(mask), texts.shape[1] - width)], dim=1)[going]
+            second = _carry(model, schedule, source, target, thought.past_key_values, texts[going], masks, going)
+        else:
+            second = _join([prompts[row][mask[row].bool()] for row in going], [news[row] for row in going], pad)
+        second = {**kwargs, **second, "max_new_tokens": total - min(len(news[row]) for row in going)}
+        answers = model.submodel(target).generate(**second)[:, second["inputs"].shape[1] :]
+        for row, answer in zip(going, answers):
+            news[row] = torch.cat([news[row], _cut(answer, eos, total - len(news[row]))])
     return _stack([torch.cat(pair) for pair in zip(prompts, news)], pad)
+
+
+def _check_carried_rows(
+    model: PreTrainedModel, schedule: BudgetSchedule, source: Budget, target: Budget, num_rows: int
+) -> None:
+    """Before anything is written, refuse what could not be taken over."""
+    check_carry(model.config, source, target)
+    if schedule.at is not None and num_rows > 1:
+        raise ValueError(
+            f"carry_state=True with at={schedule.at!r} for {num_rows} rows: allowed is one row, as rows switch at different "
+            "tokens"
+        )
+
+
+def _join(prompts: list[Tensor], news: list[Tensor], pad: int) -> dict[str, Tensor]:
+    """What the second model reads: each row's prompt and new tokens, padded on the left."""
+    rows = [torch.cat(pair) for pair in zip(prompts, news)]
+    texts = _stack(rows, pad, left=True)
+    mask = _stack([torch.ones_like(row) for row in rows], 0, left=True)
+    return {"inputs": texts, "attention_mask": mask}
+
+
+def _carry(
+    model: PreTrainedModel,
+    schedule: BudgetSchedule,
+    source: Budget,
+    target: Budget,
+    cache: HybridCache,
+    texts: Tensor,
+    mask: Tensor,
+    rows: list[int],
+) -> dict[str, Any]:
+    """What the second model reads with the first one's cache, of the rows that go on; the effect goes into the schedule."""
+    cache.batch_select_indices(torch.tensor(rows, device=texts.device))
+    cache = carry_cache(cache, model.config, source, target)
+    if schedule.measure:
+        second, num_tokens = model.submodel(target), int(cache.get_seq_length())
+        settings = {"attention_mask": mask, "logits_to_keep": 1}
+        with torch.no_grad():
+            exact = second(texts, use_cache=False, **settings).logits[:, -1]
+            taken = second(texts[:, num_tokens:], past_key_values=cache.fork(), **settings).logits[:, -1]
+        schedule.carried.append(Carried.between(exact, taken, num_tokens))
+        logger.warning(f"{source.name} -> {target.name}: {schedule.carried[-1]}")
+    return {"inputs": texts, "attention_mask": mask, "past_key_values": cache, "cache_implementation": None}
 
 
 class _Until(StoppingCriteria):
@@ -147,23 +181,6 @@ class _Until(StoppingCriteria):
         for row in torch.nonzero(done).flatten().tolist():
             self.lengths.setdefault(row, input_ids.shape[1] - self.start)
         return done
-
-
-def _carry(model, schedule, source, target, cache, texts: Tensor, masks: Tensor, rows: list[int]):
-    """The first model's cache for the second, of the rows that go on; what that does to the next token goes into the schedule."""
-    cache.batch_select_indices(torch.tensor(rows, device=texts.device))
-    cache = carry_cache(cache, model.config, source, target)
-    if schedule.measure:
-        second, num_tokens = model.submodel(target), int(cache.get_seq_length())
-        with torch.no_grad():
-            exact = second(texts, attention_mask=masks, use_cache=False, logits_to_keep=1).logits[:, -1]
-            own = cache.fork()
-            taken = second(texts[:, num_tokens:], attention_mask=masks, past_key_values=own, logits_to_keep=1).logits[
-                :, -1
-            ]
-        schedule.carried.append(Carried.between(exact, taken, num_tokens))
-        logger.warning(f"{source.name} -> {target.name}: {schedule.carried[-1]}")
-    return cache
 
 
 def _prompts(inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
