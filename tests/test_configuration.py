@@ -164,7 +164,7 @@ def test_multi_token_prediction_fields(spelling):
         ("time_step_min", -1),
         ("mlp_hidden_act", "swoosh"),
         ("mamba_hidden_act", "relu"),
-        ("mamba_implementation", "triton"),
+        ("mamba_implementation", "cuda"),
         ("num_nextn_predict_layers", -1),
     ],
 )

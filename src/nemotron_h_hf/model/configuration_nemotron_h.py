@@ -51,7 +51,7 @@ MOE_FIELDS = (
 )  # fmt: skip
 MTP_FIELDS = ("num_nextn_predict_layers", "mtp_hybrid_override_pattern")
 
-MAMBA_IMPLEMENTATIONS = ("auto", "torch", "kernels")
+MAMBA_IMPLEMENTATIONS = ("auto", "torch", "kernels", "triton")
 
 _PATTERN_8B = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
 
@@ -63,7 +63,8 @@ class NemotronHConfig(PreTrainedConfig):
     the names linear_attention/mamba, full_attention/attention, mlp, moe. Sizes are counts of elements.
     `intermediate_size`, `mamba_num_heads`, `mamba_head_dim` and `num_attention_heads` are one size for every layer of
     their kind, or a list with one size for each of them.
-    `mamba_implementation` chooses the ops: "auto" (kernels where the tensors and the packages allow), "torch", "kernels".
+    `mamba_implementation` chooses the ops: "auto" (the packages' kernels where they and the tensors
+    allow), "torch", "kernels" (the packages'), "triton" (ours, not timed yet).
 
     Raises:
         ValueError: naming the field, the value and what is allowed.

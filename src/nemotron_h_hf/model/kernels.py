@@ -1,14 +1,16 @@
-"""Chooses, per call, who computes an op of a Mamba layer: the CUDA kernels of mamba_ssm and causal_conv1d, or `ssd.py`.
+"""Chooses, per call, who computes an op of a Mamba layer: the kernels of mamba_ssm and causal_conv1d, ours, or `ssd.py`.
 
-"auto" takes the kernels where the tensor is on a GPU, the package is installed and the kernel can do what this call
-asks; where it cannot, PyTorch does it, with one warning that says why. "torch" never takes them; "kernels" insists on
-them and raises instead of falling back. Every function here has the signature and the result of its namesake in
-`ssd.py`.
+"auto" takes the packages' kernels where the tensor is on a GPU, the package is installed and the kernel can do what this
+call asks; where it cannot, PyTorch does it, with one warning that says why. "torch" never takes them; "kernels" insists on
+them and raises instead of falling back. "triton" insists on ours (triton_*.py), which need nothing but PyTorch for CUDA;
+"auto" never takes those: nobody has timed them yet. Every function here has the signature and the result of its namesake
+in `ssd.py`.
 
 Only ops are replaced, never a module: the kernels that swallow `out_proj` are not used, because they read its weight
 past LoRA, quantised and FP8 layers.
 """
 
+import importlib.util
 import os
 
 import torch
@@ -47,17 +49,19 @@ def available() -> dict[str, bool]:
 
 
 def check_implementation(implementation: str) -> None:
-    """Refuse "kernels" where they are not installed.
+    """Refuse "kernels" where they are not installed, and "triton" where Triton is not.
 
     Raises:
         ImportError: naming the missing packages and how to install them.
         ValueError: for an unknown implementation.
     """
-    if implementation not in ("auto", "torch", "kernels"):
-        raise ValueError(f"mamba_implementation={implementation!r}: allowed are auto, torch, kernels")
+    if implementation not in ("auto", "torch", "kernels", "triton"):
+        raise ValueError(f"mamba_implementation={implementation!r}: allowed are auto, torch, kernels, triton")
     missing = [name for name, there in available().items() if not there]
     if implementation == "kernels" and missing:
         raise ImportError(f"mamba_implementation='kernels' needs {' and '.join(missing)}; {INSTALL}")
+    if implementation == "triton" and importlib.util.find_spec("triton") is None:
+        raise ImportError("mamba_implementation='triton' needs triton, which comes with PyTorch for CUDA")
 
 
 def causal_conv(
@@ -69,6 +73,10 @@ def causal_conv(
     implementation: str,
 ) -> Tensor:
     """`ssd.causal_conv`."""
+    if _ours(x, implementation):
+        from .triton_conv import causal_conv as triton_causal_conv  # Triton is imported only by those who ask for it
+
+        return triton_causal_conv(x, weight, bias, initial_state, seq_idx)
     obstacle = _conv_obstacle(weight)
     if initial_state is not None and seq_idx is not None:
         obstacle = "causal_conv1d takes a state or documents, not both at once"
@@ -87,6 +95,10 @@ def conv_step(
     x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, implementation: str
 ) -> tuple[Tensor, Tensor]:
     """`ssd.conv_step`."""
+    if _ours(x, implementation, _no_backward("the Triton kernel of a step", x, state, weight)):
+        from .triton_conv import conv_step as triton_conv_step
+
+        return triton_conv_step(x, state, weight, bias)
     obstacle = _conv_obstacle(weight) or _no_backward("causal_conv1d_update", x, state, weight)
     if not _use("causal_conv1d", x, implementation, obstacle):
         return torch_conv_step(x, state, weight, bias)
@@ -108,7 +120,11 @@ def scan(
     seq_idx: Tensor | None,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    """`ssd.scan`; from the kernel y comes in x's dtype."""
+    """`ssd.scan`; from the kernels y comes in x's dtype."""
+    if _ours(x, implementation):
+        from .triton_scan import scan as triton_scan
+
+        return triton_scan(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx)
     if not _use("mamba_ssm", x, implementation, None):
         return torch_scan(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx)
     # The kernel takes the initial state for that of document 0.
@@ -131,6 +147,10 @@ def scan_step(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor, implementation: str
 ) -> tuple[Tensor, Tensor]:
     """`ssd.scan_step`, which updates the state in place as well; from the kernel y comes in x's dtype."""
+    if _ours(x, implementation, _no_backward("the Triton kernel of a step", x, dt, A, B, C, D, state)):
+        from .triton_decode import scan_step as triton_scan_step
+
+        return triton_scan_step(x, dt, A, B, C, D, state)
     if not _use("mamba_ssm", x, implementation, _no_backward("selective_state_update", x, dt, A, B, C, D, state)):
         return torch_scan_step(x, dt, A, B, C, D, state)
     p, n = state.shape[2:]
@@ -151,6 +171,10 @@ def scan_step(
 
 def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, group_size: int, eps: float, implementation: str) -> Tensor:
     """`ssd.gated_norm`."""
+    if _ours(x, implementation):
+        from .triton_norm import gated_norm as triton_gated_norm
+
+        return triton_gated_norm(x, gate, weight, group_size, eps)
     obstacle = None
     if group_size * x.element_size() > NORM_GROUP_BYTES:
         obstacle = (
@@ -160,6 +184,44 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, group_size: int, eps: fl
         return torch_gated_norm(x, gate, weight, group_size, eps)
     out = rmsnorm_fn(x, weight, None, z=gate, eps=eps, group_size=group_size, norm_before_gate=False)
     return out.to(gate.dtype)
+
+
+def fuses_step(x: Tensor, implementation: str, weights: tuple[Tensor | None, ...]) -> bool:
+    """Whether `whole_step` can compute a whole layer's token: it reads the weights (some may be None) itself."""
+    here = all(
+        weight is None or weight.device == x.device for weight in weights
+    )  # offloaded ones are brought by modules
+    return implementation == "triton" and here and not torch.is_grad_enabled() and _ours(x, implementation)
+
+
+def whole_step(
+    projected: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    conv: tuple[Tensor, Tensor | None],
+    heads: tuple[Tensor, Tensor, Tensor],
+    norm: tuple[Tensor, float],
+    groups: int,
+    limit: tuple[float, float],
+) -> Tensor:
+    """`triton_decode.step`: in_proj's output -> out_proj's input, both states updated in place; ask `fuses_step` first."""
+    from .triton_decode import step
+
+    return step(projected, conv_state, ssm_state, conv, heads, norm, groups, limit)
+
+
+def _ours(x: Tensor, implementation: str, obstacle: str | None = None) -> bool:
+    """Whether this call runs on the Triton kernels of this folder."""
+    if implementation != "triton":
+        return False
+    check_implementation(implementation)
+    if x.dtype not in KERNEL_DTYPES:
+        obstacle = f"there are no kernels for {x.dtype}"
+    if not x.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        obstacle = f"the kernels run on CUDA tensors, this one is on {x.device}"
+    if obstacle:
+        raise RuntimeError(f"mamba_implementation='triton': {obstacle}; 'torch' runs such calls")
+    return True
 
 
 def _use(package: str, x: Tensor, implementation: str, obstacle: str | None) -> bool:

@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache
 
 from .cache import MambaCacheLayer, read_states
 from .configuration_nemotron_h import NemotronHConfig
-from .kernels import causal_conv, conv_step, gated_norm, scan, scan_step
+from .kernels import causal_conv, conv_step, fuses_step, gated_norm, scan, scan_step, whole_step
 from .rows import Padding
 from .ssd import conv_window, discretize, wide
 
@@ -126,6 +126,12 @@ class NemotronHMamba2Mixer(nn.Module):
         implementation = self.config.mamba_implementation
         gate, conv_in, dt = projected.split(self.in_proj_sizes, dim=-1)
         conv_state, ssm_state = read_states(layer)
+        if implementation == "triton" and not layer.record_past and self._step_is_fused(projected):
+            conv, heads = (self.conv1d.weight.squeeze(1), self.conv1d.bias), (self.A_log, self.D, self.dt_bias)
+            norm = self.norm.weight, self.norm.variance_epsilon
+            mixed = whole_step(projected, conv_state, ssm_state, conv, heads, norm, self.n_groups, self.time_step_limit)
+            layer.store(conv_state, ssm_state, 1)  # updated where they are
+            return mixed
         conv_out, conv_next = self.conv1d(conv_in, conv_state, implementation=implementation)
         x, B, C = self._heads(conv_out)
         dt, A = discretize(dt, self.dt_bias, self.time_step_limit), self._decay()
@@ -135,6 +141,13 @@ class NemotronHMamba2Mixer(nn.Module):
         y, ssm_next = scan_step(x, dt, A, B, C, self.D, ssm_state, implementation)
         layer.store(conv_next, ssm_next, 1)
         return self.norm(y.flatten(-2), gate, implementation)
+
+    def _step_is_fused(self, projected: Tensor) -> bool:
+        """Whether one kernel may read the weights of `conv1d` and `norm` itself: no adapter or hook has to see their calls."""
+        plain = type(self.conv1d) is NemotronHCausalConv1d and type(self.norm) is NemotronHRMSNormGated
+        weights = (self.conv1d.weight, self.conv1d.bias, self.norm.weight) if plain else ()
+        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in (self.conv1d, self.norm))
+        return plain and not hooked and fuses_step(projected, self.config.mamba_implementation, weights)
 
     def _heads(self, conv_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., x + B + C) -> x (..., h, p), B and C (..., g, n)."""

@@ -149,7 +149,7 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         return super().named_modules(*args, **kwargs)
 
     def set_mamba_implementation(self, implementation: str) -> None:
-        """Choose who computes the Mamba ops: "auto", "torch", or "kernels" (raises ImportError if they are not installed)."""
+        """Choose who computes the Mamba ops: "auto", "torch", "kernels" or "triton" (ImportError if they are not installed)."""
         check_implementation(implementation)
         self.config.mamba_implementation = implementation
 

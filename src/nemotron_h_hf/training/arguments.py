@@ -64,7 +64,7 @@ class ModelArguments:
         None,
         "implementation of attention: sdpa, eager, flash_attention_2, flex_attention; default: transformers' choice",
     )
-    mamba: str = _flag("auto", "who computes the Mamba layers", ("auto", "torch", "kernels"))
+    mamba: str = _flag("auto", "who computes the Mamba layers", ("auto", "torch", "kernels", "triton"))
     fp8: bool = _flag(False, "linear layers in FP8 but for the first and last four, after the paper; needs torchao")
 
 
