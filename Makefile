@@ -8,9 +8,9 @@ PYTEST  = -m pytest -q -n auto --maxprocesses=8
 # One thread per process: the tests run in parallel, and threads fighting over cores are slower than none.
 export OMP_NUM_THREADS ?= 1
 # Tests and the demo use the embedded model, never the network.
-test test-slow test-oldest test-kernels demo: export HF_HUB_OFFLINE = 1
+test test-slow test-oldest test-kernels test-gpu demo: export HF_HUB_OFFLINE = 1
 
-.PHONY: help install demo test test-slow test-oldest test-kernels quality bench
+.PHONY: help install demo test test-slow test-oldest test-kernels test-gpu quality bench
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -29,8 +29,12 @@ test-slow: $(VENV)/.installed  ## the slow tests: compilation, many processes, l
 test-oldest: $(OLDEST)/.installed  ## the tests on transformers 5.17.0, the oldest supported (torch 2.13.0, as in constraints.txt)
 	$(OLDEST)/bin/python $(PYTEST)
 
-test-kernels: $(KERNELS)/.installed  ## the kernel packages' Triton code on CPU tensors, beside PyTorch (minutes, no GPU)
-	PYTHONPATH=$(KERNELS) TRITON_INTERPRET=1 $(VENV)/bin/python $(PYTEST) --timeout=900 tests/test_kernels.py
+test-kernels: $(KERNELS)/.installed  ## our Triton kernels and the packages' on CPU tensors, beside PyTorch (minutes, no GPU)
+	PYTHONPATH=$(KERNELS) TRITON_INTERPRET=1 $(VENV)/bin/python $(PYTEST) --timeout=900 \
+		tests/test_kernels.py tests/test_triton.py tests/test_triton_on_paper.py
+
+test-gpu: $(VENV)/.installed  ## our Triton kernels compiled on a GPU, beside PyTorch; then their speed; writes docs/results
+	$(VENV)/bin/python tests/gpu_check.py --output docs/results/kernels_gpu.json
 
 quality: $(VENV)/.installed  ## lint and formatting, checked but not changed
 	$(VENV)/bin/ruff check src conversion tests examples setup.py
