@@ -4,15 +4,15 @@
     elasticize(model, rows, held_out, budgets={"6b": {"hidden_size": 3072, "mamba_num_heads": 96, "depth": 46}})
 
 The model computes the same function after as before. What was measured lies in the folder `work` and is not measured again
-when the same call is repeated after an interruption: width scores every few batches, depth after every removal, losses
-after each.
+when the same call is repeated after an interruption, on the model loaded again: width scores every few batches, depth after
+every removal, losses after each.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def elasticize(
         ValueError: for a model that is quantised, not whole in memory, or a parent already; for budgets or choices that do
             not fit; for text that is too short.
     """
-    config = model.config
+    config, work = model.config, None if work is None else Path(work)
     depth_rows = rows[:8] if depth_rows is None else depth_rows
     num_removals = config.num_hidden_layers // 2 if num_removals is None else num_removals
     num_removals = num_removals if len(depth_rows) else 0
@@ -72,38 +72,38 @@ def elasticize(
     check_model(model)
     check_text(rows, held_out)
     choices = read_choices(config, default_choices(config) if choices is None else choices)
-    check_named(config, named, scored=num_removals > 0)
-    work = None if work is None else Path(work)
+    check_named(config, named, num_removals)
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
-    mark = fingerprint(model, rows)
+    texts = {"width.safetensors": rows, "depth.json": depth_rows, "losses.json": [*rows, *held_out]}
+    records = {name: (work and work / name, fingerprint(model, text)) for name, text in texts.items()}
     model.eval()
 
-    scores = measure_width(model, rows, batch_size, work and work / "width.safetensors", mark)
-    importance = importance_of(config, scores)
-    mark = fingerprint(model, [*rows[:1], *depth_rows])
-    removals = measure_depth(model, depth_rows, num_removals, batch_size, work and work / "depth.json", mark)
+    importance = importance_of(config, measure_width(model, rows, batch_size, *records["width.safetensors"]))
+    removals = measure_depth(model, depth_rows, num_removals, batch_size, *records["depth.json"])
     least_first = layer_order(removals) if removals else []
     order = importance_order(config, importance)
-    mark = fingerprint(model, [*rows, *held_out])
     permute_model(model, order)
 
     found = [resolve(config, name, sizes, least_first) for name, sizes in named.items()] or default_budgets(config)
     depths = default_depths(config, config.num_hidden_layers - num_removals) if removals else []
-    losses = measure_losses(
-        model, held_out, [*found, *single_changes(config, choices, depths, least_first)], batch_size,
-        work and work / "losses.json", mark,
-    )  # fmt: skip
-    whole = losses[key_of(Budget(name="whole"))]
-    calibration: dict[str, Any] = {"loss": whole}
-    for budget in single_changes(config, choices, depths, least_first):
-        field, size = budget.name.split("=")
-        calibration.setdefault(field, {})[size] = losses[key_of(budget)]
-    measured = {b.name: Budget(**{**asdict(b), "loss": losses[key_of(b)]}) for b in found}
-    elastic = Elastic(measured, {f: tuple(sizes) for f, sizes in choices.items()}, tuple(least_first), calibration)
+    changes = single_changes(config, choices, depths, least_first)
+    losses = measure_losses(model, held_out, [*found, *changes], batch_size, *records["losses.json"])
+    measured = {budget.name: replace(budget, loss=losses[key_of(budget)]) for budget in found}
+    sizes = {field: tuple(found) for field, found in choices.items()}
+    elastic = Elastic(measured, sizes, tuple(least_first), calibration_of(changes, losses))
     config.elastic = elastic.to_dict()
     config.validate()
     return Parent(importance, order, removals, elastic)
+
+
+def calibration_of(changes: Sequence[Budget], losses: Mapping[str, float]) -> dict[str, Any]:
+    """The losses of the whole model and of single changes, as they stand in `config.elastic`."""
+    calibration: dict[str, Any] = {"loss": losses[key_of(Budget(name="whole"))]}
+    for budget in changes:
+        field, size = budget.name.split("=")
+        calibration.setdefault(field, {})[size] = losses[key_of(budget)]
+    return calibration
 
 
 def check_model(model: NemotronHForCausalLM) -> None:
@@ -131,10 +131,12 @@ def check_text(rows: Sequence[Row], held_out: Sequence[Row]) -> None:
             raise ValueError(f"{name}: got rows of several lengths, allowed is one length")
 
 
-def check_named(config: NemotronHConfig, named: Mapping[str, Mapping[str, Any]], scored: bool) -> None:
+def check_named(config: NemotronHConfig, named: Mapping[str, Mapping[str, Any]], num_removals: int) -> None:
     """Raise a ValueError for budgets that could not be made, before anything is measured."""
+    if not 0 <= num_removals < config.num_hidden_layers:
+        raise ValueError(f"num_removals={num_removals}: allowed is 0 to {config.num_hidden_layers - 1}")
     for name, sizes in named.items():
-        if "depth" in sizes and not scored:
+        if "depth" in sizes and not num_removals:
             raise ValueError(f"depth={sizes['depth']} of budget {name!r}: the layers are not scored (depth_rows)")
         resolve(config, name, sizes, range(config.num_hidden_layers))
 
