@@ -12,12 +12,13 @@ kernels, and adapters made for the ordinary model fit it.
 A submodel shares every matrix and most vectors. What the Mamba layers read in the ordinary order (convolution, gated norm,
 A_log, D, dt_bias) is copied, well under 1 % of the weights.
 
-- The parent moves (`to`, `half`, `cuda`): its submodels follow.
+- The parent moves (`to`, `half`, `cuda`): its submodels follow; while they live, old and new weights are there together.
 - The parent's weights are replaced some other way, or a submodel is moved: the submodel's next forward raises.
 - The parent trains: its submodels see each step; copies are made again before the next forward.
 - A submodel is not trained: its weights belong to the parent. Train the parent under masks (masks.py).
 """
 
+import copy
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -146,7 +147,7 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
             child = type(self)(config)
         layers = range(self.config.num_hidden_layers) if budget.layers is None else budget.layers
         child._ties = tie_tensors(self, child, prefix(self.config, layers, config))
-        child.generation_config = self.generation_config
+        child.generation_config = copy.deepcopy(self.generation_config)  # drafting changes it
         child.name_or_path = self.name_or_path
         large = [tie for tie in child._ties if tie.kept is not None and tie.tensor().dim() == 2]
         if large:
