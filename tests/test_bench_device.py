@@ -248,7 +248,11 @@ def test_largest_batch_is_what_fits(sides, monkeypatch):
     assert found.rows == 3 and tried == [1, 2, 4, 3, 3] and len(found.seconds) == 2
     alone, step = found.figures["prefill_seconds_per_row"], found.figures["step_seconds"]
     assert found.median == pytest.approx(3 * alone + 4 * step)
-    monkeypatch.setattr(jobs, "filled_cache", lambda *_: (_ for _ in ()).throw(MemoryError("cannot allocate memory")))
+
+    def none(*args, **kwargs):
+        raise MemoryError("cannot allocate memory")
+
+    monkeypatch.setattr(jobs, "filled_cache", none)
     assert jobs.throughput(some_bench(), sides["ours"], 24, 4, 2, 64).failure.endswith("not one row fits")
 
 
