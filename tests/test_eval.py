@@ -228,6 +228,7 @@ def test_command_evaluates_resumes_and_adds(tmp_path, short_text, capsys, monkey
     results = json.loads((folder / "results.json").read_text())
     assert results["command"].startswith("nemotron-h eval --tasks bpb,needle")
     assert results["model"]["pattern"] == "M-M*-M-" and results["settings"]["seed"] == 0
+    assert results["settings"]["model"] == "embedded"  # and not where this machine keeps it
     assert {(row["length"], row["depth"]) for row in results["long_context"]} == {
         (length, depth) for length in (320, 384) for depth in (None, 0.0, 1.0)
     }

@@ -305,7 +305,7 @@ def finish(arguments: EvalArguments, records: Records, facts: dict, command: str
     results = {
         "command": command,
         "model": facts,
-        "settings": {**asdict(arguments), "output": None},
+        "settings": {**asdict(arguments), "model": facts["model"], "output": None},
         "machine": machine(),
         "versions": versions(),
         **report.collect(arguments.output, records),
