@@ -1,4 +1,4 @@
-"""A small hub on loopback that takes uploads (create, preupload, LFS batch and PUT, commit), for tests of pushing."""
+"""A small hub on loopback, for tests: it takes uploads (create, preupload, LFS batch and PUT, commit) and gives files."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+COMMIT = "0" * 40  # the only one that every repository has
 
 
 class LoopbackHub(ThreadingHTTPServer):
@@ -72,6 +74,41 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.objects[oid] = content
         self._answer({})
 
+    def do_HEAD(self) -> None:
+        self._file()
+
+    def do_GET(self) -> None:
+        if self.path.startswith("/api/models/"):
+            repo_id = "/".join(self.path.split("?")[0].split("/")[3:5])
+            files = self.server.repos.get(repo_id)
+            if files is None:
+                self._answer({"error": "no such repository"}, 404)
+            elif "/tree/" in self.path:
+                oids = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+                self._answer(
+                    [{"type": "file", "path": n, "size": len(files[n]), "oid": oid} for n, oid in oids.items()]
+                )
+            else:
+                self._answer({"id": repo_id, "sha": COMMIT, "siblings": [{"rfilename": name} for name in files]})
+        else:
+            self._file()
+
+    def _file(self) -> None:
+        """OWNER/NAME/resolve/REVISION/PATH, or what a hub says that has no such file."""
+        repo_id, _, rest = self.path.split("?")[0].lstrip("/").partition("/resolve/")
+        content = self.server.repos.get(repo_id, {}).get(rest.partition("/")[2])
+        found = content is not None
+        self.send_response(200 if found else 404)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(content) if found else 0))
+        if found:
+            self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
+        else:
+            self.send_header("X-Error-Code", "EntryNotFound" if repo_id in self.server.repos else "RepoNotFound")
+        self.end_headers()
+        if found and self.command == "GET":
+            self.wfile.write(content)
+
     def _create(self, request: dict) -> None:
         repo_id = f"{request['organization']}/{request['name']}"
         self.server.tokens.add(self.headers["Authorization"])
@@ -102,8 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.repos[repo_id][value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
                 self.server.repos[repo_id][value["path"]] = self.server.objects[value["oid"]]
-        oid = "0" * 40
-        self._answer({"commitUrl": f"{self.server.url}/{repo_id}/commit/{oid}", "commitOid": oid})
+        self._answer({"commitUrl": f"{self.server.url}/{repo_id}/commit/{COMMIT}", "commitOid": COMMIT})
 
     def _body(self) -> bytes:
         if "Content-Length" in self.headers:
@@ -115,7 +151,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(chunks)
 
-    def _answer(self, content: dict, status: int = 200) -> None:
+    def _answer(self, content: dict | list, status: int = 200) -> None:
         body = json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json")

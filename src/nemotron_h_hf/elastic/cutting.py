@@ -118,6 +118,8 @@ def slice_checkpoint(
     digests, report.files_kept = write_shards(
         target, shards, fill, journal, lambda num_bytes: progress(num_bytes, total)
     )
+    if bad := [name for name, digest in digests.items() if digest.num_nan]:
+        raise ValueError(f"{source} has NaN in {len(bad)} tensors, {bad[0]} first; config.json was not written")
     report.files, report.bytes_read, report.bytes_written = list(shards), nested.bytes_read, total
     if verify or (verify is None and 4 * report.parent_parameters <= AUTO_VERIFY_BYTES):
         report.residual = measure_residual(source, config, target, nested)
@@ -203,8 +205,6 @@ def _finish(
 ) -> None:
     """What lies beside the weights, the configuration last."""
     budget = {"name": nested.budget.name, **nested.budget.to_dict()}
-    if bad := [name for name, digest in digests.items() if digest.num_nan]:
-        raise ValueError(f"{source} has NaN in {len(bad)} tensors, {bad[0]} first; config.json was not written")
     stored = find_tensors(weight_files(target))
     more = {"budget": budget, "parent": origin, "residual": report.residual}
     found = manifest.make_manifest(stored, {name: digest.sha256 for name, digest in digests.items()}, **more)
