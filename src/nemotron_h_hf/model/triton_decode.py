@@ -20,6 +20,7 @@ from torch import Tensor
 from .triton_conv import window, window_output
 from .triton_launch import last_contiguous, on, padded, tl, triton
 
+WINDOW = 256  # channels whose window moves on at a time
 STATE_ROWS = 16  # of a head's state (p, n), in one program: small, so that one row alone keeps a GPU busy
 
 
@@ -66,16 +67,17 @@ def step(
     projected, (weight, bias), (A_log, D, dt_bias) = last_contiguous(projected), conv, heads
     y = projected.new_empty(b, h * p, dtype=torch.float32)
     out = projected.new_empty(b, h * p)
-    known = {"H": h, "P": p, "R": h // g, "N": n, "K": k, "KP": triton.next_power_of_2(k), "num_warps": 4}
+    known = {"H": h, "P": p, "R": h // g, "N": n, "K": k, "KP": triton.next_power_of_2(k)}
+    block = triton.next_power_of_2(h // g * p)
     with on(projected):
         scan_kernel[(triton.cdiv(p, STATE_ROWS), h, b)](
             projected, conv_state, ssm_state, weight.contiguous(), bias, A_log, D, dt_bias, y, *limit,
             projected.stride(0), *conv_state.stride(), *ssm_state.stride(), **known, BP=STATE_ROWS, BN=padded(n),
-            BIAS=bias is not None,
+            BIAS=bias is not None, num_warps=4,
         )  # fmt: skip
         norm_kernel[(g, b)](
             projected, conv_state, y, norm[0], out, norm[1], projected.stride(0), *conv_state.stride(), **known,
-            D=d, SHARE=triton.cdiv(d, g), BLOCK=triton.next_power_of_2(h // g * p),
+            D=d, SHARE=triton.cdiv(d, g), BLOCK=block, WINDOW=WINDOW, num_warps=min(max(block // 256, 4), 16),
         )  # fmt: skip
     return out
 
@@ -151,7 +153,7 @@ def scan_kernel(
 def norm_kernel(
     projected, conv_state, y, weight, out, eps, xb, cb, cd, ck,
     H: tl.constexpr, P: tl.constexpr, R: tl.constexpr, N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr,
-    D: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr,
+    D: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Grid (groups, b). Writes out (b, H * P); moves the window of SHARE of the D channels on."""
     group, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -162,8 +164,8 @@ def norm_kernel(
     normed = v * tl.rsqrt(tl.sum(v * v, 0) / (R * P) + eps) * tl.load(weight + e, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + b * (H * P) + e, normed.to(out.dtype.element_ty), mask=mask)
     taps, end = tl.arange(0, KP), tl.minimum((group + 1) * SHARE, D)
-    for start in range(0, SHARE, BLOCK):
-        d = group * SHARE + start + column
+    for start in range(0, SHARE, WINDOW):
+        d = group * SHARE + start + tl.arange(0, WINDOW)
         seen = window(projected + H * P, conv_state, b, d, taps, xb, cb, cd, ck, end, K)
         tl.debug_barrier()
         place = conv_state + b * cb + d[:, None] * cd + taps[None, :] * ck
