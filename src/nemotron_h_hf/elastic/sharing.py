@@ -25,7 +25,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from ..model.budgets import Budget, budget_config
@@ -35,7 +35,7 @@ from ..model.needs import Request, find_budget
 from ..model.slicing import prefix
 from .generating import BudgetSchedule, generate_rows, generate_schedule
 from .layout import live_orders
-from .ordered import ordered
+from .ordered import arranged, ordered
 from .ordinary import check_plain, write_ordinary
 from .views import Tie, tie_tensors
 
@@ -161,6 +161,8 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
+        if not self._ties:
+            arrange(self)
         for child in self._submodels.values():
             for tie in child._ties:
                 tie.tie()
@@ -173,6 +175,14 @@ def lay_out(model: NemotronHForCausalLM) -> None:
         place, _, name = path.rpartition(".")
         module = model.get_submodule(place)
         setattr(module, name, ordered(module.get_submodule(name), order))
+    arrange(model)
+
+
+def arrange(model: NemotronHForCausalLM) -> None:
+    """Let each matrix lie in memory as its device and dtype like to read parts of it; tied embeddings are looked up by row."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not (name == "lm_head" and model.config.tie_word_embeddings):
+            module.weight.data = arranged(module.weight.data)
 
 
 def _check_ties(ties: list[Tie]) -> None:
