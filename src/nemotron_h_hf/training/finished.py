@@ -2,13 +2,25 @@
 
 from pathlib import Path
 
+import torch
+
 from .trainer import NemotronHTrainer
 
 
 def save_finished(trainer: NemotronHTrainer, folder: Path) -> bool:
-    """Write the weights, gathered first where FSDP spreads them; called by every process, True on the one that wrote."""
+    """Write the weights, gathered first where FSDP spreads them; called by every process, True on the one that wrote.
+
+    Raises:
+        ValueError: see `require_trained`.
+    """
+    require_trained(trainer)
     if trainer.is_fsdp_enabled:
         weights = trainer.accelerator.get_state_dict(trainer.model)  # whole on the main process, empty on others
+        for name, weight in weights.items():
+            if (
+                type(weight) is not torch.Tensor
+            ):  # gathered on a CPU: the promise of a tensor, without memory of its own
+                weights[name] = weight.clone()
         if trainer.args.should_save:
             trainer._save(str(folder), state_dict=weights)
     else:
@@ -16,3 +28,14 @@ def save_finished(trainer: NemotronHTrainer, folder: Path) -> bool:
     if trainer.is_world_process_zero():
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads again
     return trainer.is_world_process_zero()
+
+
+def require_trained(trainer: NemotronHTrainer) -> None:
+    """Raise a ValueError when the model has the weights that it began with: a sharded run that was done already is not
+    loaded again."""
+    if trainer.is_fsdp_enabled and trainer.state.global_step == 0:
+        output_dir = trainer.args.output_dir
+        raise ValueError(
+            f"output_dir: the run in {output_dir} was done before, and its sharded weights are not loaded here; "
+            f"nemotron-h export {output_dir} {output_dir}/model writes them"
+        )
