@@ -23,6 +23,7 @@ from nemotron_h_hf.elastic.training import ROUTER_FILE, ElasticTrainer
 from nemotron_h_hf.model.budgets import Budget, budget_config, read_elastic
 from nemotron_h_hf.model.cost import num_parameters
 from nemotron_h_hf.model.slicing import cuts, prefix
+from nemotron_h_hf.training.finished import save_finished
 
 CHOICES = {"hidden_size": [48, 32], "intermediate_size": [80, 48], "mamba_num_heads": [8, 4], "layers": [3, 2]}
 TARGETS = {"all": 1.0, "half": 0.6}
@@ -117,6 +118,21 @@ def test_router_has_its_own_rate_and_no_decay(texts, tmp_path):
     assert factors[-1](7) == factors[0](7) == 0.01
     changed = [not torch.equal(value, before[name]) for name, value in trainer.routed.router.state_dict().items()]
     assert all(changed)
+
+
+def test_gradients_of_weights_and_router_are_clipped_apart(texts, tmp_path):
+    trainer = trainer_of(texts, tmp_path)
+    router = list(trainer.routed.router.parameters())
+    weights = [p for name, p in trainer.model.named_parameters() if "router" not in name]
+    for parameters, norm in ((router, 40.0), (weights, 0.5)):
+        for parameter in parameters:
+            parameter.grad = torch.ones_like(parameter)
+        scale = norm / torch.nn.utils.get_total_norm([p.grad for p in parameters])
+        for parameter in parameters:
+            parameter.grad *= scale
+    assert float(trainer._clip_grad_norm(trainer.model)) == pytest.approx(0.5, rel=1e-4)
+    norms = [float(torch.nn.utils.get_total_norm([p.grad for p in part])) for part in (router, weights)]
+    assert norms == pytest.approx([1.0, 0.5], rel=1e-4)
 
 
 def test_resumed_run_is_the_same_run(texts, tmp_path):
@@ -284,6 +300,14 @@ def test_what_cannot_be_trained_is_refused(texts, tmp_path):
     model = parent()
     with pytest.raises(ValueError, match="teacher: got the model itself"):
         ElasticTrainer(model, make_arguments(tmp_path), teacher=model, route=route_of(model.config), stages=())
+
+
+def test_weights_that_a_finished_sharded_run_did_not_load_are_not_saved(texts, tmp_path):
+    trainer = trainer_of(texts, tmp_path)
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="nemotron-h export"):
+        save_finished(trainer, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_state_of_the_run_is_readable(texts, tmp_path):

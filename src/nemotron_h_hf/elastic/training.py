@@ -5,7 +5,8 @@ Each micro-step draws a budget; the router chooses its sizes, the parent runs wi
     loss = (1 - w) T^2 KL(teacher || masked parent) + w cross-entropy + a * router's loss (expected_cost.py)
 
 reaches both weights and router (Nemotron Elastic, arXiv 2511.16664, eq. 14 and 17). The router has a learning rate of its
-own, a warm-up in steps and no weight decay; it decays with the model's. Nothing that is random depends on the process.
+own, a warm-up in steps and no weight decay; it decays with the model's, and its gradient is clipped by itself (grad_norm is
+that of the weights). Nothing that is random depends on the process.
 
 metrics.jsonl gets, for a budget called 6b: loss_6b, kl_6b, cross_entropy_6b, router_loss_6b (means since the last line),
 size_6b (expected, as a share of the parent) beside target_6b, and choice_6b_FIELD (the most likely size, mean over layers).
@@ -73,6 +74,9 @@ class ElasticTrainer(DistillationTrainer):
             self.routed = RoutedModel(model, route)
         super().__init__(model, args, *others, **named)
         require(self.args.optimizer == "adamw", "optimizer", self.args.optimizer, "adamw in elastic training")
+        require(
+            not self.args.fp16, "fp16", self.args.fp16, "bf16 or neither: the router's gradients are clipped unscaled"
+        )
         require(self.args.max_steps > 0, "max_steps", self.args.max_steps, "1 or more, or total_tokens")
         require(router_warmup_steps >= 0, "router_warmup_steps", router_warmup_steps, "0 or more")
         require(router_learning_rate > 0, "router_learning_rate", router_learning_rate, "a number above 0")
@@ -144,6 +148,19 @@ class ElasticTrainer(DistillationTrainer):
             self._drawn, self._micro_step = drawn.budget, self._micro_step + 1
             self.routed.sample(drawn, self.progress)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        """As transformers', for the weights; the router by itself. The term that pins the whole model makes its gradient
+        forty times theirs, and together they would be clipped away."""
+        parameters = [p for p in self.routed.router.parameters() if p.grad is not None]
+        nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
+        aside = [p.grad for p in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        norm = super()._clip_grad_norm(model)
+        for parameter, gradient in zip(parameters, aside):
+            parameter.grad = gradient
+        return norm
 
     def _stage(self) -> Stage:
         return stage_at(self.stages, self.state.global_step * self.args.tokens_per_step)

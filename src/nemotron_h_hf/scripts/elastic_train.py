@@ -55,7 +55,7 @@ from nemotron_h_hf.model.budgets import budget_config, read_elastic
 from nemotron_h_hf.model.cost import num_parameters, training_flops_per_token
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, as_mapping, parse, require
 from nemotron_h_hf.training.data_arguments import DataArguments
-from nemotron_h_hf.training.finished import save_finished
+from nemotron_h_hf.training.finished import require_trained, save_finished
 from nemotron_h_hf.training.starting_point import load_model, load_tokenizer
 
 # A jump of the loss is not unusual where each step may train another budget.
@@ -233,6 +233,7 @@ def find_teacher(model: PreTrainedModel, knowledge: TeacherArguments) -> PreTrai
 
 def finish(trainer: ElasticTrainer, elastic: ElasticArguments, tokenizer: PreTrainedTokenizerBase) -> None:
     """Budgets of the router's choices, their held-out losses, and the parent as an ordinary checkpoint."""
+    require_trained(trainer)
     model, route, routed = trainer.model, trainer.route, trainer.routed
     budgets = routed.budgets()
     for name, value in (elastic.interpolate or {}).items():
