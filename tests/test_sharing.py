@@ -226,6 +226,16 @@ def test_submodels_follow_the_parent():
         tie.name].data_ptr()]  # fmt: skip
 
 
+def test_memory_order_follows_the_dtype():
+    parent, _ = parent_of("dense")
+    small = parent.submodel("all")
+    ups, downs = ([model.model.layers[1].mixer.get_submodule(name).weight for model in (parent, small)]
+                  for name in ("up_proj", "down_proj"))  # fmt: skip
+    assert all(weight.stride(0) == 1 for weight in ups) and all(weight.stride(1) == 1 for weight in downs)
+    parent.bfloat16()
+    assert all(model.model.layers[1].mixer.up_proj.weight.stride(1) == 1 for model in (parent, small))
+
+
 @pytest.mark.parametrize("change", [
     lambda parent, small: parent.model.to(torch.float64),
     lambda parent, small: small.to(torch.float64),

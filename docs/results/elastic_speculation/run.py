@@ -35,6 +35,7 @@ PROMPTS = (
 )  # fmt: skip
 UNTRAINED = {
     "MLP 50%": {"intermediate_size": 288},
+    "5 layers": {"depth": 5},
     "width 75%": {"hidden_size": 144, "intermediate_size": 432},
     "width 50%": {"hidden_size": 96, "intermediate_size": 288, "mamba_num_heads": 4},
 }
@@ -76,7 +77,7 @@ def load(folder: str | None) -> tuple[NemotronHElasticForCausalLM, object]:
     model = NemotronHForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32).eval()
     text = tokenizer(Path(argparse.__file__).read_text(), return_tensors="pt").input_ids[0]
     rows = [{"input_ids": row} for row in text[: 24 * 256].view(24, 256)]
-    elasticize(model, rows[:16], rows[16:], UNTRAINED, choices={}, num_removals=0)
+    elasticize(model, rows[:16], rows[16:], UNTRAINED, choices={}, num_removals=2)
     return NemotronHElasticForCausalLM.from_model(model), tokenizer
 
 
