@@ -101,6 +101,19 @@ def test_scan_is_the_recurrence_forward_and_backward(length, with_state, packed)
     assert_same(run(ours, args, names), run(naive, args, names))
 
 
+@pytest.mark.parametrize("heads, groups", [(2, 2), (1, 1), (6, 2)])
+def test_scan_with_few_heads_in_a_group(heads, groups):
+    args = scan_inputs(19, h=heads, g=groups)
+
+    def ours(x, dt, A, B, C, D, state):
+        return ssd.scan(x, dt, A, B, C, D, 8, state)
+
+    def naive(x, dt, A, B, C, D, state):
+        return naive_scan(x, dt, A, B, C, D, state)
+
+    assert_same(run(ours, args, list(args)), run(naive, args, list(args)))
+
+
 @pytest.mark.parametrize("length", [1023, 1024, 1025, 2500])
 @pytest.mark.parametrize("packed", [False, True])
 def test_segments_of_a_long_sequence_are_one_recurrence(length, packed, monkeypatch):

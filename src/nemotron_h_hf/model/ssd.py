@@ -320,5 +320,5 @@ def _scan_segment(
     # 4. From the state that a chunk is given: y_i += exp(total_i) C_i . S, and the skip D x
     carried = (C @ torch.stack(states, dim=1)).transpose(2, 3).reshape(b, c, q, h, p)
     y = times(carried, torch.exp(from_start)[..., None]).add_(inside).addcmul_(x, wide(D)[:, None])
-    y = y.view(b, c * q, h, p)[:, :l]
+    y = y.reshape(b, c * q, h, p)[:, :l]  # a copy with one head per group
     return y, state.transpose(-1, -2).reshape(b, h, p, n)
