@@ -54,7 +54,13 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "NemotronHElasticForCausalLM":
         """As `NemotronHForCausalLM.from_pretrained`; then the weights are laid out, one layer's copy at a time."""
-        return cls.from_model(NemotronHForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs))
+        model = NemotronHForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        loaded = {tensor.data_ptr() for tensor in model.state_dict().values()}
+        parent = cls.from_model(model)
+        for tensor in [*parent.parameters(), *parent.buffers()]:
+            if tensor.device.type == "cpu" and tensor.data_ptr() in loaded:
+                tensor.data = tensor.data.clone()  # a view into the mapped file would keep all of it in memory
+        return parent
 
     @classmethod
     def from_model(cls, model: NemotronHForCausalLM) -> "NemotronHElasticForCausalLM":
