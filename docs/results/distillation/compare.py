@@ -137,9 +137,7 @@ def draw(runs: dict[str, list[list[tuple[int, float]]]]) -> None:
             label = LABELS[side] if number == 0 else None
             axes.plot([count / 1e3 for count in tokens], [sum(piece) / len(piece) for piece in pieces],
                       color=colour, alpha=0.7, label=label)  # fmt: skip
-    axes.set(
-        xlabel="training tokens (thousands)", ylabel="cross-entropy with the text (nats per token)", ylim=(None, 7)
-    )
+    axes.set(xlabel="training tokens (thousands)", ylabel="cross-entropy with the text (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(FOLDER / "distillation.png")
