@@ -12,7 +12,7 @@ kernels, and adapters made for the ordinary model fit it.
 A submodel shares every matrix and most vectors. What the Mamba layers read in the ordinary order (convolution, gated norm,
 A_log, D, dt_bias) is copied, well under 1 % of the weights.
 
-Speed is that of a separate model in fp32; in bfloat16 on a CPU a single token's product with a view took 1.3 to 1.7 times as
+Speed is that of a separate model in fp32; in bfloat16 on a CPU a single token's product with a view took 1.3 to 1.9 times as
 long as with a copy, as the kernels there want whole rows.
 
 - The parent moves (`to`, `half`, `cuda`): its submodels follow; while they live, old and new weights are there together.
