@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from .trainer import NemotronHTrainer
 
@@ -15,12 +16,7 @@ def save_finished(trainer: NemotronHTrainer, folder: Path) -> bool:
     """
     require_trained(trainer)
     if trainer.is_fsdp_enabled:
-        weights = trainer.accelerator.get_state_dict(trainer.model)  # whole on the main process, empty on others
-        for name, weight in weights.items():
-            if (
-                type(weight) is not torch.Tensor
-            ):  # gathered on a CPU: the promise of a tensor, without memory of its own
-                weights[name] = weight.clone()
+        weights = whole_weights(trainer)
         if trainer.args.should_save:
             trainer._save(str(folder), state_dict=weights)
     else:
@@ -28,6 +24,16 @@ def save_finished(trainer: NemotronHTrainer, folder: Path) -> bool:
     if trainer.is_world_process_zero():
         (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads again
     return trainer.is_world_process_zero()
+
+
+def whole_weights(trainer: NemotronHTrainer) -> dict[str, Tensor]:
+    """Name -> weight on the CPU, for the process that saves; the others take part in gathering and get nothing (FSDP2)."""
+    weights = {}
+    for name, weight in trainer.model.state_dict().items():
+        whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
+        if trainer.args.should_save:
+            weights[name] = whole.cpu()
+    return weights
 
 
 def require_trained(trainer: NemotronHTrainer) -> None:
