@@ -21,6 +21,7 @@ from .torch_dist import chunks_of, pieces_by_expert, read_metadata
 WEIGHTS_FOLDER = "pytorch_model_fsdp_0"
 WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.")  # of activation checkpointing and torch.compile
 STACK = re.compile(r"(.*\.experts)\.(up_proj|down_proj)")
+ROUTER = "elastic_router."  # of elastic training; it decided the sizes and is no part of the model
 FLOAT32 = "e_score_correction_bias"  # in every release
 
 
@@ -59,6 +60,8 @@ def open_sharded(folder: Path) -> MegatronCheckpoint:
     for key, found in chunks_of(folder, table.tensors, table).items():
         dtype, shape, _ = table.tensors[key]
         name = released_name(key)
+        if name.startswith(ROUTER):
+            continue
         if stack := STACK.fullmatch(name):
             for expert, pieces in pieces_by_expert(key, shape, found).items():
                 entries[f"{stack[1]}.{expert}.{stack[2]}.weight"] = Entry(dtype, shape[1:], pieces)
