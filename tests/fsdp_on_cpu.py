@@ -1,15 +1,15 @@
-"""`nemotron-h pretrain` for `accelerate launch` with FSDP on CPU processes, and a crash on demand.
+"""`nemotron-h pretrain` (or what COMMAND names) for `accelerate launch` with FSDP on CPU processes, and a crash on demand.
 
 Accelerate (1.15) leaves FSDP out on a CPU without a word. PyTorch's FSDP2 works there, over gloo, so the state that
 Accelerate keeps is told that this run is one.
 """
 
+import importlib
 import os
 
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from nemotron_h_hf.scripts import pretrain
 from nemotron_h_hf.training.monitor import Monitor
 
 begin_state, begin_step = AcceleratorState.__init__, Monitor.on_step_begin
@@ -29,4 +29,4 @@ def crash(self, args, state, control, **named) -> None:
 
 if __name__ == "__main__":
     AcceleratorState.__init__, Monitor.on_step_begin = state_with_fsdp, crash
-    pretrain.main()
+    importlib.import_module(f"nemotron_h_hf.scripts.{os.environ.get('COMMAND', 'pretrain')}").main()
