@@ -2,7 +2,7 @@
 
 transformers loads a mapping from names to lazy slices; here each slice is a `PendingCut`, which reads its tensor when it is
 indexed. Rows that are cut away are not read. Columns lie across the whole file, so rows are read whole, a piece at a time,
-and cut; beside the small tensor itself no more than `PIECE_BYTES` are held.
+and cut; beside the small tensor itself each thread holds `PIECE_BYTES`, or one row if that is more.
 
     nested = Nested(parent_config, budget)
     pending = nested.tensors(["model-00001-of-00002.safetensors", ...])     name -> PendingCut, in released names
@@ -30,7 +30,7 @@ from .slicing import Cut, cuts, prefix, runs
 
 logger = logging.get_logger(__name__)
 
-PIECE_BYTES = 16 * 2**20
+PIECE_BYTES = 4 * 2**20
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 PRECISION_ARGUMENTS = (
     "dtype",
@@ -94,6 +94,7 @@ class Nested:
         self.bytes_read = 0
         self.parent_bytes = 0
         self._lock = threading.Lock()
+        self._own = _Own()
 
     def tensors(self, files: Iterable[str | os.PathLike]) -> dict[str, "PendingCut"]:
         """Every tensor of the small model by its released name, in the order of its depth; nothing is read yet."""
@@ -103,6 +104,13 @@ class Nested:
         return {
             cut.name: PendingCut(self, stored[cut.source], cut) for cut in cuts(self.parent, self.kept, self.config)
         }
+
+    def piece(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor to read into, in the memory of this thread's last one: making them anew would leave holes in the heap."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if self._own.memory.numel() < num_bytes:
+            self._own.memory = torch.empty(max(num_bytes, PIECE_BYTES), dtype=torch.uint8)
+        return self._own.memory[:num_bytes].view(dtype).view(shape)
 
     def report(self) -> None:
         """Say how much of the parent was read."""
@@ -114,6 +122,12 @@ class Nested:
         """Add to `bytes_read`; transformers reads in several threads."""
         with self._lock:
             self.bytes_read += num_bytes
+
+
+class _Own(threading.local):
+    """What each thread reads into."""
+
+    memory = torch.empty(0, dtype=torch.uint8)
 
 
 class PendingCut:
@@ -148,10 +162,11 @@ class PendingCut:
                 for first in range(start, stop, most_rows):
                     last = min(first + most_rows, stop)
                     target = output[done : done + last - first]
-                    piece = target if cut.columns is None else torch.empty(last - first, *shape[1:], dtype=self.dtype)
+                    whole = cut.columns is None
+                    piece = target if whole else self.nested.piece((last - first, *shape[1:]), self.dtype)
                     _read_into(file, self.stored.offset + first * row_bytes, piece)
                     self.nested.count(piece.nbytes)
-                    if cut.columns is not None:
+                    if not whole:
                         torch.index_select(piece, 1, cut.columns, out=target)
                     done += last - first
         return output
