@@ -321,6 +321,7 @@ for folder in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_save_leaves_no_folder_that_looks_whole(folder):
     before, new = listing(folder), folder.parent / "new"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -44,6 +44,7 @@ def some_bench(**changes) -> jobs.Bench:
     return jobs.Bench(**{**fields, "budget_bytes": None, "say": lambda _: None, **changes})
 
 
+@pytest.mark.slow
 def test_decode_beside_peers(tmp_path, capsys):
     assert bench(tmp_path / "d", "decode", *TINY, "--sides", "ours", "native", "llama", "--rows", "1", "2",
                  "--context", "24", "--steps", "3") == 0  # fmt: skip
@@ -78,6 +79,7 @@ def test_other_parts(tmp_path, options, count):
         assert found["rows"] == 3 and found["figures"]["all_tokens_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_suite(tmp_path, capsys):
     assert bench(tmp_path / "s", "--suite", "gpu-10min", *TINY, "--runs", "1") == 0
     document = json.loads((tmp_path / "s.json").read_text())

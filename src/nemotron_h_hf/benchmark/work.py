@@ -131,7 +131,8 @@ def prefill_activation_bytes(config: NemotronHConfig, rows: int, tokens: int, pa
     """Most bytes alive inside one block of a forward without gradients, in PyTorch's ops (fused kernels need less).
 
     Every block has beside it the embeddings, its input and its normed input, 3 s d per token (2 s d for the first block),
-    and where a part of a prompt continues a cache, the mask of that part, L bytes per token. On top, per token:
+    and where a part of a prompt continues a cache, the mask of that part, L bytes per token (a CPU needs none: attention
+    in two pieces there). On top, per token:
         the norm, its input and its output in fp32 unless they are: 8 d
         M  in_proj's output s (i + c + h), the convolution's s c, step sizes 4 h, and in the gated norm the scan's output,
            the gate and its SiLU in fp32: 12 i (8 i if s is 4); and one segment of the scan (`_segment_bytes`)
