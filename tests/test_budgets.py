@@ -234,7 +234,7 @@ def test_nothing_is_small_enough():
     smallest = min(count for _, count, _ in brute_force(parent()))
     with pytest.raises(ValueError, match=f"{smallest:,} parameters or more"):
         find_budget(parent(), 0.01)
-    with pytest.raises(ValueError, match="GiB or more"):
+    with pytest.raises(ValueError, match="iB or more"):
         find_budget(parent(), "1KiB@1k")
 
 

@@ -77,7 +77,7 @@ class Candidate:
         if self.loss is not None:
             known += " measured" if self.measured else " predicted (a sum over single changes)"
         trained = "trained" if self.budget.trained else "NOT trained"
-        size = f"{self.num_parameters:,} parameters, {self.num_bytes / 2**30:.2f} GiB"
+        size = f"{self.num_parameters:,} parameters, {_bytes(self.num_bytes)}"
         return f"{size}; {known}; {trained}"
 
 
@@ -283,4 +283,8 @@ def _sizes(budget: Budget) -> str:
 
 
 def _human(wanted: Limit, amount: float) -> str:
-    return f"{amount / 2**30:.3g} GiB" if wanted.in_bytes else f"{int(amount):,} parameters"
+    return _bytes(amount) if wanted.in_bytes else f"{int(amount):,} parameters"
+
+
+def _bytes(amount: float) -> str:
+    return f"{amount / 2**30:.3g} GiB" if amount >= 2**29 else f"{amount / 2**20:.3g} MiB"
