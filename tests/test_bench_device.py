@@ -63,6 +63,7 @@ def test_decode_beside_peers(tmp_path, capsys):
     assert "correctness gate passed" in table and "decode, llama, eager" in table and "of the floor" in table
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options, count", [
     (("prefill", "--context", "40", "--whole", "--sides", "ours"), 2),
     (("train", "--context", "48", "--sides", "ours", "native", "--runs", "1"), 2),
@@ -235,6 +236,7 @@ def test_running_out_of_memory_is_a_finding():
         devices.run_within(lambda: (_ for _ in ()).throw(RuntimeError("shapes")), CPU, None)
 
 
+@pytest.mark.slow
 def test_largest_batch_is_what_fits(sides, monkeypatch):
     """Memory for three rows: one, two fit, four do not, three do."""
     fill, tried = caches.filled_cache, []

@@ -9,8 +9,11 @@ import pytest
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "examples").glob("*.py"))
 
+QUICK = ("generate", "share_a_prompt")  # the others are slow tests
+MARKED = [path if path.stem in QUICK else pytest.param(path, marks=pytest.mark.slow) for path in EXAMPLES]
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
+
+@pytest.mark.parametrize("example", MARKED, ids=lambda path: path.stem)
 def test_example_runs(example, tmp_path):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(

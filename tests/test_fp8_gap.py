@@ -70,6 +70,7 @@ def test_smoothing_averages_up_to_the_last_lines(gap):
     assert gap.smoothed([1, 2, 3, 7], lines=2) == [1, 1.5, 2.5, 5]
 
 
+@pytest.mark.slow
 def test_two_steps_in_each_precision(gap, tmp_path, monkeypatch):
     document = Document(name="a.py", text="def f(x):\n    return x + 1\n" * 600)
     monkeypatch.setattr(gap, "read_documents", list)

@@ -136,6 +136,7 @@ def test_multi_token_prediction_layers_can_be_left_out(monkeypatch):
     assert all(gradient.abs().sum() > 0 for gradient in train_one_step(model).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "imports",
     ["import peft, nemotron_h_hf", "import sys, nemotron_h_hf; assert 'peft' not in sys.modules; import peft"],

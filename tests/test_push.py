@@ -41,6 +41,7 @@ def run_push(server: LoopbackHub, *argv: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_push_sends_adapters(tmp_path):
     for name in ("adapter_config.json", "adapter_model.safetensors", "README.md", "training_args.bin"):
         (tmp_path / name).write_text("{}")
@@ -146,6 +147,7 @@ def test_attach_code_writes_once_and_replaces_nothing(folder):
     assert (folder / "modeling_nemotron_h.py").read_text() == "# changed by its owner\n"
 
 
+@pytest.mark.slow
 def test_attached_code_runs_without_the_package(folder, tmp_path):
     """In a process that cannot import the package: the files beside the weights give the same logits."""
     hub.attach_code(folder)
