@@ -18,10 +18,10 @@ def test_peak_memory_and_bytes_read(tmp_path):
     command = [sys.executable, MEASURE, "--gigabytes", "0.35", "--folder", tmp_path]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     steps, small, parent = result["steps"], result["small_bytes"], result["parent_bytes"]
-    assert parent > 3e8 and small < parent / 2
+    assert parent > 3e8 and small < 0.6 * parent
     assert steps["slice"]["peak_bytes"] < result["largest_tensor_bytes"] + ROOM_BYTES
     assert steps["load_budget"]["peak_bytes"] < 1.1 * small + ROOM_BYTES
     assert steps["load_parent"]["peak_bytes"] > parent  # what is measured is the memory of weights
     for step in ("slice", "load_budget"):
-        assert small < steps[step]["bytes_read"] < 0.8 * parent
+        assert small < steps[step]["bytes_read"] < 0.85 * parent
         assert steps[step]["read_by_process"] < steps[step]["bytes_read"] + 2 * 8192 * 200 + 2**23
