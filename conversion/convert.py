@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from nemotron_h_hf.checkpoint import Checkpoint, write_text
+from nemotron_h_hf.checkpoint import Checkpoint, parse_size, write_text
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 from nemotron_h_hf.resumable import TOKENIZER_FILES, Journal, check_room
 
 from . import config as configs
 from . import formats, verify
 from .plan import Plan, plan_to_hf, plan_to_megatron
-from .report import JSON_NAME, TABLE_NAME, Report, add_plan, add_written, parse_dtype, parse_size
+from .report import JSON_NAME, TABLE_NAME, Report, add_plan, add_written, parse_dtype
 from .source import MegatronCheckpoint
 from .write_hf import write_config, write_hf
 from .write_legacy import write_ranks

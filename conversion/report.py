@@ -141,23 +141,6 @@ def human(num_bytes: float) -> str:
     return f"{num_bytes:.1f} TiB"
 
 
-def parse_size(text: str | int) -> int:
-    """Bytes of "5GB", "500MB", "2GiB" or a number; GB is 10**9 and GiB 2**30."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
-    number, factor = str(text).strip().upper(), 1
-    for unit in sorted(units, key=len, reverse=True):
-        if number.endswith(unit):
-            number, factor = number.removesuffix(unit), units[unit]
-            break
-    try:
-        num_bytes = int(float(number) * factor)
-    except ValueError:
-        num_bytes = 0
-    if num_bytes < 1:
-        raise ValueError(f"max_shard_size={text!r}: allowed are sizes such as 5GB or 500MB")
-    return num_bytes
-
-
 def parse_dtype(text: str | torch.dtype | None) -> torch.dtype | None:
     """A dtype from its name; "auto" and None keep the stored one."""
     if text is None or text == "auto" or isinstance(text, torch.dtype):

@@ -8,6 +8,7 @@ from transformers import DynamicCache, StaticCache
 from nemotron_h_hf import HybridCache, NemotronHConfig
 from nemotron_h_hf.model import blocks
 from nemotron_h_hf.model.blocks import attend_in_two
+from nemotron_h_hf.model.cache import GrowingLayer
 
 
 @pytest.fixture(autouse=True)
@@ -306,3 +307,12 @@ def test_a_dynamic_cache_can_be_rolled_back_too(shape):
             model(prompt(1, 3, seed=9), past_key_values=cache)
             cache.crop(-3)
             assert_close(model(ids[:, 8:], past_key_values=cache).logits, full_logits(model, ids)[:, 8:])
+
+
+@torch.no_grad()
+def test_the_first_row_as_a_view_leaves_the_memory():
+    layer, (keys, more) = GrowingLayer(), torch.randn(2, 2, 3, 9, 4)
+    layer.update(keys, keys)
+    layer.keys, layer.values = layer.keys[:1], layer.values[:1]
+    grown, _ = layer.update(more[:1], more[:1])
+    assert torch.equal(grown, torch.cat([keys[:1], more[:1]], dim=2))

@@ -45,8 +45,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
-from nemotron_h_hf.model.slicing import Kept, everything
+from ..model.configuration_nemotron_h import NemotronHConfig
+from ..model.slicing import Kept, everything
 
 FORMAT = "nemotron_h_hf.width_scores.v1"
 

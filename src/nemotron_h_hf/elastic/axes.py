@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nemotron_h_hf.elastic.masks import Masks
-from nemotron_h_hf.model.budgets import EXPERT_FIELDS, SIZE_FIELDS, Budget, check_budget
-from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
+from ..model.budgets import EXPERT_FIELDS, SIZE_FIELDS, Budget, check_budget, num_groups
+from ..model.configuration_nemotron_h import NemotronHConfig
+from .masks import Masks
 
 DEPTH = "layers"
 FIELDS = (*SIZE_FIELDS, DEPTH)
@@ -187,13 +187,11 @@ def _axis(config: NemotronHConfig, field: str, sizes: Sequence[int], per_layer: 
 
 def _masks_of_layers(config: NemotronHConfig, axis: Axis, chosen: Tensor) -> dict[int, Tensor]:
     """Layer -> its mask; layers of one choice and one size share a tensor."""
-    by = {"mamba_num_heads": "n_groups", "num_attention_heads": "num_key_value_heads", "n_routed_experts": "n_group"}
-    num_groups = getattr(config, by[axis.field]) if axis.field in by else 1
     made: dict[tuple, Tensor] = {}
     masks = {}
     for position, (layer, sizes) in enumerate(zip(axis.layers, axis.sizes)):
         row = position if axis.per_layer else 0
         if (row, sizes) not in made:
-            made[row, sizes] = chosen[row] @ prefixes(sizes, num_groups).to(chosen)
+            made[row, sizes] = chosen[row] @ prefixes(sizes, num_groups(config, axis.field)).to(chosen)
         masks[layer] = made[row, sizes]
     return masks

@@ -53,7 +53,7 @@ def check_carry(parent: NemotronHConfig, source: Budget, target: Budget) -> None
     Raises:
         ValueError: naming the layers.
     """
-    layers = [range(parent.num_hidden_layers) if one.layers is None else one.layers for one in (source, target)]
+    layers = [one.kept_layers(parent) for one in (source, target)]
     lacking = [at for at in layers[1] if parent.layers_block_type[at] == "full_attention" and at not in layers[0]]
     if lacking:
         raise ValueError(
@@ -70,7 +70,7 @@ def carry_cache(cache: HybridCache, parent: NemotronHConfig, source: Budget, tar
     """
     check_carry(parent, source, target)
     configs = [budget_config(parent, one) for one in (source, target)]
-    layers = [list(range(parent.num_hidden_layers) if one.layers is None else one.layers) for one in (source, target)]
+    layers = [one.kept_layers(parent) for one in (source, target)]
     kept = [prefix(parent, own, config) for own, config in zip(layers, configs)]
     carried, num_tokens = HybridCache(configs[1]), int(cache.get_seq_length())
     for own, index in enumerate(layers[1]):

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nemotron_h_hf.elastic.axes import Axis
-from nemotron_h_hf.elastic.router import generator_of, gumbel_noise
-from nemotron_h_hf.training.arguments import parse_tokens, require
+from ..training.arguments import parse_tokens, require
+from .axes import Axis
+from .router import generator_of, gumbel_noise
 
 IGNORED = -100
 

@@ -25,17 +25,16 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import GenerationConfig
 
-from nemotron_h_hf.checkpoint import Digest, ShardWriter, TensorSpec, plan_shards, write_text
-from nemotron_h_hf.model import manifest
-from nemotron_h_hf.model.budgets import Budget
-from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
-from nemotron_h_hf.model.cost import num_parameters
-from nemotron_h_hf.model.loading import limits_of_other_readers, weight_files
-from nemotron_h_hf.model.modeling_nemotron_h import NemotronHForCausalLM
-from nemotron_h_hf.model.needs import Request, find_budget
-from nemotron_h_hf.model.nested import Nested, PendingCut, find_tensors
-from nemotron_h_hf.resumable import TOKENIZER_FILES, Journal, check_room, copy_files, write_shards
-
+from ..checkpoint import Digest, ShardWriter, TensorSpec, plan_shards, write_text
+from ..model import manifest
+from ..model.budgets import Budget
+from ..model.configuration_nemotron_h import NemotronHConfig
+from ..model.cost import num_parameters
+from ..model.loading import limits_of_other_readers, weight_files
+from ..model.modeling_nemotron_h import NemotronHForCausalLM
+from ..model.needs import Request, find_budget
+from ..model.nested import Nested, PendingCut, find_tensors
+from ..resumable import TOKENIZER_FILES, Journal, check_room, copy_files, write_shards
 from .expressible import nearest_expressible
 from .masks import attach_masks, budget_masks
 

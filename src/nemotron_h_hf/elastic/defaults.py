@@ -10,20 +10,15 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from nemotron_h_hf.model.budgets import Budget, budget_config
-from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
-from nemotron_h_hf.model.cost import num_parameters
+from ..model.budgets import FIELDS_OF_KIND, Budget, budget_config, num_groups
+from ..model.configuration_nemotron_h import NemotronHConfig
+from ..model.cost import num_parameters
 
 EIGHTHS = (8, 7, 6, 5, 4)
 WIDTHS = 256  # shares of the widths that are tried
+COUNTED = ("mamba_num_heads", "num_attention_heads", "n_routed_experts")  # in groups, whatever hardware likes
 SCALED_TOGETHER = ("hidden_size", "intermediate_size", "mamba_num_heads", "moe_intermediate_size",
                    "moe_shared_expert_intermediate_size")  # fmt: skip
-FIELDS_OF_KIND = {
-    "mlp": ("intermediate_size",),
-    "linear_attention": ("mamba_num_heads", "mamba_head_dim"),
-    "full_attention": ("num_attention_heads",),
-    "moe": ("n_routed_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size"),
-}
 
 
 def default_choices(config: NemotronHConfig) -> dict[str, list[int]]:
@@ -66,8 +61,7 @@ def default_budgets(config: NemotronHConfig, shares: Sequence[float] = (0.75, 0.
 
 def scaled(config: NemotronHConfig, field: str, whole: int, share: float) -> int:
     """`share` of a size, rounded to the nearest that is allowed and never to none."""
-    step = {"mamba_num_heads": config.n_groups, "num_attention_heads": config.num_key_value_heads,
-            "n_routed_experts": config.n_group}.get(field) or _step(whole)  # fmt: skip
+    step = num_groups(config, field) if field in COUNTED else _step(whole)
     least = step
     if field == "n_routed_experts":
         least = max(config.num_experts_per_tok, 2 * config.n_group if config.n_group > 1 else 1)

@@ -16,15 +16,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nemotron_h_hf.compression.depth import Removal, layer_order
-from nemotron_h_hf.compression.importance import Importance, importance_of, importance_order
-from nemotron_h_hf.elastic.defaults import default_budgets, default_choices, default_depths
-from nemotron_h_hf.elastic.measuring import Row, fingerprint, key_of, measure_depth, measure_losses, measure_width
-from nemotron_h_hf.elastic.permuting import permute_model
-from nemotron_h_hf.model.budgets import SIZE_FIELDS, Budget, Elastic, check_budget
-from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
-from nemotron_h_hf.model.modeling_nemotron_h import NemotronHForCausalLM
-from nemotron_h_hf.model.slicing import Kept
+from ..compression.depth import Removal, layer_order
+from ..compression.importance import Importance, importance_of, importance_order
+from ..model.budgets import SIZE_FIELDS, Budget, Elastic, check_budget
+from ..model.configuration_nemotron_h import NemotronHConfig
+from ..model.modeling_nemotron_h import NemotronHForCausalLM
+from ..model.slicing import Kept
+from .defaults import default_budgets, default_choices, default_depths
+from .measuring import Row, fingerprint, key_of, measure_depth, measure_losses, measure_width
+from .permuting import permute_model
 
 
 @dataclass(frozen=True)

@@ -18,19 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemotron_h_hf.elastic.axes import DEPTH, Axis, Probabilities, full, kept_layers
-from nemotron_h_hf.model import cost
-from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
+from ..model import cost
+from ..model.budgets import FIELDS_OF_KIND
+from ..model.configuration_nemotron_h import NemotronHConfig
+from .axes import DEPTH, Axis, Probabilities, full, kept_layers
 
 METRICS = ("parameters", "memory", "latency")
 DEAD_ZONE = 0.05
 IDENTITY_WEIGHT = 10.0
-LATENCY_AXES = {  # kind of layer -> the fields that its time depends on beside hidden_size, in the table's order
-    "linear_attention": ("mamba_num_heads", "mamba_head_dim"),
-    "full_attention": ("num_attention_heads",),
-    "mlp": ("intermediate_size",),
-    "moe": ("n_routed_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size"),
-}
 
 
 class ExpectedCost:
@@ -185,5 +180,5 @@ def _seconds(
 
     total = mean(seconds["outside"], ("hidden_size",))
     for layer, kind in enumerate(config.layers_block_type):
-        total = total + shares[layer] * mean(seconds[kind], ("hidden_size", *LATENCY_AXES[kind]), layer)
+        total = total + shares[layer] * mean(seconds[kind], ("hidden_size", *FIELDS_OF_KIND[kind]), layer)
     return total

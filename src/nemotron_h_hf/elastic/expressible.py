@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-from nemotron_h_hf.model.budgets import Budget, budget_config, multiple_of, sizes_of_kept
-from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
-from nemotron_h_hf.model.cost import num_parameters
+from ..model.budgets import Budget, budget_config, num_groups, sizes_of_kept
+from ..model.configuration_nemotron_h import NemotronHConfig
+from ..model.cost import num_parameters
 
 
 def nearest_expressible(parent: NemotronHConfig, budget: Budget) -> Budget:
@@ -37,7 +37,7 @@ def _parameters(parent: NemotronHConfig, budget: Budget, field: str, size: int) 
 def _allowed(parent: NemotronHConfig, budget: Budget, field: str) -> Iterator[Sequence[int]]:
     """Single sizes that every kept layer has room for, ascending: the parent's choices, and all."""
     largest = min(sizes_of_kept(parent, replace(budget, **{field: None}), field))
-    step = multiple_of(parent, field)
+    step = num_groups(parent, field)
     chosen = (parent.elastic or {}).get("choices", {}).get(field, [])
     yield sorted(size for size in chosen if size <= largest)
     yield range(step, largest + 1, step)

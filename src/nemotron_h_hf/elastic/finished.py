@@ -5,11 +5,11 @@ from dataclasses import replace
 
 from transformers.utils import logging
 
-from nemotron_h_hf.elastic.axes import Axis, budget_of
-from nemotron_h_hf.elastic.expected_cost import choices_of
-from nemotron_h_hf.elastic.routed import Route
-from nemotron_h_hf.model.budgets import Budget, Elastic, read_elastic
-from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
+from ..model.budgets import Budget, Elastic, read_elastic
+from ..model.configuration_nemotron_h import NemotronHConfig
+from .axes import Axis, budget_of
+from .expected_cost import choices_of
+from .routed import Route
 
 logger = logging.get_logger(__name__)
 

@@ -19,10 +19,11 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from nemotron_h_hf.elastic.axes import Axis
-from nemotron_h_hf.elastic.expected_cost import LATENCY_AXES, choices_of
-from nemotron_h_hf.model.blocks import NemotronHBlock, NemotronHRMSNorm
-from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
+from ..model.blocks import NemotronHBlock, NemotronHRMSNorm
+from ..model.budgets import FIELDS_OF_KIND
+from ..model.configuration_nemotron_h import NemotronHConfig
+from .axes import Axis
+from .expected_cost import choices_of
 
 
 def measure_latency(
@@ -41,7 +42,7 @@ def measure_latency(
     """
     config.require_uniform(*config.PER_LAYER_FIELDS)
     choices = choices_of(axes)
-    kinds = {kind: LATENCY_AXES[kind] for kind in dict.fromkeys(config.layers_block_type)} | {"outside": ()}
+    kinds = {kind: FIELDS_OF_KIND[kind] for kind in dict.fromkeys(config.layers_block_type)} | {"outside": ()}
     combinations = [
         (kind, sizes)
         for kind, own in kinds.items()

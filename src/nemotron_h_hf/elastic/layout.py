@@ -120,7 +120,7 @@ def _mamba_sizes(config: NemotronHConfig) -> dict[int, list[Sizes]]:
     found: dict[int, list[Sizes]] = {}
     for budget in read_elastic(config).budgets.values() if config.elastic else ():
         child = budget_config(config, budget)
-        for own, index in enumerate(range(config.num_hidden_layers) if budget.layers is None else budget.layers):
+        for own, index in enumerate(budget.kept_layers(config)):
             if child.layers_block_type[own] == "linear_attention":
                 heads = child.size("mamba_num_heads", own) // config.n_groups
                 found.setdefault(index, []).append(Sizes(heads, child.size("mamba_head_dim", own)))

@@ -33,10 +33,10 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
-from nemotron_h_hf.model.budgets import Budget, budget_config
-from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
-from nemotron_h_hf.model.modeling_nemotron_h import NemotronHModel
-from nemotron_h_hf.model.slicing import prefix
+from ..model.budgets import Budget, budget_config
+from ..model.configuration_nemotron_h import NemotronHConfig
+from ..model.modeling_nemotron_h import NemotronHModel
+from ..model.slicing import prefix
 
 
 @dataclass
@@ -63,7 +63,7 @@ def budget_masks(config: NemotronHConfig, budget: Budget, device: torch.device |
     Raises:
         ValueError: if the budget does not fit the parent.
     """
-    layers = range(config.num_hidden_layers) if budget.layers is None else budget.layers
+    layers = budget.kept_layers(config)
     kept = prefix(config, layers, budget_config(config, budget))
     masks = Masks(_hard(config.hidden_size, kept.hidden, device))
     if len(layers) < config.num_hidden_layers:

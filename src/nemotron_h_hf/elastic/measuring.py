@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nemotron_h_hf.compression.depth import Removal, num_passes, remove_layers
-from nemotron_h_hf.compression.importance import WidthScores, accumulate
-from nemotron_h_hf.elastic.masks import MaskedForward, Masks, attach_masks, budget_masks
-from nemotron_h_hf.model.budgets import Budget
-from nemotron_h_hf.model.modeling_nemotron_h import NemotronHForCausalLM
+from ..compression.depth import Removal, num_passes, remove_layers
+from ..compression.importance import WidthScores, accumulate
+from ..model.budgets import Budget
+from ..model.modeling_nemotron_h import NemotronHForCausalLM
+from .masks import MaskedForward, Masks, attach_masks, budget_masks
 
 SAVE_EVERY_SECONDS = 60.0
 MAX_LOGITS = 2**27  # in a batch whose logits are compared: 512 MiB in fp32, several times

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import TensorSpec, save
+from ..checkpoint import TensorSpec, parse_size, save
 from ..model.cost import checkpoint_tensors
 from ..model.loading import save_whole, warn_of_other_readers
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
@@ -16,7 +16,6 @@ from .ordered import OrderedLinear
 from .views import find, module_path, tensor_of
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def check_plain(model: nn.Module) -> None:
@@ -74,7 +73,7 @@ def write_ordinary(
         config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
-        save(Path(folder), specs, tensors, _bytes(max_shard_size))
+        save(Path(folder), specs, tensors, parse_size(max_shard_size))
 
     save_whole(directory, write)
 
@@ -101,15 +100,3 @@ def ordinary_tensor(model: nn.Module, name: str, state_dict: Mapping[str, Tensor
 def _shapes(model: NemotronHForCausalLM) -> Iterator[tuple[int, ...]]:
     for tensor in checkpoint_tensors(model.config):
         yield from (tensor.shape for _ in range(tensor.copies))
-
-
-def _bytes(size: int | str) -> int:
-    """10**9 from "1GB", as transformers counts."""
-    if isinstance(size, int):
-        return size
-    number, unit = size[:-2].strip(), size[-2:].upper()
-    if unit not in UNITS or not number.replace(".", "", 1).isdigit():
-        raise ValueError(
-            f"max_shard_size={size!r}: allowed is a number of bytes or a text such as 5GB ({', '.join(UNITS)})"
-        )
-    return int(float(number) * UNITS[unit])

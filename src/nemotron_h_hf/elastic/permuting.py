@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nemotron_h_hf.checkpoint import Checkpoint, Digest, TensorSpec, save
-from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
-from nemotron_h_hf.model.slicing import Kept, cuts
+from ..checkpoint import Checkpoint, Digest, TensorSpec, save
+from ..model.configuration_nemotron_h import NemotronHConfig
+from ..model.slicing import Kept, cuts
 
 
 @torch.no_grad()

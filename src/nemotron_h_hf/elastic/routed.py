@@ -13,12 +13,12 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from nemotron_h_hf.elastic.axes import DEPTH, Axis, budget_of, masks_of
-from nemotron_h_hf.elastic.curriculum import Draw
-from nemotron_h_hf.elastic.expected_cost import ExpectedCost, router_loss
-from nemotron_h_hf.elastic.masks import attach_masks, budget_masks
-from nemotron_h_hf.elastic.router import Router, RouterSettings, argmax_indices, budget_vector, choose
-from nemotron_h_hf.model.budgets import Budget
+from ..model.budgets import Budget
+from .axes import DEPTH, Axis, budget_of, masks_of
+from .curriculum import Draw
+from .expected_cost import ExpectedCost, router_loss
+from .masks import attach_masks, budget_masks
+from .router import Router, RouterSettings, argmax_indices, budget_vector, choose
 
 ROUTER = "elastic_router"
 

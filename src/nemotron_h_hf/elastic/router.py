@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nemotron_h_hf.elastic.axes import Axis
+from .axes import Axis
 
 NEGATIVE_SLOPE = 0.1
 

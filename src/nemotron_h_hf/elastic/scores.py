@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nemotron_h_hf.compression.depth import Removal
-from nemotron_h_hf.compression.importance import Importance
+from ..compression.depth import Removal
+from ..compression.importance import Importance
 
 AXES = {"neurons": "MLP neurons", "heads": "Mamba heads", "channels": "channels of a Mamba head",
         "query_heads": "query heads", "experts": "experts", "shared_neurons": "neurons of the shared expert"}  # fmt: skip

@@ -10,10 +10,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from nemotron_h_hf.compression.depth import Removal
-from nemotron_h_hf.elastic.elasticize import Parent
-from nemotron_h_hf.elastic.scores import AXES
-from nemotron_h_hf.model.slicing import Kept
+from ..compression.depth import Removal
+from ..model.slicing import Kept
+from .elasticize import Parent
+from .scores import AXES
 
 
 def draw_scores(folder: Path, parent: Parent) -> list[Path]:

@@ -154,8 +154,7 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
         check_plain(self)
         with torch.device("meta"):
             child = type(self)(config)
-        layers = range(self.config.num_hidden_layers) if budget.layers is None else budget.layers
-        child._ties = tie_tensors(self, child, prefix(self.config, layers, config))
+        child._ties = tie_tensors(self, child, prefix(self.config, budget.kept_layers(self.config), config))
         child.generation_config = copy.deepcopy(self.generation_config)  # drafting changes it
         child.name_or_path = self.name_or_path
         large = [tie for tie in child._ties if tie.kept is not None and tie.tensor().dim() == 2]

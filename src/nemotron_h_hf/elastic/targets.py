@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from nemotron_h_hf.training.arguments import require
+from ..training.arguments import require
 
 UNITS = {
     "parameters": {"": 1, "K": 10**3, "M": 10**6, "B": 10**9},

@@ -26,15 +26,15 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from nemotron_h_hf.elastic.axes import DEPTH
-from nemotron_h_hf.elastic.curriculum import Stage, draw, shorter, stage_at
-from nemotron_h_hf.elastic.routed import ROUTER, Route, RoutedModel
-from nemotron_h_hf.model.budgets import Budget
-from nemotron_h_hf.model.loss import share_of_items
-from nemotron_h_hf.training.arguments import NemotronHTrainingArguments, parse_tokens, require
-from nemotron_h_hf.training.distillation import DistillationTrainer
-from nemotron_h_hf.training.losses import IGNORE, DistillationLoss, LiveTeacher, TopK
-from nemotron_h_hf.training.schedule import Schedule
+from ..model.budgets import Budget
+from ..model.loss import share_of_items
+from ..training.arguments import NemotronHTrainingArguments, parse_tokens, require
+from ..training.distillation import DistillationTrainer
+from ..training.losses import IGNORE, DistillationLoss, LiveTeacher, TopK
+from ..training.schedule import Schedule
+from .axes import DEPTH
+from .curriculum import Stage, draw, shorter, stage_at
+from .routed import ROUTER, Route, RoutedModel
 
 ROUTER_FILE = "router.safetensors"
 SUMS = ("kl", "cross_entropy", "items", "router_loss", "micro_steps")  # of each budget since the last line of the log

@@ -16,7 +16,7 @@ of each layer's neurons and experts, of the heads inside each Mamba group (and o
 each key/value head. `calibration` holds losses on held-out text with one thing changed: a size, or how many layers stay.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -24,6 +24,13 @@ from transformers import PreTrainedConfig
 
 VERSION = 1
 EXPERT_FIELDS = ("n_routed_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size")
+FIELDS_OF_KIND = {
+    "mlp": ("intermediate_size",),
+    "linear_attention": ("mamba_num_heads", "mamba_head_dim"),
+    "full_attention": ("num_attention_heads",),
+    "moe": EXPERT_FIELDS,
+}
+"""Kind of layer -> the sizes that it has beside hidden_size."""
 SIZE_FIELDS = (
     "hidden_size", "intermediate_size", "mamba_num_heads", "mamba_head_dim", "num_attention_heads", *EXPERT_FIELDS,
 )  # fmt: skip
@@ -59,6 +66,10 @@ class Budget:
         if unknown := set(entry) - known:
             raise ValueError(f"budget {name!r} has {min(unknown)!r}: allowed are {', '.join(sorted(known))}")
         return cls(name=name, **{key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()})
+
+    def kept_layers(self, parent: PreTrainedConfig) -> tuple[int, ...]:
+        """The parent's layers that stay."""
+        return tuple(range(parent.num_hidden_layers)) if self.layers is None else self.layers
 
     def to_dict(self) -> dict[str, Any]:
         """The entry in the configuration: what is set, without the name."""
@@ -118,11 +129,7 @@ def read_elastic(config: PreTrainedConfig) -> Elastic:
 def budget_config(parent: PreTrainedConfig, budget: Budget) -> PreTrainedConfig:
     """The plain configuration of the small model: no budgets in it, lists of sizes only where they differ."""
     check_budget(parent, budget)
-    layers = range(parent.num_hidden_layers) if budget.layers is None else budget.layers
-    entry = parent.to_dict()
-    for derived in ("elastic", "hybrid_override_pattern", "num_hidden_layers"):
-        entry.pop(derived, None)
-    entry["layers_block_type"] = [parent.layers_block_type[index] for index in layers]
+    entry = entry_without_sizes(parent, budget.kept_layers(parent))
     for field in SIZE_FIELDS:
         if field in parent.PER_LAYER_FIELDS:
             sizes = sizes_of_kept(parent, budget, field)
@@ -135,11 +142,18 @@ def budget_config(parent: PreTrainedConfig, budget: Budget) -> PreTrainedConfig:
     return config
 
 
+def entry_without_sizes(parent: PreTrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
+    """The parent's configuration with these of its layers and without budgets; its sizes are still the parent's."""
+    entry = parent.to_dict()
+    for derived in ("elastic", "hybrid_override_pattern", "num_hidden_layers"):
+        entry.pop(derived, None)
+    return {**entry, "layers_block_type": [parent.layers_block_type[index] for index in layers]}
+
+
 def sizes_of_kept(parent: PreTrainedConfig, budget: Budget, field: str) -> tuple[int, ...]:
     """`field`, a per-layer one, for each kept layer of its kind, in order."""
     kind = parent.PER_LAYER_FIELDS[field]
-    layers = range(parent.num_hidden_layers) if budget.layers is None else budget.layers
-    kept = [index for index in layers if parent.layers_block_type[index] == kind]
+    kept = [index for index in budget.kept_layers(parent) if parent.layers_block_type[index] == kind]
     value = getattr(budget, field)
     if value is None:
         return tuple(parent.size(field, index) for index in kept)
@@ -181,7 +195,7 @@ def check_budget(parent: PreTrainedConfig, budget: Budget) -> None:
         )
         fits = all(size <= most for size, most in zip(sizes, largest))
         require(fits, field, f"at most the parent's {', '.join(map(str, sorted(set(largest))))}")
-        multiple = multiple_of(parent, field)
+        multiple = num_groups(parent, field)
         require(all(size % multiple == 0 for size in sizes), field, f"a multiple of {multiple}")
         if field == "n_routed_experts":
             require(
@@ -190,10 +204,10 @@ def check_budget(parent: PreTrainedConfig, budget: Budget) -> None:
             require(value >= 2 * parent.n_group or parent.n_group == 1, field, "two experts or more in each group")
 
 
-def multiple_of(parent: PreTrainedConfig, field: str) -> int:
+def num_groups(config: PreTrainedConfig, field: str) -> int:
     """What a size is counted in: heads stay equally many in each group, experts in each of theirs."""
     by = {"mamba_num_heads": "n_groups", "num_attention_heads": "num_key_value_heads", "n_routed_experts": "n_group"}
-    return getattr(parent, by[field]) if field in by else 1
+    return getattr(config, by[field]) if field in by else 1
 
 
 def _check_choices(parent: PreTrainedConfig, field: str, sizes: tuple[int, ...]) -> None:

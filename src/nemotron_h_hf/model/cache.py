@@ -223,7 +223,8 @@ def _append(held: Tensor, memory: Tensor | None, new: Tensor) -> tuple[Tensor, T
     """(held and new, the memory they are in). The memory is made anew if held is not in it, or no room is left."""
     start = held.shape[-2] if held.numel() else 0
     end = start + new.shape[-2]
-    if memory is None or not start or held.data_ptr() != memory.data_ptr() or end > memory.shape[-2]:
+    inside = start and memory is not None and held.data_ptr() == memory.data_ptr() and len(held) == len(memory)
+    if not inside or end > memory.shape[-2]:
         memory = new.new_empty(*new.shape[:2], end + end // 4, new.shape[-1])
         if start:
             memory[:, :, :start] = held

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from transformers.utils import logging
 
-from .budgets import EXPERT_FIELDS, SIZE_FIELDS, Budget, Elastic, budget_config, check_budget, read_elastic
+from .budgets import FIELDS_OF_KIND, SIZE_FIELDS, Budget, Elastic, budget_config, check_budget, read_elastic
 from .configuration_nemotron_h import NemotronHConfig
 from .cost import (
     cache_bytes,
@@ -38,12 +38,6 @@ logger = logging.get_logger(__name__)
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 TOKEN_UNITS = {"": 1, "k": 2**10, "m": 2**20}
-KIND_FIELDS = {
-    "mlp": ("intermediate_size",),
-    "linear_attention": ("mamba_num_heads", "mamba_head_dim"),
-    "full_attention": ("num_attention_heads",),
-    "moe": EXPERT_FIELDS,
-}
 FORMS = 'a fraction such as 0.5 or "50%", or a need such as "7GiB@32k"'
 
 Request = str | float | Mapping[str, Any] | Budget
@@ -131,7 +125,7 @@ def rank_budgets(
     candidates, seen = [], []
     for budget, _, loss in best:
         child = budget_config(config, budget)
-        resolved = (_kept(config, budget), child.to_dict())
+        resolved = (budget.kept_layers(config), child.to_dict())
         if resolved not in seen:
             seen.append(resolved)
             num_bytes = weight_bytes(child, dtype) + cache_bytes(child, wanted.num_tokens, dtype)
@@ -159,7 +153,7 @@ def predict_loss(config: NemotronHConfig, elastic: Elastic, budget: Budget) -> f
     base = elastic.calibration.get("loss")
     if base is None:
         return None
-    changes: list[tuple[str, Any, Any]] = [("layers", len(_kept(config, budget)), config.num_hidden_layers)]
+    changes: list[tuple[str, Any, Any]] = [("layers", len(budget.kept_layers(config)), config.num_hidden_layers)]
     changes += [(field, getattr(budget, field), getattr(config, field)) for field in SIZE_FIELDS]
     loss = base
     for field, size, whole in changes:
@@ -196,7 +190,7 @@ def _solutions(
     for hidden_size in _options(config, elastic, "hidden_size"):
         tables = [
             _table(config, elastic, kind, hidden_size, wanted, dtype, depths)
-            for kind in KIND_FIELDS
+            for kind in FIELDS_OF_KIND
             if kind in (*config.layers_block_type, *(config.mtp_layers_block_type or ()))
         ]
         outside = _costs(_with(config, hidden_size=hidden_size), wanted, dtype)[None]
@@ -232,8 +226,8 @@ def _table(
     """For each choice of one kind of layer's sizes: (sizes, what all layers of the kind cost at each depth)."""
     own = [index for index, found in enumerate(config.layers_block_type) if found == kind]
     rows = []
-    for sizes in product(*(_options(config, elastic, field) for field in KIND_FIELDS[kind])):
-        fields = dict(zip(KIND_FIELDS[kind], sizes))
+    for sizes in product(*(_options(config, elastic, field) for field in FIELDS_OF_KIND[kind])):
+        fields = dict(zip(FIELDS_OF_KIND[kind], sizes))
         costs = _costs(_with(config, hidden_size=hidden_size, **fields), wanted, dtype)
         always = costs.get(kind, 0)
         kept = [own if layers is None else [index for index in own if index in layers] for layers in depths]
@@ -255,10 +249,6 @@ def _costs(config: NemotronHConfig, wanted: Limit, dtype: str) -> dict[int | str
 
 def _with(config: NemotronHConfig, **sizes: int | None) -> NemotronHConfig:
     return budget_config(config, Budget(name="one change", **sizes))
-
-
-def _kept(config: NemotronHConfig, budget: Budget) -> tuple[int, ...]:
-    return tuple(range(config.num_hidden_layers)) if budget.layers is None else budget.layers
 
 
 def _rank(found: tuple[Budget, float, float | None]) -> tuple:

@@ -89,8 +89,7 @@ class Nested:
             )
         self.parent, self.budget = parent, budget
         self.config = budget_config(parent, budget)
-        layers = range(parent.num_hidden_layers) if budget.layers is None else budget.layers
-        self.kept = prefix(parent, layers, self.config)
+        self.kept = prefix(parent, budget.kept_layers(parent), self.config)
         self.bytes_read = 0
         self.parent_bytes = 0
         self._lock = threading.Lock()

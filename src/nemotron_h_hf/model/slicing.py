@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .budgets import entry_without_sizes
 from .configuration_nemotron_h import NemotronHConfig
 from .cost import checkpoint_tensors
 
@@ -119,10 +120,7 @@ def first_of_each_group(size: int, kept: int, num_groups: int) -> Tensor:
 
 def kept_config(parent: NemotronHConfig, kept: Kept) -> NemotronHConfig:
     """The configuration of what stays, without budgets."""
-    entry = parent.to_dict()
-    for derived in ("elastic", "hybrid_override_pattern", "num_hidden_layers"):
-        entry.pop(derived, None)
-    entry["layers_block_type"] = [parent.layers_block_type[index] for index in kept.layers]
+    entry = entry_without_sizes(parent, kept.layers)
     entry["hidden_size"] = len(kept.hidden)
     stack = set(kept.layers)
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nemotron_h_hf.benchmark.memory import can_measure, status_bytes
-from nemotron_h_hf.conversion.report import parse_size
+from nemotron_h_hf.checkpoint import parse_size
 from nemotron_h_hf.elastic.cutting import SliceReport, local_folder, read_parent, slice_checkpoint
 from nemotron_h_hf.facts import human_bytes
 from nemotron_h_hf.model.needs import rank_budgets
