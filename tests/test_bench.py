@@ -28,7 +28,14 @@ def test_quick_run_writes_json_plot_and_table(tmp_path, capsys):
     assert document["versions"]["torch"] == torch.__version__ and document["machine"]["cores"] > 0
     assert set(document["machine"]) == {"cpu", "cores", "cpu_capability", "memory_bytes", "system"}
     assert document["plan"]["runs"] == 2 and document["plan"]["shape"]["hybrid_override_pattern"] == "M-M*-"
-    assert [row["name"] for row in document["timings"]] == ["decode", "prefill 32", "prefill 96", "train 64"]
+    assert [row["name"] for row in document["timings"]] == [
+        "decode",
+        "prefill 32",
+        "prefill 96",
+        "train 64",
+        "decode, int8",
+    ]
+    assert set(document["timings"].pop()["seconds"]) == {"fp32", "torchao", "int8", "int8_head"}
     for row in document["timings"]:
         assert set(row["seconds"]) == {"floor", "native", "ours"} and not row["skipped"]
         rounds = 6 if row["name"] == "decode" else 2
@@ -39,8 +46,8 @@ def test_quick_run_writes_json_plot_and_table(tmp_path, capsys):
     long = document["long_prefill"]
     assert long["num_tokens"] == 512 and long["memory"]["ours"]["extra_bytes"] > 0
     names = [target["name"] for target in document["targets"]]
-    assert len(names) == 6 and names[1] == "prefill 96: time over the floor's"
-    assert max(document["correctness"].values()) < 1e-4 and len(document["correctness"]) == 5
+    assert len(names) == 7 and names[2] == "prefill 96: time over the floor's"
+    assert max(document["correctness"].values()) < 1e-4 and len(document["correctness"]) == 6
     assert prefix.with_name("cpu.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in prefix.parent.iterdir()) == ["cpu.json", "cpu.png"]
     captured = capsys.readouterr()

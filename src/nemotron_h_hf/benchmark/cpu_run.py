@@ -6,11 +6,12 @@ Lengths are in tokens. All sides take turns, and nothing is timed before the gat
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 
 from . import gate, memory, report, sides, timing
 
-PARTS = ("decode", "prefill", "train", "long")
+PARTS = ("decode", "int8", "prefill", "train", "long")
 DECODE_ROUNDS = 3  # times those of the rest: a sample lasts under a second, and one busy moment would colour it
 
 
@@ -57,6 +58,8 @@ def measure(plan: Plan, arguments: BenchArguments, say: Callable[[str], None]) -
     say("correctness gate passed")
     if "decode" in arguments.only:
         results.decode = measure_decode(plan, both, DECODE_ROUNDS * arguments.runs, say)
+    if "int8" in arguments.only:
+        results.int8 = measure_int8(plan, both, DECODE_ROUNDS * arguments.runs, results.errors, say)
     if "prefill" in arguments.only:
         for length in arguments.prompts or plan.prefill_tokens:
             results.prefill.append(measure_prefill(plan, both, length, arguments.runs, say))
@@ -78,6 +81,20 @@ def measure_decode(plan: Plan, both: sides.Sides, num_runs: int, say: Callable[[
     """Single tokens after a prompt; a sample is `decode_steps` of them."""
     jobs = sides.decode_jobs(both, plan.shape, plan.decode_context, plan.decode_steps)
     return timing.time_in_turns("decode", plan.decode_steps, jobs, num_runs, jobs, say)
+
+
+def measure_int8(
+    plan: Plan, both: sides.Sides, num_runs: int, errors: dict[str, float], say: Callable[[str], None]
+) -> timing.Timing | None:
+    """As `measure_decode`, for weights in fp32 and int8; the gate asks for torchao's logits. None without torchao."""
+    if find_spec("torchao") is None:
+        say("int8 is left out: it needs torchao, pip install torchao")
+        return None
+    models = sides.int8_models(both.ours)
+    errors["logits, int8.py against torchao"] = gate.check_int8(models, plan.shape)
+    ids = sides.random_tokens(plan.shape, plan.decode_context)
+    jobs = {side: sides.decoder(model, ids, plan.decode_steps) for side, model in models.items()}
+    return timing.time_in_turns("decode, int8", plan.decode_steps, jobs, num_runs, jobs, say)
 
 
 def measure_prefill(

@@ -7,6 +7,7 @@ from .sides import Shape, Sides, random_tokens, train_step
 
 MAX_LOGIT_ERROR = 1e-4  # absolute; logits of the random model are about 1
 MAX_GRADIENT_ERROR = 1e-3  # norm of the difference over the norm, the worst parameter
+MAX_INT8_ERROR = 1e-3  # absolute; int8 weights change these logits by 0.2
 NUM_CACHED_STEPS = 8
 
 
@@ -33,6 +34,17 @@ def check_agreement(sides: Sides, shape: Shape) -> dict[str, float]:
         limit = MAX_GRADIENT_ERROR if name.startswith("gradients") else MAX_LOGIT_ERROR
         require(name, error, limit)
     return errors
+
+
+def check_int8(models: dict[str, nn.Module], shape: Shape) -> float:
+    """The largest difference of logits between torchao's product with int8 weights and ours, of short and long inputs."""
+    error = 0.0
+    with torch.no_grad():
+        for length in (1, 2, shape.chunk_size):
+            ids = random_tokens(shape, length)
+            error = max(error, largest_difference(models["int8"](ids).logits, models["torchao"](ids).logits))
+    require("logits, int8.py against torchao", error, MAX_INT8_ERROR)
+    return error
 
 
 def require(name: str, error: float, limit: float = MAX_LOGIT_ERROR) -> None:

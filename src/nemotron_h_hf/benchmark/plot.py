@@ -12,6 +12,8 @@ from .timing import Timing
 
 COLOURS = {"floor": "0.6", "native": "tab:orange", "ours": "tab:green"}
 LABELS = {"floor": "Linear layers", "native": "transformers", "ours": "nemotron_h_hf"}
+INT8_COLOURS = {"fp32": "tab:green", "torchao": "tab:orange", "int8": "tab:blue", "int8_head": "tab:cyan"}
+INT8_LABELS = {"fp32": "fp32", "torchao": "torchao", "int8": "int8", "int8_head": "int8,\nlm_head"}
 
 
 def draw(results: Results, path: Path) -> None:
@@ -21,6 +23,8 @@ def draw(results: Results, path: Path) -> None:
         panels.append(lambda axes: prefill_panel(axes, results.prefill))
     if results.decode:
         panels.append(lambda axes: decode_panel(axes, results.decode))
+    if results.int8:
+        panels.append(lambda axes: int8_panel(axes, results.int8))
     if results.train:
         panels.append(lambda axes: train_panel(axes, results.train))
     if results.train_memory:
@@ -55,6 +59,12 @@ def decode_panel(axes: Axes, timing: Timing) -> None:
     bars(axes, rates, "decode", "tokens/s")
 
 
+def int8_panel(axes: Axes, timing: Timing) -> None:
+    """Tokens per second of single steps with weights in fp32 and int8."""
+    rates = {side: timing.num_tokens / timing.median(side) for side in timing.samples}
+    bars(axes, rates, timing.name, "tokens/s", INT8_LABELS, INT8_COLOURS)
+
+
 def train_panel(axes: Axes, timing: Timing) -> None:
     """Seconds of forward and backward."""
     bars(axes, {side: timing.median(side) for side in timing.samples}, timing.name, "seconds")
@@ -71,10 +81,18 @@ def memory_panel(axes: Axes, name: str, memory: dict[str, Footprint]) -> None:
             axes.annotate("needs more", (middle, 0), rotation=90, ha="center", va="bottom")
 
 
-def bars(axes: Axes, heights: dict[str, float], title: str, unit: str) -> BarContainer:
+def bars(
+    axes: Axes,
+    heights: dict[str, float],
+    title: str,
+    unit: str,
+    labels: dict[str, str] = LABELS,
+    colours: dict[str, str] = COLOURS,
+) -> BarContainer:
     """One labelled bar per side."""
-    labels, colours = [LABELS[side] for side in heights], [COLOURS[side] for side in heights]
-    drawn = axes.bar(labels, list(heights.values()), color=colours)
+    drawn = axes.bar(
+        [labels[side] for side in heights], list(heights.values()), color=[colours[side] for side in heights]
+    )
     axes.bar_label(drawn, fmt="{:,.3g}" if max(heights.values()) < 100 else "{:,.0f}")
     axes.set(title=title, ylabel=unit)
     axes.margins(y=0.12)

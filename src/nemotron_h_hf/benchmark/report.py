@@ -15,6 +15,10 @@ from .timing import Timing
 
 MB, GB = 10**6, 10**9
 SIDES = ("floor", "native", "ours")
+INT8_SIDES = {
+    "fp32": "weights in fp32", "torchao": "int8, torchao's product", "int8": "int8, ours, lm_head in fp32",
+    "int8_head": "int8, ours, lm_head as well",
+}  # fmt: skip
 RATIOS = (("ours", "floor"), ("native", "floor"), ("native", "ours"))
 
 
@@ -24,6 +28,7 @@ class Results:
 
     errors: dict[str, float] = field(default_factory=dict)
     decode: Timing | None = None
+    int8: Timing | None = None
     prefill: list[Timing] = field(default_factory=list)
     train: Timing | None = None
     train_memory: dict[str, Footprint] = field(default_factory=dict)
@@ -31,7 +36,7 @@ class Results:
     long_memory: dict[str, Footprint] = field(default_factory=dict)
 
     def timings(self) -> list[Timing]:
-        return [timing for timing in (self.decode, *self.prefill, self.train) if timing is not None]
+        return [timing for timing in (self.decode, *self.prefill, self.train, self.int8) if timing is not None]
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,9 @@ def targets(results: Results, prefill_tokens: int) -> list[Target]:
     found = []
     if results.decode:
         found.append(Target("decode: time over the floor's", _ratio(results.decode, "ours", "floor"), 1.25))
+    if results.int8:
+        ratio = _ratio(results.int8, "fp32", "int8_head")
+        found.append(Target("decode, every Linear in int8: times fp32's speed", ratio, 1.7, True))
     for timing in results.prefill:
         if timing.num_tokens == prefill_tokens:
             found.append(Target(f"{timing.name}: time over the floor's", _ratio(timing, "ours", "floor"), 1.5))
@@ -82,8 +90,10 @@ def _ratio(timing: Timing, side: str, other: str) -> float | None:
 def table(results: Results, found: list[Target]) -> list[str]:
     """The report for people, one string per line."""
     lines = ["correctness gate passed:", *(f"  {error:8.1e}  {name}" for name, error in results.errors.items()), ""]
-    if timings := results.timings():
+    if timings := [timing for timing in results.timings() if timing is not results.int8]:
         lines += [*_timing_lines(timings), ""]
+    if results.int8:
+        lines += [*_int8_lines(results.int8), ""]
     if memory := list(_memory_lines(results)):
         lines += ["peak memory beyond the weights, one run in a process of its own", *memory, ""]
     lines += ["targets", *(_target_line(target) for target in found)]
@@ -102,6 +112,13 @@ def _timing_lines(timings: list[Timing]) -> Iterator[str]:
         yield f"{'  tokens/s':<14}" + "".join(f"{_rate(timing, side):>26}" for side in SIDES)
         for side, reason in timing.skipped.items():
             yield f"  {side}: {reason}"
+
+
+def _int8_lines(timing: Timing) -> Iterator[str]:
+    yield f"{timing.name}: seconds for {timing.num_tokens} tokens (least-largest), tokens/s, times the speed of fp32"
+    for side, name in INT8_SIDES.items():
+        ratio = _ratio(timing, "fp32", side)
+        yield f"  {name:<34}{_seconds(timing, side):>26}{_rate(timing, side):>10}{'-' if ratio is None else f'{ratio:.2f}':>8}"
 
 
 def _rate(timing: Timing, side: str) -> str:

@@ -6,6 +6,7 @@ uses our model's modules; the native model shares their storage, so all three re
     b batch (1), l length
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -15,6 +16,7 @@ from transformers.models.nemotron_h import NemotronHConfig as NativeConfig
 from transformers.models.nemotron_h import NemotronHForCausalLM as NativeForCausalLM
 
 from ..model.configuration_nemotron_h import NemotronHConfig
+from ..model.int8 import pack_int8_weights
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
 
 SEED = 0
@@ -95,19 +97,6 @@ def prefill_jobs(sides: Sides, shape: Shape, length: int) -> dict[str, Callable[
 def decode_jobs(sides: Sides, shape: Shape, context: int, num_steps: int) -> dict[str, Callable[[], Tensor]]:
     """`num_steps` tokens, one forward each, after `context` tokens; every call goes on where the last one ended."""
     ids = random_tokens(shape, context)
-
-    def decoder(model: nn.Module) -> Callable[[], Tensor]:
-        with torch.no_grad():
-            cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
-
-        def decode() -> Tensor:
-            with torch.no_grad():
-                for step in range(num_steps):
-                    logits = model(ids[:, step % context, None], past_key_values=cache, use_cache=True).logits
-            return logits[0, -1]
-
-        return decode
-
     linears = floor_job(sides.ours, 1, num_logits=1)
 
     def floor() -> Tensor:
@@ -115,7 +104,39 @@ def decode_jobs(sides: Sides, shape: Shape, context: int, num_steps: int) -> dic
             logits = linears()
         return logits
 
-    return {"floor": floor, "native": decoder(sides.native), "ours": decoder(sides.ours)}
+    models = {"native": sides.native, "ours": sides.ours}
+    return {"floor": floor} | {side: decoder(model, ids, num_steps) for side, model in models.items()}
+
+
+def decoder(model: nn.Module, ids: Tensor, num_steps: int) -> Callable[[], Tensor]:
+    """`num_steps` tokens, one forward each, after the prompt `ids`; every call goes on where the last one ended."""
+    with torch.no_grad():
+        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+    def decode() -> Tensor:
+        with torch.no_grad():
+            for step in range(num_steps):
+                token = ids[:, step % ids.shape[1], None]
+                logits = model(token, past_key_values=cache, use_cache=True).logits
+        return logits[0, -1]
+
+    return decode
+
+
+def int8_models(model: NemotronHForCausalLM) -> dict[str, NemotronHForCausalLM]:
+    """The model, and its copies with int8 weights: as torchao multiplies them, as int8.py does, lm_head in fp32 and not."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    quantised, whole = copy.deepcopy(model), copy.deepcopy(model)
+    quantize_(
+        quantised, Int8WeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and name != "lm_head"
+    )
+    quantize_(whole, Int8WeightOnlyConfig())
+    models = {"fp32": model, "torchao": quantised, "int8": copy.deepcopy(quantised), "int8_head": whole}
+    for side in ("int8", "int8_head"):
+        if not pack_int8_weights(models[side]):
+            raise ValueError("--only int8: this torch was built without FBGEMM")
+    return models
 
 
 def train_jobs(sides: Sides, shape: Shape, length: int) -> dict[str, Callable[[], Tensor]]:

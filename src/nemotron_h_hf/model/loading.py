@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import PreTrainedConfig
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
@@ -279,6 +281,9 @@ def save_whole(directory: str | os.PathLike, write: Callable[[str], None]) -> No
 
 
 def _has_nan(weight: torch.Tensor) -> bool:
+    if is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor):  # quantised: its scales tell
+        parts = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+        return any(part.is_floating_point() and _has_nan(part) for part in parts)
     return not weight.is_meta and bool(weight.detach().isnan().any())
 
 

@@ -1,0 +1,137 @@
+"""What `generate()` needs of the language model: its caches, the masks of a step, and prompts that transformers stumbles over.
+
+b batch, l length
+"""
+
+import sys
+
+import torch
+from torch import Tensor
+from transformers import GenerationMixin
+from transformers.cache_utils import Cache
+from transformers.generation import GenerationMode
+from transformers.masking_utils import create_causal_mask
+
+from .cache import HybridCache, adopt_cache, sequence_length
+from .configuration_nemotron_h import NemotronHConfig
+from .rows import find_padding
+
+MIN_STATIC_STEP = 64  # tokens; the room of static caches is a multiple of this
+MODES_WITH_FIXED_ROWS = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # beams move rows to other memory
+
+
+class NemotronHGenerationMixin(GenerationMixin):
+    """transformers' `generate()` with `HybridCache`; static caches keep their memory from call to call."""
+
+    _static_cache: HybridCache | None = None  # the last one that generate() made, for its next call
+    _static_cache_use: tuple = ()  # what it can be used again for: rows, device, dtype, inference mode
+    _previous_max_cache_length = 0  # of the longest static cache that generate() has made
+
+    def _prepare_model_inputs(self, inputs: Tensor | None, bos_token_id: Tensor | None, model_kwargs: dict):
+        """As transformers', which stumbles over a prompt without tokens; `generate()` with no prompt starts from bos."""
+        prompt = model_kwargs.get("input_ids") if inputs is None else inputs
+        if prompt is not None and prompt.numel() == 0 and "inputs_embeds" not in model_kwargs:
+            raise ValueError(f"the prompt is empty: input has shape {tuple(prompt.shape)}")
+        return super()._prepare_model_inputs(inputs, bos_token_id, model_kwargs)
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor: Tensor, model_kwargs: dict) -> Tensor:
+        """As transformers', which puts padding at 0: a token drafted after right padding would start a new document."""
+        return super()._prepare_position_ids_for_generation(inputs_tensor, model_kwargs).cummax(dim=-1).values
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs: dict, generation_mode, batch_size: int, max_cache_length: int
+    ) -> None:
+        """As transformers', with `HybridCache` for its own dynamic and static caches, and a user's cache fitted to the model."""
+        if max_cache_length >= 2**31:
+            raise ValueError(f"max_length={max_cache_length}: allowed is less than 2**31 tokens")
+        kind = generation_config.cache_implementation
+        given = model_kwargs.get("past_key_values")
+        if given is not None:
+            given = model_kwargs["past_key_values"] = adopt_cache(given, self.config)
+            if generation_mode == GenerationMode.ASSISTED_GENERATION and int(sequence_length(given)):
+                # transformers would feed the whole prompt, cached tokens included
+                raise ValueError("past_key_values is not empty: allowed in assisted generation is a new cache, or none")
+        elif kind not in (None, "dynamic", "dynamic_full", "offloaded", "static", "offloaded_static"):
+            raise ValueError(f"cache_implementation={kind!r}: allowed are dynamic, offloaded, static, offloaded_static")
+        elif generation_config.use_cache is not False:
+            if kind == "static" and generation_mode in MODES_WITH_FIXED_ROWS and not generation_config.is_assistant:
+                rows = batch_size * (generation_config.num_return_sequences or 1)
+                cache = self._reusable_static_cache(rows, max_cache_length, generation_config.max_cache_len)
+            else:
+                length = max_cache_length if kind in ("static", "offloaded_static") else None
+                length = length and self._static_length(length, generation_config.max_cache_len)
+                cache = HybridCache(self.config, length, offloading=kind in ("offloaded", "offloaded_static"))
+            if generation_config.is_assistant:
+                cache.activate_past_recording()
+            model_kwargs["past_key_values"] = cache
+            return
+        super()._prepare_cache_for_generation(
+            generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
+        )
+
+    def _static_length(self, needed: int, asked: int | None) -> int:
+        """Room of a static cache: what was asked for, or what is needed rounded up by an eighth at most, so that prompts
+        of many lengths share few sizes; never less than before, so that a compiled decode step stays valid."""
+        step = max(MIN_STATIC_STEP, 1 << max(0, needed.bit_length() - 4))
+        rounded = asked if asked is not None and asked >= needed else min(-(-needed // step) * step, 2**31 - 1)
+        self._previous_max_cache_length = max(rounded, self._previous_max_cache_length)
+        return self._previous_max_cache_length
+
+    def _reusable_static_cache(self, rows: int, needed: int, asked: int | None) -> HybridCache:
+        """The static cache of the last `generate()`, emptied, if it fits and nobody holds it, else a new one.
+
+        CUDA graphs are captured on the memory of one cache; another one's would have to be captured again.
+        """
+        length = self._static_length(needed, asked)
+        use = (rows, self.device, self.dtype, torch.is_inference_mode_enabled())
+        kept, self._static_cache = self._static_cache, None
+        fits = kept is not None and kept.max_cache_len == length and self._static_cache_use == use
+        held_here_alone = object()  # a caller may still have the cache, another thread may be generating with it
+        if fits and sys.getrefcount(kept) == sys.getrefcount(held_here_alone):
+            kept.reset()
+        else:
+            del kept  # before the new one takes memory
+            kept = HybridCache(self.config, length)
+        self._static_cache, self._static_cache_use = kept, use
+        return kept
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs,
+    ) -> dict:
+        """As transformers', which feeds the whole prompt once more if the cache already holds all of it.
+
+        Raises:
+            ValueError: if there is no token beyond those in the cache.
+        """
+        if next_sequence_length is not None and next_sequence_length < 1:
+            length = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
+            raise ValueError(
+                f"past_key_values holds {length - next_sequence_length} tokens, the prompt has {length}: allowed is a "
+                "prompt of all cached tokens and at least one more"
+            )
+        return super().prepare_inputs_for_generation(
+            input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+        )
+
+    @staticmethod
+    def create_masks_for_generate(
+        config: NemotronHConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None,
+        **_: object,
+    ) -> dict[str, Tensor | None]:
+        """Both masks of a forward, made outside a compiled step; padding only where there is some."""
+        length = inputs_embeds.shape[1]
+        attends = "full_attention" in config.layers_block_type
+        padded = find_padding(attention_mask, length) is not None
+        return {
+            "full_attention": create_causal_mask(config, inputs_embeds, attention_mask, past_key_values)
+            if attends
+            else None,
+            "linear_attention": attention_mask[:, -length:] if padded else None,
+        }
