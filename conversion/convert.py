@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from nemotron_h_hf.checkpoint import Checkpoint, parse_size, write_text
+from nemotron_h_hf.checkpoint import Checkpoint, parse_size
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 from nemotron_h_hf.resumable import TOKENIZER_FILES, Journal, check_room
+from nemotron_h_hf.whole_files import write_text
 
 from . import config as configs
 from . import formats, verify

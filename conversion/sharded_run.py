@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from nemotron_h_hf.checkpoint import Checkpoint, TensorSpec, save, write_text
+from nemotron_h_hf.checkpoint import Checkpoint, TensorSpec, save
 from nemotron_h_hf.resumable import TOKENIZER_FILES, copy_files
+from nemotron_h_hf.whole_files import write_text
 
 from .source import Entry, MegatronCheckpoint, Piece
 from .torch_dist import chunks_of, pieces_by_expert, read_metadata

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nemotron_h_hf.checkpoint import ShardWriter, TensorSpec, plan_shards, write_text
+from nemotron_h_hf.checkpoint import ShardWriter, TensorSpec, plan_shards
 from nemotron_h_hf.resumable import TOKENIZER_FILES, Journal, copy_files, write_shards
+from nemotron_h_hf.whole_files import write_text
 
 from .plan import Job, Plan, to_hf
 from .stream import ahead

@@ -26,8 +26,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )  # fmt: skip
 
-from nemotron_h_hf.checkpoint import PART_SUFFIX, Digest, Digester, byte_view, pieces, plan_shards, write_text
+from nemotron_h_hf.checkpoint import PART_SUFFIX, Digest, Digester, byte_view, pieces, plan_shards
 from nemotron_h_hf.resumable import Journal
+from nemotron_h_hf.whole_files import write_text
 
 from . import torchzip
 from .layouts import split_parts

@@ -14,18 +14,19 @@ PACKAGE = ROOT / "src" / "nemotron_h_hf"
 # part -> the other parts of ours that it may import; `public` is what `import nemotron_h_hf` gives
 MAY_IMPORT = {
     "model": set(),
-    "checkpoint": set(),
+    "whole_files": set(),
+    "checkpoint": {"whole_files"},
     "resumable": {"checkpoint"},
     "headers": {"model"},
     "token_counts": set(),
     "data": {"token_counts"},
-    "benchmark": {"public", "compression", "model", "training"},
-    "training": {"token_counts"},
-    "compression": {"model", "checkpoint"},
-    "elastic": {"compression", "model", "training", "checkpoint", "resumable"},
-    "evaluation": {"public", "compression", "model", "training"},
+    "benchmark": {"public", "compression", "model", "training", "whole_files"},
+    "training": {"token_counts", "whole_files"},
+    "compression": {"model", "checkpoint", "whole_files"},
+    "elastic": {"compression", "model", "training", "checkpoint", "resumable", "whole_files"},
+    "evaluation": {"public", "compression", "model", "training", "whole_files"},
     "facts": {"compression", "headers", "model"},
-    "hub": {"facts"},
+    "hub": {"facts", "whole_files"},
     "scripts": {
         "public",
         "model",
@@ -34,6 +35,7 @@ MAY_IMPORT = {
         "conversion",
         "headers",
         "token_counts",
+        "whole_files",
         "benchmark",
         "data",
         "training",
@@ -43,7 +45,7 @@ MAY_IMPORT = {
         "facts",
         "hub",
     },
-    "conversion": {"checkpoint", "resumable", "model"},
+    "conversion": {"checkpoint", "resumable", "model", "whole_files"},
     "nemotron_h_cli": set(),
 }
 # part -> packages beside the standard library that it may import, where that is limited
@@ -53,6 +55,7 @@ THIRD_PARTY = {
     "resumable": {"torch"},
     "headers": set(),
     "token_counts": set(),
+    "whole_files": set(),
     "nemotron_h_cli": set(),
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")

@@ -12,9 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from nemotron_h_hf.data.stdlib_text import Document, read_documents, split_documents
+from nemotron_h_hf.hub import save_tokenizer
 from nemotron_h_hf.scripts import train_tiny
 from nemotron_h_hf.training.bits_per_byte import bits_per_byte, windows, xz_bits_per_byte
-from nemotron_h_hf.training.byte_bpe import save_tokenizer, train_tokenizer
+from nemotron_h_hf.training.byte_bpe import train_tokenizer
 from nemotron_h_hf.training.muon import orthogonalise
 from nemotron_h_hf.training.parsing_share import Sampling, function_headers, function_text, parses, parsing_share
 from nemotron_h_hf.training.pretrain_loop import LoopSettings, batch_of_step, learning_rate, make_optimizers, train

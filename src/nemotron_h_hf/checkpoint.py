@@ -26,6 +26,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .whole_files import write_text
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PIECE_BYTES = 16 * 2**20
@@ -351,14 +353,6 @@ def write_index(folder: str | os.PathLike, shards: Mapping[str, Sequence[TensorS
     }
     index = {"metadata": metadata, "weight_map": {name: file for name, (file, _) in sorted(specs.items())}}
     write_text(Path(folder) / INDEX_NAME, json.dumps(index, indent=2) + "\n")
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a small file whole or not at all."""
-    path = Path(path)
-    part = path.with_name(path.name + PART_SUFFIX)
-    part.write_text(text)
-    os.replace(part, path)
 
 
 def save(

@@ -13,6 +13,7 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from .facts import LAYER_NAMES, Facts, describe, human_bytes, human_count, load_target
+from .whole_files import whole_file
 
 PACKAGE = Path(__file__).parent
 CARD_TEMPLATE = PACKAGE / "assets" / "model_card_template.md"
@@ -64,6 +65,8 @@ def with_plain_tokenizer_class(tokenizer_config_text: str) -> bytes:
     config = json.loads(tokenizer_config_text)
     if config.get("tokenizer_class") == "TokenizersBackend":
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for name in ("is_local", "local_files_only"):  # how it was loaded here, written by a save after a load
+        config.pop(name, None)
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -196,6 +199,5 @@ def _read_text(path: Path) -> str:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with whole_file(path) as part:
+        part.write_bytes(content)

@@ -1,11 +1,11 @@
 """What a benchmark found, in a JSON file that is whole after every measurement: a run that is killed keeps what it has."""
 
-import json
-import os
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+
+from ..whole_files import write_json
 
 RATES = ("tokens_per_second", "output_tokens_per_second")  # the figure that says how fast a job is, whichever it has
 
@@ -99,8 +99,5 @@ class Journal:
         return {**self.head, "finished": self.finished, "measurements": rows, "targets": self.verdicts(self)}
 
     def write(self) -> None:
-        """Under a temporary name first."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(self.document(), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, self.path)
+        """Whole or not at all."""
+        write_json(self.path, self.document())

@@ -47,6 +47,7 @@ from torch import Tensor, nn
 
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.slicing import Kept, everything
+from ..whole_files import whole_file
 
 FORMAT = "nemotron_h_hf.width_scores.v1"
 
@@ -69,11 +70,9 @@ class WidthScores:
 
     def save(self, path: str | os.PathLike, fingerprint: str) -> None:
         """Write the sums, whole or not at all; `fingerprint` says which model and text they are of."""
-        path = Path(path)
         metadata = {"format": FORMAT, "num_rows": str(self.num_rows), "fingerprint": fingerprint}
-        temporary = path.with_name(path.name + ".part")
-        save_file(self.sums, temporary, metadata)
-        os.replace(temporary, path)
+        with whole_file(path) as part:
+            save_file(self.sums, part, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike, fingerprint: str) -> WidthScores:

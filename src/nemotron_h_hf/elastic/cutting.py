@@ -25,7 +25,7 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import GenerationConfig
 
-from ..checkpoint import Digest, ShardWriter, TensorSpec, plan_shards, write_text
+from ..checkpoint import Digest, ShardWriter, TensorSpec, plan_shards
 from ..model import manifest
 from ..model.budgets import Budget
 from ..model.configuration_nemotron_h import NemotronHConfig
@@ -35,6 +35,7 @@ from ..model.modeling_nemotron_h import NemotronHForCausalLM
 from ..model.needs import Request, find_budget
 from ..model.nested import Nested, PendingCut, find_tensors
 from ..resumable import TOKENIZER_FILES, Journal, check_room, copy_files, write_shards
+from ..whole_files import write_text
 from .expressible import nearest_expressible
 from .masks import attach_masks, budget_masks
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from ..compression.depth import Removal, num_passes, remove_layers
 from ..compression.importance import WidthScores, accumulate
 from ..model.budgets import Budget
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
+from ..whole_files import write_json
 from .masks import MaskedForward, Masks, attach_masks, budget_masks
 
 SAVE_EVERY_SECONDS = 60.0
@@ -155,8 +155,5 @@ def read_record(path: Path | None, mark: str) -> dict[str, Any]:
 
 def write_record(path: Path | None, mark: str, **record: Any) -> None:
     """Write whole or not at all."""
-    if path is None:
-        return
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps({"fingerprint": mark, **record}, indent=1) + "\n")
-    os.replace(temporary, path)
+    if path is not None:
+        write_json(path, {"fingerprint": mark, **record})

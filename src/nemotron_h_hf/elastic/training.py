@@ -32,6 +32,7 @@ from ..training.arguments import NemotronHTrainingArguments, parse_tokens, requi
 from ..training.distillation import DistillationTrainer
 from ..training.losses import IGNORE, DistillationLoss, LiveTeacher, TopK
 from ..training.schedule import Schedule
+from ..whole_files import whole_file
 from .axes import DEPTH
 from .curriculum import Stage, draw, shorter, stage_at
 from .routed import ROUTER, Route, RoutedModel
@@ -278,9 +279,8 @@ def save_router(routed: RoutedModel, path: Path, write: bool = True) -> None:
     }
     if not write:
         return
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(weights, temporary, metadata=_identity(routed.route))
-    temporary.replace(path)
+    with whole_file(path) as part:
+        save_file(weights, part, metadata=_identity(routed.route))
 
 
 def load_router(routed: RoutedModel, path: Path) -> None:

@@ -11,6 +11,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..whole_files import write_json, write_text
+
 
 def claim(folder: Path, name: str, content: dict) -> None:
     """Keep `content` in a file, or check that the file there says the same.
@@ -40,22 +42,9 @@ def check_folder(folder: Path, marker: str) -> None:
         raise ValueError(f"output: {folder} is not empty and holds no evaluation; give another folder")
 
 
-def write_json(path: Path, content: dict) -> None:
-    """One object, for people to read."""
-    _replace(path, json.dumps(content, indent=1, default=str) + "\n")
-
-
 def write_lines(path: Path, rows: Sequence[dict]) -> None:
     """An object per line; what JSON has no form for is written as text."""
-    _replace(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))
-
-
-def _replace(path: Path, content: str) -> None:
-    """Write under a temporary name first, then move into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(content, encoding="utf-8")
-    os.replace(temporary, path)
+    write_text(path, "".join(json.dumps(row, default=str) + "\n" for row in rows))
 
 
 class Records:

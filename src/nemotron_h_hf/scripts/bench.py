@@ -22,11 +22,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
-import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,6 +33,7 @@ from transformers.utils import logging
 
 from nemotron_h_hf.benchmark import device_run, report, suite
 from nemotron_h_hf.benchmark.cpu_run import PARTS, QUICK, BenchArguments, Plan, measure
+from nemotron_h_hf.whole_files import whole_file, write_json
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,10 +133,10 @@ def outputs(prefix: Path) -> tuple[Path, Path]:
 
 
 def write(arguments: BenchArguments, results: report.Results, document: dict) -> None:
-    """JSON and plot, each under a temporary name first."""
+    """JSON and plot, each whole or not at all."""
     json_path, plot_path = outputs(arguments.output)
-    json_path.parent.mkdir(parents=True, exist_ok=True)
-    replace(json_path, lambda path: path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8"))
+    write_json(json_path, document)
+    say(f"wrote {json_path}")
     draw_plot("nemotron_h_hf.benchmark.plot", results, plot_path)
 
 
@@ -148,14 +147,8 @@ def draw_plot(module: str, results: object, path: Path) -> None:
     except ImportError as error:
         say(f"no plot: {error.name} is not installed; pip install 'nemotron-h-hf[plot]'")
         return
-    replace(path, lambda temporary: draw(results, temporary))
-
-
-def replace(path: Path, write_to: Callable[[Path], object]) -> None:
-    """Write a file beside its place, then move it there whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    write_to(temporary)
-    os.replace(temporary, path)
+    with whole_file(path) as part:
+        draw(results, part)
     say(f"wrote {path}")
 
 

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -57,6 +56,7 @@ from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingAr
 from nemotron_h_hf.training.data_arguments import DataArguments
 from nemotron_h_hf.training.finished import require_trained, save_finished
 from nemotron_h_hf.training.starting_point import load_model, load_tokenizer
+from nemotron_h_hf.whole_files import write_json
 
 # A jump of the loss is not unusual where each step may train another budget.
 DEFAULTS = {"output_dir": "runs/elastic", "learning_rate": 9e-5, "max_loss_jump": 0.0}
@@ -195,10 +195,7 @@ def write_latency(
     dtype = torch.bfloat16 if training.bf16 else torch.float32
     table = measure_latency(config, axes, elastic.cost_batch_size, training.sequence_length, device=training.device,
                             dtype=dtype)  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    write_json(path, table)
     print(f"wrote {path}", file=sys.stderr)
     return 0
 

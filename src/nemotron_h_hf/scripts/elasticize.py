@@ -43,7 +43,6 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
-from nemotron_h_hf.checkpoint import write_text
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.stdlib_text import read_documents, split_documents
 from nemotron_h_hf.elastic.cutting import local_folder
@@ -55,6 +54,7 @@ from nemotron_h_hf.model import manifest
 from nemotron_h_hf.model.loading import weight_files
 from nemotron_h_hf.model.nested import find_tensors
 from nemotron_h_hf.resumable import TOKENIZER_FILES, check_room, copy_files
+from nemotron_h_hf.whole_files import write_text
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -39,7 +38,8 @@ from nemotron_h_hf.data.stdlib_text import TOPICS_FILE, read_documents, split_do
 from nemotron_h_hf.evaluation import harness, held_out, long_context, report, texts
 from nemotron_h_hf.evaluation.answering import greedy_answers
 from nemotron_h_hf.evaluation.harness import HarnessOptions, HarnessTask
-from nemotron_h_hf.evaluation.records import Records, check_folder, claim, write_json
+from nemotron_h_hf.evaluation.records import Records, check_folder, claim
+from nemotron_h_hf.whole_files import whole_file, write_json
 
 LONG_NAMES = tuple(task.name for task in long_context.TASKS)
 OWN_NAMES = ("bpb", "long", *LONG_NAMES, *harness.GROUPS)
@@ -325,9 +325,8 @@ def plot(path: Path, results: dict) -> None:
     except ImportError as error:
         say(f"no plot: {error.name} is not installed; pip install 'nemotron-h-hf[plot]'")
         return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    draw(results["long_context"], f"{results['model']['model']} ({results['model']['dtype']})", temporary)
-    os.replace(temporary, path)
+    with whole_file(path) as part:
+        draw(results["long_context"], f"{results['model']['model']} ({results['model']['dtype']})", part)
     say(f"wrote {path}")
 
 

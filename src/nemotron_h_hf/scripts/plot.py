@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+
+from nemotron_h_hf.whole_files import whole_file
 
 LOG_FILES = ("metrics.jsonl", "log.jsonl")
 LABELS = {
@@ -165,11 +166,8 @@ def draw(curves: dict[tuple[str, str], tuple[list[float], list[float]]], argumen
     axes.legend()
     if arguments.log_scale:
         axes.set_yscale("log")
-    output = Path(arguments.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(output.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, output)
+    with whole_file(arguments.output) as part:
+        figure.savefig(part, format="png")
 
 
 if __name__ == "__main__":

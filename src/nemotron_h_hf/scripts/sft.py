@@ -42,11 +42,12 @@ from nemotron_h_hf.hub import plan_adapter_upload, plan_upload, save_tokenizer, 
 from nemotron_h_hf.model.cost import training_flops_per_token
 from nemotron_h_hf.training.adapters import add_adapters, four_bit_loading
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
-from nemotron_h_hf.training.checkpoints import last_whole_checkpoint, write_json
+from nemotron_h_hf.training.checkpoints import last_whole_checkpoint
 from nemotron_h_hf.training.data_arguments import DataArguments
 from nemotron_h_hf.training.finished import save_finished
 from nemotron_h_hf.training.starting_point import load_model, load_tokenizer
 from nemotron_h_hf.training.trainer import NemotronHTrainer
+from nemotron_h_hf.whole_files import write_json
 
 DEFAULTS = {"output_dir": "runs/sft", "learning_rate": 2e-5, "weight_decay": 0.0, "warmup_tokens": "3%"}
 

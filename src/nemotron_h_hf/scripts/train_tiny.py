@@ -15,7 +15,6 @@ checkpoint folder with bfloat16 weights.
 
 import argparse
 import json
-import os
 import platform
 import random
 import time
@@ -29,10 +28,12 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.data.stdlib_text import Document, corpus_digest, read_documents, split_documents
+from nemotron_h_hf.hub import save_tokenizer
 from nemotron_h_hf.training.bits_per_byte import bits_per_byte, xz_bits_per_byte
-from nemotron_h_hf.training.byte_bpe import save_tokenizer, train_tokenizer
+from nemotron_h_hf.training.byte_bpe import train_tokenizer
 from nemotron_h_hf.training.parsing_share import Sampling, choose_prompts, parsing_share
 from nemotron_h_hf.training.pretrain_loop import LoopSettings, saved_step, train
+from nemotron_h_hf.whole_files import write_json
 
 HEAD_DIM = 64
 FREE_TO_CHANGE = {"output_dir", "tokenizer", "time_limit_minutes", "device", "threads", "save_steps", "log_steps",
@@ -254,9 +255,3 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
                                                bos_token_id=0, eos_token_id=0, pad_token_id=1)  # fmt: skip
     model.bfloat16().save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
-
-
-def write_json(path: Path, content: dict) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

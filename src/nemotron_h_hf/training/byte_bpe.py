@@ -4,10 +4,7 @@ Every one of the 256 bytes has a token, so any text survives encode and decode. 
 document (it is both bos and eos, and encoding plain text adds neither); `<|pad|>` only fills rows.
 """
 
-import json
-import os
 from collections.abc import Iterable
-from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -38,15 +35,3 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> None:
-    """`save_pretrained`, with the class name that every reader knows (transformers 5 would write one of its own)."""
-    tokenizer.save_pretrained(folder)
-    path = Path(folder) / "tokenizer_config.json"
-    settings = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
-    for name in ("is_local", "local_files_only"):  # how it was loaded here, written by a save after a load
-        settings.pop(name, None)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..whole_files import write_json
+
 MARKER = "whole.json"
 UNFINISHED = "UNFINISHED"
 SPARE_BYTES = 64 * 2**20  # for the small files beside weights and optimizer
@@ -112,16 +114,6 @@ def require_space(output_dir: str | os.PathLike, needed_bytes: int) -> None:
             f"output_dir {output_dir} has {free / 2**20:,.0f} MiB free, the next checkpoint needs "
             f"{(needed_bytes + SPARE_BYTES) / 2**20:,.0f} MiB"
         )
-
-
-def write_json(path: Path, content: Any) -> None:
-    """A small JSON file, whole or not at all, on the disk when this returns."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _checkpoints(output_dir: str | os.PathLike) -> Iterator[Path]:

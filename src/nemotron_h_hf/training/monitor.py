@@ -6,7 +6,6 @@ what the device gives, not what its data sheet promises.
 """
 
 import json
-import os
 import resource
 import sys
 import time
@@ -16,6 +15,8 @@ from typing import Any, TextIO
 
 import torch
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
+
+from ..whole_files import write_text
 
 METRICS_FILE = "metrics.jsonl"
 MATRIX_SIZES = {"cpu": 1024, "cuda": 8192}
@@ -156,10 +157,7 @@ def write_row(log: TextIO, row: dict[str, Any]) -> None:
 def forget_after(path: Path, step: int) -> None:
     """Drop the lines of steps that a resumed run will repeat, and a line that was cut short."""
     if path.is_file():
-        kept = "".join(line for line in whole_lines(path) if json.loads(line)["step"] <= step)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(kept, encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, "".join(line for line in whole_lines(path) if json.loads(line)["step"] <= step))
 
 
 def whole_lines(path: Path) -> Iterator[str]:

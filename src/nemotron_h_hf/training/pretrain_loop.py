@@ -8,9 +8,7 @@ the last save and repeats the same losses bit by bit (same device, same thread c
 """
 
 import json
-import os
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -22,7 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nemotron_h_hf.training.monitor import forget_after
 from nemotron_h_hf.training.muon import Muon
+from nemotron_h_hf.whole_files import whole_file
 
 STATE_FILE = "state.safetensors"
 LOG_FILE = "log.jsonl"
@@ -63,7 +63,7 @@ def train(model: nn.Module, stream: Tensor, settings: LoopSettings, folder: Path
     device = next(model.parameters()).device
     optimizers = make_optimizers(model, settings)
     step = load_state(model, optimizers, folder)
-    forget_log_after(folder / LOG_FILE, step)
+    forget_after(folder / LOG_FILE, step)
     started, losses = time.monotonic(), []
     model.train()
     bar = tqdm(
@@ -162,11 +162,8 @@ def save_state(model: nn.Module, optimizers: list[torch.optim.Optimizer], step: 
     for parameter, moments in chain.from_iterable(optimizer.state.items() for optimizer in optimizers):
         for moment, value in moments.items():
             tensors[f"{moment}.{names[parameter]}"] = value.detach().cpu().clone()
-    temporary = folder / (STATE_FILE + ".tmp")
-    save_file(tensors, temporary, metadata={"step": str(step)})
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / STATE_FILE)
+    with whole_file(folder / STATE_FILE) as part:
+        save_file(tensors, part, metadata={"step": str(step)})
 
 
 def load_state(model: nn.Module, optimizers: list[torch.optim.Optimizer], folder: Path) -> int:
@@ -195,19 +192,6 @@ def saved_step(folder: Path) -> int:
         return 0
     with safe_open(folder / STATE_FILE, framework="pt") as state:
         return int(state.metadata()["step"])
-
-
-def forget_log_after(path: Path, step: int) -> None:
-    """Drop the log lines of steps that a resumed run will repeat."""
-    if path.is_file():
-        kept = [line for line in _whole_lines(path) if json.loads(line)["step"] <= step]
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        os.replace(temporary, path)
-
-
-def _whole_lines(path: Path) -> Iterator[str]:
-    return (line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n"))
 
 
 def write_log(log, step: int, settings: LoopSettings, loss: float, grad_norm: float, seconds: float) -> None:

@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..whole_files import whole_file, write_json
 from .losses import TopK, top_k
 
 FORMAT = 1
@@ -185,9 +186,7 @@ def _start(folder: Path, identity: CacheIdentity) -> None:
             f"{folder} holds files but no cache.json; allowed is a new or empty folder, or a cache to go on with"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f"cache.json.{os.getpid()}.part"
-    part.write_text(json.dumps(asdict(identity), indent=2) + "\n", encoding="utf-8")
-    os.replace(part, folder / "cache.json")
+    write_json(folder / "cache.json", asdict(identity))
 
 
 def _read_identity(folder: Path) -> CacheIdentity:
@@ -207,8 +206,5 @@ def _write_shard(folder: Path, process_index: int, rows: list[dict[str, Tensor]]
     """One file under its final name only when it is whole and on the disk."""
     prefix = f"rows-{process_index:03d}-"
     path = folder / f"{prefix}{len(list(folder.glob(prefix + '*.safetensors'))):05d}.safetensors"
-    part = path.with_suffix(".part")
-    save_file({name: torch.stack([row[name] for row in rows]).contiguous() for name in rows[0]}, part)
-    with open(part, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    with whole_file(path) as part:
+        save_file({name: torch.stack([row[name] for row in rows]).contiguous() for name in rows[0]}, part)

@@ -31,6 +31,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import logging
 
 from ..token_counts import parse_tokens
+from ..whole_files import write_json
 from . import checkpoints
 from .arguments import NemotronHTrainingArguments
 from .monitor import Monitor
@@ -295,7 +296,7 @@ class NemotronHTrainer(Trainer):
                 if self.processing_class is not None:
                     self.processing_class.save_pretrained(folder)
             if self.is_world_process_zero() and self.rows is not None:
-                checkpoints.write_json(folder / DATA_STATE_FILE, self.train_dataset.states[self._rows_consumed()])
+                write_json(folder / DATA_STATE_FILE, self.train_dataset.states[self._rows_consumed()])
             self.accelerator.wait_for_everyone()
             if self.is_world_process_zero():
                 step = self.state.global_step
