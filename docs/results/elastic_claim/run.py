@@ -43,8 +43,8 @@ LENGTH, ROWS_PER_STEP = 1024, 4
 NESTED = {"three_quarters": 0.75, "half": 0.5}
 BUDGETS = {"full": 1.0, **NESTED}
 SEEDS = (0, 1, 2)
-SEARCH_SEED, SEARCH_TOKENS = 100, 200_000
-LEARNING_RATES = ("5e-4", "1e-3", "2e-3")
+SEARCH_SEED, SEARCH_TOKENS = 100, 400_000
+LEARNING_RATES = ("2.5e-4", "5e-4", "1e-3")
 CHOICES = {
     "hidden_size": [192, 176, 160, 144, 128, 112, 96], "intermediate_size": [576, 480, 384, 288, 192],
     "mamba_num_heads": [6, 4, 2], "mamba_head_dim": [64, 48, 32],

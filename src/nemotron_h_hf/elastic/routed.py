@@ -103,6 +103,12 @@ class RoutedModel:
         scale, temperature = self._schedule(progress)
         return float(self.route.cost(choose(self.logits(target), scale, temperature))) / self.route.cost.full
 
+    def chosen_cost(self, target: float) -> float:
+        """The cost of the most likely choices for a target."""
+        if target >= self.route.cost.full:
+            return self.route.cost.full
+        return float(self.route.cost(choose(self.logits(target), 1.0, 1.0, hard=True)))
+
     def _schedule(self, progress: float) -> tuple[float, float]:
         settings = self.route.settings
         return settings.logit_scale_at(progress), settings.temperature_at(progress)

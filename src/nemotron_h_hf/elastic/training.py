@@ -49,7 +49,7 @@ class ElasticTrainer(DistillationTrainer):
         route: axes, cost, targets.
         stages: how often each budget is drawn, and how long sequences are.
         router_learning_rate, router_warmup_steps: the router's own.
-        router_loss_weight: a.
+        router_loss_weight: a. The distillation loss pulls sizes up; where it pulls harder than this, budgets stay too large.
         All others: as DistillationTrainer's; the teacher is another model than the parent, or a copy of it.
 
     Raises:
@@ -65,7 +65,7 @@ class ElasticTrainer(DistillationTrainer):
         stages: Sequence[Stage],
         router_learning_rate: float = 1e-2,
         router_warmup_steps: int = 60,
-        router_loss_weight: float = 1.0,
+        router_loss_weight: float = 10.0,
         **named: Any,
     ):
         if named.get("teacher") is model:

@@ -42,7 +42,7 @@ from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.elastic.axes import Axis, axes_of
 from nemotron_h_hf.elastic.curriculum import stages_of
-from nemotron_h_hf.elastic.expected_cost import METRICS, ExpectedCost
+from nemotron_h_hf.elastic.expected_cost import DEAD_ZONE, METRICS, ExpectedCost
 from nemotron_h_hf.elastic.finished import elastic_after, single_sizes
 from nemotron_h_hf.elastic.latency import measure_latency
 from nemotron_h_hf.elastic.routed import Route
@@ -86,7 +86,10 @@ class ElasticArguments:
     measure_latency: bool = _flag(False, "only measure this machine at sequence_length and write --latency_table")
     router_learning_rate: float = _flag(1e-2, "of the router; the paper's")
     router_warmup_steps: int = _flag(60, "steps over which it rises; the paper's")
-    router_loss_weight: float = _flag(1.0, "of the router's loss beside the distillation loss; the paper's")
+    router_loss_weight: float = _flag(
+        10.0,
+        "of the router's loss beside the distillation loss; the paper's 1 is too little where narrow models lose much",
+    )
     router_width: int = _flag(256, "of its networks; the paper's")
     normalize_logits: bool = _flag(False, "divide the router's logits by their deviation")
     gumbel_temperature: list[float] = field(
@@ -237,6 +240,7 @@ def finish(trainer: ElasticTrainer, elastic: ElasticArguments, tokenizer: PreTra
         require(name not in budgets, "interpolate", name, "names that budgets does not have")
         target = parse_target(value, elastic.metric, route.cost.full, f"interpolate.{name}")
         budgets[name] = routed.budget(name, target)
+    missed = missed_targets(trainer)
     losses: dict[str, float] = {}
     singles: dict[str, float] = {}
     if trainer.eval_dataset:
@@ -251,7 +255,23 @@ def finish(trainer: ElasticTrainer, elastic: ElasticArguments, tokenizer: PreTra
             count = num_parameters(budget_config(model.config, budget))
             loss = f", held-out loss {losses[name]:.4f}" if name in losses else ""
             print(f"{name}: {count:,} parameters ({count / num_parameters(model.config):.1%}){loss}", file=sys.stderr)
+        for line in missed:
+            print(line, file=sys.stderr)
         print(f"{folder / 'model'} holds the parent and its budgets", file=sys.stderr)
+
+
+def missed_targets(trainer: ElasticTrainer) -> list[str]:
+    """A line for each budget that the router left at another size than it was asked for; every process calls this."""
+    route, lines = trainer.route, []
+    for name, target in route.targets.items():
+        found = trainer.routed.chosen_cost(target)
+        if abs(found / target - 1) >= DEAD_ZONE:
+            lines.append(
+                f"{name}: asked for {target / route.cost.full:.1%} of the parent's {route.cost.metric}, got "
+                f"{found / route.cost.full:.1%}; a larger router_loss_weight (now {trainer.router_loss_weight:g}) or more "
+                "steps bring it nearer"
+            )
+    return lines
 
 
 def held_out_losses(trainer: ElasticTrainer, budgets: Mapping) -> dict[str, float]:

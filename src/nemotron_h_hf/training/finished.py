@@ -28,7 +28,7 @@ def save_finished(trainer: NemotronHTrainer, folder: Path) -> bool:
 
 def whole_weights(trainer: NemotronHTrainer) -> dict[str, Tensor]:
     """Name -> weight on the CPU, for the process that saves; the others take part in gathering and get nothing."""
-    if not trainer.accelerator.is_fsdp2:
+    if not any(isinstance(weight, DTensor) for weight in trainer.model.parameters()):  # not FSDP2
         return trainer.accelerator.get_state_dict(trainer.model)
     weights = {}
     for name, weight in trainer.model.state_dict().items():
