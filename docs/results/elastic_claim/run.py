@@ -182,7 +182,7 @@ def run_elastic(arguments: argparse.Namespace, folder: Path, rate: str, seed: in
     if not (folder / "model" / "config.json").is_file():
         words = ["--model", str(arguments.runs / "parent"), "--budgets", json.dumps(BUDGETS), "--choices",
                  json.dumps(CHOICES), "--per_layer", "intermediate_size", "--stages", json.dumps(STAGES),
-                 *common(arguments, folder, rate, seed, tokens),
+                 *common(arguments, folder, rate, seed, tokens), "--calibrate", "false",
                  "--eval_data", str(arguments.runs / "validation.jsonl")]  # fmt: skip
         print(f"nemotron-h elastic-train {shlex.join(words)}", flush=True)
         elastic_train.main(words)

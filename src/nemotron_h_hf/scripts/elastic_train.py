@@ -79,6 +79,9 @@ class ElasticArguments:
     per_layer: list[str] | None = _flag(None, "fields for which every layer chooses for itself; default: none")
     stages: dict | str | None = _flag(None, "list of {until, weights, sequence_length}; default: one, uniform")
     interpolate: dict | str | None = _flag(None, "more budgets, name -> size, that the router is asked for at the end")
+    calibrate: bool = _flag(
+        True, "with --eval_data: at the end, also the loss of every single size, to rank other budgets by"
+    )
     metric: str = _flag("parameters", "what sizes are measured in", choices=METRICS)
     cost_context: int = _flag(8192, "with --metric memory: tokens in each sequence's cache")
     cost_batch_size: int = _flag(1, "with --metric memory or --measure_latency: sequences")
@@ -245,7 +248,8 @@ def finish(trainer: ElasticTrainer, elastic: ElasticArguments, tokenizer: PreTra
     singles: dict[str, float] = {}
     if trainer.eval_dataset:
         losses = held_out_losses(trainer, budgets)
-        singles = held_out_losses(trainer, single_sizes(model.config, route.axes, route.layer_order))
+        if elastic.calibrate:
+            singles = held_out_losses(trainer, single_sizes(model.config, route.axes, route.layer_order))
     model.config.elastic = elastic_after(model.config, route, budgets, losses, singles).to_dict()
     folder = Path(trainer.args.output_dir)
     save_router(routed, folder / ROUTER_FILE, write=trainer.is_world_process_zero())
