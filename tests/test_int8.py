@@ -16,7 +16,9 @@ if "fbgemm" not in torch.backends.quantized.supported_engines:
 
 from torchao.quantization.granularity import PerGroup  # noqa: E402
 
+import nemotron_h_cli as cli  # noqa: E402
 from nemotron_h_hf.model import int8  # noqa: E402
+from nemotron_h_hf.scripts.eval import weights_digest  # noqa: E402
 
 
 def quantised_linear(in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype = torch.float32):
@@ -171,3 +173,13 @@ def test_a_damaged_scale_is_found(checkpoint, tmp_path):
     save_file(tensors, file, metadata)
     with pytest.raises(ValueError, match="NaN in 1 tensors"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "bad")
+
+
+def test_commands_take_a_quantised_checkpoint(checkpoint, tmp_path, capsys):
+    model = load(checkpoint)
+    assert len(weights_digest(model)) == 16
+    model.save_pretrained(tmp_path / "int8")
+    assert cli.main(["info", str(tmp_path / "int8")]) == 0
+    assert "int8" in capsys.readouterr().out
+    (tmp_path / "int8" / "model.safetensors").unlink()
+    assert cli.main(["info", str(tmp_path / "int8")]) != 0

@@ -204,7 +204,7 @@ def check_loaded(model: nn.Module, info: dict, path: str, new_on_load: tuple[str
     left_over = sorted(name for name in info["unexpected_keys"] if not any(re.search(rule, name) for rule in ignore))
     if left_over:
         raise ValueError(f"{path} has {len(left_over)} tensors that its config has no place for: {_some(left_over)}")
-    bad = [name for name, weight in model.named_parameters() if weight.is_floating_point() and _has_nan(weight)]
+    bad = [name for name, weight in model.named_parameters() if _has_nan(weight)]
     if bad:
         raise ValueError(f"{path} has NaN in {len(bad)} tensors: {_some(bad)}")
 
@@ -280,11 +280,16 @@ def save_whole(directory: str | os.PathLike, write: Callable[[str], None]) -> No
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def plain_parts(weight: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a quantised weight is made of; of any other weight, itself."""
+    if is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor):
+        return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+    return [weight]
+
+
 def _has_nan(weight: torch.Tensor) -> bool:
-    if is_traceable_wrapper_subclass(weight) and not isinstance(weight, DTensor):  # quantised: its scales tell
-        parts = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
-        return any(part.is_floating_point() and _has_nan(part) for part in parts)
-    return not weight.is_meta and bool(weight.detach().isnan().any())
+    parts = [part for part in plain_parts(weight) if part.is_floating_point() and not part.is_meta]
+    return any(bool(part.detach().isnan().any()) for part in parts)
 
 
 def _some(names: list[str]) -> str:

@@ -39,6 +39,7 @@ from nemotron_h_hf.evaluation import harness, held_out, long_context, report, te
 from nemotron_h_hf.evaluation.answering import greedy_answers
 from nemotron_h_hf.evaluation.harness import HarnessOptions, HarnessTask
 from nemotron_h_hf.evaluation.records import Records, check_folder, claim
+from nemotron_h_hf.model.loading import plain_parts
 from nemotron_h_hf.whole_files import whole_file, write_json
 
 LONG_NAMES = tuple(task.name for task in long_context.TASKS)
@@ -221,8 +222,9 @@ def weights_digest(model: PreTrainedModel) -> str:
     """A short fingerprint of a few values of every tensor: trained further or cast, it is another one."""
     sha = hashlib.sha256()
     for name, tensor in model.state_dict().items():
-        values = tensor.flatten()[:: max(1, tensor.numel() // 64)]
-        sha.update(f"{name} {tuple(tensor.shape)} {values.float().tolist()}".encode())
+        for part in plain_parts(tensor):
+            values = part.flatten()[:: max(1, part.numel() // 64)]
+            sha.update(f"{name} {tuple(part.shape)} {values.float().tolist()}".encode())
     return sha.hexdigest()[:16]
 
 
