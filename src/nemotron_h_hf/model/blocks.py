@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_nemotron_h import NemotronHConfig
+from .linear import NemotronHLinear
 from .mamba2 import NemotronHMamba2Mixer
 from .moe import NemotronHMLP, NemotronHMoE
 from .rows import Padding
@@ -51,10 +52,10 @@ class NemotronHAttention(nn.Module):
         self.num_key_value_groups = num_heads // config.num_key_value_heads
         self.attention_dropout = config.attention_dropout
         hidden, bias = config.hidden_size, config.attention_bias
-        self.q_proj = nn.Linear(hidden, num_heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden, bias=bias)
+        self.q_proj = NemotronHLinear(hidden, num_heads * self.head_dim, bias=bias)
+        self.k_proj = NemotronHLinear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = NemotronHLinear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = NemotronHLinear(num_heads * self.head_dim, hidden, bias=bias)
 
     def forward(
         self,

@@ -31,6 +31,7 @@ except ImportError:
 BASE = 128
 LARGEST_DIGIT = 63
 MIDDLE = 64  # added to a digit to make it unsigned
+MAKER = "_make_per_channel_quantized_tensor"  # torch says that it will go with its quantised dtypes
 MOST_ROWS = 256  # FBGEMM's three rows for one cost more than fp32 weights made anew once there are more rows
 
 
@@ -112,9 +113,9 @@ def pack_int8_weights(model: nn.Module) -> int:
     """Give every Linear with torchao's weight-only int8 weights on the CPU FBGEMM's order, in place.
 
     Returns:
-        how many Linear modules were given it; 0 where torch has no FBGEMM.
+        how many Linear modules were given it; 0 where torch has no FBGEMM, or no way to it.
     """
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
+    if "fbgemm" not in torch.backends.quantized.supported_engines or not hasattr(torch, MAKER):
         return 0
     found = [module for module in model.modules() if isinstance(module, nn.Linear) and _can_pack(module.weight)]
     for module in found:
@@ -159,11 +160,9 @@ def _pack(values: Tensor, scale: Tensor):
     engine = torch.backends.quantized.engine
     torch.backends.quantized.engine = "fbgemm"
     try:
-        with warnings.catch_warnings():  # torch will drop its quantised dtypes some day, and says so
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*quantized tensor creation.*")
-            quantised = torch._make_per_channel_quantized_tensor(
-                values.contiguous(), scale.flatten().double(), zeros, 0
-            )
+            quantised = getattr(torch, MAKER)(values.contiguous(), scale.flatten().double(), zeros, 0)
         return torch.ops.quantized.linear_prepack(quantised, None)
     finally:
         torch.backends.quantized.engine = engine

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache
 from .cache import MambaCacheLayer, read_states
 from .configuration_nemotron_h import NemotronHConfig
 from .kernels import causal_conv, conv_step, fuses_step, gated_norm, scan, scan_step, whole_step
+from .linear import NemotronHLinear
 from .rows import Padding
 from .ssd import conv_window, discretize, wide
 
@@ -61,7 +62,7 @@ class NemotronHMamba2Mixer(nn.Module):
         self.in_proj_sizes = [self.intermediate_size, self.conv_dim, self.num_heads]  # gate, (x, B, C), dt
         self.conv_sizes = [self.intermediate_size, groups_size, groups_size]  # x, B, C
 
-        self.in_proj = nn.Linear(config.hidden_size, sum(self.in_proj_sizes), bias=config.use_bias)
+        self.in_proj = NemotronHLinear(config.hidden_size, sum(self.in_proj_sizes), bias=config.use_bias)
         self.conv1d = NemotronHCausalConv1d(
             self.conv_dim, self.conv_dim, config.conv_kernel, groups=self.conv_dim, bias=config.use_conv_bias
         )
@@ -70,7 +71,7 @@ class NemotronHMamba2Mixer(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         group_size = self.intermediate_size // self.n_groups
         self.norm = NemotronHRMSNormGated(self.intermediate_size, group_size, config.layer_norm_epsilon)
-        self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=config.use_bias)
+        self.out_proj = NemotronHLinear(self.intermediate_size, config.hidden_size, bias=config.use_bias)
 
     def forward(
         self,

@@ -26,6 +26,7 @@ from .cache import HybridCache, adopt_cache, check_cache, sequence_length
 from .configuration_nemotron_h import NemotronHConfig
 from .generation import NemotronHGenerationMixin
 from .kernels import check_implementation
+from .linear import NemotronHLinear
 from .loading import (
     Loading,
     check_files,
@@ -390,7 +391,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
         super().__init__(config)
         self.model = NemotronHModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = NemotronHLinear(config.hidden_size, config.vocab_size, bias=False)
         if config.num_nextn_predict_layers:
             self.mtp = NemotronHMTP(config)
         self.post_init()

@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from .configuration_nemotron_h import NemotronHConfig
+from .linear import NemotronHLinear
 from .ssd import no_autocast, times, wide
 
 
@@ -19,8 +20,8 @@ class NemotronHMLP(nn.Module):
 
     def __init__(self, config: NemotronHConfig, width: int) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
-        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
+        self.up_proj = NemotronHLinear(config.hidden_size, width, bias=config.mlp_bias)
+        self.down_proj = NemotronHLinear(width, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = squared_relu if config.mlp_hidden_act == "relu2" else ACT2FN[config.mlp_hidden_act]
 
     def forward(self, hidden_states: Tensor, **_: object) -> Tensor:
@@ -115,8 +116,8 @@ class NemotronHMoE(nn.Module):
         self.shared_experts = NemotronHMLP(config, config.moe_shared_expert_intermediate_size)
         self.fc1_latent_proj = self.fc2_latent_proj = nn.Identity()
         if config.moe_latent_size is not None:
-            self.fc1_latent_proj = nn.Linear(config.hidden_size, config.moe_latent_size, bias=config.mlp_bias)
-            self.fc2_latent_proj = nn.Linear(config.moe_latent_size, config.hidden_size, bias=config.mlp_bias)
+            self.fc1_latent_proj = NemotronHLinear(config.hidden_size, config.moe_latent_size, bias=config.mlp_bias)
+            self.fc2_latent_proj = NemotronHLinear(config.moe_latent_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor, **_: object) -> Tensor:
         """(b, l, hidden) -> (b, l, hidden); the router sees the full hidden state, the latent experts a projection of it."""

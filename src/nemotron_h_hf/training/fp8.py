@@ -187,9 +187,10 @@ def check_modules(model: nn.Module, names: list[str]) -> None:
     """ValueError unless each named module is a plain Linear."""
     modules = dict(model.named_modules())
     for name in names:
-        if type(modules.get(name)) is not nn.Linear:
+        module = modules.get(name)
+        if not isinstance(module, nn.Linear) or type(module).__name__ not in ("Linear", "NemotronHLinear"):
             raise ValueError(
-                f"{name}: got {type(modules.get(name)).__name__}, allowed is nn.Linear: convert before adapters are added, "
+                f"{name}: got {type(module).__name__}, allowed is nn.Linear: convert before adapters are added, "
                 "and without quantised weights"
             )
 

@@ -1,0 +1,74 @@
+"""Few rows by all threads: the product against float64, and when it is left to torch."""
+
+import pytest
+import torch
+from tiny import prompt, tiny_model
+from torch import nn
+
+from nemotron_h_hf.model import linear as linear_module
+from nemotron_h_hf.model.linear import MOST_ROWS, NemotronHLinear, num_parts
+
+
+@pytest.fixture(autouse=True)
+def four_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (3, 5), (64,)])
+@pytest.mark.parametrize("sizes, parts", [((512, 1024), 4), ((1024, 514), 2), ((600, 516), 4)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_product_in_parts(rows, sizes, parts, bias):
+    torch.manual_seed(0)
+    layer = NemotronHLinear(*sizes, bias=bias)
+    x = torch.randn(*rows, sizes[0])
+    with torch.no_grad():
+        assert num_parts(x, layer.weight) == parts
+        got = layer(x)
+        expected = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    assert got.is_contiguous() and got.shape == expected.shape
+    torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-6)
+
+
+def test_rows_of_a_larger_matrix_and_a_transposed_input():
+    """The weights of a nested model are views into its parent's."""
+    whole = torch.randn(2048, 1024)
+    layer = NemotronHLinear(512, 1024, bias=False)
+    layer.weight = nn.Parameter(whole[:1024, :512])
+    x = torch.randn(512, 7).T
+    with torch.no_grad():
+        assert num_parts(x, layer.weight) == 4
+        torch.testing.assert_close(layer(x).double(), x.double() @ whole[:1024, :512].double().T, rtol=0, atol=1e-4)
+
+
+def test_what_is_left_to_torch():
+    layer, odd, small = NemotronHLinear(1024, 512), NemotronHLinear(1024, 513), NemotronHLinear(64, 64)
+    x = torch.randn(1, 1024)
+    assert num_parts(x, layer.weight) == 1  # gradients
+    with torch.no_grad():
+        assert num_parts(x, layer.weight) == 4
+        assert num_parts(torch.randn(MOST_ROWS + 1, 1024), layer.weight) == 1
+        assert num_parts(x[:0], layer.weight) == 1 and layer(x[:0]).shape == (0, 512)
+        assert num_parts(x, odd.weight) == 1 and num_parts(x[:, :64], small.weight) == 1
+        assert num_parts(x.bfloat16(), layer.bfloat16().weight) == 1
+        layer.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert num_parts(x, layer.weight) == 1 and layer(x).dtype == torch.bfloat16
+        torch.set_num_threads(1)
+        assert num_parts(x, layer.weight) == 1
+
+
+@torch.no_grad()
+def test_a_model_computes_the_same(monkeypatch):
+    monkeypatch.setattr(linear_module, "FEWEST_WEIGHTS", 1)
+    model, ids = tiny_model("dense"), prompt(2, 20)
+    calls, product = [], linear_module.product_in_parts
+    monkeypatch.setattr(linear_module, "product_in_parts", lambda *args: calls.append(1) or product(*args))
+    in_parts = model(ids).logits
+    assert len(calls) >= 10
+    monkeypatch.setattr(linear_module, "MOST_ROWS", 0)
+    calls.clear()
+    torch.testing.assert_close(model(ids).logits, in_parts, rtol=0, atol=2e-5)
+    assert not calls
