@@ -75,16 +75,8 @@ def test_a_missed_size_is_told(box, tmp_path, capsys):
     """A router that had no time stays where it began; one that had some comes to its target."""
     share = {}
     for steps in ("1", "40"):
-        flags = [
-            "--budgets",
-            "{full: 1.0, half: 63%}",
-            "--max_steps",
-            steps,
-            "--save_steps",
-            steps,
-            "--router_warmup_steps",
-            "1",
-        ]
+        flags = ["--budgets", "{full: 1.0, half: 63%}", "--max_steps", steps, "--save_steps", steps,
+                 "--router_warmup_steps", "1"]  # fmt: skip
         assert command(box, tmp_path / steps, *flags, "--seed", "3") == 0
         said = capsys.readouterr().err
         share[steps] = float(re.search(r"half: [\d,]+ parameters \(([\d.]+)%\)", said)[1])

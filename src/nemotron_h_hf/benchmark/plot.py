@@ -10,8 +10,8 @@ from .memory import Footprint
 from .report import MB, Results
 from .timing import Timing
 
-COLOURS = {"floor": "0.6", "native": "tab:orange", "ours": "tab:green"}
-LABELS = {"floor": "Linear layers", "native": "transformers", "ours": "nemotron_h_hf"}
+COLOURS = {"floor": "0.6", "linear": "0.8", "native": "tab:orange", "ours": "tab:green"}
+LABELS = {"floor": "Linear layers", "linear": "torch's\nlinear", "native": "transformers", "ours": "nemotron_h_hf"}
 INT8_COLOURS = {"fp32": "tab:green", "torchao": "tab:orange", "int8": "tab:blue", "int8_head": "tab:cyan"}
 INT8_LABELS = {"fp32": "fp32", "torchao": "torchao", "int8": "int8", "int8_head": "int8,\nlm_head"}
 

@@ -110,6 +110,9 @@ def _timing_lines(timings: list[Timing]) -> Iterator[str]:
         ratios = (_ratio(timing, side, other) for side, other in RATIOS)
         yield f"{timing.name:<14}{cells}" + "".join(f"{'-' if r is None else f'{r:.2f}':>14}" for r in ratios)
         yield f"{'  tokens/s':<14}" + "".join(f"{_rate(timing, side):>26}" for side in SIDES)
+        if "linear" in timing.samples:  # torch's product of the same layers, slower than ours for few rows
+            over = ", ".join(f"{_ratio(timing, side, 'linear'):.2f} x {side}" for side in ("ours", "native"))
+            yield f"  the floor's layers by torch's linear: {_seconds(timing, 'linear')}; times of it: {over}"
         for side, reason in timing.skipped.items():
             yield f"  {side}: {reason}"
 

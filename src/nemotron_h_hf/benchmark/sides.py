@@ -1,7 +1,8 @@
 """What `nemotron-h bench cpu` compares: our model, transformers' own with the same weights, and the floor beneath both.
 
-The floor is the model's own Linear layers, called alone as torch's `linear`, at the shapes of the job. The native model
-shares the storage of ours, so all three read the same weights.
+The floor is what no implementation can skip: the model's own Linear layers, called alone, at the shapes of the job. It
+uses our model's modules; the native model shares their storage, so all three read the same weights. For decoding there is
+also `linear`, the same layers as torch multiplies them: slower for few rows than ours (linear.py).
 
     b batch (1), l length
 """
@@ -97,15 +98,16 @@ def prefill_jobs(sides: Sides, shape: Shape, length: int) -> dict[str, Callable[
 def decode_jobs(sides: Sides, shape: Shape, context: int, num_steps: int) -> dict[str, Callable[[], Tensor]]:
     """`num_steps` tokens, one forward each, after `context` tokens; every call goes on where the last one ended."""
     ids = random_tokens(shape, context)
-    linears = floor_job(sides.ours, 1, num_logits=1)
 
-    def floor() -> Tensor:
-        for _ in range(num_steps):
-            logits = linears()
-        return logits
+    def repeated(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        return lambda: [step() for _ in range(num_steps)][-1]
 
-    models = {"native": sides.native, "ours": sides.ours}
-    return {"floor": floor} | {side: decoder(model, ids, num_steps) for side, model in models.items()}
+    return {
+        "floor": repeated(floor_job(sides.ours, 1, num_logits=1)),
+        "linear": repeated(floor_job(sides.ours, 1, num_logits=1, by_torch=True)),
+        "native": decoder(sides.native, ids, num_steps),
+        "ours": decoder(sides.ours, ids, num_steps),
+    }
 
 
 def decoder(model: nn.Module, ids: Tensor, num_steps: int) -> Callable[[], Tensor]:
@@ -123,8 +125,11 @@ def decoder(model: nn.Module, ids: Tensor, num_steps: int) -> Callable[[], Tenso
     return decode
 
 
-def int8_models(model: NemotronHForCausalLM) -> dict[str, NemotronHForCausalLM]:
-    """The model, and its copies with int8 weights: as torchao multiplies them, as int8.py does, lm_head in fp32 and not."""
+def int8_models(model: NemotronHForCausalLM) -> dict[str, NemotronHForCausalLM] | None:
+    """The model, and its copies with int8 weights: as torchao multiplies them, as int8.py does, lm_head in fp32 and not.
+
+    None where int8.py has no product to call: torch has FBGEMM on x86 alone.
+    """
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantised, whole = copy.deepcopy(model), copy.deepcopy(model)
@@ -133,10 +138,8 @@ def int8_models(model: NemotronHForCausalLM) -> dict[str, NemotronHForCausalLM]:
     )
     quantize_(whole, Int8WeightOnlyConfig())
     models = {"fp32": model, "torchao": quantised, "int8": copy.deepcopy(quantised), "int8_head": whole}
-    for side in ("int8", "int8_head"):
-        if not pack_int8_weights(models[side]):
-            raise ValueError("--only int8: this torch was built without FBGEMM")
-    return models
+    packed = [pack_int8_weights(models[side]) for side in ("int8", "int8_head")]
+    return models if all(packed) else None
 
 
 def train_jobs(sides: Sides, shape: Shape, length: int) -> dict[str, Callable[[], Tensor]]:
@@ -158,9 +161,15 @@ def train_step(model: nn.Module, shape: Shape, length: int) -> Tensor:
     return loss.detach()
 
 
-def floor_job(model: NemotronHForCausalLM, length: int, num_logits: int) -> Callable[[], Tensor]:
-    """Every Linear of the stack at (1, l, in), `lm_head` at the positions whose logits the job needs, as torch multiplies
-    them: the few rows of a decoding step are faster in linear.py."""
+def floor_job(
+    model: NemotronHForCausalLM, length: int, num_logits: int, by_torch: bool = False
+) -> Callable[[], Tensor]:
+    """Every Linear of the stack at (1, l, in), `lm_head` at the positions whose logits the job needs; as modules, or
+    `by_torch`."""
+
+    def call(linear: nn.Linear, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, linear.weight, linear.bias) if by_torch else linear(x)
+
     linears = stack_linears(model)
     inputs = {width: torch.randn(1, length, width) for width in {linear.in_features for linear in linears}}
     head_input = torch.randn(1, num_logits, model.lm_head.in_features)
@@ -168,8 +177,8 @@ def floor_job(model: NemotronHForCausalLM, length: int, num_logits: int) -> Call
     def run() -> Tensor:
         with torch.no_grad():
             for linear in linears:
-                nn.functional.linear(inputs[linear.in_features], linear.weight, linear.bias)
-            return nn.functional.linear(head_input, model.lm_head.weight)[0, -1]
+                call(linear, inputs[linear.in_features])
+            return call(model.lm_head, head_input)[0, -1]
 
     return run
 
