@@ -123,12 +123,9 @@ def step_ops() -> dict[str, tuple[Callable[..., tuple[Tensor, ...]], list[Tensor
     def whole(name, projected, conv_state, ssm_state, weight, bias, A_log, D, dt_bias, norm):
         conv_state, ssm_state = conv_state.clone(), ssm_state.float().clone()
         if name == "triton":
-            conv, heads = (weight, bias), (A_log, D, dt_bias)
-            return (
-                kernels.whole_step(
-                    projected, conv_state, ssm_state, conv, heads, (norm, 1e-5), GROUPS, (0.0, float("inf"))
-                ),
-            )
+            states, conv, heads = (conv_state, ssm_state), (weight, bias), (A_log, D, dt_bias)
+            limit = 0.0, float("inf")
+            return (kernels.whole_step(projected, states, conv, heads, (norm, 1e-5), GROUPS, limit, name),)
         gate, conv_in, dt = projected.split([INNER, WIDTH, HEADS], dim=-1)
         out, _ = kernels.conv_step(conv_in, conv_state, weight, bias, name)
         x, B, C = out.split([INNER, GROUPS * STATE, GROUPS * STATE], dim=-1)

@@ -101,12 +101,13 @@ def test_wrong_model_is_not_timed(tmp_path, capsys, monkeypatch):
 
 
 def test_gate_sees_wrong_decoding(monkeypatch):
-    step = mamba2.scan_step
+    read_states = mamba2.read_states
 
-    def forgetful(x, dt, A, B, C, D, state, implementation):
-        return step(x, dt, A, B, C, D, state * 0.5, implementation)
+    def forgetful(layer):
+        conv_state, ssm_state = read_states(layer)
+        return conv_state, None if ssm_state is None else ssm_state * 0.5
 
-    monkeypatch.setattr(mamba2, "scan_step", forgetful)
+    monkeypatch.setattr(mamba2, "read_states", forgetful)
     with pytest.raises(ValueError, match="prefill and steps against one pass"):
         gate.check_agreement(sides.build_sides(SHAPE), SHAPE)
 

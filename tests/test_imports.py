@@ -50,7 +50,7 @@ MAY_IMPORT = {
 }
 # part -> packages beside the standard library that it may import, where that is limited
 THIRD_PARTY = {
-    "model": {"torch", "transformers", "safetensors", "mamba_ssm", "causal_conv1d", "torchao", "triton", "peft"},
+    "model": {"torch", "transformers", "safetensors", "mamba_ssm", "causal_conv1d", "triton", "numba", "numpy", "peft"},
     "checkpoint": {"torch", "safetensors"},
     "resumable": {"torch"},
     "headers": set(),

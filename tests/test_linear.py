@@ -6,7 +6,7 @@ from tiny import prompt, tiny_model
 from torch import nn
 
 from nemotron_h_hf.model import linear as linear_module
-from nemotron_h_hf.model.linear import MOST_ROWS, NemotronHLinear, num_parts
+from nemotron_h_hf.model.linear import MOST_ROWS, NemotronHLinear, few_rows, num_parts
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +25,7 @@ def test_the_product_in_parts(rows, sizes, parts, bias):
     layer = NemotronHLinear(*sizes, bias=bias)
     x = torch.randn(*rows, sizes[0])
     with torch.no_grad():
-        assert num_parts(x, layer.weight) == parts
+        assert few_rows(x) and num_parts(x, layer.weight) == parts
         got = layer(x)
         expected = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
     assert got.is_contiguous() and got.shape == expected.shape
@@ -46,16 +46,16 @@ def test_rows_of_a_larger_matrix_and_a_transposed_input():
 def test_what_is_left_to_torch():
     layer, odd, small = NemotronHLinear(1024, 512), NemotronHLinear(1024, 513), NemotronHLinear(64, 64)
     x = torch.randn(1, 1024)
-    assert num_parts(x, layer.weight) == 1  # gradients
+    assert not few_rows(x)  # gradients
     with torch.no_grad():
-        assert num_parts(x, layer.weight) == 4
-        assert num_parts(torch.randn(MOST_ROWS + 1, 1024), layer.weight) == 1
-        assert num_parts(x[:0], layer.weight) == 1 and layer(x[:0]).shape == (0, 512)
+        assert few_rows(x) and num_parts(x, layer.weight) == 4
+        assert few_rows(torch.randn(MOST_ROWS, 1024)) and not few_rows(torch.randn(MOST_ROWS + 1, 1024))
+        assert not few_rows(x[:0]) and layer(x[:0]).shape == (0, 512)
         assert num_parts(x, odd.weight) == 1 and num_parts(x[:, :64], small.weight) == 1
         assert num_parts(x.bfloat16(), layer.bfloat16().weight) == 1
         layer.float()
         with torch.autocast("cpu", torch.bfloat16):
-            assert num_parts(x, layer.weight) == 1 and layer(x).dtype == torch.bfloat16
+            assert not few_rows(x) and layer(x).dtype == torch.bfloat16
         torch.set_num_threads(1)
         assert num_parts(x, layer.weight) == 1
 

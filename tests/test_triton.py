@@ -13,8 +13,10 @@ import gpu_check
 import pytest
 import reference
 import torch
+from decode_step import exact_step, step_operands
 from tiny import prompt, tiny_config, tiny_model
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from nemotron_h_hf import HybridCache, NemotronHForCausalLM
 from nemotron_h_hf.model import kernels, ssd
@@ -106,7 +108,6 @@ def test_on_a_cpu_it_refuses(monkeypatch):
 
 
 def test_auto_never_takes_them(monkeypatch):
-    monkeypatch.setattr(kernels, "whole_step", None)  # calling it would fail
     for module in [name for name in sys.modules if ".model.triton_" in name]:
         monkeypatch.delitem(sys.modules, module)
     model, cache = tiny_model("attention_free"), None
@@ -314,29 +315,15 @@ def test_scan_step(dtype):
 @pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.01, 0.5)])
 @torch.no_grad()
 def test_the_fused_step(limit):
-    """Step sizes from 1e-5 to 30, so that softplus must be exact at both ends."""
-    b, h, p, g, n, k = 2, 4, 20, 2, 24, 4
-    d = h * p + 2 * g * n
-    conv = torch.randn(d, k), torch.randn(d)
-    heads = torch.rand(h), torch.randn(h), torch.tensor([-11.0, -3.0, 2.0, 30.0])
-    norm = torch.rand(h * p) + 0.5, 1e-5
-    projected, states = torch.randn(b, h * p + d + h), (torch.randn(b, d, k), torch.randn(b, h, p, n))
-
-    gate, conv_in, raw = (t.double() for t in projected.split([h * p, d, h], dim=-1))
-    conv_out, want_conv = ssd.conv_step(conv_in, states[0].double(), *(t.double() for t in conv))
-    x, B, C = conv_out.split([h * p, g * n, g * n], dim=-1)
-    dt, A = ssd.discretize(raw, heads[2].double(), limit), -heads[0].double().exp()
-    x, B, C = x.view(b, h, p), B.view(b, g, n), C.view(b, g, n)
-    y, want_ssm = ssd.scan_step(x, dt, A, B, C, heads[1].double(), states[1].double())
-    want = ssd.gated_norm(y.flatten(1), gate, norm[0].double(), h // g * p, norm[1])
-
-    held = [t.to(DEVICE, copy=True) for t in states]
-    moved = [tuple(t.to(DEVICE) for t in group) for group in (conv, heads)]
-    out = kernels.whole_step(projected.to(DEVICE), *held, *moved, (norm[0].to(DEVICE), norm[1]), g, limit)
+    given = step_operands(b=2, h=4, p=20, g=2, n=24)
+    before = given["states"][1].clone()
+    want, want_conv, want_ssm = exact_step(**given, limit=limit)
+    given = tree_map_only(Tensor, lambda t: t.to(DEVICE, copy=True), given)
+    out, held = kernels.whole_step(**given, limit=limit, implementation="triton"), given["states"]
     errors = error(out, want), error(held[0], want_conv), error(held[1], want_ssm)
     print("output, window, state:", *(f"{e:.1e}" for e in errors))
     assert max(errors) <= 1e-5
-    smallest, want_smallest = held[1][:, 0].cpu().double() - states[1][:, 0], want_ssm[:, 0] - states[1][:, 0]
+    smallest, want_smallest = held[1][:, 0].cpu().double() - before[:, 0], want_ssm[:, 0] - before[:, 0]
     assert error(smallest, want_smallest) <= 2e-2  # of steps of 1e-5; 1e-7 of the state is what fp32 leaves of it
 
 

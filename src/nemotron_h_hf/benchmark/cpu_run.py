@@ -87,14 +87,12 @@ def measure_int8(
     plan: Plan, both: sides.Sides, num_runs: int, errors: dict[str, float], say: Callable[[str], None]
 ) -> timing.Timing | None:
     """As `measure_decode`, for weights in fp32 and int8; the gate asks for torchao's logits. None without
-    torchao or FBGEMM."""
-    if find_spec("torchao") is None:
-        say("int8 is left out: it needs torchao, pip install torchao")
+    torchao or Numba."""
+    missing = [package for package in ("torchao", "numba") if find_spec(package) is None]
+    if missing:
+        say(f"int8 is left out: pip install {' '.join(missing)}")
         return None
     models = sides.int8_models(both.ours)
-    if models is None:
-        say("int8 is left out: this torch has no FBGEMM")
-        return None
     errors["logits, int8.py against torchao"] = gate.check_int8(models, plan.shape)
     ids = sides.random_tokens(plan.shape, plan.decode_context)
     jobs = {side: sides.decoder(model, ids, plan.decode_steps) for side, model in models.items()}

@@ -31,7 +31,7 @@ def draw(results: Results, path: Path) -> None:
         panels.append(lambda axes: memory_panel(axes, "training step", results.train_memory))
     if results.long_memory:
         panels.append(lambda axes: memory_panel(axes, f"prefill {results.long_tokens:,}", results.long_memory))
-    figure = Figure(figsize=(3.4 * len(panels), 3.4), dpi=120, layout="constrained")
+    figure = Figure(figsize=(4.2 * len(panels), 3.4), dpi=120, layout="constrained")
     for index, panel in enumerate(panels):
         panel(figure.add_subplot(1, len(panels), index + 1))
     figure.savefig(path, format="png")

@@ -17,7 +17,7 @@ from transformers.models.nemotron_h import NemotronHConfig as NativeConfig
 from transformers.models.nemotron_h import NemotronHForCausalLM as NativeForCausalLM
 
 from ..model.configuration_nemotron_h import NemotronHConfig
-from ..model.int8 import pack_int8_weights
+from ..model.linear import NemotronHLinear
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
 
 SEED = 0
@@ -125,11 +125,8 @@ def decoder(model: nn.Module, ids: Tensor, num_steps: int) -> Callable[[], Tenso
     return decode
 
 
-def int8_models(model: NemotronHForCausalLM) -> dict[str, NemotronHForCausalLM] | None:
-    """The model, and its copies with int8 weights: as torchao multiplies them, as int8.py does, lm_head in fp32 and not.
-
-    None where int8.py has no product to call: torch has FBGEMM on x86 alone.
-    """
+def int8_models(model: NemotronHForCausalLM) -> dict[str, NemotronHForCausalLM]:
+    """The model, and its copies with int8 weights: as torchao multiplies them, as int8.py does, lm_head in fp32 and not."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantised, whole = copy.deepcopy(model), copy.deepcopy(model)
@@ -137,9 +134,11 @@ def int8_models(model: NemotronHForCausalLM) -> dict[str, NemotronHForCausalLM] 
         quantised, Int8WeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and name != "lm_head"
     )
     quantize_(whole, Int8WeightOnlyConfig())
-    models = {"fp32": model, "torchao": quantised, "int8": copy.deepcopy(quantised), "int8_head": whole}
-    packed = [pack_int8_weights(models[side]) for side in ("int8", "int8_head")]
-    return models if all(packed) else None
+    by_torchao = copy.deepcopy(quantised)
+    for module in by_torchao.modules():
+        if isinstance(module, NemotronHLinear) and type(module.weight) is not nn.Parameter:
+            module.__class__ = nn.Linear
+    return {"fp32": model, "torchao": by_torchao, "int8": quantised, "int8_head": whole}
 
 
 def train_jobs(sides: Sides, shape: Shape, length: int) -> dict[str, Callable[[], Tensor]]:

@@ -63,8 +63,8 @@ class NemotronHConfig(PreTrainedConfig):
     the names linear_attention/mamba, full_attention/attention, mlp, moe. Sizes are counts of elements.
     `intermediate_size`, `mamba_num_heads`, `mamba_head_dim` and `num_attention_heads` are one size for every layer of
     their kind, or a list with one size for each of them.
-    `mamba_implementation` chooses the ops: "auto" (the packages' kernels where they and the tensors
-    allow), "torch", "kernels" (the packages'), "triton" (ours, not timed yet).
+    `mamba_implementation` chooses the ops: "auto" (the packages' kernels where they and the tensors allow; on a CPU, for
+    single tokens, our own where Numba is installed), "torch", "kernels" (the packages'), "triton" (ours, not timed yet).
 
     Raises:
         ValueError: naming the field, the value and what is allowed.

@@ -3,8 +3,8 @@
 "auto" takes the packages' kernels where the tensor is on a GPU, the package is installed and the kernel can do what this
 call asks; where it cannot, PyTorch does it, with one warning that says why. "torch" never takes them; "kernels" insists on
 them and raises instead of falling back. "triton" insists on ours (triton_*.py), which need nothing but PyTorch for CUDA;
-"auto" never takes those: nobody has timed them yet. Every function here has the signature and the result of its namesake
-in `ssd.py`.
+"auto" never takes those: nobody has timed them yet. On a CPU "auto" takes a whole token in numba_decode.py where Numba is
+installed. The other functions here have the signature and the result of their namesakes in `ssd.py`.
 
 Only ops are replaced, never a module: the kernels that swallow `out_proj` are not used, because they read its weight
 past LoRA, quantised and FP8 layers.
@@ -12,9 +12,11 @@ past LoRA, quantised and FP8 layers.
 
 import importlib.util
 import os
+from collections.abc import Callable
+from functools import cache
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.utils import logging
 
 from .ssd import causal_conv as torch_causal_conv
@@ -186,28 +188,48 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, group_size: int, eps: fl
     return out.to(gate.dtype)
 
 
-def fuses_step(x: Tensor, implementation: str, weights: tuple[Tensor | None, ...]) -> bool:
+def fuses_step(
+    x: Tensor, states: tuple[Tensor, Tensor], weights: tuple[Tensor | None, ...], implementation: str
+) -> bool:
     """Whether `whole_step` can compute a whole layer's token: it reads the weights (some may be None) itself."""
-    here = all(
-        weight is None or weight.device == x.device for weight in weights
-    )  # offloaded ones are brought by modules
-    return implementation == "triton" and here and not torch.is_grad_enabled() and _ours(x, implementation)
+    weights = [weight for weight in weights if weight is not None]
+    if torch.is_grad_enabled() or any(weight.device != x.device for weight in weights):  # offloaded: modules bring them
+        return False
+    if implementation != "auto":
+        return _ours(x, implementation)
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    plain = all(t.dtype == torch.float32 and type(t) in (Tensor, nn.Parameter) for t in (x, *states, *weights))
+    return plain and states[1].is_contiguous() and _numba_step() is not None
 
 
 def whole_step(
     projected: Tensor,
-    conv_state: Tensor,
-    ssm_state: Tensor,
+    states: tuple[Tensor, Tensor],
     conv: tuple[Tensor, Tensor | None],
     heads: tuple[Tensor, Tensor, Tensor],
     norm: tuple[Tensor, float],
     groups: int,
     limit: tuple[float, float],
+    implementation: str,
 ) -> Tensor:
-    """`triton_decode.step`: in_proj's output -> out_proj's input, both states updated in place; ask `fuses_step` first."""
-    from .triton_decode import step
+    """in_proj's output -> out_proj's input, both states updated in place; ask `fuses_step` first. `step` of triton_decode.py
+    or numba_decode.py."""
+    if implementation == "auto":
+        step = _numba_step()
+    else:
+        from .triton_decode import step
+    return step(projected, *states, conv, heads, norm, groups, limit)
 
-    return step(projected, conv_state, ssm_state, conv, heads, norm, groups, limit)
+
+@cache
+def _numba_step() -> Callable | None:
+    """`step` of numba_decode.py, compiled; None without Numba."""
+    try:
+        from .numba_decode import step
+    except ImportError:
+        return None
+    return step
 
 
 def _ours(x: Tensor, implementation: str, obstacle: str | None = None) -> bool:

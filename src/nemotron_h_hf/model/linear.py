@@ -2,37 +2,52 @@
 
 PyTorch gives the product of one row and a matrix to one thread of MKL, and of a few rows to code that is slower still:
 both read the weights at half the speed of the memory or less. As a batch of products, one for a part of the output each,
-every thread reads its own part: 1.1 to 1.7 times as fast for 1 to 64 rows on two cores (docs/results/few_rows).
+every thread reads its own part: 1.1 to 1.7 times as fast for 1 to 64 rows on two cores (docs/results/few_rows). Weights
+that torchao made int8 go to `int8.py` where Numba is installed.
 
     m rows, k input channels, n output channels, t parts
 """
 
 import math
+from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 MOST_ROWS = 64
 FEWEST_WEIGHTS = 2**18  # below, the threads' meeting costs more than they save
 
 
 class NemotronHLinear(nn.Linear):
-    """torch's Linear; without gradients, in fp32 on a CPU, few rows are multiplied by all threads."""
+    """torch's Linear; without gradients, on a CPU, few rows are multiplied by all threads."""
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = num_parts(x, self.weight)
-        return F.linear(x, self.weight, self.bias) if parts == 1 else product_in_parts(x, self.weight, self.bias, parts)
+        weight = self.weight
+        if not few_rows(x):
+            return F.linear(x, weight, self.bias)
+        if reads_int8(weight):
+            _, product = int8()
+            return product(x, weight, self.bias)
+        parts = num_parts(x, weight)
+        return F.linear(x, weight, self.bias) if parts == 1 else product_in_parts(x, weight, self.bias, parts)
+
+
+def few_rows(x: Tensor) -> bool:
+    """Whether x (..., k) are at most `MOST_ROWS` rows on a CPU, and nobody records what happens to them."""
+    if torch.is_grad_enabled() or x.device.type != "cpu" or not 0 < x.numel() <= MOST_ROWS * x.shape[-1]:
+        return False
+    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
 
 
 def num_parts(x: Tensor, weight: Tensor) -> int:
     """Into how many parts the product is divided: a divisor of n, 1 where torch's own is taken."""
-    if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
-        return 1
     plain = type(weight) in (nn.Parameter, Tensor) and x.dtype == weight.dtype == torch.float32
-    if not plain or weight.numel() < FEWEST_WEIGHTS or not 0 < x.numel() <= MOST_ROWS * x.shape[-1]:
-        return 1
-    return 1 if torch.is_autocast_enabled("cpu") else math.gcd(weight.shape[0], torch.get_num_threads())
+    return math.gcd(weight.shape[0], torch.get_num_threads()) if plain and weight.numel() >= FEWEST_WEIGHTS else 1
 
 
 def product_in_parts(x: Tensor, weight: Tensor, bias: Tensor | None, parts: int) -> Tensor:
@@ -41,3 +56,22 @@ def product_in_parts(x: Tensor, weight: Tensor, bias: Tensor | None, parts: int)
     y = torch.bmm(rows.expand(parts, -1, -1), weight.unflatten(0, (parts, -1)).transpose(1, 2))  # (t, m, n / t)
     y = y.transpose(0, 1).reshape(*x.shape[:-1], weight.shape[0])
     return y if bias is None else y + bias
+
+
+def reads_int8(weight: Tensor) -> bool:
+    """Whether `int8.py` multiplies by this weight."""
+    if type(weight).__name__ != "Int8Tensor" or torch.jit.is_tracing() or int8() is None:
+        return False
+    can_read, _ = int8()
+    return can_read(weight)
+
+
+@cache
+def int8() -> tuple[Callable, Callable] | None:
+    """`can_read` and `product` of `int8.py`, compiled; None without Numba."""
+    try:
+        from .int8 import can_read, product
+    except ImportError:
+        logger.warning("int8 weights: without Numba torchao makes them fp32 for every token; pip install numba")
+        return None
+    return can_read, product

@@ -126,11 +126,11 @@ class NemotronHMamba2Mixer(nn.Module):
         """`_mix` for one token per row: (b, gate + conv + dt) -> (b, intermediate)."""
         implementation = self.config.mamba_implementation
         gate, conv_in, dt = projected.split(self.in_proj_sizes, dim=-1)
-        conv_state, ssm_state = read_states(layer)
-        if implementation == "triton" and not layer.record_past and self._step_is_fused(projected):
+        conv_state, ssm_state = states = read_states(layer)
+        if not layer.record_past and self._step_is_fused(projected, states):
             conv, heads = (self.conv1d.weight.squeeze(1), self.conv1d.bias), (self.A_log, self.D, self.dt_bias)
-            norm = self.norm.weight, self.norm.variance_epsilon
-            mixed = whole_step(projected, conv_state, ssm_state, conv, heads, norm, self.n_groups, self.time_step_limit)
+            norm, limit = (self.norm.weight, self.norm.variance_epsilon), self.time_step_limit
+            mixed = whole_step(projected, states, conv, heads, norm, self.n_groups, limit, implementation)
             layer.store(conv_state, ssm_state, 1)  # updated where they are
             return mixed
         conv_out, conv_next = self.conv1d(conv_in, conv_state, implementation=implementation)
@@ -143,12 +143,17 @@ class NemotronHMamba2Mixer(nn.Module):
         layer.store(conv_next, ssm_next, 1)
         return self.norm(y.flatten(-2), gate, implementation)
 
-    def _step_is_fused(self, projected: Tensor) -> bool:
+    def _step_is_fused(self, projected: Tensor, states: tuple[Tensor, Tensor]) -> bool:
         """Whether one kernel may read the weights of `conv1d` and `norm` itself: no adapter or hook has to see their calls."""
-        plain = type(self.conv1d) is NemotronHCausalConv1d and type(self.norm) is NemotronHRMSNormGated
-        weights = (self.conv1d.weight, self.conv1d.bias, self.norm.weight) if plain else ()
-        hooked = any(module._forward_hooks or module._forward_pre_hooks for module in (self.conv1d, self.norm))
-        return plain and not hooked and fuses_step(projected, self.config.mamba_implementation, weights)
+        conv, norm, implementation = self.conv1d, self.norm, self.config.mamba_implementation
+        if implementation not in ("auto", "triton"):
+            return False
+        if type(conv) is not NemotronHCausalConv1d or type(norm) is not NemotronHRMSNormGated:
+            return False
+        if any(module._forward_hooks or module._forward_pre_hooks for module in (conv, norm)):
+            return False
+        weights = (conv.weight, conv.bias, norm.weight, self.A_log, self.D, self.dt_bias)
+        return fuses_step(projected, states, weights, implementation)
 
     def _heads(self, conv_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(..., x + B + C) -> x (..., h, p), B and C (..., g, n)."""

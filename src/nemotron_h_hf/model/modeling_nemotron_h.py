@@ -108,11 +108,6 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         ignore = model._keys_to_ignore_on_load_unexpected or []
         accepted = {**info, "mismatched_keys": set()} if kwargs.get("ignore_mismatched_sizes") else info
         check_loaded(model, accepted, str(pretrained_model_name_or_path), cls._new_on_load, ignore)
-        quantizer = getattr(model, "hf_quantizer", None)
-        if quantizer is not None and quantizer.quantization_config.quant_method == "torchao":
-            from .int8 import pack_int8_weights  # needs torchao
-
-            pack_int8_weights(model)
         if nested is not None:
             nested.report()
             info = {**info, "bytes_read": nested.bytes_read, "parent_bytes": nested.parent_bytes}

@@ -1,0 +1,188 @@
+"""A Mamba layer's token compiled by Numba: the call against float64, models against the ops and against one pass, and when
+it is left to PyTorch."""
+
+import copy
+import sys
+
+import pytest
+import reference
+import torch
+from decode_step import exact_step, step_operands
+from tiny import prompt, tiny_model
+from torch import Tensor, nn
+
+from nemotron_h_hf import HybridCache
+from nemotron_h_hf.model import kernels
+
+pytest.importorskip("numba")
+
+from nemotron_h_hf.model import numba_decode  # noqa: E402
+from nemotron_h_hf.model.numba_compile import compiled  # noqa: E402
+
+SIZES = [(1, 8, 8, 2, 16), (3, 6, 5, 3, 7), (2, 4, 20, 1, 24), (1, 4, 1, 4, 1)]  # b, h, p, g, n
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    return float((got.double() - want).abs().max() / want.abs().max())
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("limit", [(0.0, float("inf")), (0.01, 0.5)])
+@pytest.mark.parametrize("k, bias", [(4, True), (2, False)])
+@torch.no_grad()
+def test_the_step(sizes, limit, k, bias):
+    torch.manual_seed(sum(sizes))
+    given = step_operands(*sizes, k=k, bias=bias)
+    want = exact_step(**given, limit=limit)
+    for window in (
+        given["states"][0],
+        given["states"][0].transpose(1, 2).contiguous().transpose(1, 2),
+    ):  # as caches have it
+        states = window.clone(), given["states"][1].clone()
+        out = kernels.whole_step(**{**given, "states": states}, limit=limit, implementation="auto")
+        assert max(error(got, exact) for got, exact in zip((out, *states), want)) <= 2e-6
+
+
+@torch.no_grad()
+def test_many_steps_of_one_layer_do_not_drift():
+    torch.manual_seed(0)
+    given, limit = step_operands(2, 8, 8, 2, 16), (0.0, 0.1)
+    exact = {**given, "states": tuple(t.double() for t in given["states"])}
+    for _ in range(300):
+        projected = torch.randn_like(given["projected"])
+        out = kernels.whole_step(**{**given, "projected": projected}, limit=limit, implementation="auto")
+        want, *states = exact_step(**{**exact, "projected": projected}, limit=limit)
+        exact["states"] = tuple(states)
+        assert error(out, want) <= 5e-6
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_no_number_stays_in_its_row_and_group(bad):
+    given = step_operands(2, 4, 8, 2, 16)
+    given["projected"][0, 4 * 8 + 3] = bad  # an x of the first group
+    out = kernels.whole_step(**given, limit=(0.0, float("inf")), implementation="auto")
+    finite = out.isfinite().view(2, 2, 16)
+    assert not finite[0, 0].any() and finite[0, 1].all() and finite[1].all()
+
+
+@pytest.fixture
+def fused(monkeypatch) -> list[int]:
+    """One entry for each call."""
+    calls, step = [], numba_decode._step
+    monkeypatch.setattr(numba_decode, "_step", lambda *args: calls.append(1) or step(*args))
+    return calls
+
+
+def decode(model: nn.Module, ids: Tensor, implementation: str, prefill: int = 11, cache=None, **kwargs) -> Tensor:
+    """Logits of a prefill and of single tokens."""
+    model.set_mamba_implementation(implementation)
+    cache = HybridCache(model.config) if cache is None else cache
+    parts = [model(ids[:, :prefill], past_key_values=cache, **kwargs).logits]
+    parts += [model(token, past_key_values=cache, **kwargs).logits for token in ids[:, prefill:].split(1, dim=1)]
+    return torch.cat(parts, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shape", ["dense", "square", "list", "attention_free", "moe", "latent"])
+def test_decoding(shape, fused):
+    model, ids = tiny_model(shape), prompt(3, 24)
+    got = decode(model, ids, "auto")
+    assert len(fused) == 13 * model.config.layers_block_type.count("linear_attention")
+    want = reference.reference_logits(model.state_dict(), model.config, ids[0])
+    assert (got[0] - want).abs().max() <= 1e-5
+    fused.clear()
+    assert (got - decode(model, ids, "torch")).abs().max() <= 1e-5
+    assert not fused
+
+
+@torch.no_grad()
+def test_padding_on_the_left(fused):
+    model, ids, mask = tiny_model(), prompt(2, 16), torch.ones(2, 16, dtype=torch.long)
+    mask[1, :5] = 0
+    together, alone = (
+        model.generate(x, attention_mask=m, max_new_tokens=8, do_sample=False)
+        for x, m in ((ids, mask), (ids[1:, 5:], mask[1:, 5:]))
+    )
+    assert torch.equal(together[1, 5:], alone[0])
+    assert fused
+
+
+@torch.no_grad()
+def test_a_static_cache_and_a_fork(fused):
+    model, ids = tiny_model(), prompt(2, 20)
+    want = decode(model, ids, "torch")
+    assert (decode(model, ids, "auto", cache=HybridCache(model.config, max_cache_len=32)) - want).abs().max() <= 1e-5
+    cache = HybridCache(model.config)
+    decode(model, ids[:, :15], "auto", cache=cache)
+    for branch in (cache.fork(), cache.fork(), cache):  # none writes into another's states
+        assert (decode(model, ids[:, 15:], "auto", 1, branch)[:, -1] - want[:, -1]).abs().max() <= 1e-5
+    assert fused
+
+
+@torch.no_grad()
+def test_recorded_tokens_go_op_by_op_and_on_from_there(fused):
+    model, ids = tiny_model(), prompt(1, 20)
+    want, cache = decode(model, ids, "torch"), HybridCache(model.config)
+    cache.activate_past_recording()
+    decode(model, ids, "auto", cache=cache)
+    assert not fused
+    cache.crop(-4)
+    cache.fork()
+    got = decode(model, ids[:, 16:], "auto", prefill=1, cache=cache)
+    assert (got - want[:, 16:]).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["bfloat16", "float64", "hook", "other norm", "torch"])
+def test_left_to_pytorch(case, fused):
+    model, ids = tiny_model(), prompt(1, 14)
+    if case in ("bfloat16", "float64"):
+        model.to(getattr(torch, case))
+    for layer in (block.mixer for block in model.model.layers if block.block_type == "linear_attention"):
+        if case == "hook":
+            layer.norm.register_forward_hook(lambda module, args, output: output * 2)
+        elif case == "other norm":
+            layer.norm = nn.Module()
+            layer.norm.forward = lambda x, gate, implementation: x * gate
+    got = decode(model, ids, "torch" if case == "torch" else "auto")
+    assert not fused
+    assert torch.equal(got, decode(model, ids, "torch"))
+
+
+def test_gradients_and_compiled_steps_are_pytorchs(fused):
+    model, ids = tiny_model(), prompt(1, 14)
+    decode(model, ids, "auto")[:, -1].sum().backward()
+    assert not fused and model.model.layers[0].mixer.A_log.grad.abs().sum() > 0
+    with torch.no_grad():
+        want = decode(model, ids, "torch")
+        compiled_model = copy.deepcopy(model)
+        compiled_model.forward = torch.compile(compiled_model.forward, backend="eager")
+        got = decode(compiled_model, ids, "auto", cache=HybridCache(model.config, max_cache_len=32))
+    assert not fused
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_without_numba(monkeypatch, fused):
+    model, ids = tiny_model(), prompt(1, 14)
+    want = decode(model, ids, "torch")
+    for name in [name for name in sys.modules if name.startswith("nemotron_h_hf.model.numba_")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "numba", None)
+    kernels._numba_step.cache_clear()
+    try:
+        assert torch.equal(decode(model, ids, "auto"), want)
+    finally:
+        kernels._numba_step.cache_clear()
+    assert not fused
+
+
+def test_where_nothing_can_be_kept():
+    """Code that lies in no file has no place for its cache, like a package in folders that cannot be written to."""
+    scope = {}
+    exec("def double(x):\n    for i in range(len(x)):\n        x[i] *= 2", scope)
+    values = torch.arange(3.0)
+    compiled("void(float32[::1])")(scope["double"])(values.numpy())
+    assert values.tolist() == [0, 2, 4]
