@@ -16,7 +16,7 @@ from nemotron_h_hf.benchmark import models, work
 from nemotron_h_hf.benchmark.caches import empty_cache, prefill
 from nemotron_h_hf.benchmark.device_gate import random_ids
 from nemotron_h_hf.benchmark.largest import largest_batch
-from nemotron_h_hf.model import cost
+from nemotron_h_hf.model import blocks, cost
 
 CPU = torch.device("cpu")
 WIDE = {
@@ -113,8 +113,11 @@ class Live(TorchDispatchMode):
 @pytest.mark.parametrize("pattern", ["M", "*", "-", "M-M*-"])
 @pytest.mark.parametrize("rows, tokens, before", [(1, 1100, 0), (3, 512, 0), (1, 512, 700)])
 def test_activations_are_those_alive_at_the_peak(pattern, dtype, rows, tokens, before, monkeypatch):
-    """As on a GPU, where a part of a prompt attends under a mask; on a CPU it would attend in two pieces, with less."""
-    monkeypatch.setattr(NemotronHModel, "_continues_on_cpu", lambda *_: False)
+    """As on a GPU, where a part of a prompt attends under a mask in fp32, and in 16 bits by FlashAttention, which makes its
+    output alone (an empty one stands for it)."""
+    if dtype == "float32":
+        monkeypatch.setattr(NemotronHModel, "_continues", lambda *_: False)
+    monkeypatch.setattr(blocks, "attend_after", lambda query, *_: torch.empty_like(query).transpose(1, 2))
     config = NemotronHConfig(hybrid_override_pattern=pattern, **WIDE)
     model = NemotronHForCausalLM(config).to(getattr(torch, dtype)).eval()
     model.model.tokens_per_pass = {"cpu": 1 << 20}
@@ -123,7 +126,8 @@ def test_activations_are_those_alive_at_the_peak(pattern, dtype, rows, tokens, b
     with torch.no_grad():
         if before:
             model(ids[:, :before], past_key_values=cache, logits_to_keep=1)
-        with Live([*model.parameters(), ids]) as live:
+        held = [tensor for layer in cache.layers for tensor in getattr(layer, "buffers", ())] if before else []
+        with Live([*model.parameters(), ids, *held]) as live:
             model(ids[:, before:], past_key_values=cache, logits_to_keep=1)
     kept = 0 if before else cache.memory_bytes()["total"]
     predicted = work.prefill_activation_bytes(config, rows, tokens, before + tokens, dtype)

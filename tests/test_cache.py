@@ -1,5 +1,7 @@
 """The cache: whatever was cached, cropped, forked, reordered or saved, the logits are those of a fresh run."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import SHAPES, prompt, tiny_config, tiny_model
@@ -7,7 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 from nemotron_h_hf import HybridCache, NemotronHConfig
 from nemotron_h_hf.model import blocks
-from nemotron_h_hf.model.blocks import attend_in_two
+from nemotron_h_hf.model.blocks import attend_in_two, attend_lower_right, can_attend_after
 from nemotron_h_hf.model.cache import GrowingLayer
 
 
@@ -65,8 +67,30 @@ def test_attention_in_two_pieces_is_attention(dtype):
     expected = torch.nn.functional.scaled_dot_product_attention(
         *(t.double() for t in (query, key.repeat_interleave(2, 1), value.repeat_interleave(2, 1))), mask, scale=0.3
     )
-    ours = attend_in_two(query, key, value, 0.3).transpose(1, 2)
-    torch.testing.assert_close(ours.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+    for attend in (attend_in_two, attend_lower_right):
+        ours = attend(query, key, value, 0.3).transpose(1, 2)
+        torch.testing.assert_close(ours.double(), expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+
+
+def test_where_flash_attention_continues(monkeypatch):
+    """Decided from what CUDA says of itself; no GPU is needed to ask."""
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+    def ask(device: str, dtype: torch.dtype, head_dim: int = 128) -> bool:
+        return can_attend_after(SimpleNamespace(device=torch.device(device), dtype=dtype), head_dim)
+
+    assert ask("cuda", torch.bfloat16) and ask("cuda", torch.float16) and ask("cpu", torch.float32)
+    assert not ask("cuda", torch.float32) and not ask("cuda", torch.bfloat16, 512) and not ask("mps", torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not ask("cuda", torch.bfloat16)
+
+
+def test_a_continuation_by_the_gpus_attention(model, monkeypatch):
+    monkeypatch.setattr(blocks, "attend_in_two", attend_lower_right)
+    ids, cache = prompt(2, 19), HybridCache(model.config)
+    rows = [model(part, past_key_values=cache).logits for part in ids.split([3, 5, 8, 3], dim=1)]
+    assert_close(torch.cat(rows, dim=1), full_logits(model, ids))
 
 
 def test_a_continuation_needs_no_mask(model, monkeypatch):

@@ -131,8 +131,8 @@ def prefill_activation_bytes(config: NemotronHConfig, rows: int, tokens: int, pa
     """Most bytes alive inside one block of a forward without gradients, in PyTorch's ops (fused kernels need less).
 
     Every block has beside it the embeddings, its input and its normed input, 3 s d per token (2 s d for the first block),
-    and where a part of a prompt continues a cache, the mask of that part, L bytes per token (a CPU needs none: attention
-    in two pieces there). On top, per token:
+    and where a part of a prompt continues a cache in fp32, the mask of that part, L bytes per token (FlashAttention, in 16
+    bits, needs none; nor does a CPU, with attention in two pieces). On top, per token:
         the norm, its input and its output in fp32 unless they are: 8 d
         M  in_proj's output s (i + c + h), the convolution's s c, step sizes 4 h, and in the gated norm the scan's output,
            the gate and its SiLU in fp32: 12 i (8 i if s is 4); and one segment of the scan (`_segment_bytes`)
@@ -145,7 +145,7 @@ def prefill_activation_bytes(config: NemotronHConfig, rows: int, tokens: int, pa
     blocks = [_block_bytes(config, index, rows, tokens, past, s) for index in range(config.num_hidden_layers)]
     later = [s * d * count * (index > 0) for index in range(len(blocks))]  # embeddings beside an input that is not them
     norm = s * d * count + (0 if s == 4 else count * 8 * d)
-    masked = "full_attention" in config.layers_block_type and 1 < tokens < past
+    masked = "full_attention" in config.layers_block_type and s == 4 and 1 < tokens < past
     return int(count * 2 * s * d + max(norm, *map(sum, zip(blocks, later))) + masked * count * past)
 
 
@@ -158,7 +158,7 @@ def _block_bytes(config: NemotronHConfig, index: int, rows: int, tokens: int, pa
         return max(scanned, count * (per_token + (8 if s == 4 else 12) * i))
     if kind == "full_attention":
         query = config.size("num_attention_heads", index) * config.head_dim
-        masked = rows * past * s * (tokens + 2 * query) if 1 < tokens < past else 0
+        masked = rows * past * s * (tokens + 2 * query) if s == 4 and 1 < tokens < past else 0
         return count * s * 2 * (query + config.num_key_value_heads * config.head_dim) + masked
     if kind == "mlp":
         return count * 2 * s * config.size("intermediate_size", index)

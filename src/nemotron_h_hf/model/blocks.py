@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -64,11 +65,11 @@ class NemotronHAttention(nn.Module):
         attention_mask: Tensor | None = None,
         padding: Padding | None = None,
         seq_idx: Tensor | None = None,
-        in_two: bool = False,
+        continues: bool = False,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
-        """(b, l, hidden) -> (b, l, hidden) and, from the eager implementation, weights (b, heads, l, past + l). `in_two`
-        says that these are tokens after cached ones, see `attend_in_two`."""
+        """(b, l, hidden) -> (b, l, hidden) and, from the eager implementation, weights (b, heads, l, past + l).
+        `continues` says that these are tokens after cached ones, all of them real, see `attend_after`."""
         rows = hidden_states.shape[:-1]
         query, key, value = (
             proj(hidden_states).view(*rows, -1, self.head_dim).transpose(1, 2)
@@ -81,8 +82,8 @@ class NemotronHAttention(nn.Module):
         grouped = query.device.type == "cpu" or attention_mask is not None
         if implementation == "sdpa" and rows[1] == 1 and grouped and not self.training:
             output, weights = attend_one(query, key, value, attention_mask, self.scaling), None
-        elif in_two:
-            output, weights = attend_in_two(query, key, value, self.scaling), None
+        elif continues:
+            output, weights = attend_after(query, key, value, self.scaling), None
         else:
             attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
             dropout = self.attention_dropout if self.training else 0.0
@@ -100,10 +101,35 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor
     return output.reshape(query.shape[0], 1, -1, query.shape[-1])
 
 
+def can_attend_after(x: Tensor, head_dim: int) -> bool:
+    """Whether `attend_after` runs on x's device and in its dtype: on a CPU, or where PyTorch has FlashAttention."""
+    if x.device.type == "cpu":
+        return True
+    flash = torch.backends.cuda.is_flash_attention_available() and torch.backends.cuda.flash_sdp_enabled()
+    if x.device.type != "cuda" or not flash or x.dtype not in (torch.float16, torch.bfloat16) or head_dim > 256:
+        return False
+    return torch.cuda.get_device_capability(x.device) >= (8, 0)
+
+
+def attend_after(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """Causal attention of tokens (b, heads, l, d) that follow others, all real, over keys and values (b, kv heads, past + l, d);
+    ask `can_attend_after` first. With a mask PyTorch would hold l x (past + l) of it, and keys and values repeated for
+    every query head. -> (b, l, heads, d)."""
+    if query.device.type == "cpu":
+        return attend_in_two(query, key, value, scaling)
+    return attend_lower_right(query, key, value, scaling)
+
+
+def attend_lower_right(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """`attend_after` by FlashAttention (arXiv 2307.08691), whose causal mask ends at the lower right."""
+    mask = causal_lower_right(query.shape[2], key.shape[2])
+    attend = nn.functional.scaled_dot_product_attention
+    return attend(query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True).transpose(1, 2)
+
+
 def attend_in_two(query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-    """Causal attention on a CPU of tokens (b, heads, l, d) that follow others: over those before, which all of them see,
-    and among themselves, merged by their log-sum-exps (arXiv 2205.14135, section 3.1). PyTorch's attention would take a mask
-    of l x (past + l), and keys and values repeated for every query head. -> (b, l, heads, d)."""
+    """`attend_after` on a CPU: over the tokens before, which all of these see, and among themselves, merged by their
+    log-sum-exps (arXiv 2205.14135, section 3.1)."""
     attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     past = key.shape[2] - query.shape[2]
     before, log_before = attend(query, key[:, :, :past], value[:, :, :past], scale=scaling)

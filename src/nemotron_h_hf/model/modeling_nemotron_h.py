@@ -21,7 +21,7 @@ from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOut
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .blocks import NemotronHAttention, NemotronHBlock, NemotronHMTP, NemotronHRMSNorm
+from .blocks import NemotronHAttention, NemotronHBlock, NemotronHMTP, NemotronHRMSNorm, can_attend_after
 from .cache import HybridCache, adopt_cache, check_cache, sequence_length
 from .configuration_nemotron_h import NemotronHConfig
 from .generation import NemotronHGenerationMixin
@@ -291,8 +291,8 @@ class NemotronHModel(NemotronHPreTrainedModel):
             if growing and self.config._attn_implementation == "sdpa":
                 if embeds.shape[1] == 1 and mask is None:
                     return None, {}  # one token sees everything before it
-                if self._continues_on_cpu(embeds, mask, cache):
-                    return None, {"in_two": True}
+                if self._continues(embeds, mask, cache):
+                    return None, {"continues": True}
             return create_causal_mask(self.config, embeds, mask, cache), {}
         if "flash" in self.config._attn_implementation:
             return None, flash_offsets(documents, mask)
@@ -302,10 +302,10 @@ class NemotronHModel(NemotronHPreTrainedModel):
 
         return create_causal_mask(self.config, embeds, mask, cache, and_mask_function=same_document), {}
 
-    def _continues_on_cpu(self, embeds: Tensor, mask: Tensor | None, cache: Cache | None) -> bool:
+    def _continues(self, embeds: Tensor, mask: Tensor | None, cache: Cache | None) -> bool:
         """Whether these are tokens after cached ones, all of them real, without gradients or tracing."""
         traced = torch.is_grad_enabled() or torch.compiler.is_compiling() or self.training
-        if traced or embeds.device.type != "cpu" or cache is None or not sequence_length(cache):
+        if traced or not can_attend_after(embeds, self.config.head_dim) or cache is None or not sequence_length(cache):
             return False
         return mask is None or (mask.dim() == 2 and bool(mask.all()))
 
