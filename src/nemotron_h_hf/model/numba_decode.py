@@ -75,20 +75,7 @@ def step(
     groups: int,
     limit: tuple[float, float],
 ) -> Tensor:
-    """A Mamba layer's token, from in_proj's output to out_proj's input; both states are updated in place.
-
-    Args:
-        projected: (b, h*p + d + h) rows of gate, convolution inputs, step sizes.
-        conv_state, ssm_state: (b, d, k), (b, h, p, n), the last one contiguous.
-        conv: taps (d, k), bias (d) or None.
-        heads: A_log, D, dt_bias, (h) each.
-        norm: weight (h*p), eps.
-        groups: g.
-        limit: least and greatest step size.
-
-    Returns:
-        (b, h*p). All of it is fp32 on a CPU.
-    """
+    """`triton_decode.step` where all of it is fp32 on a CPU; ssm_state has to be contiguous."""
     taps, bias = conv
     bias = taps.new_zeros(len(taps)) if bias is None else bias
     weight, eps = norm

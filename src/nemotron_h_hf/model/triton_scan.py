@@ -45,7 +45,9 @@ MAX_HEAD_DIM = 256
 # What fits the registers of a Hopper SM, by the compiler's report: larger chunks in fp32 or with gradients spill.
 CHUNK_TOKENS, CHUNK_TOKENS_GRADIENT, CHUNK_TOKENS_FP32 = 128, 64, 32
 STATE_BLOCK = 128  # columns of the state at a time
-NARROW_BLOCK = 64  # the same, in the kernel that holds the most
+NARROW_BLOCK = (
+    64  # the same, in the kernel that holds the most; half as many of a state wider than 128: registers suffice so
+)
 PASS_BLOCK = 1024  # elements of the state that one program carries through the chunks
 
 
@@ -149,7 +151,7 @@ def backward(
     dstates, dinitial = torch.empty_like(states), states.new_empty(b, h, p, n)
     dx, dB, dC = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, B, C))
     ddt, dA, dD = dt.new_empty(b, l, h), torch.empty_like(keep), torch.empty_like(keep)
-    block, narrow = min(padded(n), STATE_BLOCK), min(padded(n), NARROW_BLOCK)
+    block, narrow = min(padded(n), STATE_BLOCK), min(padded(n), NARROW_BLOCK // (2 if n > 128 else 1))
     sizes, strides = _sizes(x, B, seq_idx, q), _strides(x, B, C)
     with on(x):
         add_states[(h * triton.cdiv(n, block), chunks, b)](
