@@ -50,6 +50,15 @@ print(json.dumps(out))
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Both processes have to divide their sums alike; other test files leave the number of threads as they please."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> list[Path]:
     """The embedded model, and tiny ones, each with the code beside the weights."""
@@ -67,7 +76,7 @@ def folders(tmp_path_factory) -> list[Path]:
 def answer(folders, tmp_path_factory) -> dict:
     """What a process without the package printed."""
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules"))}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path_factory.mktemp("modules")), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", WITHOUT_PACKAGE, *map(str, folders)]
     done = subprocess.run(command, env=environment, input=PROMPT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
