@@ -2,6 +2,7 @@
 it is left to PyTorch."""
 
 import copy
+import subprocess
 import sys
 
 import pytest
@@ -177,6 +178,16 @@ def test_without_numba(monkeypatch, fused):
     finally:
         kernels._numba_step.cache_clear()
     assert not fused
+
+
+def test_torch_keeps_its_number_of_threads():
+    """Numba sets it where both use one OpenMP library, once in a process, when it starts its threads."""
+    lines = (
+        "import torch; torch.set_num_threads(1); import nemotron_h_hf.model.numba_decode",
+        "import nemotron_h_hf.model.int8, numba; numba.get_num_threads(); print(torch.get_num_threads())",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=280)
+    assert done.stdout.strip() == "1", done.stderr
 
 
 def test_where_nothing_can_be_kept():

@@ -1,9 +1,12 @@
 """Compiling with Numba, for CPUs; optional, as Numba is."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
 
 try:  # who reads the imports of the files beside weights must not ask for it
-    from numba import njit, prange
+    from numba import get_num_threads, njit, prange
 except ImportError as missing:
     raise ImportError("the compiled steps of a CPU need numba; pip install numba") from missing
 
@@ -18,11 +21,23 @@ def compiled(signature: str) -> Callable[[Callable], Callable]:
 
     def compile(function: Callable) -> Callable:
         options = {"parallel": True, "fastmath": REORDER}
-        try:
-            return njit(signature, cache=True, **options)(function)
-        except RuntimeError as error:
-            if "cannot cache" not in str(error):
-                raise
-            return njit(signature, **options)(function)
+        with torch_threads_kept():
+            try:
+                return njit(signature, cache=True, **options)(function)
+            except RuntimeError as error:
+                if "cannot cache" not in str(error):
+                    raise
+                return njit(signature, **options)(function)
 
     return compile
+
+
+@contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Numba starts its threads once, in the OpenMP library that torch has loaded, and tells it how many there shall be."""
+    before = torch.get_num_threads()
+    try:
+        yield
+        get_num_threads()  # starts them, if compiling has not
+    finally:
+        torch.set_num_threads(before)
