@@ -268,7 +268,8 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """Markdown: mean and standard deviation over the seeds."""
+    """Markdown: mean and standard deviation over the seeds; a seed's elastic and separate models have the same sizes, so that
+    the last column holds the differences within a seed."""
 
     def cell(values: Sequence[float] | None, digits: int = 3) -> str:
         if values is None:
@@ -276,9 +277,12 @@ def table(rows: Sequence[dict]) -> str:
         spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 and len(set(values)) > 1 else ""
         return f"{mean(values):,.{digits}f}{spread}"
 
-    lines = ["| model | parameters | cut, not trained | separate runs | one elastic run |", "|---|---|---|---|---|"]
+    heads = ("model", "parameters", "cut, not trained", "separate runs", "one elastic run", "elastic - separate")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
-        cells = [row["budget"], cell(row["parameters"], 0), *(cell(row[arm]) for arm in ("cut", "separate", "elastic"))]
+        difference = row["separate"] and [a - b for a, b in zip(row["elastic"], row["separate"], strict=True)]
+        losses = (row["cut"], row["separate"], row["elastic"], difference)
+        cells = [row["budget"], cell(row["parameters"], 0), *map(cell, losses)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -324,7 +328,7 @@ def draw_choices(logs: dict[int, list[dict[str, float]]], path: Path) -> None:
         axes.set_ylabel("expected share of the parameters" if field == "size" else name, fontsize=8)
         axes.grid(alpha=0.3)
     axes.set_xlabel("step")
-    figure.axes[0].legend(fontsize=8)
+    figure.axes[0].legend(fontsize=8, ncols=3, loc=(0.5, 0.68))
     figure.savefig(path)
 
 
