@@ -72,3 +72,11 @@ def test_a_model_computes_the_same(monkeypatch):
     calls.clear()
     torch.testing.assert_close(model(ids).logits, in_parts, rtol=0, atol=2e-5)
     assert not calls
+
+
+@torch.no_grad()
+def test_an_exported_layer_takes_any_number_of_rows():
+    layer, rows = NemotronHLinear(1024, 512), torch.export.Dim("rows", min=1, max=4 * MOST_ROWS)
+    program = torch.export.export(layer, (torch.randn(3, 1024),), dynamic_shapes=({0: rows},), strict=False)
+    x = torch.randn(2 * MOST_ROWS, 1024)
+    torch.testing.assert_close(program.module()(x), layer(x))

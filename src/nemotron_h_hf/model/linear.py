@@ -39,9 +39,9 @@ class NemotronHLinear(nn.Linear):
 
 def few_rows(x: Tensor) -> bool:
     """Whether x (..., k) are at most `MOST_ROWS` rows on a CPU, and nobody records what happens to them."""
-    if torch.is_grad_enabled() or x.device.type != "cpu" or not 0 < x.numel() <= MOST_ROWS * x.shape[-1]:
-        return False
-    return not (torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+    if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False  # asked before the sizes, which an exported program is to leave open
+    return 0 < x.numel() <= MOST_ROWS * x.shape[-1] and not torch.is_autocast_enabled("cpu")
 
 
 def num_parts(x: Tensor, weight: Tensor) -> int:
