@@ -46,6 +46,17 @@ def test_the_step(sizes, limit, k, bias):
 
 
 @torch.no_grad()
+def test_large_inputs_overflow_nowhere():
+    """exp(-x) is infinite in fp32 for x below -88: SiLU is 0 there all the same, and a long step forgets the state."""
+    torch.manual_seed(0)
+    given, limit = step_operands(2, 8, 8, 2, 16), (0.0, float("inf"))
+    given["projected"] *= 300
+    want = exact_step(**given, limit=limit)
+    out = kernels.whole_step(**given, limit=limit, implementation="auto")
+    assert max(error(got, exact) for got, exact in zip((out, *given["states"]), want)) <= 2e-6
+
+
+@torch.no_grad()
 def test_many_steps_of_one_layer_do_not_drift():
     torch.manual_seed(0)
     given, limit = step_operands(2, 8, 8, 2, 16), (0.0, 0.1)

@@ -6,9 +6,9 @@ The model is small (M-M-M*-M-, hidden size 256, vocabulary 8192, fp32, one row, 
 memory is that of activations. Ours and transformers' own nemotron_h have the same weights. Each point runs in a process
 of its own: weights are made, a short step loads what is loaded on first use, then one forward and backward with labels.
 What counts is how far the kernel's peak of resident memory (VmHWM) rises above what was resident just before; gradients are
-part of it in all cases. Resident memory counts what glibc keeps of freed blocks, too, which from 16,384 tokens on is most of
-our line: with MALLOC_MMAP_THRESHOLD_=1048576 in the environment the same model without its attention layer takes 0.56
-instead of 1.30 GB at 16,384, with checkpointing. A step that wants more than the limit is no point, nor are longer ones. `formula` is
+part of it in all cases. Resident memory counts what glibc keeps of freed blocks, too, and the formula does not: with
+MALLOC_MMAP_THRESHOLD_=1048576 in the environment our model without its attention layer takes 0.56 instead of 1.30 GB at
+16,384 tokens, with checkpointing. A step that wants more than the limit is no point, nor are longer ones. `formula` is
 compression/scaling.py's activations, working memory and gradients. Finished points are kept: the same command goes on.
 """
 

@@ -212,6 +212,10 @@ def common(arguments: argparse.Namespace, folder: Path, rate: str, seed: int, to
 def report(arguments: argparse.Namespace) -> None:
     """Held-out loss of every model, into results.json; the table on standard output; pictures."""
     runs, seeds = arguments.runs, arguments.seeds
+    needed = [f"elastic-{seed}/model" for seed in seeds]
+    needed += [name for b in NESTED for seed in seeds for name in (f"cut-{b}-{seed}", f"separate-{b}-{seed}/model")]
+    if unfinished := [name for name in needed if not (runs / name / "config.json").is_file()]:
+        raise FileNotFoundError(f"{runs}: not finished: {', '.join(unfinished)}; --seeds takes those that are")
     losses_file = runs / "losses.json"
     losses = json.loads(losses_file.read_text(encoding="utf-8")) if losses_file.is_file() else {}
 

@@ -125,7 +125,6 @@ class NemotronHMamba2Mixer(nn.Module):
     def _step(self, projected: Tensor, layer: MambaCacheLayer) -> Tensor:
         """`_mix` for one token per row: (b, gate + conv + dt) -> (b, intermediate)."""
         implementation = self.config.mamba_implementation
-        gate, conv_in, dt = projected.split(self.in_proj_sizes, dim=-1)
         conv_state, ssm_state = states = read_states(layer)
         if not layer.record_past and self._step_is_fused(projected, states):
             conv, heads = (self.conv1d.weight.squeeze(1), self.conv1d.bias), (self.A_log, self.D, self.dt_bias)
@@ -133,6 +132,7 @@ class NemotronHMamba2Mixer(nn.Module):
             mixed = whole_step(projected, states, conv, heads, norm, self.n_groups, limit, implementation)
             layer.store(conv_state, ssm_state, 1)  # updated where they are
             return mixed
+        gate, conv_in, dt = projected.split(self.in_proj_sizes, dim=-1)
         conv_out, conv_next = self.conv1d(conv_in, conv_state, implementation=implementation)
         x, B, C = self._heads(conv_out)
         dt, A = discretize(dt, self.dt_bias, self.time_step_limit), self._decay()

@@ -292,7 +292,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
                 if embeds.shape[1] == 1 and mask is None:
                     return None, {}  # one token sees everything before it
                 if self._continues(embeds, mask, cache):
-                    return None, {"continues": True}
+                    return None, {"continues": embeds.shape[1] > 1}
             return create_causal_mask(self.config, embeds, mask, cache), {}
         if "flash" in self.config._attn_implementation:
             return None, flash_offsets(documents, mask)
