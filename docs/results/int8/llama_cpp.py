@@ -5,7 +5,7 @@
     python docs/results/int8/llama_cpp.py logits FOLDER --source S --libraries L
 
 S is the unpacked source of llama-cpp-python 0.3.36 (`pip download --no-binary :all: llama-cpp-python`), L the folder with
-the libllama.so that was built of S/vendor/llama.cpp with CMake's defaults; its converter asks for sentencepiece. `convert` takes the two corrections that its
+the libllama.so that was built of S/vendor/llama.cpp with CMake's defaults. `convert` takes the two corrections that its
 converter needs under transformers 5.23: it must not read the configuration through transformers, which adds fields of
 experts, and it does not know the box's tokenizer, whose text is of no importance here.
 """
