@@ -14,7 +14,7 @@ from nemotron_h_hf.elastic.expressible import nearest_expressible
 from nemotron_h_hf.model import needs
 from nemotron_h_hf.model.budgets import Budget, budget_config, read_elastic
 from nemotron_h_hf.model.cost import cache_bytes, num_parameters, weight_bytes
-from nemotron_h_hf.model.needs import Limit, _solutions, find_budget, predict_loss, rank_budgets
+from nemotron_h_hf.model.needs import Limit, _combinations, find_budget, predict_loss, rank_budgets
 from nemotron_h_hf.scripts import info
 
 ELASTIC = {
@@ -79,6 +79,10 @@ def test_resolves_to_a_plain_configuration():
         ({"layers": [0, 7]}, "some of the layers 0 to 6"),
         ({"layers": [1, 0]}, "ascending"),
         ({"layers": []}, "layers"),
+        ({"layers": 3}, "layers=3 of budget 'x': allowed is a list"),
+        ({"layers": "ab"}, "layers='ab' of budget 'x': allowed is a list"),
+        ({"loss": "low"}, "loss='low' of budget 'x': allowed is a number"),
+        ({"trained": "no"}, "trained='no' of budget 'x': allowed is true or false"),
         ({"n_routed_experts": 4}, "the parent has no experts"),
         ({"width": 4}, "budget 'x' has 'width': allowed are"),
         (7, "budget 'x' is 7: allowed is an object"),
@@ -102,6 +106,15 @@ def test_a_budget_outside_of_its_parent_is_refused(entry, message):
         ({"choices": {"mamba_num_heads": [8, 3]}}, "a multiple of 2"),
         ({"choices": {"vocab_size": [8]}}, "elastic.choices.vocab_size"),
         ({"budgets": [1]}, "elastic.budgets"),
+        ({"choices": {"hidden_size": 32}}, "elastic.choices.hidden_size=32: allowed are positive integers"),
+        ({"layer_order": 5}, "elastic.layer_order=5: allowed is a list"),
+        ({"layer_order": ["a", 1, 2, 3, 4, 5, 6]}, "elastic.layer_order"),
+        ({"layer_order": "0123456"}, "elastic.layer_order='0123456'"),
+        ({"calibration": 5}, "elastic.calibration=5: allowed is an object"),
+        ({"calibration": {"loss": "low"}}, "elastic.calibration.loss='low': allowed is a number"),
+        ({"calibration": {"loss": 1.5, "hidden_size": [1, 2]}}, "elastic.calibration.hidden_size"),
+        ({"calibration": {"loss": 1.5, "layers": {"6": "low"}}}, "elastic.calibration.layers"),
+        ({"calibration": {"loss": 1.5, "speed": {}}}, "elastic.calibration.speed: allowed are loss, layers"),
     ],
 )
 def test_a_damaged_entry_is_refused(change, message):
@@ -195,13 +208,25 @@ def test_sums_over_layers_are_the_exact_counts(shape):
     )
     for in_bytes in (False, True):
         wanted = Limit(0, in_bytes, 100)
-        for number, (budget, amount) in enumerate(_solutions(config, read_elastic(config), wanted, "float32", "x")):
-            if number % 7:  # 384 combinations
-                continue
-            child = budget_config(config, budget)
-            exact = weight_bytes(child, "float32") + cache_bytes(child, 100, "float32")
-            assert amount == (exact if in_bytes else num_parameters(child)), budget
-    assert number == 2**6 * 6 - 1
+        found = list(_combinations(config, read_elastic(config), wanted, "float32", "x"))
+        assert sum(combinations.amounts.numel() for combinations in found) == 2**6 * 6
+        for combinations in found:
+            amounts = combinations.amounts.flatten().tolist()
+            for number in range(0, len(amounts), 7):
+                child = budget_config(config, combinations.budget(number))
+                exact = weight_bytes(child, "float32") + cache_bytes(child, 100, "float32")
+                assert amounts[number] == (exact if in_bytes else num_parameters(child)), combinations.budget(number)
+
+
+@pytest.mark.parametrize("calibration", [ELASTIC["calibration"], {}])
+def test_the_first_few_are_those_of_the_whole_list(calibration):
+    config = parent(calibration=calibration)
+    every = rank_budgets(config, 0.7, "float32", limit=1000)
+    for limit in (1, 5):
+        few = rank_budgets(config, 0.7, "float32", limit=limit)
+        assert [(one.loss, one.num_parameters) for one in few] == [
+            (one.loss, one.num_parameters) for one in every[:limit]
+        ]
 
 
 def test_a_named_budget_keeps_its_name_and_its_measured_loss():

@@ -10,7 +10,7 @@ from test_masks import cut_out, saved_tensors
 from tiny import prompt, tiny_config, tiny_model
 from torch import nn
 
-from nemotron_h_hf import NemotronHModel
+from nemotron_h_hf import NemotronHElasticForCausalLM, NemotronHModel
 from nemotron_h_hf.checkpoint import Checkpoint
 from nemotron_h_hf.compression.importance import Importance, WidthScores, importance_order
 from nemotron_h_hf.elastic import measuring
@@ -261,3 +261,11 @@ def test_a_parent_is_not_made_twice():
     elasticize(model, text(2), text(1, seed=9), {"a": {"hidden_size": 32}}, {}, depth_rows=[])
     with pytest.raises(ValueError, match="this is a parent already"):
         elasticize(model, text(2), text(1, seed=9))
+
+
+def test_a_live_parent_is_refused():
+    live = NemotronHElasticForCausalLM.from_model(tiny_model("dense"))
+    before = live(prompt()).logits
+    with pytest.raises(ValueError, match="keeps its weights in the order of budgets; allowed is the ordinary model"):
+        elasticize(live, text(2), text(1, seed=9))
+    assert torch.equal(live(prompt()).logits, before)

@@ -7,7 +7,7 @@ import torch
 from tiny import prompt, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from nemotron_h_hf import BudgetSchedule, HybridCache, NemotronHElasticForCausalLM
 from nemotron_h_hf.elastic.carrying import Carried, carry_cache
@@ -84,6 +84,33 @@ def test_several_sequences_for_each_row(parent):
     rows = parent.generate(prompt(3, 9), max_new_tokens=4, do_sample=True, num_return_sequences=2, pad_token_id=0,
                            budget=["small", "large", "small"])  # fmt: skip
     assert rows.shape[0] == 6 and torch.equal(rows[:, :9], prompt(3, 9).repeat_interleave(2, dim=0))
+
+
+def test_the_parents_generation_config_holds_for_every_budget(parent, monkeypatch):
+    ids, small = prompt(3, 9), parent.submodel("small")
+    names = ["small", "large", "small"]
+    two = GenerationConfig(num_return_sequences=2, do_sample=True, max_new_tokens=4, pad_token_id=0)
+    rows = parent.generate(ids, two, budget=names)
+    assert torch.equal(rows[:, :9], ids.repeat_interleave(2, dim=0))
+    own = small.generation_config
+    monkeypatch.setattr(
+        parent, "generation_config", GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0)
+    )
+    for budget in ("small", names, BudgetSchedule("small", "large", after=2)):
+        assert parent.generate(ids, budget=budget).shape == (3, 12)
+    assert small.generation_config is own
+
+
+@pytest.mark.parametrize(("budget", "settings"), [
+    (BudgetSchedule("small", "large", after=2), {"num_return_sequences": 2}),
+    (BudgetSchedule("small", "large", after=2), {"return_dict_in_generate": True}),
+    (BudgetSchedule("small", "large", after=2), {"min_new_tokens": 3}),
+    (["small", "large"], {"return_dict_in_generate": True}),
+])  # fmt: skip
+def test_a_generation_config_is_no_way_around_a_refusal(parent, budget, settings):
+    config = GenerationConfig(max_new_tokens=4, do_sample=True, pad_token_id=0, **settings)
+    with pytest.raises(ValueError, match=f"{next(iter(settings))}=.* of generation_config with"):
+        parent.generate(prompt(2, 9), generation_config=config, budget=budget)
 
 
 # Schedules

@@ -11,7 +11,9 @@ from torch import nn
 
 from nemotron_h_hf import NemotronHElasticForCausalLM, NemotronHForCausalLM
 from nemotron_h_hf.elastic.layout import Sizes, block_size, head_order, in_proj_order, nested
+from nemotron_h_hf.model import linear
 from nemotron_h_hf.model.budgets import Budget, budget_config, read_elastic
+from nemotron_h_hf.model.cost import cache_bytes, weight_bytes
 from nemotron_h_hf.model.slicing import cuts, prefix
 
 NARROW = {
@@ -201,6 +203,8 @@ def test_checkpoints_are_ordinary(tmp_path):
     assert all(torch.equal(small.state_dict()[k], v) for k, v in cut_out(ordinary, "all").state_dict().items())
     live = NemotronHElasticForCausalLM.from_pretrained(tmp_path / "parent")
     assert torch.equal(live.submodel("all")(prompt()).logits, parent.submodel("all")(prompt()).logits)
+    _, told = NemotronHElasticForCausalLM.from_pretrained(tmp_path / "parent", output_loading_info=True)
+    assert not told["missing_keys"]
 
 
 def test_state_dict_there_and_back():
@@ -224,6 +228,42 @@ def test_submodels_follow_the_parent():
     torch.testing.assert_close(small(prompt()).logits, expected, rtol=0, atol=1e-10)
     assert not [tie.path for tie in small._ties if tie.kept is None and tie.tensor().data_ptr() != tie.source._parameters[
         tie.name].data_ptr()]  # fmt: skip
+
+
+def test_tied_embeddings_follow_the_parent():
+    parent, ordinary = parent_of("dense", tie_word_embeddings=True)
+    small = parent.submodel("all")
+    assert small.lm_head.weight is small.model.embeddings.weight
+    parent.double()
+    expected = cut_out(ordinary, "all").double()(prompt()).logits
+    torch.testing.assert_close(small(prompt()).logits, expected, rtol=0, atol=1e-10)
+    parent._apply(torch.clone)  # other memory, the same dtype
+    parent.model.embeddings.weight.data *= 2
+    ordinary.model.embeddings.weight.data *= 2
+    expected = cut_out(ordinary, "all").double()(prompt()).logits
+    torch.testing.assert_close(small(prompt()).logits, expected, rtol=0, atol=1e-10)
+    assert small.lm_head.weight.data_ptr() == parent.model.embeddings.weight.data_ptr()
+
+
+def test_ordered_layers_use_all_threads(monkeypatch):
+    parent, ordinary = parent_of("dense")
+    asked = []
+    monkeypatch.setattr(linear, "num_parts", lambda x, weight: asked.append(weight) or 2 - len(weight) % 2)
+    small = parent.submodel("all")
+    logits = small(prompt(1, 1)).logits
+    assert any(weight is small.model.layers[0].mixer.in_proj.weight for weight in asked)
+    monkeypatch.undo()
+    torch.testing.assert_close(logits, cut_out(ordinary, "all")(prompt(1, 1)).logits, rtol=0, atol=1e-5)
+
+
+def test_needs_count_bytes_of_the_parents_dtype():
+    parent, _ = parent_of("dense")
+    config = parent.submodel("all").config
+    need = f"{(weight_bytes(config, 'bfloat16') + cache_bytes(config, 0, 'bfloat16')) / 1000}KB"
+    with pytest.raises(ValueError, match="iB or more"):
+        parent.submodel(need)
+    parent.bfloat16()
+    assert parent.submodel(need) is parent.submodel("all")
 
 
 def test_memory_order_follows_the_dtype():

@@ -24,6 +24,7 @@ from ..model.modeling_nemotron_h import NemotronHForCausalLM
 from ..model.slicing import Kept
 from .defaults import default_budgets, default_choices, default_depths
 from .measuring import Row, fingerprint, key_of, measure_depth, measure_losses, measure_width
+from .ordered import OrderedLinear
 from .permuting import permute_model
 
 
@@ -110,6 +111,11 @@ def check_model(model: NemotronHForCausalLM) -> None:
     """Raise a ValueError unless the weights can be scored and reordered."""
     if not isinstance(model, NemotronHForCausalLM):
         raise ValueError(f"model={type(model).__name__}: allowed is NemotronHForCausalLM; merge adapters first")
+    if any(isinstance(module, OrderedLinear) for module in model.modules()):
+        raise ValueError(
+            f"model={type(model).__name__} keeps its weights in the order of budgets; allowed is the ordinary model, "
+            "loaded by AutoModelForCausalLM"
+        )
     if "quantization_config" in model.config.to_dict():
         raise ValueError("quantization_config: allowed is a model in its own precision; quantise what is cut out of it")
     if model.config.elastic:

@@ -11,6 +11,7 @@ were given, each row's new tokens, and `pad_token_id` to the end of the longest.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,7 @@ from transformers.utils import logging
 
 from ..model.budgets import Budget
 from ..model.cache import HybridCache
-from ..model.needs import Request, find_budget
+from ..model.needs import Request
 from .carrying import Carried, carry_cache, check_carry
 
 logger = logging.get_logger(__name__)
@@ -30,7 +31,7 @@ logger = logging.get_logger(__name__)
 # What has no one meaning for rows that several models make.
 REFUSED = ("streamer", "past_key_values", "inputs_embeds", "return_dict_in_generate", "output_scores", "output_logits")
 REFUSED_IN_SCHEDULES = (*REFUSED, "assistant_model", "num_beams", "num_return_sequences", "stop_strings", "max_length",
-                        "stopping_criteria", "max_time")  # fmt: skip
+                        "min_length", "min_new_tokens", "stopping_criteria", "max_time")  # fmt: skip
 
 
 @dataclass
@@ -65,9 +66,19 @@ class BudgetSchedule:
             raise ValueError(f"after={self.after}: allowed is a positive number of tokens")
 
 
+def generate_by(model: PreTrainedModel, budget: Request, inputs: Tensor | None, kwargs: dict[str, Any]) -> Any:
+    """As transformers', by a nested model under its parent's `generation_config`."""
+    child = model.submodel(budget)
+    own, child.generation_config = child.generation_config, copy.deepcopy(model.generation_config)
+    try:
+        return child.generate(inputs, **kwargs)
+    finally:
+        child.generation_config = own
+
+
 def generate_rows(model: PreTrainedModel, inputs: Tensor | None, budgets: Sequence, kwargs: dict[str, Any]) -> Tensor:
     """Each row of the batch by the model of its own budget (or schedule); (rows, length) in the order of the prompts."""
-    _refuse(REFUSED, kwargs, "with one budget for each row")
+    _refuse(REFUSED, model, kwargs, "with one budget for each row")
     prompts = _prompts(inputs, kwargs)
     if len(budgets) != len(prompts):
         raise ValueError(f"budget={list(budgets)!r}: allowed is one for each of the {len(prompts)} rows")
@@ -75,7 +86,7 @@ def generate_rows(model: PreTrainedModel, inputs: Tensor | None, budgets: Sequen
     for row, budget in enumerate(budgets):
         same = [rows for other, rows in rows_of if other == budget]
         same[0].append(row) if same else rows_of.append((budget, [row]))
-    copies = kwargs.get("num_return_sequences") or 1
+    copies = _setting(model, kwargs, "num_return_sequences") or 1
     written: dict[int, Tensor] = {}
     for budget, rows in rows_of:
         own = {name: _select(value, rows, len(prompts)) for name, value in kwargs.items()}
@@ -86,18 +97,18 @@ def generate_rows(model: PreTrainedModel, inputs: Tensor | None, budgets: Sequen
 
 def generate_schedule(model: PreTrainedModel, inputs: Tensor | None, schedule: BudgetSchedule, kwargs: dict) -> Tensor:
     """The first model's tokens, then the second's: (b, length), rows as `BudgetSchedule` says."""
-    _refuse(REFUSED_IN_SCHEDULES, kwargs, "with a BudgetSchedule")
+    _refuse(REFUSED_IN_SCHEDULES, model, kwargs, "with a BudgetSchedule")
     prompts, mask = _prompts(inputs, kwargs), kwargs.pop("attention_mask", None)
     pad, eos, total = _pad(model, kwargs), _eos(model, kwargs), _max_new_tokens(model, kwargs)
     if mask is None:  # as transformers guesses it
         mask = torch.ones_like(prompts) if pad in eos else (prompts != pad).long()
-    source, target = (find_budget(model.config, budget) for budget in (schedule.first, schedule.then))
+    source, target = model.find_budget(schedule.first), model.find_budget(schedule.then)
     if schedule.carry_state:
         _check_carried_rows(model, schedule, source, target, len(prompts))
     until = _Until(schedule.at, kwargs.get("tokenizer"))
     first = {**kwargs, "attention_mask": mask, "max_new_tokens": min(total, schedule.after or total), "use_cache": True,
              "stopping_criteria": StoppingCriteriaList([until] if until.criteria else [])}  # fmt: skip
-    thought = model.submodel(source).generate(prompts, **first, return_dict_in_generate=True)
+    thought = generate_by(model, source, prompts, {**first, "return_dict_in_generate": True})
     width, texts = prompts.shape[1], thought.sequences
     news = [_cut(text[width:], eos, until.lengths.get(row)) for row, text in enumerate(texts)]
     going = [row for row, new in enumerate(news) if len(new) < total and not (len(new) and int(new[-1]) in eos)]
@@ -108,7 +119,8 @@ def generate_schedule(model: PreTrainedModel, inputs: Tensor | None, schedule: B
         else:
             second = _join([prompts[row][mask[row].bool()] for row in going], [news[row] for row in going], pad)
         second = {**kwargs, **second, "max_new_tokens": total - min(len(news[row]) for row in going)}
-        answers = model.submodel(target).generate(**second)[:, second["inputs"].shape[1] :]
+        reads = second.pop("inputs")
+        answers = generate_by(model, target, reads, second)[:, reads.shape[1] :]
         for row, answer in zip(going, answers):
             news[row] = torch.cat([news[row], _cut(answer, eos, total - len(news[row]))])
     return _stack([torch.cat(pair) for pair in zip(prompts, news)], pad)
@@ -190,11 +202,13 @@ def _prompts(inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
     return prompts
 
 
-def _refuse(names: Sequence[str], kwargs: dict[str, Any], where: str) -> None:
+def _refuse(names: Sequence[str], model: PreTrainedModel, kwargs: dict[str, Any], where: str) -> None:
     for name in names:
-        value = kwargs.get(name)
-        if not (value is None or value is False or (type(value) is int and value == 1)):
-            raise ValueError(f"{name}={value!r} {where}: allowed is to leave it out")
+        value = _setting(model, kwargs, name)
+        says_nothing = value is None or (isinstance(value, int) and value == name.startswith("num_")) or value is False
+        if not says_nothing:
+            place = "" if name in kwargs else " of generation_config"
+            raise ValueError(f"{name}={value!r}{place} {where}: allowed is to leave it out")
 
 
 def _setting(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:

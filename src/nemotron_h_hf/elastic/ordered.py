@@ -9,6 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..model.linear import NemotronHLinear
 from .layout import Order, block_size, positions
 
 
@@ -33,7 +34,7 @@ class Gather(nn.Module):
         return (self.blocks[:, None] * self.size + within).flatten() + self.start
 
 
-class OrderedLinear(nn.Linear):
+class OrderedLinear(NemotronHLinear):
     """y = W x + b with rows and columns of W, and b, in another order than y and x.
 
     Args:

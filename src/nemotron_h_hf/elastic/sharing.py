@@ -36,13 +36,17 @@ from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
 from ..model.needs import Request, find_budget
 from ..model.slicing import prefix
-from .generating import BudgetSchedule, generate_rows, generate_schedule
+from .generating import BudgetSchedule, generate_by, generate_rows, generate_schedule
 from .layout import live_orders
 from .ordered import arranged, ordered
 from .ordinary import check_plain, write_ordinary
 from .views import Tie, tie_tensors
 
 logger = logging.get_logger(__name__)
+
+# of transformers' `generate`, behind `inputs`
+POSITIONS = ("generation_config", "logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "synced_gpus",
+             "assistant_model", "streamer", "negative_prompt_ids", "negative_prompt_attention_mask", "custom_generate")  # fmt: skip
 
 
 class NemotronHElasticForCausalLM(NemotronHForCausalLM):
@@ -58,12 +62,13 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "NemotronHElasticForCausalLM":
         """As `NemotronHForCausalLM.from_pretrained`; then the weights are laid out, one layer's copy at a time."""
         model = NemotronHForCausalLM.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model, *told = model if isinstance(model, tuple) else (model,)  # with output_loading_info
         loaded = {tensor.data_ptr() for tensor in model.state_dict().values()}
         parent = cls.from_model(model)
         for tensor in [*parent.parameters(), *parent.buffers()]:
             if tensor.device.type == "cpu" and tensor.data_ptr() in loaded:
                 tensor.data = tensor.data.clone()  # a view into the mapped file would keep all of it in memory
-        return parent
+        return (parent, *told) if told else parent
 
     @classmethod
     def from_model(cls, model: NemotronHForCausalLM) -> "NemotronHElasticForCausalLM":
@@ -91,7 +96,7 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
         Raises:
             ValueError: for an unknown budget, or a parent whose weights cannot be viewed (see `from_model`).
         """
-        budget = find_budget(self.config, budget)
+        budget = self.find_budget(budget)
         config = budget_config(self.config, budget)
         if _same_sizes(config, self.config):
             return self
@@ -99,6 +104,10 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
         if found is None or not all(tie.check() for tie in found._ties):
             found = self._submodels[budget] = self._make_submodel(budget, config)
         return found
+
+    def find_budget(self, request: Request) -> Budget:
+        """The budget that is asked for (model/needs.py); bytes are those of this model's dtype."""
+        return find_budget(self.config, request, str(self.dtype).removeprefix("torch."))
 
     def generate(
         self,
@@ -109,16 +118,19 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
     ) -> Any:
         """As transformers', by the model of `budget`: one for all rows, a list with one for each row, or a schedule.
 
+        The parent's `generation_config` holds, whichever model answers.
+
         Raises:
             ValueError: for what a mixed batch or a schedule has no meaning for (streamer, a given cache, ...).
         """
         if budget is None:
             return super().generate(inputs, *args, **kwargs)
-        if isinstance(budget, (list, BudgetSchedule)):
-            kwargs |= dict(zip(("generation_config", "logits_processor", "stopping_criteria"), args))
-            by = generate_rows if isinstance(budget, list) else generate_schedule
-            return by(self, inputs, budget, kwargs)
-        return self.submodel(budget).generate(inputs, *args, **kwargs)
+        kwargs |= dict(zip(POSITIONS, args))
+        if isinstance(budget, list):
+            return generate_rows(self, inputs, budget, kwargs)
+        if isinstance(budget, BudgetSchedule):
+            return generate_schedule(self, inputs, budget, kwargs)
+        return generate_by(self, budget, inputs, kwargs)
 
     def save_pretrained(
         self,

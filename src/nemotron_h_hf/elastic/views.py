@@ -25,6 +25,7 @@ class Tie:
     name: str
     shape: list[int]
     kept: list[Tensor | None] | None
+    tied: nn.Module | None = None  # lm_head, where it has the embeddings' weight
     version: int = 0
 
     def tie(self) -> None:
@@ -41,6 +42,8 @@ class Tie:
         if self.name in self.own._parameters:
             taken = nn.Parameter(taken, requires_grad=False)
         setattr(self.own, self.name, taken)
+        if self.tied is not None:
+            setattr(self.tied, self.name, taken)
         if isinstance(self.own, OrderedLinear):
             for gather in self.own.children():
                 gather.to(taken.device)
@@ -72,9 +75,8 @@ def tie_tensors(parent: nn.Module, child: nn.Module, kept: Kept) -> list[Tie]:
         if path.endswith(("experts.up_proj", "experts.down_proj")):
             numbers = [int(re.search(r"experts\.(\d+)\.", one.source)[1]) for one in (cut, *others)]
             indices = [torch.tensor(numbers, device="cpu"), *indices]
-        ties.append(_tie_one(path, own, source, name, indices[: tensor_of(own, name).dim()]))
-    if child.config.tie_word_embeddings:
-        child.lm_head.weight = child.model.embeddings.weight
+        tied = child.lm_head if child.config.tie_word_embeddings and own is child.model.embeddings else None
+        ties.append(_tie_one(path, own, source, name, indices[: tensor_of(own, name).dim()], tied))
     return ties
 
 
@@ -101,7 +103,9 @@ def version_of(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-def _tie_one(path: str, own: nn.Module, source: nn.Module, name: str, indices: list[Tensor | None]) -> Tie:
+def _tie_one(
+    path: str, own: nn.Module, source: nn.Module, name: str, indices: list[Tensor | None], tied: nn.Module | None
+) -> Tie:
     """Work out whether `indices` (in the ordinary order) are a prefix in the source's own order, and take them."""
     live = tensor_of(source, name)
     ordered = isinstance(source, OrderedLinear)
@@ -118,7 +122,7 @@ def _tie_one(path: str, own: nn.Module, source: nn.Module, name: str, indices: l
         shared = shared and own.outputs is not None or indices[0] is None
     else:
         shared = shared and all(index is None or _is_range(index) for index in indices)
-    tie = Tie(path, own, source, name, sizes + list(live.shape[len(sizes) :]), None if shared else indices)
+    tie = Tie(path, own, source, name, sizes + list(live.shape[len(sizes) :]), None if shared else indices, tied)
     tie.tie()
     return tie
 

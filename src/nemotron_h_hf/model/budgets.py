@@ -112,18 +112,24 @@ def read_elastic(config: PreTrainedConfig) -> Elastic:
         raise ValueError(f"elastic.version={version!r}: allowed is {VERSION}")
     if unknown := set(entry) - {"version", "budgets", "choices", "layer_order", "calibration"}:
         raise ValueError(f"elastic.{min(unknown)}: allowed are budgets, choices, layer_order, calibration")
-    if not isinstance(entry.get("budgets", {}), Mapping) or not isinstance(entry.get("choices", {}), Mapping):
-        raise ValueError("elastic.budgets and elastic.choices: allowed are objects")
+    for name in ("budgets", "choices", "calibration"):
+        if not isinstance(entry.get(name, {}), Mapping):
+            raise ValueError(f"elastic.{name}={entry[name]!r}: allowed is an object")
     budgets = {name: Budget.from_dict(name, sizes) for name, sizes in entry.get("budgets", {}).items()}
     for budget in budgets.values():
         check_budget(config, budget)
-    choices = {field: tuple(sizes) for field, sizes in entry.get("choices", {}).items()}
-    for field, sizes in choices.items():
+    for field, sizes in entry.get("choices", {}).items():
         _check_choices(config, field, sizes)
-    order = tuple(entry.get("layer_order", ()))
-    if order and sorted(order) != list(range(config.num_hidden_layers)):
-        raise ValueError(f"elastic.layer_order={list(order)}: allowed is each of the parent's layers once")
-    return Elastic(budgets, choices, order, dict(entry.get("calibration", {})))
+    choices = {field: tuple(sizes) for field, sizes in entry.get("choices", {}).items()}
+    order = entry.get("layer_order", ())
+    every = range(config.num_hidden_layers)
+    if not isinstance(order, (list, tuple)) or (
+        order and (len(order) != len(every) or not all(i in order for i in every))
+    ):
+        raise ValueError(f"elastic.layer_order={order!r}: allowed is a list of each of the parent's layers once")
+    calibration = dict(entry.get("calibration", {}))
+    _check_calibration(calibration)
+    return Elastic(budgets, choices, tuple(order), calibration)
 
 
 def budget_config(parent: PreTrainedConfig, budget: Budget) -> PreTrainedConfig:
@@ -167,8 +173,11 @@ def check_budget(parent: PreTrainedConfig, budget: Budget) -> None:
         if not condition:
             raise ValueError(f"{field}={getattr(budget, field)!r} of budget {budget.name!r}: allowed is {allowed}")
 
+    require(isinstance(budget.trained, bool), "trained", "true or false")
+    require(budget.loss is None or _is_loss(budget.loss), "loss", "a number")
     count = parent.num_hidden_layers
     if budget.layers is not None:
+        require(isinstance(budget.layers, tuple), "layers", f"a list of some of the layers 0 to {count - 1}, ascending")
         inside = all(_is_count(index + 1) and index < count for index in budget.layers)
         ascending = inside and list(budget.layers) == sorted(set(budget.layers))
         require(ascending and budget.layers, "layers", f"some of the layers 0 to {count - 1}, ascending")
@@ -210,13 +219,32 @@ def num_groups(config: PreTrainedConfig, field: str) -> int:
     return getattr(config, by[field]) if field in by else 1
 
 
-def _check_choices(parent: PreTrainedConfig, field: str, sizes: tuple[int, ...]) -> None:
+def _check_choices(parent: PreTrainedConfig, field: str, sizes: Any) -> None:
     if field not in SIZE_FIELDS:
         raise ValueError(f"elastic.choices.{field}: allowed are {', '.join(SIZE_FIELDS)}")
-    if not sizes or not all(map(_is_count, sizes)) or list(sizes) != sorted(set(sizes), reverse=True):
-        raise ValueError(f"elastic.choices.{field}={list(sizes)}: allowed are positive integers, the largest first")
+    counts = isinstance(sizes, Sequence) and len(sizes) > 0 and all(map(_is_count, sizes))
+    if not counts or list(sizes) != sorted(set(sizes), reverse=True):
+        raise ValueError(f"elastic.choices.{field}={sizes!r}: allowed are positive integers, the largest first")
     for size in sizes:
         check_budget(parent, Budget(name=f"choices.{field}", **{field: size}))
+
+
+def _check_calibration(calibration: Mapping[str, Any]) -> None:
+    """Raise a ValueError unless it is a loss, and losses by size for each field."""
+    for field, value in calibration.items():
+        if field == "loss":
+            if not _is_loss(value):
+                raise ValueError(f"elastic.calibration.loss={value!r}: allowed is a number")
+            continue
+        if field != "layers" and field not in SIZE_FIELDS:
+            raise ValueError(f"elastic.calibration.{field}: allowed are loss, layers, {', '.join(SIZE_FIELDS)}")
+        by_size = isinstance(value, Mapping) and all(str(size).isdecimal() for size in value)
+        if not by_size or not all(map(_is_loss, value.values())):
+            raise ValueError(f"elastic.calibration.{field}={value!r}: allowed is an object of losses by size")
+
+
+def _is_loss(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _is_count(value: Any) -> bool:

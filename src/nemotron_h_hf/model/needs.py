@@ -11,14 +11,17 @@ the parent's loss plus what each single change cost on the calibration text. Tha
 a combination that was never trained can be far worse than it says; every candidate tells whether it was trained.
 """
 
-import heapq
+import copy
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
 from transformers.utils import logging
 
 from .budgets import FIELDS_OF_KIND, SIZE_FIELDS, Budget, Elastic, budget_config, check_budget, read_elastic
@@ -111,19 +114,22 @@ def rank_budgets(
     """
     elastic = read_elastic(config)
     wanted = read_limit(config, request, list(elastic.budgets))
-    found: list[tuple[Budget, float, float | None]] = []
-    smallest = float("inf")
-    for budget, amount in _solutions(config, elastic, wanted, dtype, str(request)):
-        smallest = min(smallest, amount)
-        if amount <= wanted.most:
-            found.append((budget, amount, budget.loss or predict_loss(config, elastic, budget)))
+    count = limit + len(elastic.budgets)  # a combination may be what a budget is already
+    found = [
+        (budget, _amount(config, budget, wanted, dtype), budget.loss or predict_loss(config, elastic, budget))
+        for budget in elastic.budgets.values()
+    ]
+    smallest = min((amount for _, amount, _ in found), default=math.inf)
+    found = [one for one in found if one[1] <= wanted.most]
+    for combinations in _combinations(config, elastic, wanted, dtype, str(request)):
+        smallest = min(smallest, int(combinations.amounts.min()))
+        found += combinations.best(wanted.most, count)
     if not found:
         raise ValueError(
             f"budget={request!r}: allowed is {_human(wanted, smallest)} or more, the smallest that this parent offers"
         )
-    best = heapq.nsmallest(limit + len(elastic.budgets), found, key=_rank)
     candidates, seen = [], []
-    for budget, _, loss in best:
+    for budget, _, loss in sorted(found, key=_rank)[:count]:
         child = budget_config(config, budget)
         resolved = (budget.kept_layers(config), child.to_dict())
         if resolved not in seen:
@@ -153,20 +159,22 @@ def predict_loss(config: NemotronHConfig, elastic: Elastic, budget: Budget) -> f
     base = elastic.calibration.get("loss")
     if base is None:
         return None
-    changes: list[tuple[str, Any, Any]] = [("layers", len(budget.kept_layers(config)), config.num_hidden_layers)]
-    changes += [(field, getattr(budget, field), getattr(config, field)) for field in SIZE_FIELDS]
-    loss = base
-    for field, size, whole in changes:
-        if size is None or size == whole:
-            continue
-        known = {int(at): value for at, value in elastic.calibration.get(field, {}).items()}
-        if isinstance(whole, int):
-            known[whole] = base
-        alone = _interpolate(known, size) if isinstance(size, int) else None
-        if alone is None:
-            return None
-        loss += alone - base
-    return loss
+    added = [_added_loss(config, elastic, field, getattr(budget, field)) for field in SIZE_FIELDS]
+    loss = base + _added_loss(config, elastic, "layers", len(budget.kept_layers(config))) + sum(added)
+    return loss if math.isfinite(loss) else None
+
+
+def _added_loss(config: NemotronHConfig, elastic: Elastic, field: str, size: int | tuple[int, ...] | None) -> float:
+    """What one change cost on the calibration text, infinite where that does not tell."""
+    base = elastic.calibration.get("loss")
+    whole = config.num_hidden_layers if field == "layers" else getattr(config, field)
+    if size is None or size == whole:
+        return 0.0
+    known = {int(at): value for at, value in elastic.calibration.get(field, {}).items()}
+    if isinstance(whole, int):
+        known[whole] = base
+    alone = _interpolate(known, size) if isinstance(size, int) and base is not None else None
+    return math.inf if alone is None else alone - base
 
 
 def _read_json(text: str) -> dict[str, Any]:
@@ -176,29 +184,79 @@ def _read_json(text: str) -> dict[str, Any]:
         raise ValueError(f"budget={text!r}: allowed is JSON with the sizes of a budget; {error}") from None
 
 
-def _solutions(
-    config: NemotronHConfig, elastic: Elastic, wanted: Limit, dtype: str, name: str
-) -> Iterator[tuple[Budget, float]]:
-    """(budget, amount of what is limited): the named ones, and every combination of choices and depth."""
-    for budget in elastic.budgets.values():
-        child = budget_config(config, budget)
-        amount = num_parameters(child)
-        if wanted.in_bytes:
-            amount = weight_bytes(child, dtype) + cache_bytes(child, wanted.num_tokens, dtype)
-        yield budget, amount
-    depths = _depths(config, elastic)
-    for hidden_size in _options(config, elastic, "hidden_size"):
-        tables = [
-            _table(config, elastic, kind, hidden_size, wanted, dtype, depths)
-            for kind in FIELDS_OF_KIND
-            if kind in (*config.layers_block_type, *(config.mtp_layers_block_type or ()))
+class _Combinations(NamedTuple):
+    """Every combination of choices at one hidden size (m of them), at every depth (d)."""
+
+    name: str
+    hidden_size: int | None
+    tables: list[list[dict[str, int | None]]]  # sizes of each kind of layer; the last varies fastest
+    depths: list[tuple[int, ...] | None]
+    amounts: Tensor  # (m, d) int64, of what is limited
+    losses: Tensor  # (m, d) float64, infinite where nothing is known
+
+    def best(self, most: float, count: int) -> list[tuple[Budget, int, float | None]]:
+        """(budget, amount, loss) of the `count` lowest losses among those of at most `most`; the larger of equal ones."""
+        amounts, losses = self.amounts.flatten(), self.losses.flatten()
+        chosen = torch.nonzero(amounts <= most).flatten()
+        if len(chosen) > count:
+            ours = losses[chosen]
+            last = ours.kthvalue(count).values
+            below, equal = chosen[ours < last], chosen[ours == last]
+            chosen = torch.cat([below, equal[amounts[equal].topk(count - len(below)).indices]])
+        return [
+            (self.budget(index), int(amounts[index]), float(losses[index]) if losses[index].isfinite() else None)
+            for index in chosen.tolist()
         ]
-        outside = _costs(_with(config, hidden_size=hidden_size), wanted, dtype)[None]
-        for entries in product(*tables):
-            sizes = {field: size for fields, _ in entries for field, size in fields.items()}
-            for place, layers in enumerate(depths):
-                amount = outside + sum(costs[place] for _, costs in entries)
-                yield Budget(name=name, hidden_size=hidden_size, layers=layers, **sizes), amount
+
+    def budget(self, index: int) -> Budget:
+        """The combination at a place of the flattened tensors."""
+        index, depth = divmod(index, len(self.depths))
+        sizes: dict[str, int | None] = {}
+        for table in reversed(self.tables):
+            index, entry = divmod(index, len(table))
+            sizes |= table[entry]
+        return Budget(name=self.name, hidden_size=self.hidden_size, layers=self.depths[depth], **sizes)
+
+
+def _combinations(
+    config: NemotronHConfig, elastic: Elastic, wanted: Limit, dtype: str, name: str
+) -> Iterator[_Combinations]:
+    """Amounts and predicted losses are sums over kinds of layers, so that all combinations are two sums of tables."""
+    depths = _depths(config, elastic)
+    short, places = _one_of_each(config)
+    base = elastic.calibration.get("loss", math.inf)
+    by_depth = [_added_loss(config, elastic, "layers", None if layers is None else len(layers)) for layers in depths]
+    for hidden_size in _options(config, elastic, "hidden_size"):
+        whole = base + _added_loss(config, elastic, "hidden_size", hidden_size)
+        outside = _costs(_with(short, hidden_size=hidden_size), wanted, dtype)[None]
+        amounts = torch.full((1, len(depths)), outside)
+        losses = torch.tensor(by_depth, dtype=torch.float64)[None] + whole
+        tables = []
+        for kind in FIELDS_OF_KIND:
+            if kind in (*config.layers_block_type, *(config.mtp_layers_block_type or ())):
+                own = [index for index, found in enumerate(config.layers_block_type) if found == kind]
+                kept = [[places[i] for i in own if layers is None or i in layers] for layers in depths]
+                table = []
+                for sizes in product(*(_options(config, elastic, field) for field in FIELDS_OF_KIND[kind])):
+                    fields = dict(zip(FIELDS_OF_KIND[kind], sizes))
+                    costs = _costs(_with(short, hidden_size=hidden_size, **fields), wanted, dtype)
+                    table.append((fields, [costs.get(kind, 0) + sum(costs[i] for i in layers) for layers in kept]))
+                added = [
+                    sum(_added_loss(config, elastic, field, size) for field, size in sizes.items())
+                    for sizes, _ in table
+                ]
+                amounts = (amounts[:, None] + torch.tensor([costs for _, costs in table])).flatten(0, 1)
+                losses = (losses[:, None] + torch.tensor(added, dtype=torch.float64)[:, None]).flatten(0, 1)
+                tables.append([sizes for sizes, _ in table])
+        yield _Combinations(name, hidden_size, tables, depths, amounts, losses)
+
+
+def _amount(config: NemotronHConfig, budget: Budget, wanted: Limit, dtype: str) -> int:
+    """What is limited, of one budget."""
+    child = budget_config(config, budget)
+    if not wanted.in_bytes:
+        return num_parameters(child)
+    return weight_bytes(child, dtype) + cache_bytes(child, wanted.num_tokens, dtype)
 
 
 def _options(config: NemotronHConfig, elastic: Elastic, field: str) -> list[int | None]:
@@ -214,25 +272,17 @@ def _depths(config: NemotronHConfig, elastic: Elastic) -> list[tuple[int, ...] |
     return [None, *kept]
 
 
-def _table(
-    config: NemotronHConfig,
-    elastic: Elastic,
-    kind: str,
-    hidden_size: int | None,
-    wanted: Limit,
-    dtype: str,
-    depths: list[tuple[int, ...] | None],
-) -> list[tuple[dict[str, int | None], list[int]]]:
-    """For each choice of one kind of layer's sizes: (sizes, what all layers of the kind cost at each depth)."""
-    own = [index for index, found in enumerate(config.layers_block_type) if found == kind]
-    rows = []
-    for sizes in product(*(_options(config, elastic, field) for field in FIELDS_OF_KIND[kind])):
-        fields = dict(zip(FIELDS_OF_KIND[kind], sizes))
-        costs = _costs(_with(config, hidden_size=hidden_size, **fields), wanted, dtype)
-        always = costs.get(kind, 0)
-        kept = [own if layers is None else [index for index in own if index in layers] for layers in depths]
-        rows.append((fields, [always + sum(costs[index] for index in layers) for layers in kept]))
-    return rows
+def _one_of_each(config: NemotronHConfig) -> tuple[NemotronHConfig, list[int]]:
+    """A configuration with one layer of each kind and sizes, and the place there of each of the parent's layers."""
+    fields = sorted(config.PER_LAYER_FIELDS)
+    alike = [
+        (kind, *(config.size(field, index) for field in fields if config.PER_LAYER_FIELDS[field] == kind))
+        for index, kind in enumerate(config.layers_block_type)
+    ]
+    first = {key: index for index, key in reversed(list(enumerate(alike)))}
+    layers = tuple(sorted(first.values()))
+    places = [layers.index(first[key]) for key in alike]
+    return budget_config(config, Budget(name="one of each", layers=layers)), places
 
 
 def _costs(config: NemotronHConfig, wanted: Limit, dtype: str) -> dict[int | str | None, int]:
@@ -248,7 +298,10 @@ def _costs(config: NemotronHConfig, wanted: Limit, dtype: str) -> dict[int | str
 
 
 def _with(config: NemotronHConfig, **sizes: int | None) -> NemotronHConfig:
-    return budget_config(config, Budget(name="one change", **sizes))
+    """A configuration for formulas alone: other sizes, which were checked when the choices were read."""
+    changed = copy.copy(config)
+    vars(changed).update({field: size for field, size in sizes.items() if size is not None})
+    return changed
 
 
 def _rank(found: tuple[Budget, float, float | None]) -> tuple:

@@ -85,6 +85,7 @@ class ElasticArguments:
     metric: str = _flag("parameters", "what sizes are measured in", choices=METRICS)
     cost_context: int = _flag(8192, "with --metric memory: tokens in each sequence's cache")
     cost_batch_size: int = _flag(1, "with --metric memory or --measure_latency: sequences")
+    cost_dtype: str = _flag("bfloat16", "with --metric memory: of weights and caches", choices=("bfloat16", "float32"))
     latency_table: str | None = _flag(None, "with --metric latency: JSON file")
     measure_latency: bool = _flag(False, "only measure this machine at sequence_length and write --latency_table")
     router_learning_rate: float = _flag(1e-2, "of the router; the paper's")
@@ -143,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return write_latency(model.config, axes, elastic, training)
     require(training.max_steps > 0, "total_tokens", training.total_tokens, "a number of tokens, for instance 2M")
     route = find_route(model.config, axes, layer_order, elastic)
+    more = interpolated_targets(elastic, route)
     tokenizer = load_tokenizer(start, start.model, model.config.vocab_size)
     rows, held_out = make_rows(data, training, tokenizer)
     total = training.max_steps * training.tokens_per_step
@@ -155,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         router_warmup_steps=elastic.router_warmup_steps, router_loss_weight=elastic.router_loss_weight,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or True)
-    finish(trainer, elastic, tokenizer)
+    finish(trainer, more, elastic.calibrate, tokenizer)
     return 0
 
 
@@ -183,7 +185,7 @@ def find_route(
         require(path.is_file(), "latency_table", elastic.latency_table, "a file that --measure_latency has written")
         table = json.loads(path.read_text(encoding="utf-8"))
     cost = ExpectedCost(config, axes, elastic.metric, layer_order, elastic.cost_context, elastic.cost_batch_size,
-                        latency=table)  # fmt: skip
+                        elastic.cost_dtype, table)  # fmt: skip
     settings = RouterSettings(
         elastic.router_width, temperature=tuple(elastic.gumbel_temperature), logit_scale=tuple(elastic.logit_scale),
         normalize_logits=elastic.normalize_logits, hard_share=elastic.hard_share,
@@ -234,21 +236,32 @@ def find_teacher(model: PreTrainedModel, knowledge: TeacherArguments) -> PreTrai
     return AutoModelForCausalLM.from_pretrained(knowledge.teacher, dtype="auto").eval()
 
 
-def finish(trainer: ElasticTrainer, elastic: ElasticArguments, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Budgets of the router's choices, their held-out losses, and the parent as an ordinary checkpoint."""
+def interpolated_targets(elastic: ElasticArguments, route: Route) -> dict[str, float]:
+    """Name -> target of the budgets that are not trained."""
+    targets = {}
+    for name, value in (elastic.interpolate or {}).items():
+        require(str(name) not in route.targets, "interpolate", name, "names that budgets does not have")
+        target = targets[str(name)] = parse_target(value, elastic.metric, route.cost.full, f"interpolate.{name}")
+        smallest = min(route.targets.values())
+        require(
+            target >= smallest, f"interpolate.{name}", value, f"{smallest / route.cost.full:g} or more, as is trained"
+        )
+    return targets
+
+
+def finish(
+    trainer: ElasticTrainer, more: Mapping[str, float], calibrate: bool, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Budgets of the router's choices and for `more` targets, their held-out losses, and the parent as an ordinary checkpoint."""
     require_trained(trainer)
     model, route, routed = trainer.model, trainer.route, trainer.routed
-    budgets = routed.budgets()
-    for name, value in (elastic.interpolate or {}).items():
-        require(name not in budgets, "interpolate", name, "names that budgets does not have")
-        target = parse_target(value, elastic.metric, route.cost.full, f"interpolate.{name}")
-        budgets[name] = routed.budget(name, target)
+    budgets = routed.budgets() | {name: routed.budget(name, target) for name, target in more.items()}
     missed = missed_targets(trainer)
     losses: dict[str, float] = {}
     singles: dict[str, float] = {}
     if trainer.eval_dataset:
         losses = held_out_losses(trainer, budgets)
-        if elastic.calibrate:
+        if calibrate:
             singles = held_out_losses(trainer, single_sizes(model.config, route.axes, route.layer_order))
     model.config.elastic = elastic_after(model.config, route, budgets, losses, singles).to_dict()
     folder = Path(trainer.args.output_dir)
