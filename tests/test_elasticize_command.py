@@ -13,6 +13,8 @@ from nemotron_h_cli import main
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.model.budgets import budget_config, read_elastic
 from nemotron_h_hf.model.cost import num_parameters
+from nemotron_h_hf.model.manifest import NAME as MANIFEST
+from nemotron_h_hf.model.moe import NemotronHMLP
 from nemotron_h_hf.scripts import elasticize as command
 from nemotron_h_hf.scripts.elasticize import packed, read_budgets, read_choices
 
@@ -84,6 +86,27 @@ def test_scores_and_plots_are_written_and_nothing_else_is_left(parent):
     plots = {path.name for path in (parent / "importance").glob("*.png")}
     assert plots == {f"scores_{name}.png" for name in scores}
     assert [path.name for path in parent.parent.iterdir()] == ["parent"]
+
+
+def test_streaming_measures_the_same_with_one_layer_in_memory(tmp_path, text_file, parent, monkeypatch):
+    models, in_memory, read, forward = [], set(), command.streamed, NemotronHMLP.forward
+    monkeypatch.setattr(command, "streamed", lambda *args: models.append(read(*args)) or models[-1])
+
+    def watched(self, *args, **kwargs):
+        here = [any(not p.is_meta for p in block.mixer.parameters()) for block in models[-1].model.layers]
+        in_memory.add(sum(here))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(NemotronHMLP, "forward", watched)
+    budgets = ["--budget", "a:hidden_size=144,mamba_num_heads=4,depth=6", "--budget", "b:intermediate_size=288"]
+    output = tmp_path / "parent"
+    given = ["elasticize", EMBEDDED_MODEL, str(output), "--calibration", str(text_file), *SMALL, *budgets, "--stream"]
+    assert main(given) == 0
+    assert in_memory == {1} and len(models) == 2
+    ours, expected = (json.loads((folder / "config.json").read_text())["elastic"] for folder in (output, parent))
+    assert ours == expected
+    for name in ("model.safetensors", "importance/scores.json", MANIFEST):
+        assert (output / name).read_bytes() == (parent / name).read_bytes(), name
 
 
 def test_a_killed_run_leaves_no_folder_and_goes_on(tmp_path, text_file, monkeypatch, capsys):

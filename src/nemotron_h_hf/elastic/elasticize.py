@@ -11,7 +11,7 @@ every removal, losses after each.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ def elasticize(
     num_removals: int | None = None,
     batch_size: int = 8,
     work: str | os.PathLike | None = None,
+    reordered: Callable[[Kept], NemotronHForCausalLM] | None = None,
 ) -> Parent:
     """Permute `model` in place and write budgets, choices, layer order and calibration losses to its configuration.
 
@@ -60,6 +61,8 @@ def elasticize(
         depth_rows: text for the depth scores; default the first eight of `rows`. With none, depth is not scored.
         num_removals: layers that are removed one after another, as `depth.num_passes` counts; default half of them.
         work: folder for what was measured; by default nothing is kept.
+        reordered: makes the model with its weights in the given order; default: `model` itself, permuted. With it `model`
+            need not be whole in memory (streaming.py).
 
     Raises:
         ValueError: for a model that is quantised, not whole in memory, or a parent already; for budgets or choices that do
@@ -70,7 +73,7 @@ def elasticize(
     num_removals = config.num_hidden_layers // 2 if num_removals is None else num_removals
     num_removals = num_removals if len(depth_rows) else 0
     named = {name: dict(sizes) for name, sizes in (budgets or {}).items()}
-    check_model(model)
+    check_model(model, whole=reordered is None)
     check_text(rows, held_out)
     choices = read_choices(config, default_choices(config) if choices is None else choices)
     check_named(config, named, num_removals)
@@ -84,7 +87,10 @@ def elasticize(
     removals = measure_depth(model, depth_rows, num_removals, batch_size, *records["depth.json"])
     least_first = layer_order(removals) if removals else []
     order = importance_order(config, importance)
-    permute_model(model, order)
+    if reordered is None:
+        permute_model(model, order)
+    else:
+        model = reordered(order)
 
     found = [resolve(config, name, sizes, least_first) for name, sizes in named.items()] or default_budgets(config)
     depths = default_depths(config, config.num_hidden_layers - num_removals) if removals else []
@@ -93,8 +99,8 @@ def elasticize(
     measured = {budget.name: replace(budget, loss=losses[key_of(budget)]) for budget in found}
     sizes = {field: tuple(found) for field, found in choices.items()}
     elastic = Elastic(measured, sizes, tuple(least_first), calibration_of(changes, losses))
-    config.elastic = elastic.to_dict()
-    config.validate()
+    model.config.elastic = elastic.to_dict()
+    model.config.validate()
     return Parent(importance, order, removals, elastic)
 
 
@@ -107,8 +113,8 @@ def calibration_of(changes: Sequence[Budget], losses: Mapping[str, float]) -> di
     return calibration
 
 
-def check_model(model: NemotronHForCausalLM) -> None:
-    """Raise a ValueError unless the weights can be scored and reordered."""
+def check_model(model: NemotronHForCausalLM, whole: bool = True) -> None:
+    """Raise a ValueError unless the weights can be scored and reordered; `whole` where that is done in memory."""
     if not isinstance(model, NemotronHForCausalLM):
         raise ValueError(f"model={type(model).__name__}: allowed is NemotronHForCausalLM; merge adapters first")
     if any(isinstance(module, OrderedLinear) for module in model.modules()):
@@ -124,8 +130,11 @@ def check_model(model: NemotronHForCausalLM) -> None:
             f"elastic is in the configuration (budgets: {names}): this is a parent already, and another order of its "
             "weights would spoil its budgets; allowed is a model without"
         )
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise ValueError("some weights are offloaded: allowed is a model that is whole in memory (no offload_folder)")
+    if whole and any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError(
+            "some weights are offloaded: allowed is a model that is whole in memory; nemotron-h elasticize --stream reads "
+            "one layer at a time"
+        )
 
 
 def check_text(rows: Sequence[Row], held_out: Sequence[Row]) -> None:

@@ -16,7 +16,8 @@ into a YAML file:
     6b: {hidden_size: 3072, mamba_num_heads: 96, depth: 46}
     9b: {intermediate_size: [15680, 12288, ...], layers: [0, 1, 2, ...]}
 
-The model is loaded whole, as it has to run; the new weights are then written a tensor at a time. Ranking half of L layers
+The new weights are written a tensor at a time. The model is loaded whole, as it has to run; with --stream it never is: each
+layer is read when it runs and let go after, once for each batch (a large --batch_size reads less). Ranking half of L layers
 takes about 3/8 L^2 forwards over the few rows for depth (1,488 for 62 layers); --removals bounds it, --depth_rows 0 leaves
 it out. The same command again goes on where it was interrupted: what is measured lies in OUTPUT.work until OUTPUT is whole. In
 OUTPUT/importance: scores.json and a plot for each axis (matplotlib).
@@ -25,6 +26,7 @@ OUTPUT/importance: scores.json and a plot for each axis (matplotlib).
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import os
 import random
@@ -47,12 +49,14 @@ from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.stdlib_text import read_documents, split_documents
 from nemotron_h_hf.elastic.cutting import local_folder
 from nemotron_h_hf.elastic.elasticize import Parent, elasticize
-from nemotron_h_hf.elastic.permuting import permute_checkpoint
+from nemotron_h_hf.elastic.permuting import permute_checkpoint, permute_model
+from nemotron_h_hf.elastic.streaming import streamed
 from nemotron_h_hf.evaluation.held_out import end_token
 from nemotron_h_hf.evaluation.texts import read_texts
 from nemotron_h_hf.model import manifest
 from nemotron_h_hf.model.loading import weight_files
 from nemotron_h_hf.model.nested import find_tensors
+from nemotron_h_hf.model.slicing import Kept
 from nemotron_h_hf.resumable import TOKENIZER_FILES, check_room, copy_files
 from nemotron_h_hf.whole_files import write_text
 
@@ -66,18 +70,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     check_room(output, size)
     budgets, choices = read_budgets(arguments.budget, arguments.budgets), read_choices(arguments.choices)
     rows, held_out = make_rows(arguments, source)
-    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    model = NemotronHForCausalLM.from_pretrained(source, dtype=dtype).to(arguments.device)
-    work = output.with_name(output.name + ".work")
+    work, staging = output.with_name(output.name + ".work"), output.with_name(f".{output.name}.part")
+    config = NemotronHConfig.from_pretrained(source)
+    model = load(source, config, arguments)
+    checksums: dict[str, str] = {}
+
+    def reordered(order: Kept) -> NemotronHForCausalLM:
+        checksums.update(write_weights(source, config, order, staging, size))
+        if arguments.stream:
+            return load(staging, config, arguments)
+        permute_model(model, order)
+        return model
+
     parent = elasticize(
         model, rows, held_out, budgets, choices, rows[: arguments.depth_rows], arguments.removals,
-        arguments.batch_size, work,
+        arguments.batch_size, work, reordered,
     )  # fmt: skip
-    del model
-    write_parent(source, parent, output, size)
+    write_rest(config, parent, checksums, staging)
+    os.replace(staging, output)
     shutil.rmtree(work)
     print("\n".join(as_text(output, parent)))
     return 0
+
+
+def load(folder: Path, config: NemotronHConfig, arguments: argparse.Namespace) -> NemotronHForCausalLM:
+    """The model to measure, whole or a layer at a time."""
+    dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    if arguments.stream:
+        return streamed(copy.deepcopy(config), folder, None if dtype == "auto" else dtype, arguments.device)
+    return NemotronHForCausalLM.from_pretrained(folder, dtype=dtype).to(arguments.device)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -107,6 +128,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--budget", action="append", default=[], metavar="NAME:FIELD=SIZE,...", help="may be given several times")
     add("--budgets", metavar="FILE", help="YAML or JSON: name -> sizes")
     add("--choices", action="append", metavar="FIELD=SIZE,...", help="sizes that may be combined; default: eighths")
+    add("--stream", action="store_true", help="read the layers from disk as they run, one in memory at a time")
     add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"), help="to measure in; auto: as stored")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="to measure on (%(default)s)")
     add("--seed", type=int, default=0, help="of the order of the documents (%(default)s)")
@@ -199,24 +221,25 @@ def packed(tokenizer, texts: Iterable[str], name: str, num_rows: int, length: in
     )
 
 
-def write_parent(source: Path, parent: Parent, output: Path, num_bytes: int) -> None:
-    """The checkpoint, in a folder beside `output` that gets its name when it is whole."""
-    staging = output.with_name(f".{output.name}.part")
+def write_weights(source: Path, config: NemotronHConfig, order: Kept, staging: Path, num_bytes: int) -> dict[str, str]:
+    """The weights in their new order, and all but what was measured, in a folder that does not count yet; checksums by name."""
     if staging.exists():  # of a run that was killed
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
-    config = NemotronHConfig.from_pretrained(source)
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="weights") as bar:
-        digests = permute_checkpoint(source, config, parent.order, staging, bar.update)
+        digests = permute_checkpoint(source, config, order, staging, bar.update)
     code = sorted(path.name for path in source.glob("*.py")) if "auto_map" in config.to_dict() else []
     copy_files([*TOKENIZER_FILES, *code], source, staging)
-    checksums = {name: digest.sha256 for name, digest in digests.items()}
+    return {name: digest.sha256 for name, digest in digests.items()}
+
+
+def write_rest(config: NemotronHConfig, parent: Parent, checksums: dict[str, str], staging: Path) -> None:
+    """Manifest, importance, and last the config with its budgets."""
     stored = find_tensors(weight_files(staging))
     write_text(staging / manifest.NAME, manifest.as_text(manifest.make_manifest(stored, checksums)))
     write_importance(staging / "importance", parent)
     config.elastic = parent.elastic.to_dict()
     write_text(staging / "config.json", config.to_json_string(use_diff=False))
-    os.replace(staging, output)
 
 
 def write_importance(folder: Path, parent: Parent) -> None:
