@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemotron_h_hf.data.bad_data import tell_left_out
 from nemotron_h_hf.data.blend import Blend
+from nemotron_h_hf.data.finetuning import packed_blend, rows_of_one_round
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.phases import Phase, phases_from, resolve_phases
 from nemotron_h_hf.data.sources import Source
@@ -140,6 +142,85 @@ def test_rows_resume_at_any_row(sources, split):
         assert all((a[name] == b[name]).all() for a, b in zip(rest, whole[cut:]) for name in a)
 
 
+def talk_of(ids: list[int]) -> list[dict]:
+    return [{"role": "user", "content": ids}, {"role": "assistant", "content": []}]
+
+
+def join(messages: list[dict], tools: list | None = None) -> dict:
+    ids = [number for message in messages for number in message["content"]]
+    return {"input_ids": ids, "labels": ids}
+
+
+@pytest.fixture
+def padded(tmp_path) -> list[Source]:
+    """Documents of which one fits into a row of 100, with 40 to 45 and with 10 tokens to spare, and short ones."""
+    lengths = {"wide": [55, 60, 58, 57], "full": [90], "short": [7, 3, 11]}
+    return [source_of(tmp_path / name, lens * 90, 1000 * n) for n, (name, lens) in enumerate(lengths.items(), 1)]
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_phases_end_at_their_share_of_the_rows(padded, joined):
+    """However much of them is padding; counted here in the rows."""
+    phases = [Phase({"wide": 1}, until="30%"), Phase({"full": 1}, until="75%"), Phase({"short": 1})]
+    encode = lambda text: {**join(talk_of(words(text))), "messages": talk_of(words(text))}  # noqa: E731
+    num_rows = 2000
+    rows = packed_blend(padded, phases, encode, num_rows * 100, 100, 0, join=join if joined else None)
+    kinds = [int(row["input_ids"][0]) // 1000 for row, _ in zip(rows, range(num_rows))]
+    changes = [kinds.index(kind) for kind in (1, 2, 3)]
+    assert changes[0] == 0 and abs(changes[1] - 600) <= 1 and abs(changes[2] - 1500) <= 1
+    assert kinds == sorted(kinds), "phases follow each other"
+
+
+@pytest.mark.parametrize("joined, window", [(False, 9), (True, 9), (True, 1)])
+def test_padded_rows_resume_at_any_row(padded, joined, window):
+    phases = [
+        Phase({"wide": 2, "short": 1}, until="40%"), Phase({"full": 1, "short": 1}, until="70%"), Phase({"wide": 1}),
+    ]  # fmt: skip
+    encode = lambda text: {**join(talk_of(words(text))), "messages": talk_of(words(text))}  # noqa: E731
+
+    def make() -> PackedRows:
+        rows = packed_blend(padded, phases, encode, 60 * 100, 100, 0, seed=3, join=join if joined else None)
+        return PackedRows(rows.documents, 100, False, window_documents=window, on_packed=rows.on_packed)
+
+    first = make()
+    whole = list(first)
+    assert len(whole) >= 60
+    for cut in range(len(whole) + 1):
+        before, after = make(), make()
+        for _ in zip(range(min(cut + 3, len(whole))), before):
+            pass
+        after.load_state_dict(json.loads(json.dumps(before.state_after(cut))))
+        rest = list(after)
+        assert len(rest) == len(whole) - cut
+        assert all((a[name] == b[name]).all() for a, b in zip(rest, whole[cut:]) for name in a)
+        assert after.documents.left_out() == first.documents.left_out()
+
+
+def test_shares_within_a_phase_stay_exact_when_phases_end_by_rows(padded):
+    weights = {"wide": 3, "full": 2, "short": 1}
+    blend = Blend(padded, [Phase(weights, until="50%"), Phase({"short": 1})], words, 10_000)
+    counts, tokens = dict.fromkeys(weights, 0), 0
+    for name, ids in blend:
+        if blend.phase == 1:
+            break
+        counts[name] += len(ids)
+        tokens += len(ids)
+        blend.packed(round(1.5 * tokens))
+        for other, weight in weights.items():
+            assert abs(counts[other] - weight / 6 * tokens) <= 90
+    assert 5000 <= 1.5 * tokens <= 5000 + 1.5 * 90
+
+
+def test_a_state_from_before_rows_counted(sources):
+    before, after = make(sources), make(sources)
+    for _ in zip(range(50), before):
+        pass
+    state = before.state_dict()
+    del state["packed"]
+    after.load_state_dict(state)
+    assert list(after) == list(before)
+
+
 def test_report(sources):
     blend = make(sources)
     documents = list(blend)
@@ -166,9 +247,40 @@ def test_documents_that_cannot_be_used_are_counted(caplog):
         list(nothing)
 
 
+def test_totals_are_told_once_by_the_first_process(tmp_path, caplog, monkeypatch):
+    (tmp_path / "a").write_text("1 2\nno\n" + "3 " * 9 + "\n\xff\n" + "x\n" * 6 + "4\n")
+    source = Source("web", str(tmp_path / "a"), format="lines", shuffle_window=0)
+    blend = Blend([source], [Phase({"web": 1})], words, 3, max_document_tokens=8)
+    list(blend)
+    assert blend.left_out() == {"web": {"cannot be encoded": 8, "too long": 1}}
+    caplog.clear()
+    tell_left_out({**blend.left_out(), "code": {}})
+    assert caplog.messages == ["left out in all of source web: 8 x cannot be encoded, 1 x too long"]
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    for rank, times in ((0, 2), (1, 2)):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        tell_left_out(blend.left_out())
+        assert len(caplog.messages) == times
+
+
+def test_a_round_names_what_is_too_long_and_tells_totals(tmp_path, caplog):
+    (tmp_path / "a").write_text("1 2\nno\n" + "3 " * 9 + "\n4\n")
+    source = Source("held_out", str(tmp_path / "a"), format="lines")
+    rows = rows_of_one_round(source, words, 8, 0)
+    assert [row["input_ids"].tolist() for row in rows] == [[1, 2, 4, 0, 0, 0, 0, 0]]
+    assert f"{tmp_path}/a:3: too long (9 tokens, allowed are 8)" in caplog.text
+    assert caplog.messages[-1] == "left out in all of source held_out: 1 x cannot be encoded, 1 x too long"
+    with pytest.raises(ValueError, match="held_out: .* has no usable record; .*a:4: too long"):
+        rows_of_one_round(source, lambda text: words(text) * 9, 8, 0)
+    with pytest.raises(ValueError, match="a:3: too long"):
+        rows_of_one_round(source, lambda text: [3] * len(text.split()), 8, 0, on_bad_data="error")
+
+
 def test_encoded_mappings_pass_through():
     source = Source("chat", dataset=datasets.Dataset.from_dict({"text": ["1 2", "3 4"]}), shuffle_window=0)
     encode = lambda text: {"input_ids": words(text), "labels": [-100, 9]}  # noqa: E731
+    first = next(iter(Blend([source], [Phase({"chat": 1})], encode, 4)))
+    assert first == ("chat", {"input_ids": [1, 2], "labels": [-100, 9], "origin": "chat, shard 0:1"})
     blend = Blend([source], [Phase({"chat": 1})], encode, 4)
     (row,) = PackedRows(blend, 4)
     assert row["input_ids"].tolist() == [1, 2, 3, 4] and row["labels"].tolist() == [-100, 9, -100, 9]

@@ -8,6 +8,10 @@ from safetensors import safe_open
 from test_modeling import assert_close
 from tiny import VOCAB, prompt, tiny_config, tiny_model
 from tiny_run import make_arguments, make_rows, read_metrics, write_texts
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM
 from nemotron_h_hf.scripts import distill
@@ -229,6 +233,17 @@ def command(tmp_path, *flags):
     ])  # fmt: skip
 
 
+def test_totals_of_what_was_left_out_are_told(tmp_path, caplog):
+    data = tmp_path / "data.jsonl"
+    data.write_text('no json\n{"text": "x = 1"}\n')
+    flags = ("--data", str(data), "--output_dir", str(tmp_path / "run"))
+    for more in (("--eval_data", str(data)), ("--cache_teacher", str(tmp_path / "cache"))):
+        assert command(tmp_path, *flags, *more) == 0
+    told = [message for message in caplog.messages if "left out in all" in message]
+    assert told[0] == "left out in all of source eval_data: 1 x malformed JSON" and len(told) == 3
+    assert all(line.startswith("left out in all of source data: ") for line in told[1:])
+
+
 def test_command_with_a_live_teacher_and_with_a_cached_one(tmp_path):
     cache = str(tmp_path / "cache")
     assert command(tmp_path, "--output_dir", str(tmp_path / "live")) == 0
@@ -246,6 +261,24 @@ def test_command_with_a_live_teacher_and_with_a_cached_one(tmp_path):
         tiny_model(vocab_size=2048).save_pretrained(tmp_path / "other")
         command(tmp_path, "--teacher_cache", cache, "--teacher", str(tmp_path / "other"), "--tokenizer", EMBEDDED_MODEL,
                 "--output_dir", str(tmp_path / "y"))  # fmt: skip
+
+
+def test_a_cache_is_read_with_the_tokenizer_of_the_student(tmp_path):
+    """As in the command's help: neither model is the one in the box, nor is their tokenizer."""
+    words = {word: number for number, word in enumerate(["<s>", "def", "add(a,", "b):", "return", "a", "+", "b"])}
+    core = Tokenizer(WordLevel(words, unk_token="<s>"))
+    core.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="<s>")
+    (tmp_path / "text.txt").write_text("def add(a, b):\n    return a + b\n\n" * 40)
+    for name, seed in (("big", 0), ("small", 1)):
+        tiny_model(seed=seed, hybrid_override_pattern="M-").save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    common = ["--data", str(tmp_path / "text.txt"), "--total_tokens", "128", "--sequence_length", "32", "--use_cpu",
+              "--per_device_train_batch_size", "2", "--disable_tqdm", "true", "--output_dir", str(tmp_path / "run")]  # fmt: skip
+    cache, small = str(tmp_path / "cache"), str(tmp_path / "small")
+    assert distill.main([*common, "--teacher", str(tmp_path / "big"), "--cache_teacher", cache, "--top_k", "4"]) == 0
+    assert distill.main([*common, "--teacher_cache", cache, "--model", small]) == 0
+    assert AutoTokenizer.from_pretrained(tmp_path / "run" / "model").get_vocab() == words
 
 
 @pytest.mark.parametrize(

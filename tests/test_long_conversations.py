@@ -29,7 +29,7 @@ def talk(number: int, turns: int = 2) -> list[dict]:
     return messages
 
 
-def encode(messages: list[dict]) -> dict:
+def encode(messages: list[dict], tools: list | None = None) -> dict:
     """A template for tests: one token per word and message, and the messages themselves to look at."""
     ids = [len(word) for message in messages for word in [message["role"], *message["content"].split()]]
     return {"input_ids": ids, "labels": ids, "messages": messages}
@@ -150,7 +150,7 @@ def test_through_a_tokenizer_into_rows():
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-    long = LongConversations(TALKS, lambda m: encode_conversation(m, tokenizer), 700, 4, seed=1)
+    long = LongConversations(TALKS, lambda m, tools: encode_conversation(m, tokenizer, tools), 700, 4, seed=1)
     rows = list(PackedRows(long, 700, split_documents=False))
     assert len(rows) > 3
     learned = tokenizer.decode(rows[0]["labels"][rows[0]["labels"] != -100])
@@ -158,8 +158,63 @@ def test_through_a_tokenizer_into_rows():
     assert SYNTHETIC.search(tokenizer.decode(rows[0]["input_ids"]))
 
 
+def with_tools(messages: list[dict], tools: list | None = None) -> dict:
+    """As `encode`, with the tools before everything, and both to look at."""
+    encoded = encode([{"role": "tools", "content": " ".join(tools or [])}, *messages])
+    return {**encoded, "messages": messages, "tools": tools}
+
+
+def test_tools_are_kept_and_not_mixed():
+    sets = [None, ["clock"], ["clock", "map"], []]
+    chats = [{"messages": talk(n), "tools": sets[n // 5 % 4]} for n in range(40)]
+    made = list(LongConversations(chats, with_tools, 200, 2, seed=1))
+    expected = [(m["content"], chat["tools"] or None) for chat in chats for m in chat["messages"]]
+    assert [(m["content"], e["tools"]) for e in made for m in originals(e["messages"])] == expected
+    assert any(len(originals(e["messages"])) > 4 for e in made if e["tools"]) and len(made) < len(chats) / 2
+
+
+def alternating(messages: list[dict], tools: list | None = None) -> dict:
+    """As `encode`, refusing two turns of one side in a row, as many chat templates do."""
+    roles = [message["role"] for message in messages]
+    if any(a == b for a, b in zip(roles, roles[1:])):
+        raise ValueError("roles must alternate")
+    return encode(messages)
+
+
+def test_only_whole_exchanges_are_joined():
+    open_end, answer_first = [*talk(1), user("And then?")], [says("Welcome ."), *talk(2)]
+    talks = [talk(0), open_end, talk(3), answer_first, talk(4), talk(5)]
+    made = [e["messages"] for e in LongConversations(talks, alternating, 300, 0)]
+    assert made == [talk(0) + open_end, talk(3), answer_first + talk(4) + talk(5)]
+
+
+def test_what_the_template_will_not_have_joined_is_reported(caplog):
+    def refuse(messages, tools=None):
+        if sum("of talk 3 " in m["content"] or "of talk 4 " in m["content"] for m in messages) > 2:
+            raise ValueError("not these together")
+        return encode(messages)
+
+    chats = [{"messages": talk(n), "origin": f"a.jsonl:{n + 1}"} for n in range(8)]
+    whole = LongConversations(chats, refuse, 100)
+    made = list(whole)
+    kept = {m["content"].split()[-2] for e in made for m in originals(e["messages"]) if m["role"] == "user"}
+    lost = [n for n in range(8) if str(n) not in kept]
+    assert {3, 4} <= set(lost) and len(lost) < 5
+    assert dict(whole.bad.counts) == {"cannot be joined": len(lost)}
+    assert "a.jsonl:4: cannot be joined (not these together)" in caplog.text
+    for done in range(len(made)):
+        before, after = LongConversations(chats, refuse, 100), LongConversations(chats, refuse, 100)
+        iterator = iter(before)
+        for _ in range(done):
+            next(iterator)
+        after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+        assert list(after) == made[done:] and after.bad.counts == whole.bad.counts
+    with pytest.raises(ValueError, match="a.jsonl:4: cannot be joined"):
+        list(LongConversations(chats, refuse, 100, on_bad_data="error"))
+
+
 def test_conversations_that_cannot_be_used(caplog):
-    def refuse(messages):
+    def refuse(messages, tools):
         if messages[0]["content"] == "no":
             raise ValueError("not this one")
         return encode(messages)

@@ -159,6 +159,15 @@ def test_pretrain_from_end_to_end(texts, tmp_path, capsys):
     assert read_metrics(run) == rows
 
 
+def test_totals_of_what_was_left_out_are_told(tmp_path, caplog):
+    (tmp_path / "a.jsonl").write_text('no json\n{"text": "abc"}\n')
+    changes = {"sources": {"low": {"path": str(tmp_path / "a.jsonl")}}, "phases": [{"weights": {"low": 1}}]}
+    config = write_config(tmp_path, tmp_path, total_tokens=128, warmup_tokens=0, **changes)
+    assert pretrain.main(["--config", str(config)]) == 0
+    (told,) = [message for message in caplog.messages if "left out in all" in message]
+    assert told.startswith("left out in all of source low: ") and told.endswith(" x malformed JSON")
+
+
 # plot
 
 

@@ -22,6 +22,8 @@ from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.scripts import push, sft
 from nemotron_h_hf.training import adapters
 from nemotron_h_hf.training.adapters import add_adapters, four_bit_loading, target_modules
+from nemotron_h_hf.training.arguments import NemotronHTrainingArguments
+from nemotron_h_hf.training.data_arguments import DataArguments
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +136,38 @@ def test_long_context_joins_conversations(tmp_path):
         run(tmp_path, "--long_context", "--output_dir", str(tmp_path / "other"), kind="messages")
     with pytest.raises(ValueError, match="conversations alone"):
         run(tmp_path, "--long_context", "--max_steps", "1", "--output_dir", str(tmp_path / "other"), kind="text")
+
+
+def test_long_context_keeps_tools(tmp_path, tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for tool in tools or [] %}<{{ tool.name }}>\n{% endfor %}" + CHATML
+    records = [
+        RECORDS["messages"](name) | {"tools": [{"name": tool}] if tool else None}
+        for tool, count in (("clock", 4), (None, 4), ("map", 4)) for name in names(count, len(str(tool)))
+    ]  # fmt: skip
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    data = DataArguments(sources={"chats": {"path": str(tmp_path / "data.jsonl"), "shuffle_window": 0}})
+    training = NemotronHTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, sequence_length=512, max_steps=1, per_device_train_batch_size=1
+    )
+    rows, _ = sft.make_rows(data, True, training, tokenizer)
+    whole = tokenizer.decode(torch.cat([row["input_ids"] for row in rows]))
+    assert whole.startswith("<clock>") and names(4, 5)[-1] in whole
+    assert whole.count("<clock>") == whole.count("<map>") == 1, "one list of tools for each joined conversation"
+    assert whole.index(names(1, 4)[0]) < whole.index("<map>") < whole.index(names(1, 3)[0])
+
+
+def test_totals_of_what_was_left_out_are_told(tmp_path, caplog):
+    data = write(tmp_path / "some.jsonl", "text", 6)
+    long = json.dumps({"text": "x = 1\n" * 100})
+    with open(data, "a") as file:
+        file.write(f'{long}\nno json\n{{"other": 1}}\n')
+    run(tmp_path, "--data", data, "--eval_data", data, "--num_train_epochs", "1", "--save_strategy", "no")
+    told = [message for message in caplog.messages if "left out in all" in message]
+    counts = "1 x too long, 1 x malformed JSON, 1 x cannot be encoded"
+    assert told[:2] == [f"left out in all of source {name}: {counts}" for name in ("data", "eval_data")]
+    assert len(told) == 3 and told[2].startswith("left out in all of source data: ")
+    assert f"{data}:7: too long" in caplog.text
 
 
 def test_epochs_set_the_steps(tmp_path, capsys):

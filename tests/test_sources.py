@@ -1,7 +1,10 @@
 """Sources read every record once per epoch in a seeded order, resume anywhere, and leave bad data out with a report."""
 
 import gzip
+import hashlib
 import json
+import os
+import random
 
 import datasets
 import pyarrow as pa
@@ -10,7 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemotron_h_hf.data.sources import Source, SourceStream, shuffled, sources_from
+from nemotron_h_hf.data import sources
+from nemotron_h_hf.data.sources import SAMPLED_BYTES, Source, SourceStream, digest_of_files, shuffled, sources_from
 
 
 def take(stream: SourceStream, count: int) -> list[str]:
@@ -212,16 +216,80 @@ def test_source_with_nothing_usable_is_an_error(tmp_path):
 
 
 def test_changed_files_are_refused_on_resume(folder):
-    stream = SourceStream(Source("s", str(folder), shuffle_window=100))
+    stream = SourceStream(Source("s", str(folder)))
     take(stream, 25)
     state = stream.state_dict()
-    for number in range(3):
-        (folder / f"{number}.jsonl").write_text('{"text": "other"}\n')
-    with pytest.raises(ValueError, match="source s: its files hold fewer records"):
-        SourceStream(Source("s", str(folder), shuffle_window=100)).load_state_dict(state)
+    texts = (folder / "1.jsonl").read_text()
+    edits = {"longer": texts + '{"text": "more"}\n', "shorter": texts[:-17], "as long": texts.replace("t15", "x15")}
+    for edited in edits.values():
+        (folder / "1.jsonl").write_text(edited)
+        with pytest.raises(ValueError, match="source s: its files changed since the state was saved"):
+            SourceStream(Source("s", str(folder))).load_state_dict(state)
+    (folder / "1.jsonl").write_text(texts)
+    os.utime(folder / "1.jsonl", (0, 0))  # as after a copy
+    SourceStream(Source("s", str(folder))).load_state_dict(state)
     write_jsonl(folder / "new.jsonl", ["x"])
     with pytest.raises(ValueError, match="source s: its files changed since the state was saved"):
         SourceStream(Source("s", str(folder))).load_state_dict(state)
+
+
+@pytest.mark.parametrize("place", ["beginning", "end", "middle of a packed file"])
+def test_a_large_file_of_the_same_size_that_changed(tmp_path, place):
+    path = tmp_path / ("a.jsonl.gz" if "packed" in place else "a.jsonl")
+    lines = [json.dumps({"text": f"{random.Random(n).random()} {n:08d}"}) for n in range(4000)]
+    pack = (lambda text: gzip.compress(text.encode(), 0)) if "packed" in place else str.encode
+    path.write_bytes(pack("\n".join(lines)))
+    size, before = path.stat().st_size, digest_of_files([str(path)])
+    number = {"beginning": 0, "end": -1}.get(place, 2000)
+    lines[number] = lines[number][:-10] + '90000000"}'
+    path.write_bytes(pack("\n".join(lines)))
+    assert size == path.stat().st_size > 5 * SAMPLED_BYTES
+    assert digest_of_files([str(path)]) != before
+
+
+def test_of_very_many_files_a_sample_is_read(folder, monkeypatch):
+    files = sorted(str(path) for path in folder.iterdir())
+    opened = []
+    monkeypatch.setattr(sources, "SAMPLED_FILES", 2)
+    monkeypatch.setattr(sources, "open", lambda path, mode: opened.append(path) or open(path, mode), raising=False)
+    before = digest_of_files(files)
+    assert opened == files[::2]
+    with open(files[1], "a") as file:
+        file.write("\n")
+    assert digest_of_files(files) != before, "the size of every file counts"
+
+
+def test_a_state_that_knows_names_alone_goes_on_with_a_warning(folder, caplog):
+    """As states were before sizes and contents counted; that records are missing still shows."""
+    make = lambda: SourceStream(Source("s", str(folder), shuffle_window=100))  # noqa: E731
+    stream, after = make(), make()
+    whole = take(stream, 25)
+    names = "\n".join(str(folder / f"{number}.jsonl") for number in range(3))
+    old = stream.state_dict() | {"files": hashlib.sha256(names.encode()).hexdigest()[:16], "taken": 20}
+    after.load_state_dict(old)
+    assert "source s: the state is of an earlier version" in caplog.text
+    assert take(after, 5) == whole[20:] and after.state_dict() == stream.state_dict()
+    for number in range(3):
+        (folder / f"{number}.jsonl").write_text('{"text": "other"}\n')
+    with pytest.raises(ValueError, match="source s: its files hold fewer records"):
+        make().load_state_dict(old)
+
+
+def test_revision_of_a_hub_dataset(monkeypatch):
+    asked = []
+
+    def load(name, subset, **named):
+        asked.append((name, subset, named))
+        return datasets.Dataset.from_dict({"text": ["a", "b"]}).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    make = lambda **more: SourceStream(Source("hub", dataset="owner/name", **more))  # noqa: E731
+    state = make(revision="abc").state_dict()
+    assert asked == [("owner/name", None, {"split": "train", "revision": "abc", "streaming": True})]
+    make(revision="abc").load_state_dict(state)
+    for other in ({}, {"revision": "abd"}, {"revision": "abc", "subset": "x"}, {"revision": "abc", "split": "test"}):
+        with pytest.raises(ValueError, match="source hub: its dataset, subset, split, revision or shards changed"):
+            make(**other).load_state_dict(state)
 
 
 @pytest.mark.parametrize("kind", ["folder", "dataset", "iterable"])
@@ -261,6 +329,9 @@ def test_what_a_source_refuses():
         Source("s", "x", format="csv")
     with pytest.raises(ValueError, match="shuffle_window is -1"):
         Source("s", "x", shuffle_window=-1)
+    for more in ({"path": "x"}, {"dataset": datasets.Dataset.from_dict({"text": ["a"]})}):
+        with pytest.raises(ValueError, match="revision is 'v1'; text is allowed, and only beside the hub id"):
+            Source("s", revision="v1", **more)
     with pytest.raises(ValueError, match="source web has a key 'pth'; did you mean 'path'"):
         sources_from({"web": {"pth": "x"}})
     with pytest.raises(ValueError, match="sources is None"):

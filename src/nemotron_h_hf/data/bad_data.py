@@ -2,6 +2,9 @@
 
 import logging
 from collections import Counter
+from collections.abc import Mapping
+
+from torch import distributed
 
 logger = logging.getLogger(__name__)
 
@@ -43,3 +46,20 @@ class BadData:
         if self.counts[problem] <= SHOWN_PER_KIND:
             silent = "; further ones of this kind are counted only" if self.counts[problem] == SHOWN_PER_KIND else ""
             logger.warning("%s; skipped%s", self.last, silent)
+
+
+def left_out_lines(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Counts by source and kind of problem as a line for each source, such as `web: 7 x malformed JSON, 1 x too long`."""
+    return [
+        f"{source}: " + ", ".join(f"{count:,} x {problem}" for problem, count in problems.items())
+        for source, problems in counts.items()
+        if problems
+    ]
+
+
+def tell_left_out(counts: Mapping[str, Mapping[str, int]]) -> None:
+    """Log these lines; of several processes the first does."""
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0:
+        return
+    for line in left_out_lines(counts):
+        logger.warning("left out in all of source %s", line)

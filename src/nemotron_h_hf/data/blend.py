@@ -5,6 +5,8 @@ source of weight w and c tokens so far is owed w*T - c. Of the sources that are 
 next document would be due first, at (c + its length) / w, comes next. So at every moment of a phase each source is within one
 (longest) document of its share; taking the one owed most would drift further than that.
 
+Phases end by the tokens of documents, or, where packing tells what it adds to them (`packed`), by the tokens of rows.
+
 The state is small and JSON-able: token counts, and for each source where its next document stands.
 """
 
@@ -29,8 +31,8 @@ class Blend:
     Args:
         sources: the sources that weights name.
         phases: their weights; see phases.py.
-        encode: text (or whatever the source's column holds) -> token ids, or a dict with `input_ids` and `labels`.
-            A ValueError that it raises counts as bad data.
+        encode: text (or whatever the source's column holds) -> token ids, or a dict with `input_ids` and `labels`, to
+            which `origin` (file and line) is added. A ValueError that it raises counts as bad data.
         total_tokens: length of the run, for the phases and the end. The last document may reach beyond.
         seed: of the order of files and documents.
         on_bad_data: "skip" (with count and warning) or "error".
@@ -54,6 +56,7 @@ class Blend:
         self.seed = seed
         self.spans: list[Span] = resolve_phases(phases, names, total_tokens)
         self.tokens = 0
+        self._packed = 0
         self._phase_tokens = [dict.fromkeys(span.weights, 0) for span in self.spans]
         used = {name for span in self.spans for name in span.weights}
         self._feeds = {
@@ -65,7 +68,8 @@ class Blend:
     @property
     def phase(self) -> int:
         """Number of the current phase, from 0; after the end the last one."""
-        return next((i for i, span in enumerate(self.spans) if self.tokens < span.end), len(self.spans) - 1)
+        place = max(self.tokens, self._packed)
+        return next((i for i, span in enumerate(self.spans) if place < span.end), len(self.spans) - 1)
 
     def __iter__(self) -> Iterator[tuple[str, Encoded]]:
         while self.tokens < self.total_tokens:
@@ -76,11 +80,16 @@ class Blend:
             self.tokens += length
             yield name, encoded
 
+    def packed(self, tokens: int) -> None:
+        """Learn how many tokens the rows have that the documents so far fill, padding included; phases then end by that."""
+        self._packed = max(self._packed, tokens)
+
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state: the next document is the one that follows the last one handed out."""
         return {
             "seed": self.seed,
             "tokens": self.tokens,
+            "packed": self._packed,
             "phase_tokens": [dict(tokens) for tokens in self._phase_tokens],
             "spans": [[span.start, span.end, span.weights] for span in self.spans],
             "sources": {name: feed.state_dict() for name, feed in self._feeds.items()},
@@ -96,7 +105,8 @@ class Blend:
             raise ValueError(f"seed is {self.seed}, the state was saved with {state['seed']}; that one is allowed")
         if set(state["sources"]) != set(self._feeds):
             raise ValueError(f"sources are {sorted(self._feeds)}, the state was saved with {sorted(state['sources'])}")
-        begun = sum(start <= state["tokens"] for start, _, _ in state["spans"])
+        packed = state.get("packed", 0)  # states of earlier versions lack it
+        begun = sum(start <= max(state["tokens"], packed) for start, _, _ in state["spans"])
         spans = [[span.start, span.end, span.weights] for span in self.spans]
         # the end of the phase that runs may move, where it begins and its weights may not
         if [s[::2] for s in spans[:begun]] != [s[::2] for s in state["spans"][:begun]]:
@@ -105,7 +115,7 @@ class Blend:
             )
         if spans != state["spans"]:
             logger.warning("phases that had not ended when the state was saved are changed: %s", spans)
-        self.tokens = state["tokens"]
+        self.tokens, self._packed = state["tokens"], packed
         self._phase_tokens = [dict.fromkeys(span.weights, 0) for span in self.spans]
         for now, saved in zip(self._phase_tokens[:begun], state["phase_tokens"], strict=False):
             now.update(saved)
@@ -119,6 +129,10 @@ class Blend:
             name: {"tokens": sum(by_phase[name]), "tokens_by_phase": by_phase[name], **feed.report()}
             for name, feed in self._feeds.items()
         }
+
+    def left_out(self) -> dict[str, dict[str, int]]:
+        """By source, how many records could not be used, by kind of problem."""
+        return {name: entry["bad"] for name, entry in self.report().items()}
 
     def _choose(self, weights: Mapping[str, float], tokens: Mapping[str, int]) -> str:
         """Of the sources not ahead of their share, the one whose next document is due first."""
@@ -179,20 +193,25 @@ class _Feed:
         for record in self.stream:
             if self.stream.epoch > first_epoch + 1:
                 break
-            encoded = self._encode(record)
-            if encoded is not None:
-                return encoded
+            found = encoded_document(record, self.encode, self.bad, self.max_tokens)
+            if found is not None:
+                return found
         name = self.stream.source.name
         raise ValueError(f"source {name}: no usable document in a whole epoch; the last problem was: {self.bad.last}")
 
-    def _encode(self, record: Record) -> tuple[Encoded, int] | None:
-        try:
-            encoded = self.encode(record.value)
-        except ValueError as error:
-            return self.bad.report(record.origin, "cannot be encoded", str(error))
-        length = len(encoded["input_ids"] if isinstance(encoded, Mapping) else encoded)
-        if length == 0:
-            return self.bad.report(record.origin, "no tokens")
-        if self.max_tokens is not None and length > self.max_tokens:
-            return self.bad.report(record.origin, "too long", f"{length} tokens, allowed are {self.max_tokens}")
-        return encoded, length
+
+def encoded_document(
+    record: Record, encode: Callable[[Any], Encoded], bad: BadData, max_tokens: int | None
+) -> tuple[Encoded, int] | None:
+    """A record's document, a mapping with its `origin`, and its tokens; None, with a report, if it cannot be used."""
+    try:
+        encoded = encode(record.value)
+    except ValueError as error:
+        return bad.report(record.origin, "cannot be encoded", str(error))
+    named = isinstance(encoded, Mapping)
+    length = len(encoded["input_ids"] if named else encoded)
+    if length == 0:
+        return bad.report(record.origin, "no tokens")
+    if max_tokens is not None and length > max_tokens:
+        return bad.report(record.origin, "too long", f"{length} tokens, allowed are {max_tokens}")
+    return {**encoded, "origin": record.origin} if named else encoded, length

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .bad_data import BadData
-from .blend import Blend
+from .bad_data import tell_left_out
+from .blend import Blend, encoded_document
 from .long_conversations import LongConversations
 from .packing import PackedRows
 from .phases import Phase, phases_from
@@ -36,19 +36,22 @@ def packed_blend(
     seed: int = 0,
     split_documents: bool = False,
     on_bad_data: str = "skip",
-    join: Encode | None = None,
+    join: Callable[..., Mapping[str, Any]] | None = None,
 ) -> PackedRows:
-    """Rows that last for `total_tokens` of row, padding included.
+    """Rows that last for `total_tokens` of row, padding included; phases change where they should by tokens of row.
+
+    Documents of both sides of a change may share the rows of one window of packing.
 
     Args:
-        join: makes token ids and labels of messages; conversations are then joined to long ones with turns that refer
-            back, and `encode` must give their `messages` beside the token ids.
+        join: makes token ids and labels of messages and tools; conversations are then joined to long ones with turns that
+            refer back, and `encode` must give their `messages`, and `tools` if they have any, beside the token ids.
     """
     longest = None if split_documents else sequence_length
     documents = Blend(sources, phases, encode, total_tokens, seed, on_bad_data, max_document_tokens=longest)
     if join is not None:
         documents = LongConversations(documents, join, sequence_length, seed=seed, on_bad_data=on_bad_data)
-    return PackedRows(documents, sequence_length, split_documents, pad_token_id)
+    on_packed = documents.packed if len(phases) > 1 else None
+    return PackedRows(documents, sequence_length, split_documents, pad_token_id, on_packed=on_packed)
 
 
 def rows_of_one_round(
@@ -61,26 +64,31 @@ def rows_of_one_round(
 ) -> list[dict[str, Tensor]]:
     """All rows of a source, read once in its own order: for evaluation, and to know how long an epoch is.
 
+    Tells how many records were left out.
+
     Raises:
         ValueError: if no record of it can be used.
     """
-    documents = Round(source, encode, on_bad_data)
+    documents = Round(source, encode, on_bad_data, None if split_documents else sequence_length)
     rows = list(PackedRows(documents, sequence_length, split_documents, pad_token_id))
     if not rows:
         raise ValueError(f"{source.name}: {source.path or source.dataset} has no usable record; {documents.bad.last}")
+    tell_left_out({source.name: documents.bad.counts})
     return rows
 
 
 class Round:
-    """The encoded records of a source, once; can be read again. Records that cannot be encoded are reported."""
+    """The encoded records of a source, once; can be read again. Records that cannot be used are reported."""
 
-    def __init__(self, source: Source, encode: Encode, on_bad_data: str = "skip"):
+    def __init__(
+        self, source: Source, encode: Encode, on_bad_data: str = "skip", max_document_tokens: int | None = None
+    ):
         self.stream, self.encode = SourceStream(source, on_bad_data=on_bad_data), encode
-        self.bad = BadData(source.name, on_bad_data)
+        self.max_document_tokens = max_document_tokens
+        self.bad = self.stream.bad
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         for record in self.stream.once():
-            try:
-                yield self.encode(record.value)
-            except ValueError as error:
-                self.bad.report(record.origin, "cannot be encoded", str(error))
+            found = encoded_document(record, self.encode, self.bad, self.max_document_tokens)
+            if found is not None:
+                yield found[0]

@@ -8,6 +8,7 @@ The paper also spreads linked pieces of one topic over the conversation; that is
 """
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,14 @@ from .documents import Resumable, resumable
 
 QUOTED_WORDS = 12
 Message = Mapping[str, Any]
+
+
+class Conversation(NamedTuple):
+    """Messages, the tools that they may call, and where they stand."""
+
+    messages: Sequence[Message]
+    tools: Sequence[Any] | None = None
+    origin: str = "a conversation"
 
 
 class Exchange(NamedTuple):
@@ -28,10 +37,14 @@ class Exchange(NamedTuple):
 class LongConversations:
     """Iterates encoded long conversations; goes on where it stands, and ends when the conversations do.
 
+    Only conversations with the same tools are joined, and each must end with the assistant and the next begin with the
+    user. What the chat template still refuses to have joined is left out, with a report for each conversation.
+
     Args:
-        conversations: lists of messages (see chat.py), or mappings with `messages`, or pairs (source name, one of these);
-            a Blend or other Resumable, or a list or dataset.
-        encode: messages -> a mapping with `input_ids` and `labels`, such as `encode_conversation` with its tokenizer.
+        conversations: lists of messages (see chat.py), or mappings with `messages` and perhaps `tools` and `origin`, or
+            pairs (source name, one of these); a Blend or other Resumable, or a list or dataset.
+        encode: messages, and tools or None -> a mapping with `input_ids` and `labels`, such as `encode_conversation` with
+            its tokenizer.
         target_tokens: length that is not exceeded. A conversation that alone is longer is left out, with a report.
         num_references: synthetic turns in each long conversation, as far as they fit.
         reference_share: of the target, kept free for them.
@@ -42,7 +55,7 @@ class LongConversations:
     def __init__(
         self,
         conversations: Resumable | Iterable[Any],
-        encode: Callable[[Sequence[Message]], Mapping[str, list[int]]],
+        encode: Callable[[Sequence[Message], Sequence[Any] | None], Mapping[str, list[int]]],
         target_tokens: int,
         num_references: int = 8,
         reference_share: float = 0.1,
@@ -61,60 +74,89 @@ class LongConversations:
         self.reference_share = reference_share
         self.seed = seed
         self.bad = BadData("long conversations", on_bad_data)
-        self._made = 0
+        self._made = self._packed = 0
         self._state = self.conversations.state_dict()
 
     def __iter__(self) -> Iterator[Mapping[str, list[int]]]:
         self.conversations.load_state_dict(self._state)
-        parts: list[Sequence[Message]] = []
+        parts: list[Conversation] = []
         budget = round(self.target_tokens * (1 - self.reference_share))
         total, before = 0, self._state
         for item in self.conversations:
-            messages = _messages_of(item)
-            length = self._length(messages)
+            conversation = _conversation_of(item)
+            length = self._length(conversation)
             if length is not None:
-                if parts and total + length > budget:
-                    yield self._finish(parts, total, before)
+                if parts and (total + length > budget or not _may_join(parts[-1], conversation)):
+                    yield from self._finish(parts, total, before)
                     parts, total = [], 0
-                parts, total = [*parts, messages], total + length
+                parts, total = [*parts, conversation], total + length
+            if self._packed:  # again after a resume, where the state of the conversations is older
+                self.conversations.packed(self._packed)
             before = self.conversations.state_dict()
         before = self.conversations.state_dict()
         if parts:
-            yield self._finish(parts, total, before)
+            yield from self._finish(parts, total, before)
         self._state = before
+
+    def packed(self, tokens: int) -> None:
+        """Tell the Blend that conversations come from how far the rows are."""
+        self._packed = tokens
+        self.conversations.packed(tokens)
+
+    def left_out(self) -> dict[str, dict[str, int]]:
+        """As the Blend's that conversations come from, with those that could not be joined."""
+        return {**self.conversations.left_out(), self.bad.source: dict(self.bad.counts)}
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state after the last conversation handed out."""
-        return {"conversations": self._state, "made": self._made}
+        return {
+            "conversations": self._state,
+            "made": self._made,
+            "packed": self._packed,
+            "bad": dict(self.bad.counts),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly after the conversations that `state` saw."""
         self._state, self._made = state["conversations"], state["made"]
+        self._packed, self.bad.counts = state.get("packed", 0), Counter(state.get("bad", {}))  # earlier ones lack both
 
-    def _tokens(self, messages: Sequence[Message]) -> int:
-        return len(self.encode(messages)["input_ids"])
+    def _tokens(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> int:
+        return len(self.encode(messages, tools)["input_ids"])
 
-    def _length(self, messages: Sequence[Message]) -> int | None:
+    def _length(self, conversation: Conversation) -> int | None:
         """Tokens of a conversation, or None, with a report, for one that cannot be used."""
         try:
-            length = self._tokens(messages)
+            length = self._tokens(conversation.messages, conversation.tools)
         except ValueError as error:
-            return self.bad.report("a conversation", "cannot be encoded", str(error))
+            return self.bad.report(conversation.origin, "cannot be encoded", str(error))
         if length > self.target_tokens:
-            return self.bad.report("a conversation", "longer than target_tokens", f"{length} tokens")
+            return self.bad.report(conversation.origin, "longer than target_tokens", f"{length} tokens")
         return length
 
-    def _finish(self, parts: list[Sequence[Message]], total: int, state: dict[str, Any]) -> Mapping[str, list[int]]:
-        """Join the parts and put in as many references as fit."""
+    def _finish(
+        self, parts: list[Conversation], total: int, state: dict[str, Any]
+    ) -> Iterator[Mapping[str, list[int]]]:
+        """The parts joined, or nothing, with a report of each, if the chat template refuses that."""
         generator = random.Random(f"{self.seed}/{self._made}")
         self._state, self._made = state, self._made + 1
-        joined = join_conversations(parts)
+        try:
+            encoded = self._joined(parts, total, generator)
+        except ValueError as error:
+            for part in parts:
+                self.bad.report(part.origin, "cannot be joined", str(error))
+        else:
+            yield encoded
+
+    def _joined(self, parts: list[Conversation], total: int, generator: random.Random) -> Mapping[str, list[int]]:
+        """The parts with as many references as fit."""
+        joined, tools = join_conversations([part.messages for part in parts]), parts[0].tools
         if self.num_references:
             room = self.target_tokens - total
-            encoded = self.encode(add_references(joined, self.num_references, generator, room, self._tokens))
+            encoded = self.encode(add_references(joined, self.num_references, generator, room, self._tokens), tools)
             if len(encoded["input_ids"]) <= self.target_tokens:
                 return encoded
-        return self.encode(joined)
+        return self.encode(joined, tools)
 
 
 def join_conversations(parts: Sequence[Sequence[Message]]) -> list[Message]:
@@ -176,10 +218,18 @@ def refer_back(known: Sequence[Exchange], messages: Sequence[Message], generator
     return [{"role": "user", "content": asks}, {"role": "assistant", "content": says}]
 
 
-def _messages_of(item: Any) -> Sequence[Message]:
+def _conversation_of(item: Any) -> Conversation:
     if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str):
         item = item[1]
-    return item["messages"] if isinstance(item, Mapping) else item
+    if not isinstance(item, Mapping):
+        return Conversation(item)
+    return Conversation(item["messages"], item.get("tools") or None, item.get("origin", "a conversation"))
+
+
+def _may_join(first: Conversation, second: Conversation) -> bool:
+    """Whether the second may follow the first as if it were the same conversation."""
+    begins = next((message["role"] for message in second.messages if message["role"] != "system"), None)
+    return first.tools == second.tools and first.messages[-1]["role"] == "assistant" and begins == "user"
 
 
 def _exchange(messages: Sequence[Message], end: int) -> Exchange | None:

@@ -12,7 +12,7 @@ by best fit decreasing among the documents of a window, and what stays free is p
 
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +43,8 @@ class PackedRows(IterableDataset):
         window_documents: whole documents that are placed together; more waste less and take more memory.
         on_long_document: what to do with a document that may not be split and is longer than a row: "skip" (with a
             warning, counted in `bad.counts`) or "error".
+        on_packed: for documents that are not split, called with each one: how many tokens, padding included, have the rows
+            that it and all before it fill; see Blend.packed.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class PackedRows(IterableDataset):
         pad_token_id: int = 0,
         window_documents: int = 256,
         on_long_document: str = "skip",
+        on_packed: Callable[[int], None] | None = None,
     ):
         for field, value in (("sequence_length", sequence_length), ("window_documents", window_documents)):
             if value < 1:
@@ -62,6 +65,7 @@ class PackedRows(IterableDataset):
         self.split_documents = split_documents
         self.pad_token_id = pad_token_id
         self.window_documents = window_documents
+        self.on_packed = on_packed
         self.rows_yielded = 0
         self.bad = BadData("rows", on_long_document)
         self._place = self._here()
@@ -142,6 +146,9 @@ class PackedRows(IterableDataset):
                 self.bad.report("a document", TOO_LONG, f"{len(document.input_ids)} tokens, {self.sequence_length} fit")
                 continue
             window.append(document)
+            if self.on_packed is not None:
+                rows = self._fit(window)
+                self.on_packed((self.rows_yielded - done + len(rows)) * self.sequence_length)
             if len(window) == self.window_documents:
                 yield from self._rows_of(window, before, done)
                 window, done, before = [], 0, self._here()
@@ -151,10 +158,13 @@ class PackedRows(IterableDataset):
     def _rows_of(
         self, window: list[Document], before: "_Place", done: int
     ) -> Iterator[tuple[list[Document], "_Place"]]:
-        rows = best_fit([len(document.input_ids) for document in window], self.sequence_length)
+        rows = self._fit(window)
         for number in range(done, len(rows)):
             place = self._here() if number + 1 == len(rows) else before._replace(done=number + 1)
             yield [window[index] for index in rows[number]], place
+
+    def _fit(self, window: list[Document]) -> list[list[int]]:
+        return best_fit([len(document.input_ids) for document in window], self.sequence_length)
 
     def _here(self) -> "_Place":
         return _Place(self.documents.state_dict(), 0, self.bad.counts[TOO_LONG])

@@ -7,14 +7,16 @@
 
 Order: files (or shards) are shuffled anew in each epoch, then the records inside a moving window. Both depend on the
 seed, the source's name and the epoch alone. A state is the place where the current window begins and the number of
-its records that were taken, so it stays small and a resumed source reads at most one window again.
+its records that were taken, so it stays small and a resumed source reads at most one window again. A digest of the
+files goes with it, so that a source whose files changed is refused.
 """
 
 import hashlib
 import logging
+import os
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -23,6 +25,9 @@ from .phases import check_keys
 from .readers import FORMATS, Read, Record, find_files, read_shard, reader_of
 
 logger = logging.getLogger(__name__)
+
+SAMPLED_BYTES = 16384  # of the beginning and of the end of a file
+SAMPLED_FILES = 1000  # so that opening a source of very many takes no minutes
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,7 @@ class Source:
         dataset: hub id or folder for `datasets.load_dataset` (streamed), or a dataset that is already loaded.
         subset: configuration of the hub dataset.
         split: split of the hub dataset.
+        revision: commit, tag or branch of the hub dataset; only a commit is sure to hold the same when a run goes on.
         column: where the text or the list of messages is in a record; None (null in YAML) takes the whole record.
         format: one of text, lines, jsonl, parquet, where the suffix does not tell.
         shuffle_window: records shuffled together; 0 keeps files and records in order.
@@ -46,6 +52,7 @@ class Source:
     dataset: Any = None
     subset: str | None = None
     split: str = "train"
+    revision: str | None = None
     column: str | None = "text"
     format: str | None = None
     shuffle_window: int = 1000
@@ -54,6 +61,10 @@ class Source:
         if (self.path is None) == (self.dataset is None):
             raise ValueError(
                 f"source {self.name}: path is {self.path!r} and dataset {self.dataset!r}; give one of them"
+            )
+        if self.revision is not None and not (isinstance(self.revision, str) and isinstance(self.dataset, str)):
+            raise ValueError(
+                f"source {self.name}: revision is {self.revision!r}; text is allowed, and only beside the hub id of a dataset"
             )
         if self.format is not None and self.format not in FORMATS:
             raise ValueError(f"source {self.name}: format is {self.format!r}; allowed are {', '.join(FORMATS)}")
@@ -88,6 +99,7 @@ class SourceStream:
         self.bad = BadData(source.name, on_bad_data)
         self._dataset = None if source.dataset is None else open_dataset(source)
         self._files = find_files(source.name, source.path) if source.dataset is None else self._shard_names()
+        self._digest = digest_of_files(self._files) if source.dataset is None else self._digest_of_dataset()
         self._begin({"epoch": 0, "part": 0, "at": None, "window": 0, "taken": 0, "bad": {}})
 
     @property
@@ -116,13 +128,19 @@ class SourceStream:
         """Go to the place of a state.
 
         Raises:
-            ValueError: if the files are others than when the state was taken.
+            ValueError: if the files are others than when the state was taken, see `digest_of_files`; of a hub dataset, if
+                its id, subset, split, revision or number of shards is.
         """
-        digest = self._digest()
-        if state["files"] != digest:
+        if state["files"] == _digest(*self._files):
+            logger.warning(
+                "source %s: the state is of an earlier version and knows names alone; whether contents changed is not checked",
+                self.source.name,
+            )
+        elif state["files"] != self._digest:
+            what = "files" if self._dataset is None else "dataset, subset, split, revision or shards"
             raise ValueError(
-                f"source {self.source.name}: its files changed since the state was saved "
-                f"({len(self._files)} now, digest {digest}, saved {state['files']}); bring them back or start anew"
+                f"source {self.source.name}: its {what} changed since the state was saved "
+                f"({len(self._files)} now, digest {self._digest}, saved {state['files']}); bring them back or start anew"
             )
         self._begin(state)
         if state["taken"]:
@@ -134,7 +152,7 @@ class SourceStream:
                 )
 
     def _begin(self, state: Mapping[str, Any]) -> None:
-        self._start = dict(state) | {"files": self._digest(), "taken": 0}
+        self._start = dict(state) | {"files": self._digest, "taken": 0}
         self._window: list[Record] = []
         self._taken = 0
         self._read_in_epoch = bool(state["window"])
@@ -205,8 +223,9 @@ class SourceStream:
     def _shard_names(self) -> list[str]:
         return [f"shard {index}" for index in range(self._dataset.num_shards)]
 
-    def _digest(self) -> str:
-        return hashlib.sha256("\n".join(self._files).encode()).hexdigest()[:16]
+    def _digest_of_dataset(self) -> str:
+        named = [self.source.dataset] if isinstance(self.source.dataset, str) else []
+        return _digest(*named, *map(str, (self.source.subset, self.source.split, self.source.revision)), *self._files)
 
 
 def open_dataset(source: Source) -> Any:
@@ -215,7 +234,9 @@ def open_dataset(source: Source) -> Any:
 
     dataset = source.dataset
     if isinstance(dataset, str):
-        dataset = datasets.load_dataset(dataset, source.subset, split=source.split, streaming=True)
+        dataset = datasets.load_dataset(
+            dataset, source.subset, split=source.split, revision=source.revision, streaming=True
+        )
     elif isinstance(dataset, datasets.Dataset):
         dataset = dataset.to_iterable_dataset()
     if not isinstance(dataset, datasets.IterableDataset):
@@ -224,6 +245,29 @@ def open_dataset(source: Source) -> Any:
             "an IterableDataset is allowed"
         )
     return dataset
+
+
+def digest_of_files(files: Sequence[str]) -> str:
+    """Digest of names, sizes, and the first and last SAMPLED_BYTES of the files (of SAMPLED_FILES of them if there are more).
+
+    gzip ends with a checksum and parquet with its footer. What it misses is a change in the middle of a long text, or in a
+    file that is not sampled, that keeps the file's size.
+    """
+    every = -(-len(files) // SAMPLED_FILES)
+    parts = []
+    for number, path in enumerate(files):
+        size = os.path.getsize(path)
+        parts += [path, str(size)]
+        if number % every == 0:
+            with open(path, "rb") as file:
+                sample = file.read(SAMPLED_BYTES)
+                file.seek(max(size - SAMPLED_BYTES, len(sample)))
+                parts.append(hashlib.sha256(sample + file.read(SAMPLED_BYTES)).hexdigest())
+    return _digest(*parts)
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def shuffled(count: int, *key: object) -> list[int]:

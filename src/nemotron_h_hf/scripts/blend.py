@@ -32,6 +32,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from nemotron_h_hf import EMBEDDED_MODEL
+from nemotron_h_hf.data.bad_data import left_out_lines
 from nemotron_h_hf.data.blend import Blend
 from nemotron_h_hf.data.documents import document_encoder
 from nemotron_h_hf.data.finetuning import sources_and_phases
@@ -152,9 +153,9 @@ def reading_table(blend: Blend) -> str:
         each = f"{entry['tokens'] / max(entry['documents'], 1):,.0f}"
         rows.append([name, *shares, f"{entry['documents']:,}", each, str(entry["epoch"] + 1)])
     lines = [table(rows)]
-    left_out = [(name, kind, count) for name, entry in report.items() for kind, count in entry["bad"].items()]
+    left_out = left_out_lines(blend.left_out())
     if left_out:
-        lines += ["", "left out:", *(f"  {name}: {count:,} x {kind}" for name, kind, count in left_out)]
+        lines += ["", "left out:", *(f"  {line}" for line in left_out)]
     return "\n".join(lines)
 
 

@@ -10,8 +10,8 @@ A teacher that is too slow or too large to run beside the student speaks first a
     nemotron-h distill --data text/ --total_tokens 10M --teacher_cache cache --model small
 
 The first command may be interrupted and repeated. The k largest logits take 8 k bytes of disk per token, 512 MB per million
-tokens for k = 64; all other tokens together are one more outcome. Give the second command the same data, tokenizer,
-sequence_length and seed: a row that the cache does not have stops it.
+tokens for k = 64; all other tokens together are one more outcome. Give the second command the same data, tokenizer (by
+itself it takes that of --model), sequence_length and seed: a row that the cache does not have stops it.
 
     accelerate launch --config_file examples/accelerate/fsdp2.yaml -m nemotron_h_hf.scripts.distill --config run.yaml
 
@@ -37,6 +37,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
+from nemotron_h_hf.data.bad_data import tell_left_out
 from nemotron_h_hf.data.finetuning import packed_blend, rows_of_one_round, sources_and_phases
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.records import encode_record
@@ -100,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         cross_entropy_weight=knowledge.cross_entropy_weight,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or True)
+    tell_left_out(rows.documents.left_out())
     folder = Path(training.output_dir, "model")
     if save_finished(trainer, folder):
         save_tokenizer(tokenizer, folder)
@@ -110,8 +112,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def find_tokenizer(start: ModelArguments, knowledge: TeacherArguments, data: DataArguments) -> PreTrainedTokenizerBase:
-    """The one named, or else the teacher's, whose tokens the student has to speak."""
-    tokenizer = AutoTokenizer.from_pretrained(start.tokenizer or knowledge.teacher or EMBEDDED_MODEL)
+    """The one named, or else the teacher's, whose tokens the student has to speak; of a cache alone, the student's."""
+    of_student = start.model if knowledge.teacher_cache is not None else None
+    tokenizer = AutoTokenizer.from_pretrained(start.tokenizer or knowledge.teacher or of_student or EMBEDDED_MODEL)
     if data.chat_template is not None:
         tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
     return tokenizer
@@ -166,6 +169,7 @@ def cache(rows: PackedRows, held_out: list, knowledge: TeacherArguments, trainin
     folder = knowledge.cache_teacher
     write_cache(folder, teacher, batches, knowledge.top_k, knowledge.temperature, process_index=training.process_index)
     PartialState().wait_for_everyone()
+    tell_left_out(rows.documents.left_out())
     if training.process_index == 0:
         print(
             f"{folder} holds {len(TeacherCache(folder)):,} rows of {training.sequence_length:,} tokens", file=sys.stderr

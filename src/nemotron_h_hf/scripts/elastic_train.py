@@ -36,6 +36,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import NemotronHConfig
+from nemotron_h_hf.data.bad_data import tell_left_out
 from nemotron_h_hf.data.finetuning import packed_blend, rows_of_one_round, sources_and_phases
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.records import encode_record
@@ -157,6 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         router_warmup_steps=elastic.router_warmup_steps, router_loss_weight=elastic.router_loss_weight,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or True)
+    tell_left_out(rows.documents.left_out())
     finish(trainer, more, elastic.calibrate, tokenizer)
     return 0
 

@@ -36,6 +36,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
 from nemotron_h_hf.conversion.sharded_run import export_run
+from nemotron_h_hf.data.bad_data import tell_left_out
 from nemotron_h_hf.data.blend import Blend
 from nemotron_h_hf.data.documents import document_encoder
 from nemotron_h_hf.data.packing import PackedRows
@@ -101,6 +102,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if trainer.is_world_process_zero():
         print(describe(model, training), file=sys.stderr)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or True)
+    tell_left_out(trainer.rows.documents.left_out())
     if trainer.is_world_process_zero():
         save(trainer, tokenizer)
     return 0

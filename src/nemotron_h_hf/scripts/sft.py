@@ -30,17 +30,18 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
+from nemotron_h_hf.data.bad_data import tell_left_out
 from nemotron_h_hf.data.finetuning import packed_blend, rows_of_one_round, sources_and_phases
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.hub import plan_adapter_upload, plan_upload, save_tokenizer, upload
-from nemotron_h_hf.model.cost import training_flops_per_token
-from nemotron_h_hf.training.adapters import add_adapters, four_bit_loading
+from nemotron_h_hf.model.cost import adapter_training_flops_per_token, training_flops_per_token
+from nemotron_h_hf.training.adapters import add_adapters, four_bit_loading, trained_adapters
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
 from nemotron_h_hf.training.checkpoints import last_whole_checkpoint
 from nemotron_h_hf.training.data_arguments import DataArguments
@@ -101,11 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     push, training.push_to_hub = training.push_to_hub, False  # the finished model, once, and not every checkpoint
     trainer = NemotronHTrainer(
         model, training, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
-        flops_per_token=training_flops_per_token(model.config, training.sequence_length),
+        flops_per_token=count_flops(adapters, model, training.sequence_length),
     )  # fmt: skip
     if held_out and last_whole_checkpoint(training.output_dir) is None:
-        tell_held_out(trainer, "before")
+        trainer.add_callback(TellBefore(trainer))
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or True)
+    tell_left_out(rows.documents.left_out())
     folder = save(trainer, tokenizer, "adapter" if adapters.lora_rank else "model")
     if held_out:
         tell_held_out(trainer, "after")
@@ -141,10 +143,10 @@ def make_rows(
     def encode_with_messages(record: Any) -> Mapping[str, Any]:
         if not isinstance(record, Mapping) or "messages" not in record:
             raise ValueError("the record has no messages; --long_context allows conversations alone")
-        return {**encode(record), "messages": record["messages"]}
+        return {**encode(record), "messages": record["messages"], "tools": record.get("tools")}
 
-    def join(messages: Sequence[Mapping]) -> Mapping[str, list[int]]:
-        return encode({"messages": messages})
+    def join(messages: Sequence[Mapping], tools: Sequence[Any] | None) -> Mapping[str, list[int]]:
+        return encode({"messages": messages, "tools": tools})
 
     if training.max_steps <= 0:
         require(not long_context, "max_steps", training.max_steps, "with --long_context: --max_steps or --total_tokens")
@@ -172,6 +174,23 @@ def make_model(adapters: AdapterArguments, start: ModelArguments, training: Nemo
     if not adapters.lora_rank:
         return model
     return add_adapters(model, adapters.lora_rank, adapters.lora_alpha, adapters.lora_dropout, adapters.lora_targets)
+
+
+def count_flops(adapters: AdapterArguments, model: nn.Module, sequence_length: int) -> float:
+    """Of training, per token."""
+    if not adapters.lora_rank:
+        return training_flops_per_token(model.config, sequence_length)
+    return adapter_training_flops_per_token(model.config, sequence_length, *trained_adapters(model))
+
+
+class TellBefore(TrainerCallback):
+    """Evaluates when training begins: under FSDP2 a model is ready only once it has been prepared with its optimizer."""
+
+    def __init__(self, trainer: NemotronHTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        tell_held_out(self.trainer, "before")
 
 
 def tell_held_out(trainer: NemotronHTrainer, when: str) -> None:
