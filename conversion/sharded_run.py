@@ -22,6 +22,7 @@ from .torch_dist import chunks_of, pieces_by_expert, read_metadata
 WEIGHTS_FOLDER = "pytorch_model_fsdp_0"
 WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.")  # of activation checkpointing and torch.compile
 STACK = re.compile(r"(.*\.experts)\.(up_proj|down_proj)")
+ADAPTED = "base_model."  # PEFT's, around every name; a run saves its adapters alone
 ROUTER = "elastic_router."  # of elastic training; it decided the sizes and is no part of the model
 FLOAT32 = "e_score_correction_bias"  # in every release
 
@@ -35,10 +36,21 @@ def export_run(
         dtype: of all weights but the router's correction bias; None for that of the checkpoint.
 
     Raises:
-        ValueError: when files are missing or damaged, or the target holds weights already.
+        ValueError: when files are missing or damaged, hold adapters alone, or the target holds weights already.
     """
+    if (checkpoint / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{checkpoint} holds adapters (LoRA) and not the weights under them, allowed is a checkpoint of a whole model; "
+            f"nemotron-h merge {checkpoint} --output {target} makes one"
+        )
     sharded = (checkpoint / WEIGHTS_FOLDER).is_dir()
     source = open_sharded(checkpoint / WEIGHTS_FOLDER) if sharded else Checkpoint(checkpoint)
+    if any(name.startswith(ADAPTED) for name in source):
+        raise ValueError(
+            f"{checkpoint} holds sharded adapters (LoRA) and not the weights under them, allowed is a checkpoint of a whole "
+            f"model; the end of the run writes them to {checkpoint.parent / 'adapter'}, for nemotron-h merge. If it was "
+            f"interrupted there, remove {checkpoint} and repeat the training command"
+        )
     specs = [_spec(source.spec(name), dtype) for name in sorted(source, key=_by_depth)]
     save(target, specs, ((spec.name, source[spec.name]) for spec in specs), max_shard_bytes)
     copy_files(TOKENIZER_FILES, checkpoint, target)

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nemotron_h_hf import HybridCache, NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.model import cost
+from nemotron_h_hf.training.adapters import add_adapters, trained_adapters
 
 MIB = 2**20
 
@@ -135,6 +136,30 @@ def test_backward_takes_twice_the_flops_of_forward():
         forward = counter.get_total_flops()
         loss.backward()
     assert counter.get_total_flops() == 3 * forward
+
+
+@pytest.mark.parametrize(
+    ("pattern", "targets", "first"),
+    [("-*-", "all", 0), ("-*-", "attention", 1), ("-*-", "lm_head", 3), ("*E", "all", 0), ("-E*-", "mlp", 0)],
+)
+def test_flops_of_adapters_are_those_that_torch_counts(pattern, targets, first):
+    """Frozen weights have no gradient, and below the first adapter nothing goes backward."""
+    config, length = small_config(hybrid_override_pattern=pattern), 64
+    config._attn_implementation = config._experts_implementation = "eager"
+    model = NemotronHForCausalLM(config)
+    adapted = add_adapters(model, 4, 8.0, 0.0, targets).train()
+    entry = [*model.model.layers, model.lm_head][first]
+    entry.register_forward_pre_hook(lambda _, args: (args[0].requires_grad_(), *args[1:]))  # all of its backward
+    ids = torch.arange(length)[None] % 60
+    with FlopCounterMode(display=False) as counter:
+        adapted(input_ids=ids, labels=ids).loss.backward()
+    elements, lowest = trained_adapters(adapted)
+    assert lowest == first
+    found = cost.adapter_training_flops_per_token(config, length, elements, lowest)
+    forward, above = (cost.forward_flops_per_token(config, length, layer)["attention"] for layer in (0, first))
+    masked = (forward + 2 * above) * (1 - 2 * length / (length + 1))  # torch counts attention without its mask
+    assert counter.get_total_flops() == pytest.approx(length * (found - masked), rel=1e-12)
+    assert found < cost.training_flops_per_token(config, length)
 
 
 def test_flops_of_the_8b_model():

@@ -1,8 +1,10 @@
-"""Distillation on two processes: student and teacher sharded (FSDP2, gloo) give the loss and gradients of one process."""
+"""Distillation on two processes (gloo): student and teacher sharded give the loss of one process; a cache is begun once."""
 
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,10 +13,10 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from nemotron_h_hf.training import losses
+from nemotron_h_hf.training import losses, teacher_cache
 from nemotron_h_hf.training.distillation import shard_teacher
 from nemotron_h_hf.training.losses import LiveTeacher, distillation_loss
-from nemotron_h_hf.training.teacher_cache import teacher_hidden_states
+from nemotron_h_hf.training.teacher_cache import TeacherCache, teacher_hidden_states, write_cache
 
 
 def loss_of(student: nn.Module, teacher: nn.Module, ids: torch.Tensor, num_items: int) -> torch.Tensor:
@@ -57,22 +59,50 @@ def work() -> None:
     torch.distributed.destroy_process_group()
 
 
+def begin_caches(folder: Path) -> None:
+    """In each of two processes, while the first is slow to write: a new cache, that cache again, and a foreign folder."""
+    torch.distributed.init_process_group("gloo")
+    rank, teacher, write_json = torch.distributed.get_rank(), tiny_model(), teacher_cache.write_json
+
+    def slowly(path: Path, content: object) -> None:
+        part = path.with_name(f".{path.name}.part")
+        part.touch()
+        time.sleep(1)
+        part.unlink()
+        write_json(path, content)
+
+    teacher_cache.write_json = slowly
+    rows = [{"input_ids": ids} for ids in prompt(6, 11).split(1)]
+    for _ in range(2):
+        write_cache(folder / "new", teacher, rows[rank::2], k=4, process_index=rank)
+        torch.distributed.barrier()
+        assert len(TeacherCache(folder / "new")) == 6
+    for wrong, message in ((folder, "cache.json"), (folder / "new", "k=4, this run has 5")):
+        with pytest.raises(ValueError, match=message):
+            write_cache(wrong, teacher, rows[rank::2], k=5, process_index=rank)
+    print("one cache")
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.slow
 def test_two_processes_give_the_loss_and_gradients_of_one():
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "29617",
-        __file__,
-    ]
+    assert "same loss and gradients" in on_two_processes(29617)
+
+
+@pytest.mark.slow
+def test_two_processes_begin_one_cache(tmp_path):
+    assert on_two_processes(29618, str(tmp_path)).count("one cache") == 2
+
+
+def on_two_processes(port: int, *arguments: str) -> str:
+    """What this file prints when it is run by two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=280)
+    done = subprocess.run(
+        [*command, __file__, *arguments], env=environment, capture_output=True, text=True, timeout=280
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "same loss and gradients" in done.stdout
+    return done.stdout
 
 
 def test_a_tied_teacher_is_not_sharded():
@@ -81,4 +111,4 @@ def test_a_tied_teacher_is_not_sharded():
 
 
 if __name__ == "__main__":
-    work()
+    begin_caches(Path(sys.argv[1])) if len(sys.argv) > 1 else work()

@@ -9,20 +9,26 @@ import torch
 import torch.distributed.checkpoint as dcp
 from nemotron_h_hf.conversion import sharded_run
 from nemotron_h_hf.conversion.source import MegatronCheckpoint
+from peft import get_peft_model_state_dict
 from tiny import prompt, tiny_model
 from transformers import AutoTokenizer
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM
 from nemotron_h_hf.scripts import export
+from nemotron_h_hf.training.adapters import add_adapters
 from nemotron_h_hf.training.checkpoints import mark_whole
 
 
-def write_sharded(folder, model):
+def write_sharded(folder, model, weights=None):
     """As Accelerate writes it, from one process."""
     (folder / "pytorch_model_fsdp_0").mkdir(parents=True)
-    dcp.save({"model": model.state_dict()}, checkpoint_id=folder / "pytorch_model_fsdp_0", no_dist=True)
+    dcp.save({"model": weights or model.state_dict()}, checkpoint_id=folder / "pytorch_model_fsdp_0", no_dist=True)
     model.config.save_pretrained(folder)
     AutoTokenizer.from_pretrained(EMBEDDED_MODEL).save_pretrained(folder)
+    return mark_checkpoint(folder)
+
+
+def mark_checkpoint(folder):
     (folder / "UNFINISHED").touch()
     mark_whole(folder, {"step": 3, "tokens_per_step": 1})
     return folder
@@ -73,12 +79,29 @@ def test_one_tensor_in_memory_at_a_time(tmp_path, monkeypatch):
 def test_ordinary_checkpoints_are_copied(tmp_path):
     model = tiny_model("moe")
     model.save_pretrained(tmp_path / "checkpoint-3")
-    mark_checkpoint = tmp_path / "checkpoint-3"
-    (mark_checkpoint / "UNFINISHED").touch()
-    mark_whole(mark_checkpoint, {"step": 3})
-    assert export.main([str(mark_checkpoint), str(tmp_path / "model")]) == 0
+    mark_checkpoint(tmp_path / "checkpoint-3")
+    assert export.main([str(tmp_path / "checkpoint-3"), str(tmp_path / "model")]) == 0
     loaded = NemotronHForCausalLM.from_pretrained(tmp_path / "model")
     assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("sharded", [True, False])
+def test_adapters_alone_are_refused(sharded, tmp_path):
+    adapted, checkpoint, target = (
+        add_adapters(tiny_model(), 2, 4.0, 0.0, "all"),
+        tmp_path / "checkpoint-3",
+        tmp_path / "m",
+    )
+    if sharded:  # as Accelerate does with adapter_only
+        write_sharded(checkpoint, adapted, get_peft_model_state_dict(adapted))
+    else:
+        adapted.save_pretrained(checkpoint)
+        adapted.config.save_pretrained(checkpoint)
+        mark_checkpoint(checkpoint)
+    way_on = f"remove {checkpoint} and repeat" if sharded else f"merge {checkpoint} --output {target}"
+    with pytest.raises(ValueError, match=rf"holds .*adapters .*allowed is a checkpoint of a whole model; .*{way_on}"):
+        export.main([str(checkpoint), str(target)])
+    assert not target.exists()
 
 
 def test_names_under_wrappers():

@@ -20,6 +20,7 @@ from transformers import Trainer, TrainingArguments
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM, NemotronHForSequenceClassification
 from nemotron_h_hf.model.linear import NemotronHLinear
 from nemotron_h_hf.training import fp8
+from nemotron_h_hf.training.arguments import NemotronHTrainingArguments
 from nemotron_h_hf.training.fp8 import (
     convert_to_fp8,
     converted_modules,
@@ -29,6 +30,7 @@ from nemotron_h_hf.training.fp8 import (
     print_fp8_modules,
     refuse_double_conversion,
 )
+from nemotron_h_hf.training.trainer import NemotronHTrainer
 
 # Sizes that real FP8 takes: Mamba's in_proj has 2 * 64 + 2 * 2 * 16 + 16 = 208 outputs.
 EVEN = {"mamba_num_heads": 16, "mamba_head_dim": 4}
@@ -327,6 +329,19 @@ def test_a_second_conversion_is_refused(monkeypatch, fresh_accelerator):
             refuse_double_conversion(model, arguments)
         refuse_double_conversion(tiny_model(), arguments)  # not converted: Accelerate's business
     refuse_double_conversion(model, TrainingArguments("unused", use_cpu=True, bf16=True))
+
+
+def test_our_trainer_refuses_accelerates_fp8(fresh_accelerator, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    monkeypatch.setenv("ACCELERATE_FP8_BACKEND", "AO")
+    with monkeypatch.context() as patch:  # as in a script that converts before the switch is seen
+        patch.delenv("ACCELERATE_MIXED_PRECISION")
+        model = tiny_model()
+        convert_to_fp8(model, emulate=True)
+    arguments = NemotronHTrainingArguments(str(tmp_path), use_cpu=True)
+    with pytest.raises(ValueError, match="mixed_precision: got fp8, allowed are bf16 and no"):
+        NemotronHTrainer(model, arguments, train_dataset=rows())
+    NemotronHTrainer(tiny_model(), arguments, train_dataset=rows())  # not converted: Accelerate's business
 
 
 def test_accelerates_fp8_is_refused(fresh_accelerator, monkeypatch):

@@ -1,5 +1,6 @@
-"""Pretraining under FSDP2 on two CPU processes (gloo): the losses of one process, sharded checkpoints, other numbers of processes."""
+"""Training under FSDP2 on two CPU processes (gloo): the losses of one process, sharded checkpoints, other numbers of processes."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from test_pretrain import COMMAND, environment, write_config
+from test_pretrain import COMMAND, MODEL, environment, write_config
 from tiny_run import read_metrics, write_texts
 
 from nemotron_h_hf import NemotronHForCausalLM
+from nemotron_h_hf.scripts import export, sft
 from nemotron_h_hf.training.checkpoints import last_whole_checkpoint
 
 MOE = {
@@ -67,13 +69,49 @@ def test_another_number_of_processes_goes_on(config, one, tmp_path):
     assert_same_losses(tmp_path / "run", one)
 
 
-def launch(config: Path, output_dir: Path, processes: int, crash_after: int = -1) -> None:
+@pytest.fixture
+def tuning(tmp_path, monkeypatch):
+    """A fine-tuning run of two steps, with three held-out rows: two processes repeat one to have as many each."""
+    monkeypatch.setenv("COMMAND", "sft")
+    for name, count in (("data", 24), ("held_out", 12)):
+        lines = [json.dumps({"text": "ab" * (5 + number) + "\n"}) for number in range(count)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    settings = {
+        "data": [str(tmp_path / "data.jsonl")], "eval_data": [str(tmp_path / "held_out.jsonl")], "init": "random",
+        "config_overrides": MODEL, "use_cpu": True, "sequence_length": 64, "max_steps": 2, "learning_rate": 1e-3,
+        "save_steps": 1, "per_device_eval_batch_size": 1, "disable_tqdm": True,
+    }  # fmt: skip
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    return tmp_path / "run.yaml"
+
+
+def test_fine_tuning_tells_the_held_out_loss_of_one_process(tuning, tmp_path):
+    launch(tuning, tmp_path / "two", processes=2)
+    one = ["--output_dir", str(tmp_path / "one"), "--per_device_eval_batch_size", "3"]
+    sft.main(["--config", str(tuning), "--per_device_train_batch_size", "4", *one])
+    two, one = (json.loads((tmp_path / run / "held_out.json").read_text()) for run in ("two", "one"))
+    assert two["before"] == pytest.approx(one["before"], abs=1e-5)
+    assert two["after"] == pytest.approx(one["after"], abs=1e-3) and two["after"] < two["before"]
+
+
+def test_a_done_run_of_adapters_names_the_way_on(tuning, tmp_path):
+    flags, run_folder = ("--lora_rank=2", "--lora_targets=mamba"), tmp_path / "run"
+    launch(tuning, run_folder, 1, -1, *flags)
+    assert (run_folder / "adapter" / "adapter_model.safetensors").is_file()
+    with pytest.raises(ValueError, match=r"checkpoint-2 holds sharded adapters .*run/adapter, for nemotron-h merge"):
+        export.main([str(run_folder), str(tmp_path / "model")])
+    with pytest.raises(AssertionError, match=r"run/adapter has the adapters; .*remove .*checkpoint-2 and repeat"):
+        launch(tuning, run_folder, 1, -1, *flags)
+
+
+def launch(config: Path, output_dir: Path, processes: int, crash_after: int = -1, *flags: str) -> None:
     output_dir.mkdir(exist_ok=True)
     settings = output_dir / "accelerate.yaml"
     settings.write_text(yaml.safe_dump({**FSDP2, "num_processes": processes}))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings)]
     command += ["--main_process_port", "0", str(Path(__file__).with_name("fsdp_on_cpu.py")), f"--config={config}"]
-    run([*command, f"--output_dir={output_dir}", f"--per_device_train_batch_size={4 // processes}"], crash_after)
+    command += [f"--output_dir={output_dir}", f"--per_device_train_batch_size={4 // processes}", *flags]
+    run(command, crash_after)
 
 
 def run(command: list[str], crash_after: int = -1) -> None:

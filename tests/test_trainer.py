@@ -175,11 +175,19 @@ def test_a_loss_that_is_no_number_stops_and_loses_nothing(texts, tmp_path, facto
 
 
 def test_a_jump_of_the_loss_stops(texts, tmp_path):
-    trainer = make_trainer(texts, tmp_path, callbacks=(Poison(5, 1000.0),))
-    with pytest.raises(TrainingStopped, match=r"step 5: the loss is .*max_loss_jump=4.0.*checkpoint-3"):
-        trainer.train()
-    assert last_whole_checkpoint(tmp_path).name == "checkpoint-3"
+    """The steps before it are kept, and the same batch stops the run again, until something else is asked for."""
+    message = (
+        r"step 5: the loss is .*max_loss_jump=4.0; .*checkpoint-4\. A lower learning_rate .*a higher max_loss_jump \(0"
+    )
+    for _ in range(2):
+        trainer = make_trainer(texts, tmp_path / "run", callbacks=(Poison(5, 1000.0),))
+        with pytest.raises(TrainingStopped, match=message):
+            trainer.train(resume_from_checkpoint=True)
+        assert [folder.name for folder in whole_checkpoints(tmp_path / "run")] == ["checkpoint-3", "checkpoint-4"]
     make_trainer(texts, tmp_path / "off", callbacks=(Poison(5, 1000.0),), max_loss_jump=0.0).train()
+    make_trainer(texts, tmp_path / "run").train(resume_from_checkpoint=True)
+    make_trainer(texts, tmp_path / "whole").train()
+    assert read_metrics(tmp_path / "run") == read_metrics(tmp_path / "whole")
 
 
 def test_no_space_for_a_checkpoint(texts, tmp_path, monkeypatch):
@@ -299,6 +307,61 @@ def test_transformers_own_trainer_resumes_too(tmp_path):
     assert losses[2] < losses[0]
     saved = NemotronHForCausalLM.from_pretrained(tmp_path / "checkpoint-6").state_dict()
     assert all(torch.equal(value, saved[name]) for name, value in trainer.model.state_dict().items())
+
+
+# Evaluating
+
+
+def rows_of_unequal_documents() -> list[dict]:
+    """Padded to one length; one row has no label at all."""
+    ids, labels = prompt(8, LENGTH), torch.full((8, LENGTH), -100)
+    for row, length in enumerate((2, 31, 5, 32, 0, 17, 3, 9)):
+        labels[row, :length] = ids[row, :length]
+    return [{"input_ids": i, "labels": t} for i, t in zip(ids, labels)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_held_out_loss_is_per_token_whatever_the_batch_size(tmp_path, batch_size):
+    model, rows = tiny_model(), rows_of_unequal_documents()
+    arguments = make_arguments(tmp_path, per_device_eval_batch_size=batch_size)
+    found = NemotronHTrainer(model, arguments, train_dataset=rows, eval_dataset=rows).evaluate()["eval_loss"]
+    model, total, count = model.double(), 0.0, 0
+    for row in rows:
+        document = row["labels"][row["labels"] != -100]
+        if len(document):
+            logits = model(document[None]).logits[0, :-1]
+            total += torch.nn.functional.cross_entropy(logits, document[1:], reduction="sum").item()
+            count += len(document) - 1
+    assert found == pytest.approx(total / count, abs=1e-5)
+
+
+def test_evaluation_makes_logits_only_for_metrics(tmp_path):
+    rows, seen = rows_of_unequal_documents(), []
+
+    class Watching(NemotronHTrainer):
+        def compute_loss(self, *others, **named):
+            loss, outputs = super().compute_loss(*others, **named)
+            seen.append("logits" in outputs)
+            return loss, outputs
+
+    def predicted(prediction):
+        return {"shape": prediction.predictions.shape}
+
+    arguments = make_arguments(tmp_path)
+    losses = [
+        Watching(tiny_model(), arguments, train_dataset=rows, eval_dataset=rows, compute_metrics=metrics).evaluate()
+        for metrics in (None, predicted)
+    ]
+    assert seen == [False, True] and losses[1]["eval_shape"] == (8, LENGTH, 97)
+    assert losses[0]["eval_loss"] == pytest.approx(losses[1]["eval_loss"], abs=1e-6)
+
+
+def test_an_evaluation_before_the_first_step_is_logged_once(texts, tmp_path):
+    for _ in range(2):  # the second begins anew
+        arguments = make_arguments(tmp_path, max_steps=1, eval_on_start=True, save_strategy="no")
+        rows = rows_of_unequal_documents()
+        NemotronHTrainer(fresh_model(), arguments, train_dataset=make_rows(texts), eval_dataset=rows).train()
+    assert [(row["step"], "eval_loss" in row) for row in read_metrics(tmp_path)] == [(0, True), (1, False)]
 
 
 # z-loss

@@ -153,10 +153,11 @@ def layer_cache_bytes(config: NemotronHConfig, index: int, num_tokens: int, dtyp
     return 0
 
 
-def forward_flops_per_token(config: NemotronHConfig, sequence_length: int) -> dict[str, float]:
+def forward_flops_per_token(config: NemotronHConfig, sequence_length: int, first_layer: int = 0) -> dict[str, float]:
     """Floating-point operations of the forward pass, by part, for each token of a row of `sequence_length` (l) tokens.
 
-    A multiplication with an addition counts as two. MTP, norms and activations are left out.
+    A multiplication with an addition counts as two. MTP, norms and activations are left out; so are layers below
+    `first_layer`.
 
         linear     2 x elements of every matrix that a token meets: routed experts by num_experts_per_tok, and lm_head
         attention  2 products x 2 x heads x head_dim x (l + 1) / 2 tokens seen on average, per layer
@@ -164,12 +165,15 @@ def forward_flops_per_token(config: NemotronHConfig, sequence_length: int) -> di
                    state and out of it, 4 x heads x head_dim x state; per layer
         conv       2 x channels x taps, per layer
     """
-    mamba, attention = (layers_of_kind(config, kind) for kind in ("linear_attention", "full_attention"))
+    mamba, attention = (
+        [index for index in layers_of_kind(config, kind) if index >= first_layer]
+        for kind in ("linear_attention", "full_attention")
+    )
     inner, state = sum(map(config.mamba_width, mamba)), config.ssm_state_size  # of all layers
     heads = sum(config.size("num_attention_heads", index) for index in attention)
     chunk = min(config.chunk_size, sequence_length)
     return {
-        "linear": 2 * _matrix_elements_per_token(config),
+        "linear": 2 * _matrix_elements_per_token(config, first_layer),
         "attention": 2 * heads * config.head_dim * (sequence_length + 1),
         "scan": 2 * chunk * (len(mamba) * config.n_groups * state + inner) + 4 * inner * state,
         "conv": 2 * sum(map(config.conv_width, mamba)) * config.conv_kernel,
@@ -181,11 +185,29 @@ def training_flops_per_token(config: NemotronHConfig, sequence_length: int) -> f
     return 3 * sum(forward_flops_per_token(config, sequence_length).values())
 
 
-def _matrix_elements_per_token(config: NemotronHConfig) -> float:
-    """Elements of the matrices of the main stack that each token is multiplied with."""
+def adapter_training_flops_per_token(
+    config: NemotronHConfig, sequence_length: int, adapter_elements: float, first_layer: int = 0
+) -> float:
+    """As `training_flops_per_token`, of adapters (LoRA) on frozen weights.
+
+    A frozen weight has no gradient, so going backward through it costs as much as going forward; attention and scan
+    multiply activations with each other and cost twice as much, as ever. Nothing goes backward below the adapters.
+
+    Args:
+        adapter_elements: of the adapters' matrices, those that each token is multiplied with.
+        first_layer: the lowest layer with an adapter; all of its backward is counted.
+    """
+    forward = sum(forward_flops_per_token(config, sequence_length).values())
+    above = forward_flops_per_token(config, sequence_length, first_layer)
+    backward = above["linear"] + above["conv"] + 2 * (above["attention"] + above["scan"])
+    return forward + backward + 3 * 2 * adapter_elements
+
+
+def _matrix_elements_per_token(config: NemotronHConfig, first_layer: int) -> float:
+    """Elements of the matrices of the main stack, from that layer on, that each token is multiplied with."""
     elements = config.vocab_size * config.hidden_size  # lm_head, tied or not
     for tensor in _stack(config):
-        if len(tensor.shape) == 2:
+        if len(tensor.shape) == 2 and layer_of(config, tensor) >= first_layer:
             used = config.num_experts_per_tok / config.n_routed_experts if tensor.kind == "moe_routed" else 1
             elements += tensor.num_elements * used
     return elements

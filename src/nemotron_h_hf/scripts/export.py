@@ -4,7 +4,8 @@
     nemotron-h export runs/big/checkpoint-500 model/ --dtype bfloat16
 
 A run under FSDP writes its weights in parts, one file per process; they are put together one tensor at a time, so a model
-larger than memory is no trouble, and neither GPUs nor processes are needed. Other runs' checkpoints are copied.
+larger than memory is no trouble, and neither GPUs nor processes are needed. Other runs' checkpoints are copied. Adapters
+(LoRA) alone are refused: `nemotron-h merge` joins them with their base.
 """
 
 from __future__ import annotations

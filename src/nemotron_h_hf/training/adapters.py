@@ -91,6 +91,17 @@ def warn_of_few_weights(model: nn.Module, config: PreTrainedConfig) -> None:
         logger.info(said)
 
 
+def trained_adapters(model: nn.Module) -> tuple[float, int]:
+    """Elements of the adapters' matrices that each token meets, and the lowest layer that has one (lm_head counts as one more)."""
+    config, elements, layers = model.config, 0.0, []
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and weight.dim() == 2:
+            routed = ".experts." in name
+            elements += weight.numel() * (config.num_experts_per_tok / config.n_routed_experts if routed else 1)
+            layers += map(int, re.findall(r"\.layers\.(\d+)\.", name))
+    return elements, min(layers, default=config.num_hidden_layers)
+
+
 def count_parameters(model: nn.Module) -> int:
     """Parameters, those in 4 bits counted by what they stand for."""
     packed = {id(m.weight): m.in_features * m.out_features for m in model.modules() if isinstance(m, nn.Linear)}

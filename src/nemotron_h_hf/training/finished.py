@@ -5,6 +5,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from .checkpoints import last_whole_checkpoint
 from .trainer import NemotronHTrainer
 
 
@@ -42,8 +43,13 @@ def require_trained(trainer: NemotronHTrainer) -> None:
     """Raise a ValueError when the model has the weights that it began with: a sharded run that was done already is not
     loaded again."""
     if trainer.is_fsdp_enabled and trainer.state.global_step == 0:
-        output_dir = trainer.args.output_dir
+        output_dir = Path(trainer.args.output_dir)
+        way_on = f"nemotron-h export {output_dir} {output_dir / 'model'} writes them"
+        if any(".lora_" in name for name, _ in trainer.model.named_parameters()):  # alone in their checkpoints
+            way_on = (
+                f"{output_dir / 'adapter'} has the adapters; if the run was interrupted while writing them, remove "
+                f"{last_whole_checkpoint(output_dir)} and repeat the command"
+            )
         raise ValueError(
-            f"output_dir: the run in {output_dir} was done before, and its sharded weights are not loaded here; "
-            f"nemotron-h export {output_dir} {output_dir}/model writes them"
+            f"output_dir: the run in {output_dir} was done before, and its sharded weights are not loaded here; {way_on}"
         )

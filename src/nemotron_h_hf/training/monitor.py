@@ -45,7 +45,7 @@ class Monitor(ProgressCallback):
         if not state.is_world_process_zero:
             return
         path = Path(args.output_dir) / METRICS_FILE
-        forget_after(path, state.global_step)
+        forget_after(path, state.global_step or -1)  # a run that begins anew has nothing, not even of step 0
         self._log = path.open("a", encoding="utf-8")
         if self.flops_per_token is not None and self.matrix_rate is None:
             self._measure(args)

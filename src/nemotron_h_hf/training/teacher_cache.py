@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -106,7 +107,7 @@ def write_cache(
 
     Args:
         batches: mappings with `input_ids` (b, l) and maybe `position_ids` (b, l); other entries are ignored.
-        process_index: names this process's shards; each process brings rows of its own.
+        process_index: names this process's shards; each process brings rows of its own, and process 0 makes the folder.
 
     Returns:
         The number of rows that the folder has of this process and had of others when it began.
@@ -117,7 +118,13 @@ def write_cache(
     folder = Path(folder)
     vocab_size = teacher.config.vocab_size
     identity = CacheIdentity(fingerprint(teacher), vocab_size, k, temperature)
-    _start(folder, identity)
+    try:
+        if process_index == 0:
+            _start(folder, identity)
+    finally:  # the others then find what is wrong themselves
+        if dist.is_initialized():
+            dist.barrier()
+    TeacherCache(folder).check(**asdict(identity))
     done = set(TeacherCache(folder)._places)
     waiting: list[dict[str, Tensor]] = []
     device = teacher.get_input_embeddings().weight.device
@@ -177,9 +184,8 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _start(folder: Path, identity: CacheIdentity) -> None:
-    """Make the folder a cache with this identity, or check that it is one."""
+    """Make the folder a cache with this identity, unless it is a cache already."""
     if (folder / "cache.json").is_file():
-        TeacherCache(folder).check(**asdict(identity))
         return
     if folder.exists() and any(folder.iterdir()):
         raise ValueError(

@@ -7,6 +7,7 @@ What it adds to transformers.Trainer, which does all the rest:
                               each checkpoint and restored, so nothing is read twice and nothing is skipped
     checkpoints               whole or ignored (checkpoints.py): a crash or a full disk at any moment loses nothing
     divergence                a loss or gradient that is no number, or a jump of the loss, stops before the weights change
+    held-out loss             the mean over all tokens that count, whatever the batch size and the number of processes
     z-loss                    off by default
 """
 
@@ -18,22 +19,24 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, default_data_collator
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
 from ..token_counts import parse_tokens
 from ..whole_files import write_json
 from . import checkpoints
 from .arguments import NemotronHTrainingArguments
+from .fp8 import refuse_double_conversion
 from .monitor import Monitor
 from .optimizer import make_optimizer
 from .schedule import Schedule, scheduler
@@ -44,6 +47,7 @@ logger = logging.get_logger(__name__)
 DATA_STATE_FILE = "data_state.json"
 STATES_KEPT = 8  # steps; a data loader reads one batch ahead
 STEPS_REMEMBERED = 100  # whose mean a jump of the loss is measured from
+IGNORE = -100
 
 
 class TrainingStopped(ValueError):
@@ -90,6 +94,9 @@ class NemotronHTrainer(Trainer):
         model, args, and all others: as transformers.Trainer's, with `args` of `NemotronHTrainingArguments`.
         train_dataset: rows with a state (see `RowsWithState`), or anything that transformers.Trainer takes.
         flops_per_token: of forward and backward together, for the MFU; None leaves it out.
+
+    Raises:
+        ValueError: for a model in FP8 that Accelerate would convert once more, or data loader workers beside such rows.
     """
 
     def __init__(
@@ -113,12 +120,14 @@ class NemotronHTrainer(Trainer):
                     f"dataloader_num_workers: got {args.dataloader_num_workers}, allowed is 0: the rows' state is here"
                 )
         super().__init__(model, args, data_collator, train_dataset, *others, **named)
+        refuse_double_conversion(self.model, self.accelerator)
         self.pop_callback(ProgressCallback)
         self.pop_callback(PrinterCallback)
         self.monitor = Monitor(flops_per_token, show_bar=not args.disable_tqdm)
         self.add_callback(self.monitor)
         self._loss_of_step = torch.zeros((), device=args.device)
         self._recent_losses: deque[float] = deque(maxlen=STEPS_REMEMBERED)
+        self._evaluated: list[Tensor] = []  # of each batch, the sum of its loss and the number of its items
         self._first_step = self._first_row = 0  # where this process began
 
     # Running and resuming
@@ -159,6 +168,9 @@ class NemotronHTrainer(Trainer):
                 f"{folder} was trained with, {marker['tokens_per_step']:,}"
             )
         self._first_step = marker["step"]
+        history = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
+        lines = [line for line in history if "loss" in line and line["step"] > self._first_step - STEPS_REMEMBERED]
+        self._recent_losses.extend(line["loss"] for line in lines)
         if self.rows is not None:
             self.rows.load_state_dict(json.loads((folder / DATA_STATE_FILE).read_text(encoding="utf-8")))
             self._first_row = self.rows.rows_yielded
@@ -218,14 +230,24 @@ class NemotronHTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None
     ) -> Any:
-        """As transformers': the model's own loss; in training with the z-loss, where one is asked for."""
+        """As transformers': the model's own loss; in training with the z-loss, where one is asked for.
+
+        In evaluation its sum is kept. Where the items are those of all processes, all of them add the same number of
+        items, and each its loss times the number of processes: the quotient of the sums is the mean either way.
+        """
         if self.args.z_loss and model.training and "labels" in inputs:
             loss_from_hidden = partial(
                 next_token_loss_with_z, labels=inputs["labels"], vocab_size=self.model.config.vocab_size,
                 z_weight=self.args.z_loss, num_items_in_batch=num_items_in_batch,
             )  # fmt: skip
             inputs = {**inputs, "loss_from_hidden": loss_from_hidden}
-        return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training and num_items_in_batch is not None:
+            loss, items = result[0] if return_outputs else result, torch.as_tensor(num_items_in_batch)
+            items = items.to(loss.device, torch.float32)
+            total = torch.where(items > 0, loss.detach().float().mean() * items, 0.0)
+            self._evaluated.append(torch.stack([total, items]))
+        return result
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
         """As transformers'; keeps the loss of the step for the check below."""
@@ -240,20 +262,23 @@ class NemotronHTrainer(Trainer):
         self._loss_of_step.zero_()
         norm = float(grad_norm) if grad_norm is not None else 0.0
         if not math.isfinite(loss) or not math.isfinite(norm):
-            self._save_before_stop()
-            raise TrainingStopped(
-                f"step {self.state.global_step + 1}: the loss is {loss} and the gradient norm {norm}; the weights were "
-                f"not changed. {self._what_is_safe()} A lower learning_rate (now {self._get_learning_rate():.3g}), or "
-                "z_loss, may help; the same batch will come again."
-            )
+            self._stop(f"the loss is {loss} and the gradient norm {norm}", "z_loss, may help")
         usual = sum(self._recent_losses) / max(len(self._recent_losses), 1)
         if self.args.max_loss_jump and self._recent_losses and loss > usual + self.args.max_loss_jump:
-            raise TrainingStopped(
-                f"step {self.state.global_step + 1}: the loss is {loss:.4g} after a mean of {usual:.4g}, a jump of more than "
-                f"max_loss_jump={self.args.max_loss_jump}. {self._what_is_safe()}"
+            jump = f"a jump of more than max_loss_jump={self.args.max_loss_jump}"
+            self._stop(
+                f"the loss is {loss:.4g} after a mean of {usual:.4g}, {jump}",
+                "a higher max_loss_jump (0 turns it off), lets the run go on",
             )
         self._recent_losses.append(loss)
         return grad_norm
+
+    def _stop(self, reason: str, way_on: str) -> NoReturn:
+        self._save_before_stop()
+        raise TrainingStopped(
+            f"step {self.state.global_step + 1}: {reason}; the weights were not changed. {self._what_is_safe()} "
+            f"A lower learning_rate (now {self._get_learning_rate():.3g}), or {way_on}; the same batch will come again."
+        )
 
     def _what_is_safe(self) -> str:
         whole = checkpoints.whole_checkpoints(self.args.output_dir)
@@ -269,6 +294,44 @@ class NemotronHTrainer(Trainer):
             limit, self.args.save_total_limit = self.args.save_total_limit, None
             self._save_checkpoint(self.model_wrapped, trial=None)
             self.args.save_total_limit = limit
+
+    # Evaluating
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As transformers', with the loss per item over all batches and processes in place of the mean of batches' means."""
+        self._evaluated = []
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if self._evaluated:
+            total, items = self.accelerator.reduce(torch.stack(self._evaluated).sum(0), "sum").tolist()
+            output.metrics[f"{metric_key_prefix}_loss"] = total / items if items else math.nan
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple:
+        """As transformers', without logits where the loss is all that is asked for."""
+        self._set_signature_columns_if_needed()
+        inputs = self._without_repeated_rows(inputs)
+        if prediction_loss_only and "skip_logits" in self._signature_columns:
+            inputs = {**inputs, "skip_logits": True}
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def _without_repeated_rows(self, inputs: dict) -> dict:
+        """No labels in the rows by which Accelerate fills up the last batches of several processes."""
+        state, labels = self.accelerator.gradient_state, inputs.get("labels")
+        if labels is None or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        first = self.accelerator.process_index * len(labels)
+        labels = labels.clone()
+        labels[max(0, state.remainder - first) :] = IGNORE
+        return {**inputs, "labels": labels}
 
     # Logging and saving
 
