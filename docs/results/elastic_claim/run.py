@@ -239,7 +239,9 @@ def report(arguments: argparse.Namespace) -> None:
         rows.append(row)
     logs = {seed: read_log(runs / f"elastic-{seed}" / "metrics.jsonl") for seed in seeds}
     rates = {arm: best_rate(arguments, arm) for arm in ("elastic", "separate")}
-    results = {"tokens": arguments.tokens, "seeds": list(seeds), "learning_rates": rates, "losses": rows}
+    searches = {arm: json.loads((runs / f"search-{arm}.json").read_text(encoding="utf-8")) for arm in rates}
+    results = {"tokens": arguments.tokens, "seeds": list(seeds), "learning_rates": rates, "searches": searches,
+               "losses": rows}  # fmt: skip
     arguments.output.mkdir(parents=True, exist_ok=True)
     (arguments.output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print(table(rows))
