@@ -1,12 +1,13 @@
 """What a live budget costs: memory of a process beyond its parent, and speed beside the same model cut out and loaded alone.
 
-    python docs/results/elastic_sharing/run.py [--rounds 8] [--threads 1] [--prompt 256] [--tokens 24]
+    python docs/results/elastic_sharing/run.py --rounds 5 --threads 2 --tokens 20
+    python docs/results/elastic_sharing/run.py --rounds 2 --threads 2 --prompt 32 --tokens 8 --dtype bfloat16 --output bfloat16.json
 
 A parent of more than 1 GB with random weights is written to a temporary folder. Memory: a process of its own loads it, runs
 it, and then takes one submodel after the other, all kept alive; what counts is how far the proportional set size (PSS) of
 the process rises by each, after that submodel has run too. Speed: submodel and separate model take turns in one process,
 at every prompt and every token, and the ratio is that of the medians: of CPU seconds, which other work on the machine
-disturbs least, and of the clock's. Writes `sharing.json` beside this file. Linux.
+disturbs least, and of the clock's. Writes --output beside this file. Linux.
 """
 
 import argparse
@@ -46,12 +47,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rounds", 8), ("threads", 1), ("prompt", 256), ("tokens", 24)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--output", default="sharing.json")
     sizes = vars(parser.parse_args())
-    config = NemotronHConfig(**PARENT, elastic={"version": 1, "budgets": BUDGETS})
+    command = "python docs/results/elastic_sharing/run.py " + " ".join(f"--{k} {v}" for k, v in sizes.items())
+    output, dtype = Path(__file__).with_name(sizes.pop("output")), sizes.pop("dtype")
+    config = NemotronHConfig(**PARENT, elastic={"version": 1, "budgets": BUDGETS}, dtype=dtype)
     report = {
-        "command": "python docs/results/elastic_sharing/run.py " + " ".join(f"--{k} {v}" for k, v in sizes.items()),
-        "what": "PSS of a process before and after each submodel; seconds of submodel and separate model in turns, float32",
-        "parent": PARENT, "parent_parameters": num_parameters(config), "parent_bytes": weight_bytes(config, "float32"),
+        "command": command,
+        "what": "PSS of a process before and after each submodel; seconds of submodel and separate model in turns",
+        "parent": PARENT, "parent_parameters": num_parameters(config), "parent_bytes": weight_bytes(config, dtype),
         "budgets": BUDGETS, **sizes, "torch": torch.__version__, "python": platform.python_version(), "cpu": cpu_name(),
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
@@ -61,7 +66,7 @@ def main() -> None:
         for name in BUDGETS:
             report["speed"][name] = apart(measure_speed, folder, name, **sizes)
             print(name, json.dumps(report["speed"][name]), flush=True)
-            Path(__file__).with_name("sharing.json").write_text(json.dumps(report, indent=2) + "\n")
+            output.write_text(json.dumps(report, indent=2) + "\n")
 
 
 def apart(function, *args, **kwargs):
@@ -73,7 +78,7 @@ def apart(function, *args, **kwargs):
 def write_parent(folder: str, config: NemotronHConfig) -> None:
     """Fresh weights as an ordinary checkpoint."""
     torch.manual_seed(0)
-    NemotronHForCausalLM(config).save_pretrained(folder)
+    NemotronHForCausalLM(config).to(config.dtype).save_pretrained(folder)
 
 
 def measure_memory(folder: str, threads: int) -> dict:
@@ -83,13 +88,14 @@ def measure_memory(folder: str, threads: int) -> dict:
     parent = NemotronHElasticForCausalLM.from_pretrained(folder).eval()
     work(parent), work(parent)
     before = alone = pss_bytes()
-    whole = weight_bytes(parent.config, "float32")
+    dtype = str(parent.dtype).removeprefix("torch.")
+    whole = weight_bytes(parent.config, dtype)
     report, alive = {"process_with_parent_bytes": alone, "parent_weight_bytes": whole, "budgets": {}}, []
     for name, budget in read_elastic(parent.config).budgets.items():
         alive.append(parent.submodel(name))
         work(alive[-1])
         now = pss_bytes()
-        child = weight_bytes(budget_config(parent.config, budget), "float32")
+        child = weight_bytes(budget_config(parent.config, budget), dtype)
         report["budgets"][name] = {
             "extra_bytes": now - before, "extra_share_of_parent_weights": round((now - before) / whole, 5),
             "own_weight_bytes": child, "extra_share_of_own_weights": round((now - before) / child, 5),
