@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM
 from nemotron_h_hf.model.budgets import budget_config, read_elastic
 from nemotron_h_hf.model.cost import cache_bytes, num_parameters, weight_bytes
+from nemotron_h_hf.model.loading import MANIFEST_NAME
 from nemotron_h_hf.scripts import elastic_train, plot
 
 CHOICES = {"hidden_size": [48, 32], "intermediate_size": [80, 48, 16], "mamba_num_heads": [8, 4]}
@@ -51,6 +52,7 @@ def test_from_a_parent_to_budgets_and_on_again(box, tmp_path, capsys):
     assert command(box, tmp_path, *flags) == 0
     said = capsys.readouterr().err
     assert "half: " in said and "held-out loss" in said
+    assert (tmp_path / "model" / MANIFEST_NAME).is_file()
     elastic = read_elastic(NemotronHForCausalLM.from_pretrained(tmp_path / "model").config)
     assert {name: (b.trained, b.loss is not None) for name, b in elastic.budgets.items()} == {
         "full": (True, True), "half": (True, True), "middle": (False, True),

@@ -117,7 +117,7 @@ def test_a_killed_run_leaves_no_folder_and_goes_on(tmp_path, text_file, monkeypa
     def killed(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command.manifest, "make_manifest", killed)
+    monkeypatch.setattr(command, "write_manifest", killed)
     assert main(given) == 130
     assert not output.exists() and (tmp_path / "parent.work" / "losses.json").is_file()
     assert not list(tmp_path.rglob("config.json"))

@@ -264,6 +264,15 @@ def test_nested_drafts_give_the_parents_text(parent, draft, tokens):
         assert torch.equal(greedy(parent, ids, 20, assistant_model=small), greedy(parent, ids, 20))
 
 
+def test_a_draft_with_fewer_experts_gives_the_parents_text():
+    budgets = {"few": {"n_routed_experts": 4, "moe_intermediate_size": 16, "hidden_size": 32}}
+    parent = NemotronHElasticForCausalLM.from_model(tiny_model("moe", elastic={"version": 1, "budgets": budgets}))
+    small = parent.submodel("few")
+    small.generation_config.num_assistant_tokens, small.generation_config.assistant_confidence_threshold = 4, 0
+    ids = prompt(1, 9)
+    assert torch.equal(greedy(parent, ids, 20, assistant_model=small), greedy(parent, ids, 20))
+
+
 # Bad input
 
 

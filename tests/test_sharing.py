@@ -10,10 +10,13 @@ from tiny import prompt, tiny_model
 from torch import nn
 
 from nemotron_h_hf import NemotronHElasticForCausalLM, NemotronHForCausalLM
+from nemotron_h_hf.elastic import sharing
 from nemotron_h_hf.elastic.layout import Sizes, block_size, head_order, in_proj_order, nested
 from nemotron_h_hf.model import linear
 from nemotron_h_hf.model.budgets import Budget, budget_config, read_elastic
 from nemotron_h_hf.model.cost import cache_bytes, weight_bytes
+from nemotron_h_hf.model.loading import MANIFEST_NAME
+from nemotron_h_hf.model.manifest import check_manifest
 from nemotron_h_hf.model.slicing import cuts, prefix
 
 NARROW = {
@@ -386,3 +389,22 @@ def test_blocks():
     assert block_size(torch.tensor([2, 3, 4, 5, 0, 1])) == 2
     assert block_size(torch.tensor([1, 0, 2])) == 1
     assert block_size(torch.arange(6)) == 6
+
+
+def test_a_saved_submodel_has_a_manifest_and_names_the_nearest_uniform_budget(tmp_path, caplog):
+    parent, _ = parent_of("dense")
+    logger = sharing.logger
+    logger.addHandler(caplog.handler)
+    try:
+        parent.submodel("mlp").save_pretrained(tmp_path / "mlp")
+        parent.submodel("hidden").save_pretrained(tmp_path / "hidden")
+    finally:
+        logger.removeHandler(caplog.handler)
+    said = {record.getMessage() for record in caplog.records if "nearest" in record.getMessage()}
+    assert said == {'the nearest budget that those readers express: {"intermediate_size": 32}'}
+    check_manifest(tmp_path / "mlp" / MANIFEST_NAME, [tmp_path / "mlp" / "model.safetensors"])
+    weights = bytearray((tmp_path / "mlp" / "model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (tmp_path / "mlp" / "model.safetensors").write_bytes(weights)
+    with pytest.raises(ValueError, match="another checksum for 1 tensors"):
+        NemotronHForCausalLM.from_pretrained(tmp_path / "mlp")

@@ -86,7 +86,8 @@ def slice_checkpoint(
 
     Raises:
         ValueError: for a budget that does not fit, a parent that is damaged or was changed after its manifest, a folder
-            in use, a full disk, or a residual that is too large; the folder then has no config.json.
+            in use, too little room on the disk, or a residual that is too large; the folder then has no config.json.
+        OSError: if the disk fills on the way; likewise.
     """
     started = time.monotonic()
     source, target = local_folder(parent), Path(output)

@@ -9,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import TensorSpec, parse_size, save
+from ..model import manifest
 from ..model.cost import checkpoint_tensors
-from ..model.loading import save_whole, warn_of_other_readers
+from ..model.loading import save_whole, warn_of_other_readers, weight_files
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
+from ..model.nested import find_tensors
+from ..whole_files import write_text
 from .ordered import OrderedLinear
 from .views import find, module_path, tensor_of
 
@@ -73,9 +76,18 @@ def write_ordinary(
         config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
-        save(Path(folder), specs, tensors, parse_size(max_shard_size))
+        digests = save(Path(folder), specs, tensors, parse_size(max_shard_size))
+        write_manifest(folder, {name: digest.sha256 for name, digest in digests.items()})
 
     save_whole(directory, write)
+
+
+def write_manifest(folder: str | os.PathLike, sha256: Mapping[str, str] | None = None) -> None:
+    """Write the manifest of a folder's weights beside them; `sha256` by released name, None to read the files for it."""
+    stored = find_tensors(weight_files(folder))
+    if sha256 is None:
+        sha256 = {name: manifest.checksum(entry) for name, entry in stored.items()}
+    write_text(Path(folder) / manifest.NAME, manifest.as_text(manifest.make_manifest(stored, sha256)))
 
 
 def checkpoint_names(model: NemotronHForCausalLM) -> Iterator[str]:

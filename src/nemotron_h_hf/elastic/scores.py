@@ -15,7 +15,7 @@ AXES = {"neurons": "MLP neurons", "heads": "Mamba heads", "channels": "channels 
 
 
 def write_scores(path: Path, importance: Importance, removals: list[Removal]) -> None:
-    """All scores by axis and layer, in the order that the model had; the routed experts' neurons are left out, being many."""
+    """All scores by axis and layer, in the order that the model had; the routed experts' neurons, being many, beside them."""
     record: dict = {"hidden": _numbers(importance.hidden)}
     for name in AXES:
         if layers := getattr(importance, name):
@@ -23,6 +23,9 @@ def write_scores(path: Path, importance: Importance, removals: list[Removal]) ->
     if removals:
         record["depth"] = [{"removed": r.layer, "scores": {str(k): v for k, v in r.scores.items()}} for r in removals]
     path.write_text(json.dumps(record) + "\n")
+    if importance.expert_neurons:
+        neurons = {str(index): _numbers(values) for index, values in importance.expert_neurons.items()}
+        path.with_name(f"{path.stem}_expert_neurons.json").write_text(json.dumps(neurons) + "\n")
 
 
 def _numbers(values: Tensor) -> list:

@@ -23,6 +23,8 @@ def draw_scores(folder: Path, parent: Parent) -> list[Path]:
     for name, title in AXES.items():
         if layers := getattr(importance, name):
             panels[name] = lambda axes, title=title, layers=layers: _layers(axes, title, layers)
+    if importance.expert_neurons:
+        panels["expert_neurons"] = lambda axes: _experts(axes, importance.expert_neurons)
     if parent.removals:
         panels["depth"] = lambda axes: _depth(axes, parent.removals)
     files = []
@@ -55,6 +57,12 @@ def _layers(axes: Axes, title: str, layers: Mapping[int, Tensor]) -> None:
     axes.set(title=title, xlabel="rank in the layer", ylabel="score / the layer's largest", yscale="log")
     if len(layers) <= 12:
         axes.legend(fontsize="small")
+
+
+def _experts(axes: Axes, layers: Mapping[int, Tensor]) -> None:
+    """Sorted scores of each expert's neurons; a line for each layer, the mean over its experts."""
+    means = {index: scores.sort(dim=-1, descending=True).values.mean(0) for index, scores in layers.items()}
+    _layers(axes, "neurons of the routed experts, mean over experts", means)
 
 
 def _depth(axes: Axes, removals: list[Removal]) -> None:

@@ -12,8 +12,8 @@ kernels, and adapters made for the ordinary model fit it.
 A submodel shares every matrix and most vectors. What the Mamba layers read in the ordinary order (convolution, gated norm,
 A_log, D, dt_bias) is copied, well under 1 % of the weights.
 
-Speed is that of a separate model in fp32; in bfloat16 on a CPU a single token's product with a view took 1.3 to 1.9 times as
-long as with a copy, as the kernels there want whole rows.
+Speed is that of a separate model in fp32, within 15 %; in bfloat16 on a CPU a token took 1.1 to 1.8 times as long, as the
+kernels there want whole rows (docs/results/elastic_sharing).
 
 - The parent moves (`to`, `half`, `cuda`): its submodels follow; while they live, old and new weights are there together.
 - The parent's weights are replaced some other way, or a submodel is moved: the submodel's next forward raises.
@@ -34,8 +34,9 @@ from transformers.utils import logging
 from ..model.budgets import Budget, budget_config
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
-from ..model.needs import Request, find_budget
+from ..model.needs import Request, find_budget, sizes_of
 from ..model.slicing import prefix
+from .expressible import nearest_expressible
 from .generating import BudgetSchedule, generate_by, generate_rows, generate_schedule
 from .layout import live_orders
 from .ordered import arranged, ordered
@@ -56,7 +57,8 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
         super().__init__(config)
         lay_out(self)
         self._submodels: WeakValueDictionary[Budget, NemotronHElasticForCausalLM] = WeakValueDictionary()
-        self._ties: list[Tie] = []  # of a submodel
+        self._ties: list[Tie] = []  # of a submodel, as is this:
+        self._cut_from: tuple[NemotronHConfig, Budget] | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "NemotronHElasticForCausalLM":
@@ -148,6 +150,11 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
         if push_to_hub:
             raise ValueError("push_to_hub=True: allowed is False; save, then upload the folder with `nemotron-h push`")
         write_ordinary(self, save_directory, state_dict, max_shard_size)
+        if self._cut_from is not None:
+            parent, budget = self._cut_from
+            nearest = nearest_expressible(parent, budget)
+            if nearest is not budget:
+                logger.warning(f"the nearest budget that those readers express: {sizes_of(nearest)}")
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
         """As the ordinary model's."""
@@ -167,6 +174,7 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
         with torch.device("meta"):
             child = type(self)(config)
         child._ties = tie_tensors(self, child, prefix(self.config, budget.kept_layers(self.config), config))
+        child._cut_from = self.config, budget
         child.generation_config = copy.deepcopy(self.generation_config)  # drafting changes it
         child.name_or_path = self.name_or_path
         large = [tie for tie in child._ties if tie.kept is not None and tie.tensor().dim() == 2]

@@ -275,7 +275,8 @@ def save_whole(directory: str | os.PathLike, write: Callable[[str], None]) -> No
                     and old.name not in names
                 ):
                     old.unlink()
-            (target / MANIFEST_NAME).unlink(missing_ok=True)  # it speaks of the weights that were here before
+            if MANIFEST_NAME not in names:
+                (target / MANIFEST_NAME).unlink(missing_ok=True)  # it speaks of the weights that were here before
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -100,7 +100,7 @@ def find_budget(config: NemotronHConfig, request: Request, dtype: str = "bfloat1
         return elastic.budgets[request]
     best = rank_budgets(config, request, dtype, limit=1)[0]
     say = logger.info if best.budget.trained else logger.warning_once
-    say(f"budget={request!r}: {best.describe()}; {_sizes(best.budget)}")
+    say(f"budget={request!r}: {best.describe()}; {sizes_of(best.budget)}")
     return best.budget
 
 
@@ -320,7 +320,8 @@ def _interpolate(known: Mapping[int, float], size: int) -> float | None:
     return known[below] + share * (known[above] - known[below])
 
 
-def _sizes(budget: Budget) -> str:
+def sizes_of(budget: Budget) -> str:
+    """What a budget names, as JSON for people."""
     entry = {key: value for key, value in budget.to_dict().items() if key not in ("trained", "loss")}
     return json.dumps(entry) if entry else "the parent itself"
 

@@ -46,6 +46,7 @@ from nemotron_h_hf.elastic.curriculum import stages_of
 from nemotron_h_hf.elastic.expected_cost import DEAD_ZONE, METRICS, ExpectedCost
 from nemotron_h_hf.elastic.finished import elastic_after, single_sizes
 from nemotron_h_hf.elastic.latency import measure_latency
+from nemotron_h_hf.elastic.ordinary import write_manifest
 from nemotron_h_hf.elastic.routed import Route
 from nemotron_h_hf.elastic.router import RouterSettings
 from nemotron_h_hf.elastic.targets import parse_target, targets_of
@@ -270,6 +271,7 @@ def finish(
     save_router(routed, folder / ROUTER_FILE, write=trainer.is_world_process_zero())
     if save_finished(trainer, folder / "model"):
         save_tokenizer(tokenizer, folder / "model")
+        write_manifest(folder / "model")
         for name, budget in budgets.items():
             count = num_parameters(budget_config(model.config, budget))
             loss = f", held-out loss {losses[name]:.4f}" if name in losses else ""

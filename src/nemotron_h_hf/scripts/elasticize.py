@@ -49,13 +49,12 @@ from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.stdlib_text import read_documents, split_documents
 from nemotron_h_hf.elastic.cutting import local_folder
 from nemotron_h_hf.elastic.elasticize import Parent, elasticize
+from nemotron_h_hf.elastic.ordinary import write_manifest
 from nemotron_h_hf.elastic.permuting import permute_checkpoint, permute_model
 from nemotron_h_hf.elastic.streaming import streamed
 from nemotron_h_hf.evaluation.held_out import end_token
 from nemotron_h_hf.evaluation.texts import read_texts
-from nemotron_h_hf.model import manifest
 from nemotron_h_hf.model.loading import weight_files
-from nemotron_h_hf.model.nested import find_tensors
 from nemotron_h_hf.model.slicing import Kept
 from nemotron_h_hf.resumable import TOKENIZER_FILES, check_room, copy_files
 from nemotron_h_hf.whole_files import write_text
@@ -235,8 +234,7 @@ def write_weights(source: Path, config: NemotronHConfig, order: Kept, staging: P
 
 def write_rest(config: NemotronHConfig, parent: Parent, checksums: dict[str, str], staging: Path) -> None:
     """Manifest, importance, and last the config with its budgets."""
-    stored = find_tensors(weight_files(staging))
-    write_text(staging / manifest.NAME, manifest.as_text(manifest.make_manifest(stored, checksums)))
+    write_manifest(staging, checksums)
     write_importance(staging / "importance", parent)
     config.elastic = parent.elastic.to_dict()
     write_text(staging / "config.json", config.to_json_string(use_diff=False))
