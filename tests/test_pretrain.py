@@ -17,6 +17,10 @@ from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM
+from nemotron_h_hf.data.blend import Blend
+from nemotron_h_hf.data.packing import PackedRows
+from nemotron_h_hf.data.phases import Phase
+from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.scripts import plot, pretrain
 from nemotron_h_hf.training.arguments import NemotronHTrainingArguments
 from nemotron_h_hf.training.checkpoints import whole_checkpoints
@@ -133,8 +137,31 @@ def test_encoder_opens_and_closes_documents():
     encode = pretrain.document_encoder(AutoTokenizer.from_pretrained(EMBEDDED_MODEL))
     ids = encode("def f():")
     assert ids[0] == ids[-1] == 0 and 0 not in ids[1:-1]
-    with pytest.raises(ValueError, match="the document is a list; allowed is text"):
+    with pytest.raises(ValueError, match="the document is a list; allowed are text and lists of token ids"):
         encode([{"role": "user"}])
+
+
+def test_token_ids_are_taken_as_they_are(texts, tmp_path):
+    """The same rows from texts and from a column of their tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    encode = pretrain.document_encoder(tokenizer)
+    files = sorted(Path(texts).rglob("*.txt"))
+    lines = [path.read_text() for path in files]
+    for column, values in (("text", lines), ("input_ids", [encode(line) for line in lines])):
+        rows = "".join(json.dumps({column: value}) + "\n" for value in values)
+        (tmp_path / f"{column}.jsonl").write_text(rows)
+    blends = [
+        Blend(
+            [Source("data", path=str(tmp_path / f"{column}.jsonl"), column=column)], [Phase({"data": 1.0})], encode, 500
+        )
+        for column in ("text", "input_ids")
+    ]
+    ours, expected = (list(PackedRows(blend, 32)) for blend in blends)
+    assert len(ours) > 10 and all(
+        torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(ours, expected, strict=True)
+    )
+    with pytest.raises(ValueError, match=f"token ids from 3 to {len(tokenizer)}; allowed are 0 to"):
+        encode([3, len(tokenizer)])
 
 
 # A run

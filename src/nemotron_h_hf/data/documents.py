@@ -28,18 +28,27 @@ def resumable(documents: Resumable | Iterable[Any]) -> Resumable:
     return documents if isinstance(documents, Resumable) else Counted(documents)
 
 
-def document_encoder(tokenizer: Any) -> Callable[[str], list[int]]:
-    """Text -> beginning of document (eos where the tokenizer has no bos), its tokens, eos.
+def document_encoder(tokenizer: Any) -> Callable[[str | list[int]], list[int]]:
+    """Text -> beginning of document (eos where the tokenizer has no bos), its tokens, eos; token ids stay as they are.
 
-    The encoder raises ValueError for what is no text.
+    The encoder raises ValueError for what is neither, and for ids that the tokenizer does not have.
     """
-    end = tokenizer.eos_token_id
+    end, size = tokenizer.eos_token_id, len(tokenizer)
     begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
 
-    def encode(text: str) -> list[int]:
-        if not isinstance(text, str):
-            raise ValueError(f"the document is a {type(text).__name__}; allowed is text, name its column in the source")
-        return [begin, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], end]
+    def encode(document: str | list[int]) -> list[int]:
+        if isinstance(document, list) and set(map(type, document)) == {int}:
+            if min(document) < 0 or max(document) >= size:
+                raise ValueError(
+                    f"the document has token ids from {min(document)} to {max(document)}; allowed are 0 to {size - 1}"
+                )
+            return document
+        if not isinstance(document, str):
+            kind = type(document).__name__
+            raise ValueError(
+                f"the document is a {kind}; allowed are text and lists of token ids, name their column in the source"
+            )
+        return [begin, *tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"], end]
 
     return encode
 

@@ -19,6 +19,9 @@ run.yaml, with weights that change on the way (a phase without `until` or `last`
       - {until: 60%, weights: {web: 0.6, code: 0.3, wiki: 0.1}}
       - {weights: {web: 0.3, code: 0.3, wiki: 0.4}}
 
+Texts are tokenised as they are read, by every process, in the order of the blend. Where that is what a run waits for, do it
+before: a column of token ids, each document with its end tokens, is taken as it is (column: input_ids).
+
 The same command again goes on from the last whole checkpoint, with the very next row. In OUTPUT_DIR: checkpoint-N/ while
 it runs, metrics.jsonl (see `nemotron-h plot`), and at the end model/, which from_pretrained loads.
 """
