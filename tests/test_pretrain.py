@@ -22,7 +22,7 @@ from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.phases import Phase
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.scripts import plot, pretrain
-from nemotron_h_hf.training.arguments import NemotronHTrainingArguments
+from nemotron_h_hf.training.arguments import NemotronHTrainingArguments, installed_report
 from nemotron_h_hf.training.checkpoints import whole_checkpoints
 
 ROOT = Path(__file__).parent.parent
@@ -165,6 +165,22 @@ def test_token_ids_are_taken_as_they_are(texts, tmp_path):
 
 
 # A run
+
+
+def test_metrics_go_to_tensorboard_where_it_is_installed(texts, tmp_path, monkeypatch):
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert (
+        pretrain.main(["--config", str(write_config(tmp_path, texts)), "--max_steps", "5", "--total_tokens", "640"])
+        == 0
+    )
+    (folder,) = (tmp_path / "run" / "runs").iterdir()
+    events = event_accumulator.EventAccumulator(str(folder)).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert found == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in read_metrics(tmp_path / "run")]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "tensorboard" else name)
+    assert installed_report() == ["trackio"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert installed_report() == ["none"]
 
 
 def test_pretrain_from_end_to_end(texts, tmp_path, capsys):

@@ -14,6 +14,7 @@ A script has a few dataclasses (a field that takes nested values is typed `dict 
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import json
 import sys
 from argparse import SUPPRESS, Action, ArgumentError, RawDescriptionHelpFormatter
@@ -107,8 +108,11 @@ class NemotronHTrainingArguments(TrainingArguments):
     logging_nan_inf_filter: bool = _flag(False, "as in transformers; here a loss that is no number stops the run")
     remove_unused_columns: bool = _flag(False, "as in transformers; here rows hold what the model takes")
     report_to: list[str] = field(
-        default_factory=lambda: ["none"],
-        metadata={"help": "tensorboard, trackio, wandb, ...; metrics.jsonl is written in any case"},
+        default_factory=lambda: installed_report(),
+        metadata={
+            "help": "none, tensorboard, trackio, wandb, ...; default: tensorboard, else trackio, where it is installed; "
+            "metrics.jsonl is written in any case"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -209,6 +213,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"config: {path} holds a {type(content).__name__}; allowed is a mapping of names to values")
     return content
+
+
+def installed_report() -> list[str]:
+    """Where metrics go besides metrics.jsonl: TensorBoard, else trackio, if it is installed."""
+    found = [name for name in ("tensorboard", "trackio") if importlib.util.find_spec(name) is not None]
+    return found[:1] or ["none"]
 
 
 def as_mapping(value: str | Mapping | Sequence | None, name: str) -> Any:
