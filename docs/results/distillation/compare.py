@@ -39,7 +39,7 @@ COMMON = ["--model", str(RUNS / "student"), "--sequence_length", "1024", "--per_
           "--min_lr_ratio", "0.1", "--logging_steps", "2", "--logging_first_step", "true", "--save_steps", "10",
           "--save_total_limit", "1", "--use_cpu"]  # fmt: skip
 EVALUATION = ["--tasks", "bpb", "--limit", "10", "--stride", "1920"]
-SEEDS, TOKENS, TOKENS_PER_STEP = (0,), "100K", 2048
+SEEDS, TOKENS, TOKENS_PER_STEP = (0, 1, 2), "100K", 2048
 WINDOW = 5  # log lines averaged in the picture
 
 
@@ -47,7 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", choices=("train", "report"))
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="which runs (0)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="which runs (0 1 2)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     {"train": train, "report": report}[arguments.step](arguments.seeds)
