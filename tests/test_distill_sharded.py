@@ -1,6 +1,8 @@
-"""Distillation on two processes (gloo): student and teacher sharded give the loss of one process; a cache is begun once."""
+"""Distillation on two processes (gloo): student and teacher sharded give the loss of one process; a cache is begun once;
+a teacher that one process loads is the same on both."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,9 +15,11 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from nemotron_h_hf import NemotronHForCausalLM
 from nemotron_h_hf.training import losses, teacher_cache
 from nemotron_h_hf.training.distillation import shard_teacher
 from nemotron_h_hf.training.losses import LiveTeacher, distillation_loss
+from nemotron_h_hf.training.one_copy import device_to_load_on
 from nemotron_h_hf.training.teacher_cache import TeacherCache, teacher_hidden_states, write_cache
 
 
@@ -59,6 +63,36 @@ def work() -> None:
     torch.distributed.destroy_process_group()
 
 
+def load_once(folder: Path) -> None:
+    """In each of two processes: a teacher with experts, mtp and mixed dtypes, whose weights the first alone has."""
+    whole = NemotronHForCausalLM.from_pretrained(folder)
+    torch.distributed.init_process_group("gloo")
+    rank = torch.distributed.get_rank()
+    teacher = NemotronHForCausalLM.from_pretrained(folder, device_map=device_to_load_on())
+    assert all(tensor.is_meta == (rank == 1) for tensor in teacher.state_dict().values())
+    shard_teacher(teacher.requires_grad_(False))
+    assert all(isinstance(parameter, DTensor) and not parameter.requires_grad for parameter in teacher.parameters())
+    for (name, tensor), expected in zip(teacher.state_dict().items(), whole.state_dict().values(), strict=True):
+        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), name
+    ids = prompt(2, 21)
+    hidden = teacher_hidden_states(teacher, ids)
+    torch.testing.assert_close(teacher.lm_head(hidden), whole(ids).logits)
+    print("same teacher")
+    torch.distributed.destroy_process_group()
+
+
+def write_biased(source: Path, folder: Path) -> Path:
+    """A checkpoint whose experts' selection biases, buffers that begin as zeros, are others; its tokenizer goes along."""
+    shutil.copytree(source, folder)
+    model = NemotronHForCausalLM.from_pretrained(source)
+    for name, bias in model.named_buffers():
+        assert name.endswith("e_score_correction_bias")
+        bias.copy_(torch.linspace(-0.2, 0.3, len(bias)))
+    model.save_pretrained(folder)
+    return folder
+
+
 def begin_caches(folder: Path) -> None:
     """In each of two processes, while the first is slow to write: a new cache, that cache again, and a foreign folder."""
     torch.distributed.init_process_group("gloo")
@@ -94,10 +128,20 @@ def test_two_processes_begin_one_cache(tmp_path):
     assert on_two_processes(29618, str(tmp_path)).count("one cache") == 2
 
 
-def on_two_processes(port: int, *arguments: str) -> str:
+@pytest.mark.slow
+def test_a_teacher_that_one_process_loads_is_whole_on_two(tmp_path):
+    model = tiny_model("latent", num_nextn_predict_layers=1, mtp_hybrid_override_pattern="*E")
+    model.bfloat16()
+    model.model.layers[0].mixer.A_log.data = model.model.layers[0].mixer.A_log.data.float()
+    model.save_pretrained(tmp_path)
+    settings = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
+    assert on_two_processes(29619, str(tmp_path), "load", **settings).count("same teacher") == 2
+
+
+def on_two_processes(port: int, *arguments: str, **variables: str) -> str:
     """What this file prints when it is run by two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), **variables}
     done = subprocess.run(
         [*command, __file__, *arguments], env=environment, capture_output=True, text=True, timeout=280
     )
@@ -111,4 +155,7 @@ def test_a_tied_teacher_is_not_sharded():
 
 
 if __name__ == "__main__":
-    begin_caches(Path(sys.argv[1])) if len(sys.argv) > 1 else work()
+    if len(sys.argv) > 1:
+        (load_once if "load" in sys.argv else begin_caches)(Path(sys.argv[1]))
+    else:
+        work()

@@ -13,7 +13,7 @@ from nemotron_h_hf.conversion.sharded_run import export_run
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_elastic_train import write_parent
-from test_fsdp import FSDP2
+from test_fsdp import ONE_COPY, held
 from tiny import prompt, tiny_model
 from tiny_run import read_metrics, write_texts
 from torch.distributed.fsdp import fully_shard
@@ -91,9 +91,9 @@ def work() -> None:
     torch.distributed.destroy_process_group()
 
 
-def run(command: list[str], crash_after: int = -1) -> str:
+def run(command: list[str], crash_after: int = -1, **more: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1",
-                   "COMMAND": "elastic_train", "CRASH_AFTER": str(crash_after)}  # fmt: skip
+                   "COMMAND": "elastic_train", "CRASH_AFTER": str(crash_after), **more}  # fmt: skip
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert (done.returncode == 0) == (crash_after < 0), done.stderr[-4000:]
     return done.stdout
@@ -115,7 +115,10 @@ def test_two_processes_give_the_losses_gradients_and_router_of_one():
 
 @pytest.mark.timeout(900)  # four launches
 def test_command_on_two_processes(tmp_path):
-    """As on one: losses, router, budgets; an ordinary checkpoint, and a crash in between that is made good."""
+    """As on one: losses, router, budgets; an ordinary checkpoint, and a crash in between that is made good.
+
+    The first process alone has parent, router and teacher before they are sharded.
+    """
     texts, parent = write_texts(tmp_path / "texts"), write_parent(tmp_path / "parent")
     settings = {
         "model": str(parent), "data": [str(texts / "low" / "*.txt")], "eval_data": [str(texts / "high" / "0*.txt")],
@@ -128,11 +131,12 @@ def test_command_on_two_processes(tmp_path):
     one = ["-m", "nemotron_h_hf.scripts.elastic_train", f"--config={config}", f"--output_dir={tmp_path / 'one'}"]
     run([sys.executable, *one, "--per_device_train_batch_size=4"])
     accelerate = tmp_path / "accelerate.yaml"
-    accelerate.write_text(yaml.safe_dump({**FSDP2, "num_processes": 2}))
+    accelerate.write_text(yaml.safe_dump({**ONE_COPY, "num_processes": 2}))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(accelerate), "--main_process_port",
               "0", str(Path(__file__).with_name("fsdp_on_cpu.py")), f"--config={config}",
               f"--output_dir={tmp_path / 'two'}", "--per_device_train_batch_size=2"]  # fmt: skip
-    run(launch, crash_after=4)
+    run(launch, crash_after=4, HELD=str(tmp_path))
+    assert [held(tmp_path, name)[1] for name in ("model", "teacher")] == [0, 0]
     run(launch)
     rows = [[row for row in read_metrics(tmp_path / name) if "loss" in row] for name in ("one", "two")]
     assert [row["step"] for row in rows[1]] == list(range(1, 7))

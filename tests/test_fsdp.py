@@ -1,4 +1,7 @@
-"""Training under FSDP2 on two CPU processes (gloo): the losses of one process, sharded checkpoints, other numbers of processes."""
+"""Training under FSDP2 on two CPU processes (gloo): the losses of one process, sharded checkpoints, other numbers of processes.
+
+Each process loads the weights, or the first one alone (`ONE_COPY`).
+"""
 
 import json
 import subprocess
@@ -8,11 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from test_distill_sharded import write_biased
 from test_pretrain import COMMAND, MODEL, environment, write_config
 from tiny_run import read_metrics, write_texts
 
 from nemotron_h_hf import NemotronHForCausalLM
-from nemotron_h_hf.scripts import export, sft
+from nemotron_h_hf.scripts import distill, export, sft
 from nemotron_h_hf.training.checkpoints import last_whole_checkpoint
 
 MOE = {
@@ -28,6 +32,7 @@ FSDP2 = {
         "fsdp_cpu_ram_efficient_loading": False,
     },
 }  # fmt: skip
+ONE_COPY = {**FSDP2, "fsdp_config": {**FSDP2["fsdp_config"], "fsdp_cpu_ram_efficient_loading": True}}
 
 pytestmark = pytest.mark.slow
 
@@ -53,12 +58,57 @@ def one(config, tmp_path_factory):
 
 def test_same_losses_as_one_process_and_an_ordinary_checkpoint(config, one, tmp_path):
     launch(config, tmp_path / "two", processes=2)
+    assert held(tmp_path / "two", "model")[1] > 0
     assert_same_losses(tmp_path / "two", one)
     checkpoint = last_whole_checkpoint(tmp_path / "two")
     assert len(list((checkpoint / "pytorch_model_fsdp_0").glob("*.distcp"))) == 2
-    models = [NemotronHForCausalLM.from_pretrained(run / "model").state_dict() for run in (tmp_path / "two", one)]
-    for name, value in models[1].items():
-        assert torch.allclose(models[0][name], value, atol=2e-3), name
+    assert_same_models(tmp_path / "two", one)
+
+
+def test_one_process_draws_the_weights(config, one, tmp_path):
+    launch(config, tmp_path / "two", processes=2, accelerate=ONE_COPY)
+    assert held(tmp_path / "two", "model")[1] == 0
+    assert_same_losses(tmp_path / "two", one)
+    assert_same_models(tmp_path / "two", one)
+
+
+def test_one_process_loads_the_weights(config, one, tmp_path):
+    """Experts' selection biases too, which are buffers; stopped at step 8 as a crash would, and gone on with."""
+    settings = yaml.safe_load(config.read_text())
+    del settings["config_overrides"]
+    settings |= {"init": "weights", "model": str(write_biased(one / "model", tmp_path / "start"))}
+    config = tmp_path / "weights.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    run([*COMMAND, f"--config={config}", f"--output_dir={tmp_path / 'one'}"])
+    launch(config, tmp_path / "two", processes=2, crash_after=8, accelerate=ONE_COPY)
+    launch(config, tmp_path / "two", processes=2, accelerate=ONE_COPY)
+    assert held(tmp_path / "two", "model")[1] == 0
+    assert_same_losses(tmp_path / "two", tmp_path / "one")
+    assert_same_models(tmp_path / "two", tmp_path / "one")
+
+
+def test_one_process_loads_student_and_teacher(one, tuning, tmp_path, monkeypatch):
+    monkeypatch.setenv("COMMAND", "distill")
+    settings = yaml.safe_load(tuning.read_text())
+    settings |= {"teacher": str(write_biased(one / "model", tmp_path / "teacher")), "logging_steps": 1}
+    tuning.write_text(yaml.safe_dump(settings))
+    alone = ["--config", str(tuning), "--output_dir", str(tmp_path / "one"), "--per_device_train_batch_size", "4"]
+    distill.main(alone)
+    launch(tuning, tmp_path / "two", processes=2, accelerate=ONE_COPY)
+    for name in ("model", "teacher"):
+        assert held(tmp_path / "two", name)[1] == 0, name
+    rows = [[row for row in read_metrics(tmp_path / name) if "kl" in row] for name in ("two", "one")]
+    assert rows[0][0]["loss"] == pytest.approx(rows[1][0]["loss"], abs=1e-5)
+    assert_same_models(tmp_path / "two", tmp_path / "one")
+
+
+def test_adapters_on_weights_of_one_process(tuning, tmp_path):
+    flags = ("--lora_rank=2", "--lora_targets=mamba")
+    for name, accelerate in (("each", FSDP2), ("one", ONE_COPY)):
+        launch(tuning, tmp_path / name, 2, -1, *flags, accelerate=accelerate)
+    assert held(tmp_path / "one", "model")[1] == 0
+    losses = [json.loads((tmp_path / name / "held_out.json").read_text()) for name in ("one", "each")]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
 
 
 def test_another_number_of_processes_goes_on(config, one, tmp_path):
@@ -104,20 +154,35 @@ def test_a_done_run_of_adapters_names_the_way_on(tuning, tmp_path):
         launch(tuning, run_folder, 1, -1, *flags)
 
 
-def launch(config: Path, output_dir: Path, processes: int, crash_after: int = -1, *flags: str) -> None:
+def launch(
+    config: Path, output_dir: Path, processes: int, crash_after: int = -1, *flags: str, accelerate: dict = FSDP2
+) -> None:
     output_dir.mkdir(exist_ok=True)
     settings = output_dir / "accelerate.yaml"
-    settings.write_text(yaml.safe_dump({**FSDP2, "num_processes": processes}))
+    settings.write_text(yaml.safe_dump({**accelerate, "num_processes": processes}))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings)]
     command += ["--main_process_port", "0", str(Path(__file__).with_name("fsdp_on_cpu.py")), f"--config={config}"]
     command += [f"--output_dir={output_dir}", f"--per_device_train_batch_size={4 // processes}", *flags]
-    run(command, crash_after)
+    run(command, crash_after, HELD=str(output_dir))
 
 
-def run(command: list[str], crash_after: int = -1) -> None:
-    variables = {**environment(), "CRASH_AFTER": str(crash_after)}
+def run(command: list[str], crash_after: int = -1, **more: str) -> None:
+    variables = {**environment(), "CRASH_AFTER": str(crash_after), **more}
     done = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert (done.returncode == 0) == (crash_after < 0), done.stderr[-4000:]
+
+
+def held(output_dir: Path, name: str) -> list[int]:
+    """Bytes of weights in each of two processes before they were sharded."""
+    found = [int((output_dir / f"{name}-{rank}").read_text()) for rank in range(2)]
+    assert found[0] > 0
+    return found
+
+
+def assert_same_models(left: Path, right: Path) -> None:
+    models = [NemotronHForCausalLM.from_pretrained(run / "model").state_dict() for run in (left, right)]
+    for name, value in models[1].items():
+        assert torch.allclose(models[0][name], value, atol=2e-3), name
 
 
 def assert_same_losses(left: Path, right: Path) -> None:

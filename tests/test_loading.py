@@ -72,6 +72,17 @@ def test_there_and_back_is_bit_equal(name, mixed, tmp_path):
     assert texts[0] == texts[1]
 
 
+@pytest.mark.parametrize("name", ["dense", "mtp"])
+def test_on_the_meta_device_headers_alone_are_read(name, tmp_path, monkeypatch):
+    model = mix_dtypes(variant(name))
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("transformers.modeling_utils.safe_open", None)
+    empty = NemotronHForCausalLM.from_pretrained(tmp_path, device_map="meta").state_dict()
+    assert all(tensor.is_meta for tensor in empty.values())
+    kinds = [{name: (t.dtype, t.shape) for name, t in state.items()} for state in (empty, model.state_dict())]
+    assert kinds[0] == kinds[1]
+
+
 def test_one_norm_in_fp32_leaves_the_other_alone(tmp_path):
     """`norm.weight` of a block and `mixer.norm.weight` of its mixer end alike."""
     model = tiny_model().to(torch.bfloat16)

@@ -154,6 +154,15 @@ def test_the_document_holds_the_tables(capsys):
     assert tables == [line for line in printed.splitlines() if line.startswith("| ")]
 
 
+def test_the_document_has_the_host_memory_of_loading():
+    paragraph = next(part for part in DOC.read_text().split("\n\n") if part.startswith("**Host memory**"))
+    small, large = (num_parameters(NemotronHConfig.from_preset(f"nemotron-h-{name}")) / 1e9 for name in ("8b", "56b"))
+    text = " ".join(paragraph.split())
+    assert f"{4 * small:.0f} GB for the 8B and {4 * large:.0f} GB for the 56B" in text
+    assert f"{8 * 4 * small:,.0f} GB and {8 * 4 * large:,.0f} GB on a machine of 8 GPUs" in text
+    assert f"bfloat16: {2 * small:.0f} GB and {2 * large:.0f} GB" in text
+
+
 COUNTING = """
 import json
 import sys

@@ -46,7 +46,7 @@ from .mamba2 import NemotronHMamba2Mixer
 from .manifest import check_manifest, find_manifest
 from .moe import NemotronHTopkRouter, init_experts, load_balancing_loss
 from .needs import Request
-from .nested import find_nested
+from .nested import empty_tensors, find_nested
 from .peft_support import allow_adapters_on_out_proj
 from .rows import Padding, check_mask, find_documents, find_padding, flash_offsets
 
@@ -104,6 +104,8 @@ class NemotronHPreTrainedModel(PreTrainedModel):
             model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, **checked})
         finally:
             loading.reset(token)
+        if str(kwargs.get("device_map")) == "meta":
+            model.to("meta").tie_weights()  # transformers 5.17 makes zeros of it in some processes of FSDP
         drop_absent_mtp(model, info)
         ignore = model._keys_to_ignore_on_load_unexpected or []
         accepted = {**info, "mismatched_keys": set()} if kwargs.get("ignore_mismatched_sizes") else info
@@ -122,6 +124,8 @@ class NemotronHPreTrainedModel(PreTrainedModel):
             check_manifest(wanted.manifest, files)
         if wanted.nested is not None:
             state_dict, checkpoint_files = wanted.nested.tensors(files), None
+        elif files and load_config.device_map == {"": torch.device("meta")} and load_config.hf_quantizer is None:
+            state_dict, checkpoint_files = empty_tensors(files), None
         if wanted.keep_dtypes and load_config.hf_quantizer is None:
             cut = {} if wanted.nested is None else {name: pending.get_dtype() for name, pending in state_dict.items()}
             plan = {**stored_dtypes(cut or file_dtypes(files), load_config.dtype), **load_config.dtype_plan}

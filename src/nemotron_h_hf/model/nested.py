@@ -186,6 +186,12 @@ def find_tensors(files: Iterable[str | os.PathLike]) -> dict[str, Stored]:
     return found
 
 
+def empty_tensors(files: Iterable[str | os.PathLike]) -> dict[str, Tensor]:
+    """The tensors of safetensors files under released names, on the meta device: only headers are read."""
+    stored = find_tensors(files)
+    return {name: torch.empty(it.shape, dtype=DTYPES[it.dtype], device="meta") for name, it in stored.items()}
+
+
 def check_tensors(stored: dict[str, Stored], config: NemotronHConfig) -> None:
     """Raise a ValueError unless the files hold what `config` asks for, in those shapes, and nothing else."""
     wanted = {

@@ -48,6 +48,7 @@ from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingAr
 from nemotron_h_hf.training.data_arguments import DataArguments
 from nemotron_h_hf.training.distillation import DistillationTrainer
 from nemotron_h_hf.training.finished import save_finished
+from nemotron_h_hf.training.one_copy import device_to_load_on
 from nemotron_h_hf.training.starting_point import load_model
 from nemotron_h_hf.training.teacher_cache import TeacherCache, fingerprint, write_cache
 
@@ -146,17 +147,18 @@ def make_rows(
 def find_teacher(knowledge: TeacherArguments) -> PreTrainedModel | TeacherCache:
     """The teacher, or its cache; of a teacher named beside a cache it is checked that the cache is its own."""
     if knowledge.teacher_cache is None:
-        return load_teacher(knowledge)
+        return load_teacher(knowledge, device_to_load_on())
     cached = TeacherCache(knowledge.teacher_cache)
     if knowledge.teacher is not None:
         cached.check(teacher=fingerprint(load_teacher(knowledge)))
     return cached
 
 
-def load_teacher(knowledge: TeacherArguments) -> PreTrainedModel:
-    """The teacher in eval mode, its weights as they are stored unless told otherwise."""
+def load_teacher(knowledge: TeacherArguments, device: str | None = None) -> PreTrainedModel:
+    """The teacher in eval mode, its weights as they are stored unless told otherwise; on the meta device it has none."""
     dtype = knowledge.teacher_dtype if knowledge.teacher_dtype == "auto" else getattr(torch, knowledge.teacher_dtype)
-    return AutoModelForCausalLM.from_pretrained(knowledge.teacher or EMBEDDED_MODEL, dtype=dtype).eval()
+    name = knowledge.teacher or EMBEDDED_MODEL
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device).eval()
 
 
 def cache(rows: PackedRows, held_out: list, knowledge: TeacherArguments, training: NemotronHTrainingArguments) -> int:

@@ -57,6 +57,7 @@ from nemotron_h_hf.model.cost import num_parameters, training_flops_per_token
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, as_mapping, parse, require
 from nemotron_h_hf.training.data_arguments import DataArguments
 from nemotron_h_hf.training.finished import require_trained, save_finished
+from nemotron_h_hf.training.one_copy import device_to_load_on
 from nemotron_h_hf.training.starting_point import load_model, load_tokenizer
 from nemotron_h_hf.whole_files import write_json
 
@@ -233,10 +234,14 @@ def make_rows(
 
 
 def find_teacher(model: PreTrainedModel, knowledge: TeacherArguments) -> PreTrainedModel:
-    """Another checkpoint, its weights as they are stored, or a copy of the parent before it is trained."""
+    """Another checkpoint, its weights as they are stored, or a copy of the parent before it is trained.
+
+    Where the parent is without weights (one_copy.py), so is the teacher.
+    """
     if knowledge.teacher is None:
         return copy.deepcopy(model).eval()
-    return AutoModelForCausalLM.from_pretrained(knowledge.teacher, dtype="auto").eval()
+    device = device_to_load_on()
+    return AutoModelForCausalLM.from_pretrained(knowledge.teacher, dtype="auto", device_map=device).eval()
 
 
 def interpolated_targets(elastic: ElasticArguments, route: Route) -> dict[str, float]:

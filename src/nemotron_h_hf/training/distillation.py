@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from .losses import DistillationLoss, LiveTeacher, TopK, distillation_loss
+from .one_copy import filled_after
 from .teacher_cache import TeacherCache, teacher_hidden_states
 from .trainer import NemotronHTrainer
 
@@ -123,10 +124,11 @@ def check_teacher(teacher: PreTrainedModel | TeacherCache, student: nn.Module, t
 
 
 def shard_teacher(teacher: PreTrainedModel) -> None:
-    """Spread a teacher's weights over all processes (FSDP2): block by block, then the rest of the stack, then lm_head.
+    """Spread a teacher's weights over all processes (FSDP2): blocks, then the rest of the stack, lm_head, mtp.
 
     lm_head is a root of its own because the loss calls it, outside the teacher's forward. It stays whole once it was
-    gathered: it is needed for every chunk, and again in the student's backward.
+    gathered: it is needed for every chunk, and again in the student's backward. Multi-token prediction never runs.
+    Only the first process need have the weights (one_copy.py).
 
     Raises:
         ValueError: if lm_head and embeddings are one weight.
@@ -135,7 +137,9 @@ def shard_teacher(teacher: PreTrainedModel) -> None:
         raise ValueError(
             "teacher: tie_word_embeddings is true; allowed under FSDP is a teacher with an lm_head of its own"
         )
-    for layer in teacher.base_model.layers:
-        fully_shard(layer)
-    fully_shard(teacher.base_model)
-    fully_shard(teacher.get_output_embeddings(), reshard_after_forward=False)
+    lm_head = teacher.get_output_embeddings()
+    with filled_after(teacher):
+        for layer in teacher.base_model.layers:
+            fully_shard(layer)
+        for part in teacher.children():
+            fully_shard(part, reshard_after_forward=False if part is lm_head else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from .arguments import ModelArguments, as_mapping, nearest
 from .fp8 import convert_to_fp8, print_fp8_modules
+from .one_copy import device_to_load_on
 
 
 def load_model(
     arguments: ModelArguments, default: str, from_preset: Callable[..., PreTrainedConfig], **loading: object
 ) -> PreTrainedModel:
-    """The model, converted to FP8 if asked for; fresh weights depend on torch's seed.
+    """The model, converted to FP8 if asked for; fresh weights depend on torch's seed. Without weights: see one_copy.py.
 
     Args:
         default: what `model` stands for when it is not given.
@@ -27,17 +29,18 @@ def load_model(
     Raises:
         ValueError: for a model that is not there, or fields that the configuration does not have.
     """
-    name, dtype = arguments.model or default, getattr(torch, arguments.dtype)
+    name, dtype, device = arguments.model or default, getattr(torch, arguments.dtype), device_to_load_on()
     if arguments.init == "random":
         config = load_config(name, from_preset, as_mapping(arguments.config_overrides, "config_overrides") or {})
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=arguments.attention)
+        with torch.device(device) if device else nullcontext():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=arguments.attention)
     else:
         if arguments.config_overrides:
             raise ValueError(
                 "config_overrides: allowed with --init random, a checkpoint's weights fit its own configuration"
             )
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=arguments.attention, **loading
+            name, dtype=dtype, attn_implementation=arguments.attention, **{"device_map": device, **loading}
         )
     model.set_mamba_implementation(arguments.mamba)
     if arguments.fp8:

@@ -38,6 +38,7 @@ from . import checkpoints
 from .arguments import NemotronHTrainingArguments
 from .fp8 import refuse_double_conversion
 from .monitor import Monitor
+from .one_copy import let_accelerate_fill
 from .optimizer import make_optimizer
 from .schedule import Schedule, scheduler
 from .z_loss import next_token_loss_with_z
@@ -121,6 +122,7 @@ class NemotronHTrainer(Trainer):
                 )
         super().__init__(model, args, data_collator, train_dataset, *others, **named)
         refuse_double_conversion(self.model, self.accelerator)
+        let_accelerate_fill(self.model)
         self.pop_callback(ProgressCallback)
         self.pop_callback(PrinterCallback)
         self.monitor = Monitor(flops_per_token, show_bar=not args.disable_tqdm)
