@@ -134,6 +134,11 @@ def test_a_killed_run_leaves_no_folder_and_goes_on(tmp_path, text_file, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["parent"]
 
 
+def test_few_rows_are_all_scored_for_depth(tmp_path):
+    assert command.parse(["model", str(tmp_path / "parent"), "--rows", "4"]).depth_rows == 4
+    assert command.parse(["model", str(tmp_path / "parent")]).depth_rows == 8
+
+
 @pytest.mark.parametrize(
     "more, message",
     [

@@ -120,7 +120,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--rows", type=int, default=256, help="rows of text that width is scored on (%(default)s)")
     add("--held_out_rows", type=int, default=32, help="rows that losses are measured on (%(default)s)")
-    add("--depth_rows", type=int, default=8, help="rows that depth is scored on; 0: not at all (%(default)s)")
+    add("--depth_rows", type=int, help="rows that depth is scored on; 0: not at all; default: 8, or all that there are")
     add("--removals", type=int, help="layers that are removed one after another to rank them; default: half of them")
     add("--sequence_length", type=int, default=1024, help="tokens of a row (%(default)s)")
     add("--batch_size", type=int, default=8, help="rows at a time (%(default)s)")
@@ -135,6 +135,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in ("rows", "held_out_rows", "sequence_length", "batch_size"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"{name}: got {getattr(arguments, name)}, allowed is 1 or more")
+    if arguments.depth_rows is None:
+        arguments.depth_rows = min(8, arguments.rows)
     if not 0 <= arguments.depth_rows <= arguments.rows:
         raise ValueError(f"depth_rows: got {arguments.depth_rows}, allowed is 0 to rows={arguments.rows}")
     output = Path(arguments.output)
