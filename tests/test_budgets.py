@@ -6,6 +6,7 @@ import itertools
 import json
 
 import pytest
+import torch
 from tiny import tiny_config, tiny_model
 from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig as NativeConfig
 
@@ -14,7 +15,7 @@ from nemotron_h_hf.elastic.expressible import nearest_expressible
 from nemotron_h_hf.model import needs
 from nemotron_h_hf.model.budgets import Budget, budget_config, read_elastic
 from nemotron_h_hf.model.cost import cache_bytes, num_parameters, weight_bytes
-from nemotron_h_hf.model.needs import Limit, _combinations, find_budget, predict_loss, rank_budgets
+from nemotron_h_hf.model.needs import Limit, _Combinations, _combinations, find_budget, predict_loss, rank_budgets
 from nemotron_h_hf.scripts import info
 
 ELASTIC = {
@@ -111,6 +112,7 @@ def test_a_budget_outside_of_its_parent_is_refused(entry, message):
         ({"layer_order": ["a", 1, 2, 3, 4, 5, 6]}, "elastic.layer_order"),
         ({"layer_order": "0123456"}, "elastic.layer_order='0123456'"),
         ({"calibration": 5}, "elastic.calibration=5: allowed is an object"),
+        ({"calibration": {"loss": float("nan")}}, "elastic.calibration.loss=nan: allowed is a number"),
         ({"calibration": {"loss": "low"}}, "elastic.calibration.loss='low': allowed is a number"),
         ({"calibration": {"loss": 1.5, "hidden_size": [1, 2]}}, "elastic.calibration.hidden_size"),
         ({"calibration": {"loss": 1.5, "layers": {"6": "low"}}}, "elastic.calibration.layers"),
@@ -227,6 +229,12 @@ def test_the_first_few_are_those_of_the_whole_list(calibration):
         assert [(one.loss, one.num_parameters) for one in few] == [
             (one.loss, one.num_parameters) for one in every[:limit]
         ]
+
+
+def test_a_limit_is_exact():
+    amounts = torch.tensor([[2**33, 2**33 + 1]])  # alike in fp32
+    found = _Combinations("x", None, [[{}]], [None, (0, 1)], amounts, torch.zeros(1, 2, dtype=torch.float64))
+    assert [amount for _, amount, _ in found.best(float(2**33), 5)] == [2**33]
 
 
 def test_a_named_budget_keeps_its_name_and_its_measured_loss():

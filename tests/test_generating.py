@@ -113,6 +113,13 @@ def test_a_generation_config_is_no_way_around_a_refusal(parent, budget, settings
         parent.generate(prompt(2, 9), generation_config=config, budget=budget)
 
 
+def test_a_stored_max_length_is_no_obstacle(parent, monkeypatch):
+    ids, schedule = prompt(2, 9), BudgetSchedule("small", "large", after=2)
+    expected = greedy(parent, ids, 5, budget=schedule)
+    monkeypatch.setattr(parent, "generation_config", GenerationConfig(max_length=100, pad_token_id=0))
+    assert torch.equal(greedy(parent, ids, 5, budget=schedule), expected)
+
+
 # Schedules
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -177,7 +178,9 @@ def test_metrics_go_to_tensorboard_where_it_is_installed(texts, tmp_path, monkey
     events = event_accumulator.EventAccumulator(str(folder)).Reload()
     found = [(event.step, event.value) for event in events.Scalars("train/loss")]
     assert found == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in read_metrics(tmp_path / "run")]
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "tensorboard" else name)
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: SimpleNamespace(origin="file" if name == "trackio" else None)
+    )
     assert installed_report() == ["trackio"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert installed_report() == ["none"]

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import prompt, tiny_config, tiny_model
 
 from nemotron_h_hf.elastic.masks import Masks, attach_masks
@@ -59,5 +60,15 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="holds neither model.safetensors nor"):
         streamed(tiny_config("dense"), tmp_path / "nowhere")
     found = streamed(tiny_config("dense", use_bias=True), tmp_path)
-    with pytest.raises(ValueError, match="lacks model.layers.0.mixer.in_proj.bias"):
+    with pytest.raises(ValueError, match="lacks model.layers.0.mixer.in_proj.bias or a part"):
         found(prompt())
+
+
+def test_an_expert_that_is_missing_is_named(tmp_path):
+    model = tiny_model("moe")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["backbone.layers.1.mixer.experts.3.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks model.layers.1.mixer.experts.up_proj or a part of it"):
+        streamed(model.config, tmp_path)(prompt())

@@ -176,9 +176,7 @@ def test_a_loss_that_is_no_number_stops_and_loses_nothing(texts, tmp_path, facto
 
 def test_a_jump_of_the_loss_stops(texts, tmp_path):
     """The steps before it are kept, and the same batch stops the run again, until something else is asked for."""
-    message = (
-        r"step 5: the loss is .*max_loss_jump=4.0; .*checkpoint-4\. A lower learning_rate .*a higher max_loss_jump \(0"
-    )
+    message = r"step 5: the loss is .*max_loss_jump=4.0; .*checkpoint-4\. .*a higher max_loss_jump \(0"
     for _ in range(2):
         trainer = make_trainer(texts, tmp_path / "run", callbacks=(Poison(5, 1000.0),))
         with pytest.raises(TrainingStopped, match=message):

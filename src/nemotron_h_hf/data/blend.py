@@ -105,7 +105,12 @@ class Blend:
             raise ValueError(f"seed is {self.seed}, the state was saved with {state['seed']}; that one is allowed")
         if set(state["sources"]) != set(self._feeds):
             raise ValueError(f"sources are {sorted(self._feeds)}, the state was saved with {sorted(state['sources'])}")
-        packed = state.get("packed", 0)  # states of earlier versions lack it
+        packed = state.get("packed", 0)
+        if "packed" not in state and len(self.spans) > 1:
+            logger.warning(
+                "the state is of an earlier version, where phases ended by tokens of documents; where whole documents are packed, "
+                "rows near a change of phase may come twice or not at all"
+            )
         begun = sum(start <= max(state["tokens"], packed) for start, _, _ in state["spans"])
         spans = [[span.start, span.end, span.weights] for span in self.spans]
         # the end of the phase that runs may move, where it begins and its weights may not

@@ -1,5 +1,6 @@
 """The end of elastic training: the router's choices become budgets of the configuration, with losses on held-out text."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -30,6 +31,7 @@ def elastic_after(
         losses: cross-entropy on held-out text by name, as far as it was measured.
         single_losses: the same for the budgets of `single_sizes`.
     """
+    losses = {name: loss for name, loss in losses.items() if math.isfinite(loss)}
     before = read_elastic(config) if config.elastic else Elastic({}, {}, (), {})
     if dropped := sorted(set(before.budgets) - set(budgets)):
         logger.warning(f"budgets {', '.join(dropped)} are left out of the configuration: this run did not train them")
@@ -43,6 +45,8 @@ def elastic_after(
     calibration: dict = {"loss": losses[parent]} if parent in losses else {}
     for name, loss in (single_losses or {}).items():
         field, size = name.split("=")
+        if not math.isfinite(loss):
+            continue
         calibration.setdefault(field, {})[size] = loss
     return Elastic(found, choices, order, calibration)
 

@@ -204,11 +204,13 @@ def _prompts(inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
 
 def _refuse(names: Sequence[str], model: PreTrainedModel, kwargs: dict[str, Any], where: str) -> None:
     for name in names:
-        value = _setting(model, kwargs, name)
+        value = (
+            kwargs.get(name) if name == "max_length" else _setting(model, kwargs, name)
+        )  # max_new_tokens goes before it
         says_nothing = value is None or (isinstance(value, int) and value == name.startswith("num_")) or value is False
         if not says_nothing:
-            place = "" if name in kwargs else " of generation_config"
-            raise ValueError(f"{name}={value!r}{place} {where}: allowed is to leave it out")
+            place, out = ("", "to leave it out") if name in kwargs else (" of generation_config", "None")
+            raise ValueError(f"{name}={value!r}{place} {where}: allowed is {out}")
 
 
 def _setting(model: PreTrainedModel, kwargs: dict[str, Any], name: str) -> Any:

@@ -12,7 +12,7 @@ kernels, and adapters made for the ordinary model fit it.
 A submodel shares every matrix and most vectors. What the Mamba layers read in the ordinary order (convolution, gated norm,
 A_log, D, dt_bias) is copied, well under 1 % of the weights.
 
-Speed is that of a separate model in fp32, within 15 %; in bfloat16 on a CPU a token took 1.1 to 1.8 times as long, as the
+Speed is that of a separate model in fp32, within 15 % by the clock; in bfloat16 on a CPU a token took 1.1 to 1.8 times as long, as the
 kernels there want whole rows (docs/results/elastic_sharing).
 
 - The parent moves (`to`, `half`, `cuda`): its submodels follow; while they live, old and new weights are there together.

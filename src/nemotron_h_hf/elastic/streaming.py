@@ -17,6 +17,8 @@ from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
 from .views import module_path
 
+STACKED = ("experts.up_proj", "experts.down_proj")  # one tensor here, a matrix for each expert in files
+
 
 def streamed(
     config: NemotronHConfig, folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
@@ -38,6 +40,8 @@ def streamed(
     def read(module: nn.Module, prefix: str) -> None:
         own = dict([*module.named_parameters(), *module.named_buffers()])
         found: dict[str, Tensor] = {}
+        missing = set(own)
+        experts = {place: set(range(len(own[place]))) for place in own if place.endswith(STACKED)}
         for name in (name for name, place in places.items() if place.startswith(prefix)):
             place = places[name].removeprefix(prefix)
             expert = re.search(r"\.experts\.(\d+)\.", name)  # its matrix is a part of that of all experts
@@ -50,12 +54,16 @@ def streamed(
             tensor = stored[name].to(device, kind)
             if expert is None:
                 found[place] = tensor
+                missing.discard(place)
                 continue
             if place not in found:
                 found[place] = torch.empty(own[place].shape, dtype=kind, device=device)
             found[place][int(expert[1])] = tensor
-        if missing := sorted(set(own) - set(found)):
-            raise ValueError(f"{folder} lacks {prefix}{missing[0]}, which its config asks for")
+            experts[place].discard(int(expert[1]))
+            if not experts[place]:
+                missing.discard(place)
+        if missing:
+            raise ValueError(f"{folder} lacks {prefix}{min(missing)} or a part of it, which its config asks for")
         module.load_state_dict(found, assign=True)
 
     for index, block in enumerate(model.model.layers):

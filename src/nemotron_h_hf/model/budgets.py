@@ -16,6 +16,7 @@ of each layer's neurons and experts, of the heads inside each Mamba group (and o
 each key/value head. `calibration` holds losses on held-out text with one thing changed: a size, or how many layers stay.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -244,7 +245,7 @@ def _check_calibration(calibration: Mapping[str, Any]) -> None:
 
 
 def _is_loss(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_count(value: Any) -> bool:

@@ -197,7 +197,7 @@ class _Combinations(NamedTuple):
     def best(self, most: float, count: int) -> list[tuple[Budget, int, float | None]]:
         """(budget, amount, loss) of the `count` lowest losses among those of at most `most`; the larger of equal ones."""
         amounts, losses = self.amounts.flatten(), self.losses.flatten()
-        chosen = torch.nonzero(amounts <= most).flatten()
+        chosen = torch.nonzero(amounts <= math.floor(most)).flatten()
         if len(chosen) > count:
             ours = losses[chosen]
             last = ours.kthvalue(count).values

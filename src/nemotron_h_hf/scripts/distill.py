@@ -32,8 +32,10 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.integrations import is_fsdp_enabled
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
@@ -113,9 +115,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def find_tokenizer(start: ModelArguments, knowledge: TeacherArguments, data: DataArguments) -> PreTrainedTokenizerBase:
-    """The one named, or else the teacher's, whose tokens the student has to speak; of a cache alone, the student's."""
-    of_student = start.model if knowledge.teacher_cache is not None else None
-    tokenizer = AutoTokenizer.from_pretrained(start.tokenizer or knowledge.teacher or of_student or EMBEDDED_MODEL)
+    """The one named, or else the teacher's, whose tokens the student has to speak; of a cache alone, the student's.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    of_student = start.model if knowledge.teacher_cache is not None and start.init == "weights" else None
+    name = start.tokenizer or knowledge.teacher or of_student or EMBEDDED_MODEL
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"tokenizer: none found in {name!r}; name one by --tokenizer ({error})") from None
     if data.chat_template is not None:
         tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
     return tokenizer
@@ -150,7 +160,8 @@ def find_teacher(knowledge: TeacherArguments) -> PreTrainedModel | TeacherCache:
         return load_teacher(knowledge, device_to_load_on())
     cached = TeacherCache(knowledge.teacher_cache)
     if knowledge.teacher is not None:
-        cached.check(teacher=fingerprint(load_teacher(knowledge)))
+        of_teacher = [fingerprint(load_teacher(knowledge)) if PartialState().is_main_process else None]
+        cached.check(teacher=broadcast_object_list(of_teacher)[0])
     return cached
 
 
@@ -162,7 +173,16 @@ def load_teacher(knowledge: TeacherArguments, device: str | None = None) -> PreT
 
 
 def cache(rows: PackedRows, held_out: list, knowledge: TeacherArguments, training: NemotronHTrainingArguments) -> int:
-    """Let the teacher speak on every row of the run and every held-out row, each process on its share."""
+    """Let the teacher speak on every row of the run and every held-out row, each process on its share.
+
+    Raises:
+        ValueError: where only the first process would load it.
+    """
+    if is_fsdp_enabled():
+        raise ValueError(
+            "fsdp_cpu_ram_efficient_loading: got true, allowed with cache_teacher is a launch without it "
+            "(examples/accelerate/multi_gpu.yaml), as every process runs the whole teacher"
+        )
     count = training.max_steps * training.tokens_per_step // training.sequence_length
     mine = slice(training.process_index, None, training.world_size)
     share = islice(islice(rows, count), mine.start, mine.stop, mine.step)

@@ -217,7 +217,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def installed_report() -> list[str]:
     """Where metrics go besides metrics.jsonl: TensorBoard, else trackio, if it is installed."""
-    found = [name for name in ("tensorboard", "trackio") if importlib.util.find_spec(name) is not None]
+    specs = {name: importlib.util.find_spec(name) for name in ("tensorboard", "trackio")}
+    found = [name for name, spec in specs.items() if spec is not None and spec.origin is not None]  # no mere folder
     return found[:1] or ["none"]
 
 

@@ -53,9 +53,18 @@ def filled_after(model: nn.Module) -> Iterator[None]:
         yield
         return
     weights = model.state_dict()
+    others = {
+        name: buffer for name, buffer in model.named_buffers() if name not in weights
+    }  # not saved, such as angles
     model.to("meta")
     yield
     fill(model, weights)
+    device = next(parameter.device for parameter in model.parameters())
+    for name, buffer in others.items():
+        place, _, own = name.rpartition(".")
+        whole = _on(device, buffer)
+        dist.broadcast(whole, src=0)
+        model.get_submodule(place).register_buffer(own, whole, persistent=False)
 
 
 def fill(model: nn.Module, weights: Mapping[str, Tensor], cpu_offload: bool = False) -> None:
@@ -69,8 +78,7 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], cpu_offload: bool = Fa
     device = next(place.device_mesh.device_type for place in empty.values() if isinstance(place, DTensor))
     filled = {}
     for name, place in empty.items():
-        whole = weights[name].detach()
-        whole = torch.empty_like(whole, device=device) if whole.is_meta else whole.to(device)
+        whole = _on(device, weights[name].detach())
         if isinstance(place, DTensor):
             part = distribute_tensor(whole, place.device_mesh, place.placements)
             filled[name] = part.cpu() if cpu_offload else part
@@ -78,6 +86,11 @@ def fill(model: nn.Module, weights: Mapping[str, Tensor], cpu_offload: bool = Fa
             dist.broadcast(whole, src=0)
             filled[name] = whole
     model.load_state_dict(filled, assign=True)
+
+
+def _on(device: torch.device | str, tensor: Tensor) -> Tensor:
+    """The tensor on that device, with any values if it has none yet."""
+    return torch.empty_like(tensor, device=device) if tensor.is_meta else tensor.to(device)
 
 
 def _fill_for_accelerate(

@@ -264,13 +264,18 @@ class NemotronHTrainer(Trainer):
         self._loss_of_step.zero_()
         norm = float(grad_norm) if grad_norm is not None else 0.0
         if not math.isfinite(loss) or not math.isfinite(norm):
-            self._stop(f"the loss is {loss} and the gradient norm {norm}", "z_loss, may help")
+            rate = self._get_learning_rate()
+            self._stop(
+                f"the loss is {loss} and the gradient norm {norm}",
+                f"A lower learning_rate (now {rate:.3g}), or z_loss, may help; the same batch will come again.",
+            )
         usual = sum(self._recent_losses) / max(len(self._recent_losses), 1)
         if self.args.max_loss_jump and self._recent_losses and loss > usual + self.args.max_loss_jump:
             jump = f"a jump of more than max_loss_jump={self.args.max_loss_jump}"
             self._stop(
                 f"the loss is {loss:.4g} after a mean of {usual:.4g}, {jump}",
-                "a higher max_loss_jump (0 turns it off), lets the run go on",
+                "The same batch will come again: a higher max_loss_jump (0 turns it off) lets the run go on, from an earlier "
+                "checkpoint (remove the later ones) a lower learning_rate may avoid the jump.",
             )
         self._recent_losses.append(loss)
         return grad_norm
@@ -278,8 +283,7 @@ class NemotronHTrainer(Trainer):
     def _stop(self, reason: str, way_on: str) -> NoReturn:
         self._save_before_stop()
         raise TrainingStopped(
-            f"step {self.state.global_step + 1}: {reason}; the weights were not changed. {self._what_is_safe()} "
-            f"A lower learning_rate (now {self._get_learning_rate():.3g}), or {way_on}; the same batch will come again."
+            f"step {self.state.global_step + 1}: {reason}; the weights were not changed. {self._what_is_safe()} {way_on}"
         )
 
     def _what_is_safe(self) -> str:
