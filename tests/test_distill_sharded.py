@@ -70,7 +70,10 @@ def load_once(folder: Path) -> None:
     rank = torch.distributed.get_rank()
     teacher = NemotronHForCausalLM.from_pretrained(folder, device_map=device_to_load_on())
     assert all(tensor.is_meta == (rank == 1) for tensor in teacher.state_dict().values())
+    angles = torch.arange(4.0) if rank == 0 else torch.empty(4, device="meta")  # as other models have, in no state dict
+    teacher.model.register_buffer("angles", angles, persistent=False)
     shard_teacher(teacher.requires_grad_(False))
+    assert torch.equal(teacher.model.angles, torch.arange(4.0)) and "model.angles" not in teacher.state_dict()
     assert all(isinstance(parameter, DTensor) and not parameter.requires_grad for parameter in teacher.parameters())
     for (name, tensor), expected in zip(teacher.state_dict().items(), whole.state_dict().values(), strict=True):
         tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
