@@ -18,6 +18,8 @@ from nemotron_h_hf.elastic.defaults import default_budgets, default_choices, def
 from nemotron_h_hf.elastic.elasticize import elasticize
 from nemotron_h_hf.elastic.measuring import mean_loss
 from nemotron_h_hf.elastic.permuting import permute_checkpoint, permute_model
+from nemotron_h_hf.elastic.scores import write_scores
+from nemotron_h_hf.elastic.scores_plot import draw_scores
 from nemotron_h_hf.model.budgets import Budget, budget_config, read_elastic
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 from nemotron_h_hf.model.cost import num_parameters
@@ -269,3 +271,16 @@ def test_a_live_parent_is_refused():
     with pytest.raises(ValueError, match="keeps its weights in the order of budgets; allowed is the ordinary model"):
         elasticize(live, text(2), text(1, seed=9))
     assert torch.equal(live(prompt()).logits, before)
+
+
+def test_scores_of_experts_and_their_neurons_are_written_and_drawn(tmp_path):
+    model = tiny_model("moe")
+    parent = elasticize(model, text(4), text(1, seed=9), {"a": {"hidden_size": 32}}, {}, depth_rows=[])
+    write_scores(tmp_path / "scores.json", parent.importance, parent.removals)
+    written = json.loads((tmp_path / "scores_expert_neurons.json").read_text())
+    assert written.keys() == {str(index) for index in parent.importance.expert_neurons}
+    for index, scores in parent.importance.expert_neurons.items():
+        torch.testing.assert_close(torch.tensor(written[str(index)]).double(), scores.double(), rtol=1e-4, atol=0)
+    drawn = {path.name for path in draw_scores(tmp_path, parent)}
+    assert {"scores_experts.png", "scores_expert_neurons.png"} <= drawn
+    assert all((tmp_path / name).stat().st_size > 5000 for name in drawn)

@@ -204,9 +204,8 @@ def _prompts(inputs: Tensor | None, kwargs: dict[str, Any]) -> Tensor:
 
 def _refuse(names: Sequence[str], model: PreTrainedModel, kwargs: dict[str, Any], where: str) -> None:
     for name in names:
-        value = (
-            kwargs.get(name) if name == "max_length" else _setting(model, kwargs, name)
-        )  # max_new_tokens goes before it
+        stored = name != "max_length"  # max_new_tokens goes before one of generation_config
+        value = _setting(model, kwargs, name) if stored else kwargs.get(name)
         says_nothing = value is None or (isinstance(value, int) and value == name.startswith("num_")) or value is False
         if not says_nothing:
             place, out = ("", "to leave it out") if name in kwargs else (" of generation_config", "None")

@@ -221,7 +221,7 @@ class _Combinations(NamedTuple):
 def _combinations(
     config: NemotronHConfig, elastic: Elastic, wanted: Limit, dtype: str, name: str
 ) -> Iterator[_Combinations]:
-    """Amounts and predicted losses are sums over kinds of layers, so that all combinations are two sums of tables."""
+    """Amounts and predicted losses are sums over kinds of layers, so that those of all combinations are sums of tables."""
     depths = _depths(config, elastic)
     short, places = _one_of_each(config)
     base = elastic.calibration.get("loss", math.inf)
@@ -236,18 +236,16 @@ def _combinations(
             if kind in (*config.layers_block_type, *(config.mtp_layers_block_type or ())):
                 own = [index for index, found in enumerate(config.layers_block_type) if found == kind]
                 kept = [[places[i] for i in own if layers is None or i in layers] for layers in depths]
-                table = []
+                table, costs, added = [], [], []
                 for sizes in product(*(_options(config, elastic, field) for field in FIELDS_OF_KIND[kind])):
                     fields = dict(zip(FIELDS_OF_KIND[kind], sizes))
-                    costs = _costs(_with(short, hidden_size=hidden_size, **fields), wanted, dtype)
-                    table.append((fields, [costs.get(kind, 0) + sum(costs[i] for i in layers) for layers in kept]))
-                added = [
-                    sum(_added_loss(config, elastic, field, size) for field, size in sizes.items())
-                    for sizes, _ in table
-                ]
-                amounts = (amounts[:, None] + torch.tensor([costs for _, costs in table])).flatten(0, 1)
+                    cost = _costs(_with(short, hidden_size=hidden_size, **fields), wanted, dtype)
+                    table.append(fields)
+                    costs.append([cost.get(kind, 0) + sum(cost[i] for i in layers) for layers in kept])
+                    added.append(sum(_added_loss(config, elastic, field, size) for field, size in fields.items()))
+                amounts = (amounts[:, None] + torch.tensor(costs)).flatten(0, 1)
                 losses = (losses[:, None] + torch.tensor(added, dtype=torch.float64)[:, None]).flatten(0, 1)
-                tables.append([sizes for sizes, _ in table])
+                tables.append(table)
         yield _Combinations(name, hidden_size, tables, depths, amounts, losses)
 
 
