@@ -119,6 +119,27 @@ def test_another_number_of_processes_goes_on(config, one, tmp_path):
     assert_same_losses(tmp_path / "run", one)
 
 
+def test_fp8_goes_on_with_the_losses_of_one_process(config, tmp_path):
+    """FP8 scales are those of the rows that one process holds, so the process alone takes the same rows at a time."""
+    settings = yaml.safe_load(config.read_text())
+    settings["config_overrides"] |= {"hybrid_override_pattern": "M-M*-"}  # ten GEMMs: layer 2 is in FP8
+    config = tmp_path / "dense.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    words = [*COMMAND, f"--config={config}", "--per_device_train_batch_size=2", "--gradient_accumulation_steps=2"]
+    run([*words, f"--output_dir={tmp_path / 'plain'}"])
+    run([*words, f"--output_dir={tmp_path / 'one'}", "--fp8"])
+    for crash_after in (8, -1):
+        said = launch(config, tmp_path / "two", 2, crash_after, "--fp8", accelerate=ONE_COPY)
+        assert (
+            "FP8 (emulated) in 2 of the 12 Linear modules in the decoder:\n  model.layers.2: in_proj, out_proj" in said
+        )
+    assert held(tmp_path / "two", "model")[1] == 0
+    assert_same_models(tmp_path / "two", tmp_path / "one")
+    plain, one, two = ([row["loss"] for row in read_metrics(tmp_path / name)] for name in ("plain", "one", "two"))
+    assert two == pytest.approx(one, abs=1e-5)
+    assert max(abs(a - b) for a, b in zip(plain, one, strict=True)) > 1e-3
+
+
 @pytest.fixture
 def tuning(tmp_path, monkeypatch):
     """A fine-tuning run of two steps, with three held-out rows: two processes repeat one to have as many each."""
@@ -156,20 +177,22 @@ def test_a_done_run_of_adapters_names_the_way_on(tuning, tmp_path):
 
 def launch(
     config: Path, output_dir: Path, processes: int, crash_after: int = -1, *flags: str, accelerate: dict = FSDP2
-) -> None:
+) -> str:
     output_dir.mkdir(exist_ok=True)
     settings = output_dir / "accelerate.yaml"
     settings.write_text(yaml.safe_dump({**accelerate, "num_processes": processes}))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(settings)]
     command += ["--main_process_port", "0", str(Path(__file__).with_name("fsdp_on_cpu.py")), f"--config={config}"]
     command += [f"--output_dir={output_dir}", f"--per_device_train_batch_size={4 // processes}", *flags]
-    run(command, crash_after, HELD=str(output_dir))
+    return run(command, crash_after, HELD=str(output_dir))
 
 
-def run(command: list[str], crash_after: int = -1, **more: str) -> None:
+def run(command: list[str], crash_after: int = -1, **more: str) -> str:
+    """What the command printed."""
     variables = {**environment(), "CRASH_AFTER": str(crash_after), **more}
     done = subprocess.run(command, env=variables, capture_output=True, text=True)
     assert (done.returncode == 0) == (crash_after < 0), done.stderr[-4000:]
+    return done.stdout
 
 
 def held(output_dir: Path, name: str) -> list[int]:

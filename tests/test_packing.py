@@ -49,6 +49,35 @@ def test_split_rows_hold_all_tokens_in_order(lengths, sequence_length):
 
 
 @settings(max_examples=60, deadline=None)
+@given(LENGTHS, st.integers(1, 25), st.integers(1, 12), st.integers(0, 3))
+def test_shuffled_rows_are_the_same_rows_a_window_at_a_time(lengths, sequence_length, shuffle, seed):
+    documents = documents_of(lengths)
+    plain = list(PackedRows(documents, sequence_length))
+    dealt = list(PackedRows(documents, sequence_length, shuffle_rows=shuffle, seed=seed))
+    assert len(dealt) == len(plain)
+
+    def contents(rows: list[dict]) -> list[str]:
+        return sorted(repr({name: tensor.tolist() for name, tensor in row.items()}) for row in rows)
+
+    for start in range(0, len(plain), shuffle):
+        assert contents(dealt[start : start + shuffle]) == contents(plain[start : start + shuffle])
+
+
+def test_the_order_of_shuffled_rows_is_the_seeds_and_changes_from_window_to_window_and_round_to_round():
+    documents = [[number + 3] * 4 for number in range(40)]
+
+    def order(rows: PackedRows) -> list[int]:
+        return [row["input_ids"][0].item() - 3 for row in rows]
+
+    rows = PackedRows(documents, 4, shuffle_rows=20, seed=1)
+    first, second = order(rows), order(rows)
+    assert first == order(PackedRows(documents, 4, shuffle_rows=20, seed=1))
+    assert first != order(PackedRows(documents, 4, shuffle_rows=20, seed=2))
+    assert len({tuple(first[:20]), tuple(n - 20 for n in first[20:]), tuple(second[:20])}) == 3
+    assert sum(abs(a - b) == 1 for a, b in zip(first, first[1:])) < 12  # 38 neighbours when nothing is shuffled
+
+
+@settings(max_examples=60, deadline=None)
 @given(LENGTHS, st.integers(40, 90), st.integers(1, 12))
 def test_whole_documents_are_never_cut(lengths, sequence_length, window):
     documents = documents_of(lengths)
@@ -131,14 +160,17 @@ def test_gradients_do_not_cross_documents():
 
 
 @settings(max_examples=40, deadline=None)
-@given(LENGTHS, st.integers(3, 50), st.booleans(), st.integers(1, 9), st.data())
-def test_resume_goes_on_exactly(lengths, sequence_length, split, window, data):
+@given(LENGTHS, st.integers(3, 50), st.booleans(), st.integers(1, 9), st.integers(0, 9), st.data())
+def test_resume_goes_on_exactly(lengths, sequence_length, split, window, shuffle, data):
     documents = [document[:sequence_length] for document in documents_of(lengths)]
 
     def make() -> PackedRows:
-        return PackedRows(documents, sequence_length, split_documents=split, window_documents=window)
+        return PackedRows(
+            documents, sequence_length, split, window_documents=window, shuffle_rows=shuffle if split else 0, seed=3
+        )
 
-    whole = [*make(), *list(make())]  # two rounds
+    both = make()
+    whole = [*both, *both]  # two rounds
     cut = data.draw(st.integers(0, len(whole) // 2), label="rows done")
     ahead = data.draw(st.integers(0, len(whole) // 2 - cut), label="rows the loader has read ahead")
     before = make()
@@ -184,6 +216,12 @@ def test_another_row_length_may_go_on_where_documents_are_split():
     after.load_state_dict(before.state_after(3))
     flat = [token for document in documents for token in document]
     assert torch.cat([row["input_ids"] for row in after]).tolist()[: 100 - 48] == flat[48:]
+    dealing = PackedRows(documents, 16, shuffle_rows=4)
+    next(iter(dealing))
+    with pytest.raises(ValueError, match="sequence_length is 20, the state was saved with 16"):
+        after.load_state_dict(dealing.state_dict())
+    with pytest.raises(ValueError, match="shuffle_rows is 0, the state was saved with 4"):
+        before.load_state_dict(dealing.state_dict())
     whole = PackedRows(documents, 64, split_documents=False)
     with pytest.raises(ValueError, match="split_documents is False, the state was saved with True"):
         whole.load_state_dict(before.state_after(3))
@@ -213,6 +251,10 @@ def test_what_packing_refuses():
         PackedRows((document for document in [[1]]), 8)
     with pytest.raises(ValueError, match="sequence_length is 0"):
         PackedRows([[1]], 0)
+    with pytest.raises(ValueError, match="shuffle_rows is -1; 0 or more is allowed"):
+        PackedRows([[1]], 8, shuffle_rows=-1)
+    with pytest.raises(ValueError, match="shuffle_rows is 5; whole documents allow 0"):
+        PackedRows([[1]], 8, split_documents=False, shuffle_rows=5)
     with pytest.raises(ValueError, match=r"input_ids of shape \(2,\) and labels of \(1,\)"):
         list(PackedRows([{"input_ids": [1, 2], "labels": [1]}], 8))
     with pytest.raises(ValueError, match="at least one token"):

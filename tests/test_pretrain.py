@@ -96,6 +96,7 @@ def test_wrong_flags_are_named(argv, message):
     [
         ({"totl_tokens": 5}, "run.yaml has an unknown key 'totl_tokens'; did you mean 'total_tokens'"),
         ({"learning_rate": "quick"}, "invalid float value: 'quick'"),
+        ({"shuffle_rows": -2}, "shuffle_rows: got -2, allowed is 0 or more"),
         ({"sources": {"low": {"pth": "x"}}}, "source low has a key 'pth'; did you mean 'path'"),
         ({"phases": [{"weights": {"lo": 1}}]}, "'lo'; did you mean 'low'"),
         ({"config_overrides": {"hiden_size": 3}}, "config_overrides: got 'hiden_size'.*did you mean 'hidden_size'"),
@@ -270,7 +271,7 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.slow
 def test_kill_in_the_middle_of_a_step(texts, tmp_path):
-    config = write_config(tmp_path, texts, total_tokens=60 * 128, save_steps=10)
+    config = write_config(tmp_path, texts, total_tokens=60 * 128, save_steps=10, shuffle_rows=37)  # 80 rows at the cut
     whole = subprocess.run([*COMMAND, "--config", config, "--output_dir", tmp_path / "whole"], env=environment())
     assert whole.returncode == 0
     process = subprocess.Popen([*COMMAND, "--config", config], env=environment())
@@ -302,7 +303,7 @@ def test_kill_in_the_middle_of_a_checkpoint_write(texts, tmp_path):
 @pytest.mark.slow
 def test_two_processes_see_the_rows_of_one(texts, tmp_path):
     """Four rows a step on one process, two on each of two; then a run on two goes on on one, and the other way round."""
-    config = write_config(tmp_path, texts)
+    config = write_config(tmp_path, texts, shuffle_rows=6)
     launch(config, tmp_path / "one", processes=1)
     launch(config, tmp_path / "two", processes=2)
     assert_close_runs(tmp_path / "one", tmp_path / "two")

@@ -3,7 +3,7 @@
     python docs/results/fp8/gap.py train --precision bf16 --seeds 0 1 2 --threads 1    # stops and resumes at any moment
     python docs/results/fp8/gap.py train --precision fp8 --seeds 0 1 2 --threads 1
     python docs/results/fp8/gap.py plot            # gap.png and gap.json from the logs beside this file
-    python docs/results/fp8/gap.py speed           # tokens per second of each way to compute
+    python docs/results/fp8/gap.py speed           # speed.json: tokens per second of each way to compute
 
 Text, tokenizer, shape and settings are those of `nemotron-h train-tiny`. A seed decides initial weights and batches, so
 that two runs of one seed differ in arithmetic alone.
@@ -22,7 +22,6 @@ does another rounding alone move the loss.
 import argparse
 import json
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,9 +31,11 @@ from statistics import mean, median, stdev
 
 import torch
 from torch import Tensor, nn
+from tqdm import trange
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from nemotron_h_hf import EMBEDDED_MODEL
+from nemotron_h_hf.benchmark.report import machine, versions
 from nemotron_h_hf.data.stdlib_text import read_documents, split_documents
 from nemotron_h_hf.scripts.train_tiny import (
     TrainTinyArguments,
@@ -45,6 +46,7 @@ from nemotron_h_hf.scripts.train_tiny import (
 )
 from nemotron_h_hf.training.fp8 import convert_to_fp8, converted_modules, print_fp8_modules
 from nemotron_h_hf.training.pretrain_loop import LOG_FILE, LoopSettings, make_optimizers, train, train_step
+from nemotron_h_hf.whole_files import write_json
 
 FOLDER = Path(__file__).parent
 PRECISIONS = ("bf16", "fp8", "fp8_all", "fp32")
@@ -64,14 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     one.add_argument("--max-tokens", type=int, default=MAX_TOKENS)
     one.add_argument("--time-limit-minutes", type=float, default=float("inf"), help="of each run; resumable")
     one.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    for command in (one, commands.add_parser("plot")):
-        command.add_argument("--logs", type=Path, default=FOLDER, help="folder of the finished runs' logs")
     speed = commands.add_parser("speed")
     speed.add_argument("--steps", type=int, default=20)
+    for command in (one, commands.add_parser("plot"), speed):
+        command.add_argument("--logs", type=Path, default=FOLDER, help="folder of the finished runs' logs")
     for command in (one, speed):
         command.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(argv)
-    {"train": train_seeds, "plot": plot, "speed": print_speeds}[options.command](options)
+    {"train": train_seeds, "plot": plot, "speed": measure_speeds}[options.command](options)
     return 0
 
 
@@ -247,23 +249,30 @@ def summarise(seeds: list[int], tokens: list[int], centre: list[float], half: li
 # The speed
 
 
-def print_speeds(options: argparse.Namespace) -> None:
-    """Tokens per second of CPU time of each way, step by step in turn, the median step."""
+def measure_speeds(options: argparse.Namespace) -> None:
+    """Tokens per second of CPU time of each way, step by step in turn: median, slowest and fastest step but the first."""
     prepare(options.threads)
     settings = LoopSettings(max_tokens=options.steps * 2048, sequence_length=1024, batch_size=2)
     ways = dict(ways_to_compute())
     optimizers = {name: make_optimizers(model, settings) for name, model in ways.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    speeds: dict[str, list[float]] = {name: [] for name in ways}
     generator = torch.Generator().manual_seed(0)
-    for step in range(options.steps):
+    for step in trange(options.steps, unit="step"):
         batch = torch.randint(3, 2048, (settings.batch_size, settings.sequence_length), generator=generator)
         for name, model in ways.items():
             start = time.process_time()
             train_step(model.train(), optimizers[name], batch, settings, step)
-            seconds[name].append(time.process_time() - start)
-    print(f"{platform.machine()}, torch {torch.__version__}, {options.threads} thread(s), {options.steps} steps")
-    for name, measured in seconds.items():
-        print(f"{name:28} {settings.tokens_per_step * options.threads / median(measured[1:]):8.0f} tokens/s")
+            speeds[name].append(settings.tokens_per_step * options.threads / (time.process_time() - start))
+    summary = {
+        "machine": machine(), "versions": versions(), "threads": options.threads, "steps": options.steps,
+        "tokens_per_second": {
+            name: {"median": round(median(measured[1:])), "lowest": round(min(measured[1:])),
+                   "highest": round(max(measured[1:]))}
+            for name, measured in speeds.items()
+        },
+    }  # fmt: skip
+    write_json(options.logs / "speed.json", summary)
+    print(json.dumps(summary, indent=2))
 
 
 def ways_to_compute() -> Iterator[tuple[str, PreTrainedModel]]:

@@ -7,12 +7,16 @@
 Splitting (pretraining) fills every row and lets a document continue in the next. Whole documents (fine-tuning) are placed
 by best fit decreasing among the documents of a window, and what stays free is padding, a document of its own at the end.
 
+Split rows follow one another through a long document, so a small batch holds little else; `shuffle_rows` deals them out of
+order, a window of rows at a time.
+
     l sequence_length
 """
 
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +25,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from .bad_data import BadData
 from .documents import Document, Resumable, as_document, resumable
+from .sources import shuffled
 
 IGNORED = -100
 TOO_LONG = "longer than a row"
@@ -45,6 +50,8 @@ class PackedRows(IterableDataset):
             warning, counted in `bad.counts`) or "error".
         on_packed: for documents that are not split, called with each one: how many tokens, padding included, have the rows
             that it and all before it fill; see Blend.packed.
+        shuffle_rows: of split documents, rows that are made at once and dealt out in random order; 0 keeps the order.
+        seed: of that order.
     """
 
     def __init__(
@@ -56,16 +63,22 @@ class PackedRows(IterableDataset):
         window_documents: int = 256,
         on_long_document: str = "skip",
         on_packed: Callable[[int], None] | None = None,
+        shuffle_rows: int = 0,
+        seed: int = 0,
     ):
         for field, value in (("sequence_length", sequence_length), ("window_documents", window_documents)):
             if value < 1:
                 raise ValueError(f"{field} is {value}; 1 or more is allowed")
+        if shuffle_rows < 0 or (shuffle_rows and not split_documents):
+            allowed = "0 or more is allowed" if split_documents else "whole documents allow 0"
+            raise ValueError(f"shuffle_rows is {shuffle_rows}; {allowed}")
         self.documents = resumable(documents)
         self.sequence_length = sequence_length
         self.split_documents = split_documents
         self.pad_token_id = pad_token_id
         self.window_documents = window_documents
         self.on_packed = on_packed
+        self.shuffle_rows, self.seed = shuffle_rows, seed
         self.rows_yielded = 0
         self.bad = BadData("rows", on_long_document)
         self._place = self._here()
@@ -76,7 +89,8 @@ class PackedRows(IterableDataset):
         if get_worker_info() is not None:
             raise ValueError("num_workers of the data loader is not 0; PackedRows allows 0, or its state would be lost")
         self.documents.load_state_dict(self._place.documents)
-        for pieces, place in self._split_rows() if self.split_documents else self._whole_rows():
+        rows = self._split_rows() if self.split_documents else self._whole_rows()
+        for pieces, place in self._dealt(rows) if self.shuffle_rows else rows:
             self._place = place
             self.rows_yielded += 1
             self._remember()
@@ -107,13 +121,14 @@ class PackedRows(IterableDataset):
         Raises:
             ValueError: for a state of rows that were made in another way, or of other documents.
         """
-        for field in ("split_documents", "sequence_length", "window_documents"):
-            matters = field == "split_documents" or not self.split_documents  # splitting goes on at any length
-            if matters and state[field] != getattr(self, field):
+        # Splitting goes on at any length; a window of rows has to be made again as it was.
+        whole, dealt = ("split_documents", "sequence_length", "window_documents"), ("sequence_length", "shuffle_rows")
+        for field in whole if not self.split_documents else ("split_documents", *(dealt if state["dealt"] else ())):
+            if state[field] != getattr(self, field):
                 raise ValueError(f"{field} is {getattr(self, field)}, the state was saved with {state[field]}")
         self.documents.load_state_dict(state["documents"])
         self.rows_yielded = state["rows"]
-        self._place = _Place(state["documents"], state["done"], state["too_long"])
+        self._place = _Place(state["documents"], state["done"], state["too_long"], state["dealt"])
         self.bad.counts = Counter({TOO_LONG: state["too_long"]})
         self._states.clear()
         self._remember()
@@ -135,6 +150,17 @@ class PackedRows(IterableDataset):
             used, before = 0, self._here()
         if pieces:
             yield pieces, self._here()
+
+    def _dealt(self, rows: Iterator[tuple[list[Document], "_Place"]]) -> Iterator[tuple[list[Document], "_Place"]]:
+        """`shuffle_rows` rows at a time, out of order; the place is before the first of them and how many are dealt."""
+        dealt, before = self._place.dealt, self._place._replace(dealt=0)
+        while window := list(islice(rows, self.shuffle_rows)):
+            order = shuffled(len(window), self.seed, self.rows_yielded - dealt)
+            after = window[-1][1]
+            for number in range(dealt, len(window)):
+                place = after if number + 1 == len(window) else before._replace(dealt=number + 1)
+                yield window[order[number]][0], place
+            dealt, before = 0, after
 
     def _whole_rows(self) -> Iterator[tuple[list[Document], "_Place"]]:
         """Rows of whole documents; the place is the beginning of a window and how many of its rows are done."""
@@ -167,7 +193,7 @@ class PackedRows(IterableDataset):
         return best_fit([len(document.input_ids) for document in window], self.sequence_length)
 
     def _here(self) -> "_Place":
-        return _Place(self.documents.state_dict(), 0, self.bad.counts[TOO_LONG])
+        return _Place(self.documents.state_dict(), 0, self.bad.counts[TOO_LONG], 0)
 
     def _row(self, pieces: list[Document]) -> dict[str, Tensor]:
         """One row (l) of pieces, padded at its end."""
@@ -187,6 +213,8 @@ class PackedRows(IterableDataset):
             "documents": self._place.documents,
             "done": self._place.done,
             "too_long": self._place.too_long,
+            "dealt": self._place.dealt,
+            "shuffle_rows": self.shuffle_rows,
             "sequence_length": self.sequence_length,
             "split_documents": self.split_documents,
             "window_documents": self.window_documents,
@@ -216,8 +244,10 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class _Place(NamedTuple):
-    """Where rows stand: a state of the documents, tokens (or rows) done from there, documents left out before it."""
+    """Where rows stand: a state of the documents, tokens (or rows) done from there, documents left out before it, and
+    how many rows of a shuffled window, which begins there, are dealt."""
 
     documents: dict[str, Any]
     done: int
     too_long: int
+    dealt: int

@@ -8,10 +8,13 @@ held-out document that repeats much of the training text is dropped from the mea
 
 import ast
 import hashlib
+import json
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from ..whole_files import write_text
 
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "ensurepip", "encodings", "pydoc_data", "__pycache__"}
 TOPICS_FILE = "pydoc_data/topics.py"
@@ -62,6 +65,11 @@ def corpus_digest(documents: list[Document]) -> str:
     for document in documents:
         digest.update(document.name.encode() + b"\0" + document.text.encode() + b"\0")
     return digest.hexdigest()[:16]
+
+
+def write_jsonl(documents: list[Document], path: Path) -> None:
+    """One document per line, `{"text": ...}`, as the training commands read it; a file that is there is replaced."""
+    write_text(path, "".join(json.dumps({"text": document.text}) + "\n" for document in documents))
 
 
 def _source_files(root: Path) -> Iterator[Document]:

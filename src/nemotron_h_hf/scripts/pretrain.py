@@ -22,6 +22,8 @@ run.yaml, with weights that change on the way (a phase without `until` or `last`
 Texts are tokenised as they are read, by every process, in the order of the blend. Where that is what a run waits for, do it
 before: a column of token ids, each document with its end tokens, is taken as it is (column: input_ids).
 
+Rows follow one another through a long document. With few rows per step that makes batches of one document: --shuffle_rows.
+
 The same command again goes on from the last whole checkpoint, with the very next row. In OUTPUT_DIR: checkpoint-N/ while
 it runs, metrics.jsonl (see `nemotron-h plot`), and at the end model/, which from_pretrained loads.
 """
@@ -70,12 +72,20 @@ class DataArguments:
             "help": "list of {until: 60%%, weights: {name: 0.7, ...}}; default: one phase, sources weighted alike"
         },
     )
+    shuffle_rows: int = field(
+        default=0,
+        metadata={
+            "help": "rows that are made at once and dealt out in random order, so that a long document does not fill "
+            "whole batches; phases change up to so many rows late or early. 0: in the order of the documents"
+        },
+    )
     on_bad_data: str = field(
         default="skip", metadata={"help": "skip, with a count and a warning, or stop", "choices": ("skip", "error")}
     )
 
     def __post_init__(self) -> None:
         self.sources, self.phases = as_mapping(self.sources, "sources"), as_mapping(self.phases, "phases")
+        require(self.shuffle_rows >= 0, "shuffle_rows", self.shuffle_rows, "0 or more")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,16 +141,17 @@ def make_rows(
     """Full rows from the blend of sources, for the whole run."""
     sources = sources_from(data.sources)
     alike = [Phase({source.name: 1.0 for source in sources})]
+    seed = training.seed if training.data_seed is None else training.data_seed
     blend = Blend(
         sources,
         phases_from(data.phases) if data.phases else alike,
         document_encoder(tokenizer),
         total_tokens=training.max_steps * training.tokens_per_step,
-        seed=training.seed if training.data_seed is None else training.data_seed,
+        seed=seed,
         on_bad_data=data.on_bad_data,
     )
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return PackedRows(blend, training.sequence_length, pad_token_id=pad)
+    return PackedRows(blend, training.sequence_length, pad_token_id=pad, shuffle_rows=data.shuffle_rows, seed=seed)
 
 
 def describe(model: torch.nn.Module, training: NemotronHTrainingArguments) -> str:
