@@ -1,6 +1,7 @@
 """Packed rows: every token once and in order, the model sees each document alone, and resuming goes on exactly."""
 
 import json
+import random
 
 import pytest
 import torch
@@ -185,6 +186,37 @@ def test_resume_goes_on_exactly(lengths, sequence_length, split, window, shuffle
     assert equal_rows(rest, whole[cut:])
 
 
+@pytest.mark.parametrize("split", [True, False])
+def test_a_longer_run_goes_on_with_every_token_once(split):
+    """The shorter run's last window is cut short, and its last row or two are not read."""
+    draw = random.Random(0)
+    for _ in range(60):
+        documents = [[number + 1] * draw.randint(5, 30) for number in range(24)]
+        shorter, longer = (
+            PackedRows(part, 40, split, window_documents=8, shuffle_rows=8 if split else 0)
+            for part in (documents[: draw.randint(2, 20)], documents)
+        )
+        rows = list(shorter)
+        done = max(0, len(rows) - draw.randint(1, 2))
+        longer.load_state_dict(json.loads(json.dumps(shorter.state_after(done))))
+        tokens = torch.cat([row["input_ids"] for row in [*rows[:done], *longer]]).tolist()
+        assert sorted(filter(None, tokens)) == [token for document in documents for token in document]
+
+
+def test_a_state_from_before_rows_were_shuffled():
+    documents = documents_of([50, 30, 20])
+    for split in (True, False):
+        before = PackedRows(documents, 64, split)
+        iterator = iter(before)
+        next(iterator)
+        state = before.state_dict()
+        for field in ("dealt", "window", "shuffle_rows", "seed"):
+            del state[field]
+        after = PackedRows(documents, 64, split)
+        after.load_state_dict(state)
+        assert equal_rows(list(after), list(iterator))
+
+
 def test_loader_reads_ahead_and_state_stays_exact():
     documents = documents_of(range(1, 60))
     rows = PackedRows(documents, 32)
@@ -222,6 +254,8 @@ def test_another_row_length_may_go_on_where_documents_are_split():
         after.load_state_dict(dealing.state_dict())
     with pytest.raises(ValueError, match="shuffle_rows is 0, the state was saved with 4"):
         before.load_state_dict(dealing.state_dict())
+    with pytest.raises(ValueError, match="seed is 1, the state was saved with 0"):
+        PackedRows(documents, 16, shuffle_rows=4, seed=1).load_state_dict(dealing.state_dict())
     whole = PackedRows(documents, 64, split_documents=False)
     with pytest.raises(ValueError, match="split_documents is False, the state was saved with True"):
         whole.load_state_dict(before.state_after(3))

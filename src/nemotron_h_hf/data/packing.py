@@ -121,14 +121,17 @@ class PackedRows(IterableDataset):
         Raises:
             ValueError: for a state of rows that were made in another way, or of other documents.
         """
-        # Splitting goes on at any length; a window of rows has to be made again as it was.
-        whole, dealt = ("split_documents", "sequence_length", "window_documents"), ("sequence_length", "shuffle_rows")
-        for field in whole if not self.split_documents else ("split_documents", *(dealt if state["dealt"] else ())):
+        state = {"dealt": 0, "shuffle_rows": 0, "seed": 0, "window": 0, **state}  # of rows that were never shuffled
+        whole, dealt = ("sequence_length", "window_documents"), ("sequence_length", "shuffle_rows", "seed")
+        fields = (
+            whole if not self.split_documents else dealt if state["dealt"] else ()
+        )  # splitting goes on at any length
+        for field in ("split_documents", *fields):
             if state[field] != getattr(self, field):
                 raise ValueError(f"{field} is {getattr(self, field)}, the state was saved with {state[field]}")
         self.documents.load_state_dict(state["documents"])
         self.rows_yielded = state["rows"]
-        self._place = _Place(state["documents"], state["done"], state["too_long"], state["dealt"])
+        self._place = _Place(*(state[field] for field in _Place._fields))
         self.bad.counts = Counter({TOO_LONG: state["too_long"]})
         self._states.clear()
         self._remember()
@@ -152,19 +155,21 @@ class PackedRows(IterableDataset):
             yield pieces, self._here()
 
     def _dealt(self, rows: Iterator[tuple[list[Document], "_Place"]]) -> Iterator[tuple[list[Document], "_Place"]]:
-        """`shuffle_rows` rows at a time, out of order; the place is before the first of them and how many are dealt."""
-        dealt, before = self._place.dealt, self._place._replace(dealt=0)
-        while window := list(islice(rows, self.shuffle_rows)):
-            order = shuffled(len(window), self.seed, self.rows_yielded - dealt)
-            after = window[-1][1]
+        """`shuffle_rows` rows at a time, out of order but for a padded one; the place is before them, and how many are dealt."""
+        place = self._place
+        before, dealt, size = place._replace(dealt=0, window=0), place.dealt, place.window or self.shuffle_rows
+        while window := list(islice(rows, size)):
+            full = len(window) - (sum(len(piece.input_ids) for piece in window[-1][0]) < self.sequence_length)
+            order = [*shuffled(full, self.seed, self.rows_yielded - dealt), *range(full, len(window))]
             for number in range(dealt, len(window)):
-                place = after if number + 1 == len(window) else before._replace(dealt=number + 1)
+                all_dealt = number + 1 >= full
+                place = window[number][1] if all_dealt else before._replace(dealt=number + 1, window=full)
                 yield window[order[number]][0], place
-            dealt, before = 0, after
+            before, dealt, size = window[-1][1], 0, self.shuffle_rows
 
     def _whole_rows(self) -> Iterator[tuple[list[Document], "_Place"]]:
         """Rows of whole documents; the place is the beginning of a window and how many of its rows are done."""
-        done, before = self._place.done, self._here()
+        done, size, before = self._place.done, self._place.window or self.window_documents, self._here()
         window: list[Document] = []
         for item in self.documents:
             document = as_document(item)
@@ -175,9 +180,9 @@ class PackedRows(IterableDataset):
             if self.on_packed is not None:
                 rows = self._fit(window)
                 self.on_packed((self.rows_yielded - done + len(rows)) * self.sequence_length)
-            if len(window) == self.window_documents:
+            if len(window) == size:
                 yield from self._rows_of(window, before, done)
-                window, done, before = [], 0, self._here()
+                window, done, size, before = [], 0, self.window_documents, self._here()
         if window:
             yield from self._rows_of(window, before, done)
 
@@ -186,14 +191,14 @@ class PackedRows(IterableDataset):
     ) -> Iterator[tuple[list[Document], "_Place"]]:
         rows = self._fit(window)
         for number in range(done, len(rows)):
-            place = self._here() if number + 1 == len(rows) else before._replace(done=number + 1)
+            place = self._here() if number + 1 == len(rows) else before._replace(done=number + 1, window=len(window))
             yield [window[index] for index in rows[number]], place
 
     def _fit(self, window: list[Document]) -> list[list[int]]:
         return best_fit([len(document.input_ids) for document in window], self.sequence_length)
 
     def _here(self) -> "_Place":
-        return _Place(self.documents.state_dict(), 0, self.bad.counts[TOO_LONG], 0)
+        return _Place(self.documents.state_dict(), 0, self.bad.counts[TOO_LONG], 0, 0)
 
     def _row(self, pieces: list[Document]) -> dict[str, Tensor]:
         """One row (l) of pieces, padded at its end."""
@@ -210,14 +215,12 @@ class PackedRows(IterableDataset):
     def _remember(self) -> None:
         self._states[self.rows_yielded] = {
             "rows": self.rows_yielded,
-            "documents": self._place.documents,
-            "done": self._place.done,
-            "too_long": self._place.too_long,
-            "dealt": self._place.dealt,
-            "shuffle_rows": self.shuffle_rows,
+            **self._place._asdict(),
             "sequence_length": self.sequence_length,
             "split_documents": self.split_documents,
             "window_documents": self.window_documents,
+            "shuffle_rows": self.shuffle_rows,
+            "seed": self.seed,
         }
         while len(self._states) > STATES_KEPT:
             self._states.popitem(last=False)
@@ -244,10 +247,18 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class _Place(NamedTuple):
-    """Where rows stand: a state of the documents, tokens (or rows) done from there, documents left out before it, and
-    how many rows of a shuffled window, which begins there, are dealt."""
+    """Where rows stand.
+
+    documents: their state; at the beginning of a window, where there is one.
+    done: tokens of the next document (rows of the window, where documents are whole) that are used.
+    too_long: documents left out before it.
+    dealt: rows of a shuffled window that are yielded.
+    window: rows of a shuffled window, or documents of one of whole documents, that is begun. The last window of a run is
+        short; a longer run that goes on from it has to make it as it was.
+    """
 
     documents: dict[str, Any]
     done: int
     too_long: int
     dealt: int
+    window: int
