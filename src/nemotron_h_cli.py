@@ -56,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"nemotron-h {argv[0]}: error: {error}", file=sys.stderr)
         return 1
+    except ImportError as error:
+        if "pip install" not in str(error):  # a broken installation, and no extra that is missing
+            raise
+        print(f"nemotron-h {argv[0]}: error: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         return 130
 

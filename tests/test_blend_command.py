@@ -2,11 +2,18 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
+import yaml
+from test_chat import CHATML
 
 import nemotron_h_cli as cli
-from nemotron_h_hf.scripts import blend
+from nemotron_h_hf.scripts import blend, distill, elastic_train, pretrain, sft
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
+READABLE = [path for path in RECIPES if path.stem != "align_2_dpo"]  # that one is TRL's
 
 CONFIG = """
 output_dir: anywhere
@@ -69,12 +76,57 @@ def test_reading_records_for_fine_tuning(tmp_path, capsys):
     assert "data" in capsys.readouterr().out
 
 
+def test_conversations_need_the_template_of_the_file(tmp_path, capsys):
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "a.jsonl").write_text((json.dumps(chat) + "\n") * 5)
+    (tmp_path / "template.jinja").write_text(CHATML)
+    config = {"data": [f"{tmp_path}/a.jsonl"], "total_tokens": 20, "chat_template": f"{tmp_path}/template.jinja"}
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(config))
+    assert blend.main(["--config", str(tmp_path / "sft.yaml"), "--records", "--read", "100%"]) == 0
+    assert "left out" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("path", [*READABLE, ROOT / "docs/results/tiny/pretrain.yaml"], ids=lambda path: path.stem)
+def test_configurations_of_the_repository_are_read(path, capsys):
+    config = yaml.safe_load(path.read_text())
+    flags = [] if path.stem.startswith("pretrain") else ["--records"]
+    flags += [] if "total_tokens" in config else ["--total_tokens", "100M"]
+    assert blend.main(["--config", str(path), *flags]) == 0
+    shown = capsys.readouterr().out
+    assert f"{len(config.get('sources', [1]))} sources" in shown
+
+
+@pytest.mark.parametrize("command", [pretrain, sft, distill, elastic_train])
+def test_every_flag_of_the_commands_is_known(command, monkeypatch):
+    """What the command itself parses, caught on its way."""
+    caught = []
+
+    def parse(kinds, *others, **named):
+        caught.extend(kinds)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "parse", parse)
+    with pytest.raises(KeyboardInterrupt):
+        command.main([])
+    known = blend.names_of(blend.TEXT if command is pretrain else blend.RECORDS)
+    assert set(blend.names_of(caught)) - set(known) == set()
+    assert command is not pretrain or blend.names_of(caught) == known
+
+
+def test_a_configuration_of_records_wants_the_flag(tmp_path, capsys):
+    (tmp_path / "sft.yaml").write_text("lora_rank: 4\ntotal_tokens: 10\n")
+    assert cli.main(["blend", "--config", str(tmp_path / "sft.yaml")]) == 1
+    assert "(without --records) has a key 'lora_rank'" in capsys.readouterr().err
+
+
 def test_seed_of_the_file_or_the_flag(config, capsys):
     def order(*flags: str) -> str:
         assert blend.main(["--config", str(config), "--read", "1K", *flags]) == 0
         return capsys.readouterr().out.split("read: ")[1]
 
     assert order() == order() == order("--seed", "42")
+    config.write_text(config.read_text() + "seed: 1\ndata_seed: 5\n")
+    assert order() == order("--seed", "5") == order("--data_seed", "5")
     assert len({order("--seed", str(seed)) for seed in range(6)}) > 1
 
 

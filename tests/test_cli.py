@@ -55,6 +55,20 @@ def test_errors_are_one_line(capsys):
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("message", ["adapters need peft: pip install 'nemotron-h-hf[peft]'", "libc10.so: cannot open"])
+def test_missing_extras_are_one_line_and_broken_installations_are_not(message, capsys, monkeypatch):
+    def fail(argv):
+        raise ImportError(message)
+
+    monkeypatch.setattr(info, "main", fail)
+    if "pip install" in message:
+        assert cli.main(["info"]) == 1
+        assert capsys.readouterr().err == f"nemotron-h info: error: {message}\n"
+    else:
+        with pytest.raises(ImportError, match="libc10"):
+            cli.main(["info"])
+
+
 def test_info_of_a_preset(capsys):
     assert info.main(["nemotron-h-8b"]) == 0
     text = capsys.readouterr().out

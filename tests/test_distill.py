@@ -288,12 +288,43 @@ def test_a_cache_is_read_with_the_tokenizer_of_the_student(tmp_path):
         (["--cross_entropy_weight", "2"], "cross_entropy_weight: got 2"),
         (["--cache_teacher", "a", "--teacher_cache", "b"], "teacher_cache"),
         (["--max_steps", "-1"], "total_tokens"),
+        (["--eval_steps", "2"], "eval_steps: got 2.0, allowed is none without --eval_data"),
+        (["--config_overrides", "{vocab_size: 100}"], "tokenizer: .* tokens, allowed are the model's 100"),
         (["--temprature", "1"], "did you mean 'temperature'"),
     ],
 )
 def test_command_refuses(flags, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         command(tmp_path, *flags, "--output_dir", str(tmp_path / "run"))
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path):
+    core = Tokenizer(WordLevel({"<s>": 0}, unk_token="<s>"))
+    PreTrainedTokenizerFast(tokenizer_object=core).save_pretrained(tmp_path / "endless")
+    for flags in ((), ("--cache_teacher", str(tmp_path / "cache"))):
+        with pytest.raises(ValueError, match="has no eos_token"):
+            command(tmp_path, "--tokenizer", str(tmp_path / "endless"), "--output_dir", str(tmp_path / "run"), *flags)
+    tiny_model(vocab_size=100).save_pretrained(tmp_path / "small")
+    flags = ("--teacher", str(tmp_path / "small"), "--tokenizer", EMBEDDED_MODEL, "--output_dir", str(tmp_path / "run"))
+    with pytest.raises(ValueError, match="allowed are the model's 100"):
+        command(tmp_path, *flags, "--cache_teacher", str(tmp_path / "cache"))
+
+
+def test_held_out_loss_before_and_after(tmp_path, capsys):
+    """Every second step in the log; before is told once, of the student as it began: it knows nothing."""
+    (tmp_path / "held.txt").write_text("def sub(a, b):\n    return a - b\n" * 10)
+    flags = ("--eval_data", str(tmp_path / "held.txt"), "--eval_steps", "2", "--cross_entropy_weight", "1",
+             "--learning_rate", "1e-2", "--output_dir", str(tmp_path / "run"))  # fmt: skip
+    assert command(tmp_path, *flags, "--max_steps", "5", "--warmup_tokens", "0%") == 0
+    losses = json.loads((tmp_path / "run" / "held_out.json").read_text())
+    assert losses["before"] == pytest.approx(torch.tensor(2048.0).log().item(), abs=0.3)
+    assert losses["after"] < losses["before"] - 0.3
+    evaluated = {row["step"]: row["eval_loss"] for row in read_metrics(tmp_path / "run") if "eval_loss" in row}
+    assert sorted(evaluated) == [0, 2, 4, 5] and evaluated[0] == losses["before"] and evaluated[5] == losses["after"]
+    capsys.readouterr()
+    assert command(tmp_path, *flags, "--max_steps", "5", "--warmup_tokens", "0%") == 0  # done already
+    assert json.loads((tmp_path / "run" / "held_out.json").read_text()) == losses
+    assert "held-out loss before" not in capsys.readouterr().err
 
 
 def test_identity_is_readable(tmp_path):

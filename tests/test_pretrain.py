@@ -17,7 +17,7 @@ from tiny_run import read_metrics, write_texts
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
-from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM
+from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM, hub
 from nemotron_h_hf.data.blend import Blend
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.phases import Phase
@@ -80,6 +80,32 @@ def test_help_teaches(capsys):
         (["--total_tokens", "9"], "total_tokens: got '9', allowed is a step's 4096 or more"),
         (["--min_lr_ratio", "2"], "min_lr_ratio: got 2.0, allowed is 0 to 1"),
         (["--z_loss=-1"], "z_loss: got -1.0, allowed is 0"),
+        (["--router_aux_loss_coef=-1"], "router_aux_loss_coef: got -1.0, allowed is 0"),
+        (
+            ["--lr_scheduler_type", "cosine", "--decay_tokens", "1M"],
+            "decay_tokens: got '1M', allowed is .*not with cosine",
+        ),
+        (
+            ["--lr_scheduler_type", "linear", "--min_lr_ratio", "0.1"],
+            "min_lr_ratio: got 0.1, allowed is .*not with linear",
+        ),
+        (
+            ["--lr_scheduler_type", "cosine", "--decay_shape", "cosine"],
+            "decay_shape: got 'cosine', allowed is with .*wsd",
+        ),
+        (["--warmup_steps", "5"], "warmup_steps: got 5.0, allowed is none with wsd; give --warmup_tokens"),
+        (["--optim", "adamw_8bit"], "optim: got 'adamw_8bit', allowed is .*choose by --optimizer"),
+        (["--optim_args", "a=b"], "optim_args: got 'a=b', allowed is none"),
+        (["--auto_find_batch_size", "true"], "auto_find_batch_size: got True, allowed is False"),
+        (["--fp16", "true"], "fp16: got True, allowed is False, or --bf16"),
+        (
+            ["--sources", "{a: {path: x}}", "--total_tokens", "1M", "--push_to_hub"],
+            "hub_model_id: got None, allowed is owner",
+        ),
+        (
+            ["--sources", "{a: {path: x}}", "--total_tokens", "1M", "--eval_steps", "5"],
+            "eval_steps: got 5.0?, allowed is none",
+        ),
         (["--total_tokens", "1M"], "sources: got None, allowed is a mapping"),
         (["--sources", "nothing"], "sources: got 'nothing', allowed is a mapping or list"),
         (["--sources", "{a: {path: x}}"], "total_tokens: got None, allowed is a number of tokens"),
@@ -102,6 +128,13 @@ def test_wrong_flags_are_named(argv, message):
         ({"config_overrides": {"hiden_size": 3}}, "config_overrides: got 'hiden_size'.*did you mean 'hidden_size'"),
         ({"init": "weights"}, "config_overrides: allowed with --init random"),
         ({"tokenizer": "nowhere"}, "tokenizer: none found in 'nowhere'"),
+        ({"model": "nowhere"}, "model: got 'nowhere', allowed with --init random is .* preset .*nemotron-h-8b"),
+        ({"model": "a/nowhere"}, "model: got 'a/nowhere', allowed with --init random is a checkpoint folder"),
+        (
+            {"model": "nowhere", "init": "weights", "config_overrides": None},
+            "model: got 'nowhere', allowed is a checkpoint folder or a hub id",
+        ),
+        ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef: got 0.1, allowed is for a model with experts"),
         ({"config_overrides": {**MODEL, "vocab_size": 99}}, "has 2048 tokens, allowed are the model's 99"),
     ],
 )
@@ -116,6 +149,13 @@ def test_a_file_that_is_no_mapping(tmp_path):
         (tmp_path / "run.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
             pretrain.main(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_launched_with_fp16_is_refused(tmp_path, monkeypatch):
+    """`accelerate launch --mixed_precision fp16` says so in the environment."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="mixed_precision: got 'fp16', allowed is bf16 or no"):
+        NemotronHTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
 
 
 def test_total_tokens_become_steps(tmp_path):
@@ -206,6 +246,20 @@ def test_pretrain_from_end_to_end(texts, tmp_path, capsys):
     assert read_metrics(run) == rows
 
 
+def test_finished_model_is_pushed_once_and_no_checkpoint(texts, tmp_path, monkeypatch, capsys):
+    sent = []
+
+    def upload(plan, repo_id, private):
+        sent.append((repo_id, private, plan["model.safetensors"]))
+        return "an address"
+
+    monkeypatch.setattr(hub, "upload", upload)
+    flags = ["--push_to_hub", "--hub_model_id", "owner/name", "--hub_private_repo", "true", "--max_steps", "5"]
+    assert pretrain.main(["--config", str(write_config(tmp_path, texts, total_tokens=640)), *flags]) == 0
+    assert sent == [("owner/name", True, tmp_path / "run" / "model" / "model.safetensors")]
+    assert capsys.readouterr().out == "an address\n"
+
+
 def test_totals_of_what_was_left_out_are_told(tmp_path, caplog):
     (tmp_path / "a.jsonl").write_text('no json\n{"text": "abc"}\n')
     changes = {"sources": {"low": {"path": str(tmp_path / "a.jsonl")}}, "phases": [{"weights": {"low": 1}}]}
@@ -245,6 +299,8 @@ def test_plot_says_what_is_wrong(tmp_path):
         plot.main([str(tmp_path / "y.jsonl")])
     with pytest.raises(ValueError, match="--window is 0"):
         plot.main([str(tmp_path / "x.jsonl"), "--window", "0"])
+    with pytest.raises(ValueError, match="--y: .*x.jsonl has nothing that matches kl; it has loss, step"):
+        plot.main([str(tmp_path / "x.jsonl"), "--x", "step", "--y", "lo*,kl"])
 
 
 # Crashes and several processes

@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 import types
+import weakref
 
 import pytest
 import torch
@@ -17,13 +18,15 @@ from transformers import AutoTokenizer
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM
 from nemotron_h_hf.data.finetuning import rows_of_one_round
+from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.scripts import push, sft
 from nemotron_h_hf.training import adapters
 from nemotron_h_hf.training.adapters import add_adapters, four_bit_loading, target_modules
-from nemotron_h_hf.training.arguments import NemotronHTrainingArguments
+from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments
 from nemotron_h_hf.training.data_arguments import DataArguments
+from nemotron_h_hf.training.fp8 import converted_modules
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +182,58 @@ def test_epochs_set_the_steps(tmp_path, capsys):
     assert f"{len(rows):,} rows of 64 tokens in an epoch" in capsys.readouterr().err
 
 
-def test_adapters_train_save_resume_and_push(tmp_path, monkeypatch, capsys):
+def test_epochs_are_counted_without_keeping_rows(tmp_path, tokenizer, monkeypatch):
+    alive, most, make = weakref.WeakSet(), [0], PackedRows._row
+
+    def counted(self, pieces):
+        row = make(self, pieces)
+        alive.add(row["input_ids"])
+        most[0] = max(most[0], len(alive))
+        return row
+
+    monkeypatch.setattr(PackedRows, "_row", counted)
+    path = write(tmp_path / "data.jsonl", "text", 60)
+    training = NemotronHTrainingArguments(
+        output_dir=str(tmp_path), use_cpu=True, sequence_length=64, num_train_epochs=2, per_device_train_batch_size=1
+    )
+    sft.make_rows(DataArguments(data=[path]), False, training, tokenizer)
+    source = Source("data", path=path, column=None)
+    assert most[0] <= 2
+    rows = rows_of_one_round(source, lambda record: encode_record(record, tokenizer), 64, 1)
+    assert len(rows) > 10 and training.max_steps == 2 * len(rows)
+
+
+def test_adapters_on_a_base_in_fp8(tmp_path):
+    """The base rounds to FP8, the adapters do not, and they are those of an ordinary base afterwards."""
+    pytest.importorskip("torchao")
+    flags = ("--lora_rank", "4", "--max_steps", "4")
+    assert run(tmp_path, *flags, "--fp8", "--output_dir", str(tmp_path / "fp8")) == 0
+    assert run(tmp_path, *flags, "--output_dir", str(tmp_path / "plain")) == 0
+    fp8, plain = (json.loads((tmp_path / name / "held_out.json").read_text()) for name in ("fp8", "plain"))
+    assert 0 < abs(fp8["before"] - plain["before"]) < 0.1 and abs(fp8["after"] - plain["after"]) < 0.1
+    assert fp8["after"] < fp8["before"] - 0.3
+    base = NemotronHForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
+    before = base(prompt()).logits
+    assert (PeftModel.from_pretrained(base, tmp_path / "fp8" / "adapter")(prompt()).logits - before).abs().max() > 1e-3
+
+
+def test_a_base_in_fp8_runs_in_fp8_under_its_adapters(monkeypatch):
+    pytest.importorskip("torchao")
+    start, flags = ModelArguments(fp8=True), adapters.AdapterArguments(lora_rank=2)
+    training = NemotronHTrainingArguments(output_dir="unused", use_cpu=True)
+    model = sft.make_model(flags, start, training)
+    wrapped = [name for name in converted_modules(model) if name.endswith(".base_layer")]
+    assert wrapped == converted_modules(model) and len(wrapped) == 8
+    ran = []
+    for name in wrapped:
+        model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+    model(input_ids=prompt(), labels=prompt()).loss.backward()
+    assert sorted(ran) == sorted(wrapped)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    assert all("lora_" in name and p.grad is not None and p.dtype == torch.float32 for name, p in trained)
+
+
+def test_adapters_train_save_resume_and_push(tmp_path, capsys):
     flags = ("--lora_rank", "4", "--save_steps", "2")
     run(tmp_path, *flags, "--max_steps", "4")
     whole, folder = read_metrics(tmp_path / "run"), tmp_path / "run" / "adapter"
@@ -198,8 +252,6 @@ def test_adapters_train_save_resume_and_push(tmp_path, monkeypatch, capsys):
     assert read_metrics(tmp_path / "run") == whole
     assert (folder / "adapter_model.safetensors").read_bytes() == weights
 
-    monkeypatch.setattr(sft, "upload", lambda plan, repo_id, private: f"{repo_id}: {sorted(plan)}")
-    assert "adapter_model.safetensors" in sft.push_folder(folder, "owner/name", True)
     assert push.main([str(folder), "owner/adapters", "--dry-run"]) == 0
     shown = capsys.readouterr().out
     assert "adapter_model.safetensors" in shown and "training_args" not in shown
@@ -209,6 +261,9 @@ def test_adapters_train_save_resume_and_push(tmp_path, monkeypatch, capsys):
     "flags, message",
     [
         (["--lora_rank", "-1"], "lora_rank"),
+        (["--lora_targets", "all"], "lora_targets: got 'all', allowed is none without --lora_rank"),
+        (["--lora_alpha", "32"], "lora_alpha: got 32.0, allowed is none without --lora_rank"),
+        (["--lora_dropout", "0"], "lora_dropout: got 0.0, allowed is none without --lora_rank"),
         (["--load_in_4bit"], "together with --lora_rank"),
         (["--load_in_4bit", "--lora_rank", "4", "--init", "random"], "--init weights"),
         (["--lora_rank", "4", "--lora_targets", "in_porj"], "did you mean 'in_proj'"),
@@ -285,8 +340,6 @@ def test_four_bits_need_bitsandbytes_that_works(monkeypatch):
 def test_packed_records_do_not_see_each_other(tokenizer):
     """The loss of a packed row is that of its records alone."""
     documents = [encode_record(RECORDS["text"](name), tokenizer) for name in names(5, 3)]
-    from nemotron_h_hf.data.packing import PackedRows
-
     (row,) = PackedRows(documents, 160, split_documents=False, pad_token_id=1)
     model = NemotronHForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
     packed = model(**{name: tensor[None] for name, tensor in row.items()}, use_cache=False, num_items_in_batch=1).loss

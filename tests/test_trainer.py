@@ -3,10 +3,13 @@
 import errno
 import itertools
 import json
+import math
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from tiny import prompt, tiny_model
 from tiny_run import (
     LENGTH,
@@ -25,6 +28,7 @@ from nemotron_h_hf import NemotronHForCausalLM
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.training import checkpoints
 from nemotron_h_hf.training.checkpoints import last_whole_checkpoint, whole_checkpoints
+from nemotron_h_hf.training.distillation import DistillationTrainer
 from nemotron_h_hf.training.trainer import EndlessRows, NemotronHTrainer, TrainingStopped
 from nemotron_h_hf.training.z_loss import next_token_loss_with_z
 
@@ -90,6 +94,33 @@ def test_learning_rate_follows_the_schedule_and_flags_win_on_resume(texts, tmp_p
     assert rates[3:] == pytest.approx([1e-3 * (1 - 0.99 * max(0, step - 4) / 4) for step in (4, 5, 6, 7, 8)])
     assert trainer.optimizer.param_groups[0]["weight_decay"] == 0.25
     assert [folder.name for folder in whole_checkpoints(tmp_path)] == ["checkpoint-3", "checkpoint-5", "checkpoint-8"]
+
+
+def cosine(share: float) -> float:
+    return (1 + math.cos(math.pi * share)) / 2
+
+
+@pytest.mark.parametrize(
+    "fields, factors",
+    [
+        ({"warmup_tokens": "25%"}, [0, 1 / 2, *(cosine(step / 6) for step in range(6))]),
+        ({"warmup_tokens": 4 * TOKENS_PER_STEP}, [0, 1 / 4, 1 / 2, 3 / 4, *(cosine(step / 4) for step in range(4))]),
+        ({"warmup_tokens": None, "warmup_steps": 0.25}, [0, 1 / 2, *(cosine(step / 6) for step in range(6))]),
+        ({"warmup_tokens": "25%", "warmup_steps": 0}, [cosine(step / 8) for step in range(8)]),
+        ({"warmup_tokens": "50%", "lr_scheduler_type": "constant"}, [0, 1 / 4, 1 / 2, 3 / 4, 1, 1, 1, 1]),
+    ],
+)
+def test_other_schedules_warm_up_too(texts, tmp_path, fields, factors):
+    """transformers begins at 0 in the first step."""
+    fields = {"lr_scheduler_type": "cosine", "decay_tokens": None, "save_strategy": "no", **fields}
+    make_trainer(texts, tmp_path, **fields).train()
+    assert [row["learning_rate"] for row in read_metrics(tmp_path)] == pytest.approx([4e-3 * f for f in factors])
+
+
+def test_a_warm_up_beyond_the_run_is_refused(texts, tmp_path):
+    trainer = make_trainer(texts, tmp_path, lr_scheduler_type="cosine", decay_tokens=None, warmup_tokens="9K")
+    with pytest.raises(ValueError, match="warmup_tokens: got 9,000, allowed is 0 to the run's total of 1,024"):
+        trainer.train()
 
 
 def test_losses_are_those_of_the_model_on_the_rows(texts, tmp_path):
@@ -242,6 +273,25 @@ def test_unfinished_and_damaged_checkpoints(texts, tmp_path):
         make_trainer(texts, tmp_path).train(resume_from_checkpoint=True)
 
 
+def test_sharded_files_on_other_disks_are_missed(tmp_path):
+    """The index is written by the first process for all; a machine that does not share its disk keeps its own files."""
+    folder = tmp_path / "checkpoint-3"
+    checkpoints.begin(folder)
+    shards = folder / "pytorch_model_fsdp_0"
+    dcp.save({"a": torch.ones(3)}, checkpoint_id=shards, no_dist=True)
+    (own,) = shards.glob("*.distcp")
+    content = own.read_bytes()
+    own.unlink()
+    with pytest.raises(
+        OSError, match=rf"output_dir: got '{tmp_path}', .* that all processes see: 1 of the 1 .*{own.name}"
+    ):
+        checkpoints.mark_whole(folder, {"step": 3})
+    assert last_whole_checkpoint(tmp_path) is None
+    own.write_bytes(content)
+    checkpoints.mark_whole(folder, {"step": 3})
+    assert last_whole_checkpoint(tmp_path) == folder
+
+
 def test_nothing_left_to_train(texts, tmp_path):
     done = make_trainer(texts, tmp_path, steps=3)
     done.train()
@@ -362,7 +412,38 @@ def test_an_evaluation_before_the_first_step_is_logged_once(texts, tmp_path):
     assert [(row["step"], "eval_loss" in row) for row in read_metrics(tmp_path)] == [(0, True), (1, False)]
 
 
-# z-loss
+class Clock(TrainerCallback):
+    """Two seconds a step, 50 an evaluation."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.now += 2
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        self.now += 50
+
+
+@pytest.mark.parametrize("logging_steps, eval_steps", [(1, 1), (2, 3)])
+def test_tokens_per_second_are_without_evaluations(texts, tmp_path, monkeypatch, logging_steps, eval_steps):
+    clock = Clock()
+    monkeypatch.setattr("nemotron_h_hf.training.monitor.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    arguments = make_arguments(
+        tmp_path, eval_strategy="steps", eval_steps=eval_steps, logging_steps=logging_steps, save_strategy="no"
+    )
+    rows = rows_of_unequal_documents()
+    trainer = NemotronHTrainer(
+        fresh_model(), arguments, train_dataset=make_rows(texts), eval_dataset=rows, callbacks=[clock]
+    )
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert clock.now >= 2 * STEPS + 50 * (STEPS // eval_steps)
+    speeds = [line["tokens_per_second"] for line in lines if "loss" in line]
+    assert speeds == [TOKENS_PER_STEP / 2] * (STEPS // logging_steps)
+
+
+# z-loss and balance loss
 
 
 def test_z_loss_against_its_formula():
@@ -399,6 +480,45 @@ def test_z_loss_is_part_of_training_only_where_asked_for(texts, tmp_path):
     targets = torch.stack([row["labels"] for row in rows])[:, 1:]
     z = fresh_model()(**batch, use_cache=False).logits[:, :-1].logsumexp(-1)[targets != -100].square().mean()
     assert on - off == pytest.approx(0.1 * z.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("teacher", [False, True])
+def test_balance_loss_is_part_of_training_and_logged(texts, tmp_path, teacher):
+    """Against what the model itself says of the rows of a step, whose formula has a test of its own."""
+    rows, found = first_rows(texts, 4), []
+    kind, more = (DistillationTrainer, {"teacher": fresh_model()}) if teacher else (NemotronHTrainer, {})
+    for coefficient in (None, 0.5):
+        model = tiny_model("moe").train()
+        arguments = make_arguments(
+            tmp_path / str(coefficient), per_device_train_batch_size=4, gradient_accumulation_steps=1, max_steps=1,
+            save_strategy="no", router_aux_loss_coef=coefficient, eval_on_start=True,
+        )  # fmt: skip
+        kind(model, arguments, train_dataset=make_rows(texts), eval_dataset=rows, **more).train()
+        found.append(read_metrics(tmp_path / str(coefficient)))
+        assert model.config.output_router_logits is False
+    batch = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "position_ids")}
+    balance = tiny_model("moe")(**batch, output_router_logits=True).aux_loss.item()
+    (held_out, without), (held_out_too, with_balance) = found
+    assert "balance_loss" not in without and with_balance["balance_loss"] == pytest.approx(balance, rel=1e-4)
+    assert with_balance["loss"] - without["loss"] == pytest.approx(0.5 * balance, rel=1e-3)
+    assert held_out["eval_loss"] == held_out_too["eval_loss"]
+
+
+def test_balance_loss_is_the_mean_since_the_last_line(texts, tmp_path):
+    """Zero turns off what the configuration asks for, and the figure is there all the same."""
+    for name, steps, coefficient in (("each", 1, 0.0), ("every_other", 2, 0.0)):
+        model = tiny_model("moe", output_router_logits=True, router_aux_loss_coef=0.5).train()
+        arguments = make_arguments(
+            tmp_path / name, logging_steps=steps, max_steps=4, save_strategy="no", router_aux_loss_coef=coefficient
+        )
+        NemotronHTrainer(model, arguments, train_dataset=make_rows(texts)).train()
+    each, every_other = ([row["balance_loss"] for row in read_metrics(tmp_path / n)] for n in ("each", "every_other"))
+    assert every_other == pytest.approx([(each[0] + each[1]) / 2, (each[2] + each[3]) / 2], rel=1e-5)
+
+
+def test_balance_loss_needs_experts(texts, tmp_path):
+    with pytest.raises(ValueError, match="router_aux_loss_coef: got 0.1, allowed is for a model with experts"):
+        make_trainer(texts, tmp_path, router_aux_loss_coef=0.1)
 
 
 def first_rows(texts, count: int) -> list[dict]:

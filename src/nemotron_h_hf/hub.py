@@ -145,6 +145,12 @@ def upload(plan: dict[str, Path | bytes], repo_id: str, private: bool = False) -
     return str(repo)
 
 
+def upload_folder(folder: str | os.PathLike, repo_id: str, private: bool = False) -> str:
+    """Send a finished checkpoint, or adapters; the address."""
+    is_adapter = (Path(folder) / "adapter_config.json").is_file()
+    return upload(plan_adapter_upload(folder) if is_adapter else plan_upload(folder, repo_id), repo_id, private)
+
+
 def size_of(source: Path | bytes) -> int:
     """Bytes that one entry of a plan sends."""
     return len(source) if isinstance(source, bytes) else source.stat().st_size

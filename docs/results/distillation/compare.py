@@ -20,8 +20,8 @@ import torch
 from matplotlib.figure import Figure
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
-from nemotron_h_hf.data.stdlib_text import corpus_digest, read_documents, split_documents, write_jsonl
+from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig, whole_files
+from nemotron_h_hf.data.stdlib_text import as_jsonl, corpus_digest, read_documents, split_documents
 from nemotron_h_hf.hub import save_tokenizer
 from nemotron_h_hf.scripts import distill, eval, pretrain
 from nemotron_h_hf.training.starting_point import load_config
@@ -71,7 +71,7 @@ def train(seeds: Sequence[int]) -> None:
 def write_text() -> None:
     """The training documents that the model in the box saw, one per line."""
     documents, _ = split_documents(read_documents())
-    write_jsonl(documents, TEXT)
+    whole_files.write_text(TEXT, as_jsonl(documents))
     print(f"{len(documents):,} documents, fingerprint {corpus_digest(documents)}", flush=True)
 
 

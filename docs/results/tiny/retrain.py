@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from nemotron_h_hf import EMBEDDED_MODEL
-from nemotron_h_hf.data.stdlib_text import corpus_digest, read_documents, split_documents, write_jsonl
+from nemotron_h_hf import EMBEDDED_MODEL, whole_files
+from nemotron_h_hf.data.stdlib_text import as_jsonl, corpus_digest, read_documents, split_documents
 from nemotron_h_hf.scripts import pretrain
 from nemotron_h_hf.scripts.train_tiny import TrainTinyArguments, evaluate, save_checkpoint
 
@@ -46,7 +46,7 @@ def main() -> None:
 def write_text(_: Sequence[str] = ()) -> None:
     """The training documents, one per line."""
     documents, _ = split_documents(read_documents())
-    write_jsonl(documents, TEXT)
+    whole_files.write_text(TEXT, as_jsonl(documents))
     print(f"{TEXT}: {len(documents):,} documents, fingerprint {corpus_digest(documents)}", flush=True)
 
 

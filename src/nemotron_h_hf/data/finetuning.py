@@ -62,19 +62,29 @@ def rows_of_one_round(
     split_documents: bool = False,
     on_bad_data: str = "skip",
 ) -> list[dict[str, Tensor]]:
-    """All rows of a source, read once in its own order: for evaluation, and to know how long an epoch is.
+    """The rows of `one_round`, kept: for evaluation."""
+    return list(one_round(source, encode, sequence_length, pad_token_id, split_documents, on_bad_data))
 
-    Tells how many records were left out.
+
+def one_round(
+    source: Source,
+    encode: Encode,
+    sequence_length: int,
+    pad_token_id: int,
+    split_documents: bool = False,
+    on_bad_data: str = "skip",
+) -> Iterator[dict[str, Tensor]]:
+    """One row after the other of a source, read once in its own order; then tells how many records were left out.
 
     Raises:
         ValueError: if no record of it can be used.
     """
     documents = Round(source, encode, on_bad_data, None if split_documents else sequence_length)
-    rows = list(PackedRows(documents, sequence_length, split_documents, pad_token_id))
-    if not rows:
+    rows = PackedRows(documents, sequence_length, split_documents, pad_token_id)
+    yield from rows
+    if not rows.rows_yielded:
         raise ValueError(f"{source.name}: {source.path or source.dataset} has no usable record; {documents.bad.last}")
     tell_left_out({source.name: documents.bad.counts})
-    return rows
 
 
 class Round:

@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..whole_files import write_text
-
 SKIPPED_FOLDERS = {"site-packages", "dist-packages", "ensurepip", "encodings", "pydoc_data", "__pycache__"}
 TOPICS_FILE = "pydoc_data/topics.py"
 MIN_LINE_CHARS = 24  # shorter lines ("return None") say nothing about copying
@@ -67,9 +65,9 @@ def corpus_digest(documents: list[Document]) -> str:
     return digest.hexdigest()[:16]
 
 
-def write_jsonl(documents: list[Document], path: Path) -> None:
-    """One document per line, `{"text": ...}`, as the training commands read it; a file that is there is replaced."""
-    write_text(path, "".join(json.dumps({"text": document.text}) + "\n" for document in documents))
+def as_jsonl(documents: list[Document]) -> str:
+    """One document per line, `{"text": ...}`, as the training commands read it."""
+    return "".join(json.dumps({"text": document.text}) + "\n" for document in documents)
 
 
 def _source_files(root: Path) -> Iterator[Document]:

@@ -75,8 +75,9 @@ class ElasticTrainer(DistillationTrainer):
             self.routed = RoutedModel(model, route)
         super().__init__(model, args, *others, **named)
         require(self.args.optimizer == "adamw", "optimizer", self.args.optimizer, "adamw in elastic training")
+        coefficient = self.args.router_aux_loss_coef
         require(
-            not self.args.fp16, "fp16", self.args.fp16, "bf16 or neither: the router's gradients are clipped unscaled"
+            not coefficient, "router_aux_loss_coef", coefficient, "none in elastic training: it counts masked experts"
         )
         require(self.args.max_steps > 0, "max_steps", self.args.max_steps, "1 or more, or total_tokens")
         require(router_warmup_steps >= 0, "router_warmup_steps", router_warmup_steps, "0 or more")

@@ -5,7 +5,7 @@
     nemotron-h blend --config run.yaml --read 1M              # read and tokenise a million tokens of it
     nemotron-h blend --config sft.yaml --read 1M --records    # whole records, as sft reads them
 
-FILE is a configuration of `nemotron-h pretrain` (with --records: of sft or distill); of its keys those are used:
+FILE is a configuration of `nemotron-h pretrain` (with --records: of sft, distill or elastic-train); of its keys those are used:
 
     total_tokens: 100M
     sources:
@@ -39,11 +39,24 @@ from nemotron_h_hf.data.finetuning import sources_and_phases
 from nemotron_h_hf.data.phases import Phase, Span, check_keys, phases_from, resolve_phases
 from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source, sources_from
+from nemotron_h_hf.elastic.arguments import ElasticArguments
 from nemotron_h_hf.token_counts import parse_tokens
+from nemotron_h_hf.training.adapters import AdapterArguments
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, read_yaml
-from nemotron_h_hf.training.data_arguments import DataArguments
+from nemotron_h_hf.training.data_arguments import (
+    DataArguments,
+    LongContextArguments,
+    PretrainDataArguments,
+    set_chat_template,
+)
+from nemotron_h_hf.training.distillation import TeacherArguments
 
 DEFAULT_SEED = 42  # transformers.TrainingArguments'
+# Argument classes of the commands whose configurations are read, without and with --records.
+TEXT = (PretrainDataArguments,)
+RECORDS = (
+    DataArguments, LongContextArguments, AdapterArguments, TeacherArguments, ElasticArguments,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,7 @@ class BlendArguments:
     read: str | None
     total_tokens: str | None
     tokenizer: str | None
-    seed: int | None
+    data_seed: int | None
     records: bool
     on_bad_data: str | None
 
@@ -63,8 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan, and what reading gave if that was asked for."""
     arguments = parse(argv)
     config = read_yaml(arguments.config)
-    known = {item.name for kind in (ModelArguments, DataArguments, NemotronHTrainingArguments) for item in fields(kind)}
-    check_keys(f"config {arguments.config}", config, sorted(known))
+    place = f"config {arguments.config}" + ("" if arguments.records else " (without --records)")
+    check_keys(place, config, names_of(RECORDS if arguments.records else TEXT))
     config |= {name: value for name, value in vars(arguments).items() if value is not None}
     if config.get("total_tokens") is None:
         raise ValueError("total_tokens is not in the configuration; give --total_tokens, for instance 100M")
@@ -93,10 +106,19 @@ def parse(argv: Sequence[str] | None) -> BlendArguments:
     parser.add_argument(
         "--tokenizer", help="folder or hub id; default: the file's tokenizer or model, or the one in the box"
     )
-    parser.add_argument("--seed", type=int, help="of the order, instead of the file's")
-    parser.add_argument("--records", action="store_true", help="read whole records, as sft and distill do")
+    parser.add_argument(
+        "--seed", "--data_seed", "--data-seed", type=int, dest="data_seed", help="of the order, instead of the file's"
+    )
+    parser.add_argument(
+        "--records", action="store_true", help="read whole records, as sft, distill and elastic-train do"
+    )
     parser.add_argument("--on_bad_data", "--on-bad-data", choices=("skip", "error"), help="instead of the file's")
     return BlendArguments(**vars(parser.parse_args(argv)))
+
+
+def names_of(kinds: Sequence[type]) -> list[str]:
+    """The flags of a command's argument classes and of those that all training commands have."""
+    return sorted({item.name for kind in (*kinds, ModelArguments, NemotronHTrainingArguments) for item in fields(kind)})
 
 
 def read_blend(config: Mapping[str, Any]) -> tuple[list[Source], list[Phase]]:
@@ -118,6 +140,7 @@ def read(sources: Sequence[Source], spans: Sequence[Span], num_tokens: int, tota
     tokenizer = AutoTokenizer.from_pretrained(name)
     encode = document_encoder(tokenizer)
     if config["records"]:
+        set_chat_template(tokenizer, config.get("chat_template"))
         encode = lambda record: encode_record(record, tokenizer)  # noqa: E731
     seed = next((config[key] for key in ("data_seed", "seed") if config.get(key) is not None), DEFAULT_SEED)
     blend = Blend(sources, phases, encode, num_tokens, seed, config.get("on_bad_data") or "skip")

@@ -17,15 +17,15 @@ itself it takes that of --model), sequence_length and seed: a row that the cache
 
 The loss is that of the teacher alone; --cross_entropy_weight w makes it (1 - w) * KL + w * cross-entropy with the data.
 Records are those of `nemotron-h sft`, cut at the end of a row unless --whole_documents. The same command again goes on
-from the last whole checkpoint. In OUTPUT_DIR: checkpoint-N/, metrics.jsonl with both parts of the loss, and at the end
-model/, the student.
+from the last whole checkpoint. In OUTPUT_DIR: checkpoint-N/, metrics.jsonl with both parts of the loss,
+held_out.json (with --eval_data: the loss before and after), and at the end model/, the student.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.integrations import is_fsdp_enabled
 from transformers.utils.logging import disable_progress_bar
 
@@ -44,43 +44,18 @@ from nemotron_h_hf.data.finetuning import packed_blend, rows_of_one_round, sourc
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
-from nemotron_h_hf.hub import save_tokenizer
+from nemotron_h_hf.hub import save_tokenizer, upload_folder
 from nemotron_h_hf.model.cost import training_flops_per_token
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
-from nemotron_h_hf.training.data_arguments import DataArguments
-from nemotron_h_hf.training.distillation import DistillationTrainer
+from nemotron_h_hf.training.data_arguments import DataArguments, set_chat_template
+from nemotron_h_hf.training.distillation import DistillationTrainer, TeacherArguments
+from nemotron_h_hf.training.fine_tuning import evaluate_every, take_push, tell_before, tell_held_out
 from nemotron_h_hf.training.finished import save_finished
 from nemotron_h_hf.training.one_copy import device_to_load_on
-from nemotron_h_hf.training.starting_point import load_model
+from nemotron_h_hf.training.starting_point import load_model, load_tokenizer, load_weights
 from nemotron_h_hf.training.teacher_cache import TeacherCache, fingerprint, write_cache
 
 DEFAULTS = {"output_dir": "runs/distill", "learning_rate": 1e-4}
-
-
-def _flag(default: Any, help_text: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": help_text, **more})
-
-
-@dataclass
-class TeacherArguments:
-    """Who teaches, and how."""
-
-    _argument_group_name = "teacher"
-
-    teacher: str | None = _flag(None, "folder or hub id; default: the model in the box")
-    teacher_dtype: str = _flag("auto", "of its weights; auto: as stored", choices=("auto", "float32", "bfloat16"))
-    temperature: float = _flag(1.0, "T; above 1 the teacher's small probabilities weigh more")
-    cross_entropy_weight: float = _flag(0.0, "w from 0, the teacher alone, to 1, the data alone")
-    teacher_cache: str | None = _flag(None, "folder made by --cache_teacher, read instead of running the teacher")
-    cache_teacher: str | None = _flag(None, "only run the teacher, and write its largest logits to this folder")
-    top_k: int = _flag(64, "logits per token that --cache_teacher keeps")
-    whole_documents: bool = _flag(False, "never cut a record at the end of a row")
-
-    def __post_init__(self) -> None:
-        require(self.temperature > 0, "temperature", self.temperature, "more than 0")
-        require(0 <= self.cross_entropy_weight <= 1, "cross_entropy_weight", self.cross_entropy_weight, "0 to 1")
-        both = self.cache_teacher is not None and self.teacher_cache is not None
-        require(not both, "teacher_cache", self.teacher_cache, "either this, to train, or cache_teacher, to write")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,44 +65,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         "nemotron-h distill", **DEFAULTS,
     )  # fmt: skip
     require(training.max_steps > 0, "total_tokens", training.total_tokens, "a number of tokens, for instance 2M")
+    evaluate_every(data, training)
+    repo_id = take_push(training)
     disable_progress_bar()
     set_seed(training.seed)
-    tokenizer = find_tokenizer(start, knowledge, data)
-    rows, held_out = make_rows(data, knowledge, training, tokenizer)
     if knowledge.cache_teacher is not None:
-        return cache(rows, held_out or [], knowledge, training)
+        return cache(data, knowledge, start, training)
     model = load_model(start, EMBEDDED_MODEL, NemotronHConfig.from_preset)
+    tokenizer = find_tokenizer(start, knowledge, data, model.config.vocab_size)
+    rows, held_out = make_rows(data, knowledge, training, tokenizer)
     trainer = DistillationTrainer(
         model, training, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
         flops_per_token=training_flops_per_token(model.config, training.sequence_length),
         teacher=find_teacher(knowledge), temperature=knowledge.temperature,
         cross_entropy_weight=knowledge.cross_entropy_weight,
     )  # fmt: skip
+    tell_before(trainer)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or True)
     tell_left_out(rows.documents.left_out())
     folder = Path(training.output_dir, "model")
     if save_finished(trainer, folder):
         save_tokenizer(tokenizer, folder)
         print(f"{folder} holds the student", file=sys.stderr)
-    if held_out:
-        print(f"held-out loss: {trainer.evaluate()['eval_loss']:.4f}", file=sys.stderr)
+    tell_held_out(trainer, "after")
+    if repo_id is not None and trainer.is_world_process_zero():
+        print(upload_folder(folder, repo_id, bool(training.hub_private_repo)))
     return 0
 
 
-def find_tokenizer(start: ModelArguments, knowledge: TeacherArguments, data: DataArguments) -> PreTrainedTokenizerBase:
-    """The one named, or else the teacher's, whose tokens the student has to speak; of a cache alone, the student's.
-
-    Raises:
-        ValueError: if there is none.
-    """
+def find_tokenizer(
+    start: ModelArguments, knowledge: TeacherArguments, data: DataArguments, vocab_size: int
+) -> PreTrainedTokenizerBase:
+    """The one named, or else the teacher's, whose tokens the student has to speak; of a cache alone, the student's."""
     of_student = start.model if knowledge.teacher_cache is not None and start.init == "weights" else None
     name = start.tokenizer or knowledge.teacher or of_student or EMBEDDED_MODEL
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer: none found in {name!r}; name one by --tokenizer ({error})") from None
-    if data.chat_template is not None:
-        tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
+    tokenizer = load_tokenizer(replace(start, tokenizer=name), EMBEDDED_MODEL, vocab_size)
+    set_chat_template(tokenizer, data.chat_template)
     return tokenizer
 
 
@@ -147,7 +120,7 @@ def make_rows(
         return encode_record(record, tokenizer)
 
     total = training.max_steps * training.tokens_per_step
-    rows = packed_blend(sources, phases, encode, total, length, pad, training.seed, **how)
+    rows = packed_blend(sources, phases, encode, total, length, pad, training.seed_of_data, **how)
     if not data.eval_data:
         return rows, None
     held_out = Source("eval_data", path=data.eval_data, column=None, shuffle_window=0)
@@ -169,10 +142,12 @@ def load_teacher(knowledge: TeacherArguments, device: str | None = None) -> PreT
     """The teacher in eval mode, its weights as they are stored unless told otherwise; on the meta device it has none."""
     dtype = knowledge.teacher_dtype if knowledge.teacher_dtype == "auto" else getattr(torch, knowledge.teacher_dtype)
     name = knowledge.teacher or EMBEDDED_MODEL
-    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, device_map=device).eval()
+    return load_weights(name, "teacher", dtype=dtype, device_map=device).eval()
 
 
-def cache(rows: PackedRows, held_out: list, knowledge: TeacherArguments, training: NemotronHTrainingArguments) -> int:
+def cache(
+    data: DataArguments, knowledge: TeacherArguments, start: ModelArguments, training: NemotronHTrainingArguments
+) -> int:
     """Let the teacher speak on every row of the run and every held-out row, each process on its share.
 
     Raises:
@@ -183,10 +158,12 @@ def cache(rows: PackedRows, held_out: list, knowledge: TeacherArguments, trainin
             "fsdp_cpu_ram_efficient_loading: got true, allowed with cache_teacher is a launch without it "
             "(examples/accelerate/multi_gpu.yaml), as every process runs the whole teacher"
         )
+    vocab_size = AutoConfig.from_pretrained(knowledge.teacher or EMBEDDED_MODEL).vocab_size
+    rows, held_out = make_rows(data, knowledge, training, find_tokenizer(start, knowledge, data, vocab_size))
     count = training.max_steps * training.tokens_per_step // training.sequence_length
     mine = slice(training.process_index, None, training.world_size)
     share = islice(islice(rows, count), mine.start, mine.stop, mine.step)
-    batches = batched([*held_out[mine]], share, size=training.per_device_train_batch_size)
+    batches = batched((held_out or [])[mine], share, size=training.per_device_train_batch_size)
     teacher = load_teacher(knowledge).to(training.device)
     folder = knowledge.cache_teacher
     write_cache(folder, teacher, batches, knowledge.top_k, knowledge.temperature, process_index=training.process_index)

@@ -27,12 +27,11 @@ import copy
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import NemotronHConfig
@@ -41,9 +40,10 @@ from nemotron_h_hf.data.finetuning import packed_blend, rows_of_one_round, sourc
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
+from nemotron_h_hf.elastic.arguments import ElasticArguments, TeacherArguments
 from nemotron_h_hf.elastic.axes import Axis, axes_of
 from nemotron_h_hf.elastic.curriculum import stages_of
-from nemotron_h_hf.elastic.expected_cost import DEAD_ZONE, METRICS, ExpectedCost
+from nemotron_h_hf.elastic.expected_cost import DEAD_ZONE, ExpectedCost
 from nemotron_h_hf.elastic.finished import elastic_after, single_sizes
 from nemotron_h_hf.elastic.latency import measure_latency
 from nemotron_h_hf.elastic.ordinary import write_manifest
@@ -51,85 +51,19 @@ from nemotron_h_hf.elastic.routed import Route
 from nemotron_h_hf.elastic.router import RouterSettings
 from nemotron_h_hf.elastic.targets import parse_target, targets_of
 from nemotron_h_hf.elastic.training import ROUTER_FILE, ElasticTrainer, save_router
-from nemotron_h_hf.hub import save_tokenizer
+from nemotron_h_hf.hub import save_tokenizer, upload_folder
 from nemotron_h_hf.model.budgets import budget_config, read_elastic
 from nemotron_h_hf.model.cost import num_parameters, training_flops_per_token
-from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, as_mapping, parse, require
-from nemotron_h_hf.training.data_arguments import DataArguments
+from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
+from nemotron_h_hf.training.data_arguments import DataArguments, set_chat_template
+from nemotron_h_hf.training.fine_tuning import evaluate_every, take_push
 from nemotron_h_hf.training.finished import require_trained, save_finished
 from nemotron_h_hf.training.one_copy import device_to_load_on
-from nemotron_h_hf.training.starting_point import load_model, load_tokenizer
+from nemotron_h_hf.training.starting_point import load_model, load_tokenizer, load_weights
 from nemotron_h_hf.whole_files import write_json
 
 # A jump of the loss is not unusual where each step may train another budget.
 DEFAULTS = {"output_dir": "runs/elastic", "learning_rate": 9e-5, "max_loss_jump": 0.0}
-
-
-def _flag(default: Any, help_text: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": help_text, **more})
-
-
-@dataclass
-class ElasticArguments:
-    """What is nested in the parent, and how the router finds it."""
-
-    _argument_group_name = "elastic"
-
-    budgets: dict | str | None = _flag(None, "name -> size, a share of the parent (1.0 is itself) or such as 8.9B")
-    choices: dict | str | None = _flag(
-        None, "field -> sizes the router may choose, layers -> how many stay; default: the parent's elastic.choices"
-    )
-    per_layer: list[str] | None = _flag(None, "fields for which every layer chooses for itself; default: none")
-    stages: dict | str | None = _flag(None, "list of {until, weights, sequence_length}; default: one, uniform")
-    interpolate: dict | str | None = _flag(None, "more budgets, name -> size, that the router is asked for at the end")
-    calibrate: bool = _flag(
-        True, "with --eval_data: at the end, also the loss of every single size, to rank other budgets by"
-    )
-    metric: str = _flag("parameters", "what sizes are measured in", choices=METRICS)
-    cost_context: int = _flag(8192, "with --metric memory: tokens in each sequence's cache")
-    cost_batch_size: int = _flag(1, "with --metric memory or --measure_latency: sequences")
-    cost_dtype: str = _flag("bfloat16", "with --metric memory: of weights and caches", choices=("bfloat16", "float32"))
-    latency_table: str | None = _flag(None, "with --metric latency: JSON file")
-    measure_latency: bool = _flag(False, "only measure this machine at sequence_length and write --latency_table")
-    router_learning_rate: float = _flag(1e-2, "of the router; the paper's")
-    router_warmup_steps: int = _flag(60, "steps over which it rises; the paper's")
-    router_loss_weight: float = _flag(
-        10.0,
-        "of the router's loss beside the distillation loss; the paper's 1 is too little where narrow models lose much",
-    )
-    router_width: int = _flag(256, "of its networks; the paper's")
-    normalize_logits: bool = _flag(False, "divide the router's logits by their deviation")
-    gumbel_temperature: list[float] = field(
-        default_factory=lambda: [1.0, 0.05], metadata={"help": "of the router's choices: first, last"}
-    )
-    logit_scale: list[float] = field(
-        default_factory=lambda: [1.0, 10.0], metadata={"help": "of the logits: first, last"}
-    )
-    hard_share: float = _flag(0.0, "share of micro-steps that choose one size, no mixture; layers left out do not run")
-
-    def __post_init__(self) -> None:
-        for name in ("budgets", "choices", "stages", "interpolate"):
-            setattr(self, name, as_mapping(getattr(self, name), name))
-        require(
-            bool(self.budgets), "budgets", self.budgets, "a mapping of names to sizes such as {full: 1.0, small: 0.5}"
-        )
-        for name in ("cost_context", "cost_batch_size"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "1 or more")
-
-
-@dataclass
-class TeacherArguments:
-    """Who teaches, and how."""
-
-    _argument_group_name = "teacher"
-
-    teacher: str | None = _flag(None, "folder or hub id; default: a frozen copy of the parent")
-    temperature: float = _flag(1.0, "T; above 1 the teacher's small probabilities weigh more")
-    cross_entropy_weight: float = _flag(0.0, "w from 0, the teacher alone, to 1, the data alone")
-
-    def __post_init__(self) -> None:
-        require(self.temperature > 0, "temperature", self.temperature, "more than 0")
-        require(0 <= self.cross_entropy_weight <= 1, "cross_entropy_weight", self.cross_entropy_weight, "0 to 1")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -139,6 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "nemotron-h elastic-train", **DEFAULTS,
     )  # fmt: skip
     require(start.model is not None, "model", start.model, "a parent made by nemotron-h elasticize")
+    evaluate_every(data, training)
+    repo_id = take_push(training)
     disable_progress_bar()
     set_seed(training.seed)
     model = load_model(start, start.model, NemotronHConfig.from_preset)
@@ -162,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or True)
     tell_left_out(rows.documents.left_out())
     finish(trainer, more, elastic.calibrate, tokenizer)
+    if repo_id is not None and trainer.is_world_process_zero():
+        print(upload_folder(Path(training.output_dir, "model"), repo_id, bool(training.hub_private_repo)))
     return 0
 
 
@@ -216,8 +154,7 @@ def make_rows(
     data: DataArguments, training: NemotronHTrainingArguments, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PackedRows, list | None]:
     """Rows for the whole run, and held-out rows."""
-    if data.chat_template is not None:
-        tokenizer.chat_template = Path(data.chat_template).read_text(encoding="utf-8")
+    set_chat_template(tokenizer, data.chat_template)
     sources, phases = sources_and_phases(data.data, data.sources, data.phases)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     how = {"split_documents": True, "on_bad_data": data.on_bad_data}
@@ -226,7 +163,7 @@ def make_rows(
         return encode_record(record, tokenizer)
 
     total = training.max_steps * training.tokens_per_step
-    rows = packed_blend(sources, phases, encode, total, training.sequence_length, pad, training.seed, **how)
+    rows = packed_blend(sources, phases, encode, total, training.sequence_length, pad, training.seed_of_data, **how)
     if not data.eval_data:
         return rows, None
     held_out = Source("eval_data", path=data.eval_data, column=None, shuffle_window=0)
@@ -241,7 +178,7 @@ def find_teacher(model: PreTrainedModel, knowledge: TeacherArguments) -> PreTrai
     if knowledge.teacher is None:
         return copy.deepcopy(model).eval()
     device = device_to_load_on()
-    return AutoModelForCausalLM.from_pretrained(knowledge.teacher, dtype="auto", device_map=device).eval()
+    return load_weights(knowledge.teacher, "teacher", dtype="auto", device_map=device).eval()
 
 
 def interpolated_targets(elastic: ElasticArguments, route: Route) -> dict[str, float]:

@@ -109,9 +109,11 @@ def figures(path: Path, patterns: Sequence[str]) -> list[str]:
     if len(plain) == len(patterns):
         return plain
     known = dict.fromkeys(name for row in read_rows(path) for name in row)
+    missing = [name for name in plain if name not in known]
     found = [name for name in known if any(fnmatchcase(name, pattern) for pattern in patterns)]
-    if not found:
-        raise ValueError(f"{path} has nothing that matches {' '.join(patterns)}; it has {', '.join(sorted(known))}")
+    if missing or not found:
+        wanted = " ".join(missing or patterns)
+        raise ValueError(f"--y: {path} has nothing that matches {wanted}; it has {', '.join(sorted(known))}")
     return found
 
 

@@ -25,14 +25,14 @@ before: a column of token ids, each document with its end tokens, is taken as it
 Rows follow one another through a long document. With few rows per step that makes batches of one document: --shuffle_rows.
 
 The same command again goes on from the last whole checkpoint, with the very next row. In OUTPUT_DIR: checkpoint-N/ while
-it runs, metrics.jsonl (see `nemotron-h plot`), and at the end model/, which from_pretrained loads.
+it runs, metrics.jsonl (see `nemotron-h plot`), and at the end model/, which from_pretrained loads and --push_to_hub with
+--hub_model_id sends.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -47,55 +47,28 @@ from nemotron_h_hf.data.documents import document_encoder
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.phases import Phase, phases_from
 from nemotron_h_hf.data.sources import sources_from
-from nemotron_h_hf.hub import save_tokenizer
+from nemotron_h_hf.hub import save_tokenizer, upload_folder
 from nemotron_h_hf.model.cost import training_flops_per_token
-from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, as_mapping, parse, require
+from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
 from nemotron_h_hf.training.checkpoints import last_whole_checkpoint
+from nemotron_h_hf.training.data_arguments import PretrainDataArguments
+from nemotron_h_hf.training.fine_tuning import take_push
 from nemotron_h_hf.training.starting_point import load_model, load_tokenizer
 from nemotron_h_hf.training.trainer import NemotronHTrainer
 
 MODEL_FOLDER = "model"
 
 
-@dataclass
-class DataArguments:
-    """What the model reads."""
-
-    _argument_group_name = "data"
-
-    sources: dict | str | None = field(
-        default=None, metadata={"help": "name -> {path: FILES} or {dataset: HUB_ID, split: train}; needed"}
-    )
-    phases: dict | str | None = field(
-        default=None,
-        metadata={
-            "help": "list of {until: 60%%, weights: {name: 0.7, ...}}; default: one phase, sources weighted alike"
-        },
-    )
-    shuffle_rows: int = field(
-        default=0,
-        metadata={
-            "help": "rows that are made at once and dealt out in random order, so that a long document does not fill "
-            "whole batches; phases change up to so many rows late or early. 0: in the order of the documents"
-        },
-    )
-    on_bad_data: str = field(
-        default="skip", metadata={"help": "skip, with a count and a warning, or stop", "choices": ("skip", "error")}
-    )
-
-    def __post_init__(self) -> None:
-        self.sources, self.phases = as_mapping(self.sources, "sources"), as_mapping(self.phases, "phases")
-        require(self.shuffle_rows >= 0, "shuffle_rows", self.shuffle_rows, "0 or more")
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Load, train or go on, save."""
     model_arguments, data, training = parse(
-        (ModelArguments, DataArguments, NemotronHTrainingArguments), argv, __doc__, "nemotron-h pretrain",
+        (ModelArguments, PretrainDataArguments, NemotronHTrainingArguments), argv, __doc__, "nemotron-h pretrain",
         output_dir="runs/pretrain",
     )  # fmt: skip
     require(bool(data.sources), "sources", data.sources, "a mapping from names to path or dataset")
     require(training.max_steps > 0, "total_tokens", training.total_tokens, "a number of tokens, for instance 2M")
+    require(training.eval_steps is None, "eval_steps", training.eval_steps, "none: there is no held-out text here")
+    repo_id = take_push(training)
     disable_progress_bar()
     torch.set_flush_denormal(True)
     set_seed(training.seed)
@@ -117,11 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or True)
     tell_left_out(trainer.rows.documents.left_out())
     if trainer.is_world_process_zero():
-        save(trainer, tokenizer)
+        folder = save(trainer, tokenizer)
+        if repo_id is not None:
+            print(upload_folder(folder, repo_id, bool(training.hub_private_repo)))
     return 0
 
 
-def save(trainer: NemotronHTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
+def save(trainer: NemotronHTrainer, tokenizer: PreTrainedTokenizerBase) -> Path:
     """The trained model as a folder of its own; weights spread by FSDP are put together from the last checkpoint."""
     output_dir = Path(trainer.args.output_dir)
     folder = output_dir / MODEL_FOLDER
@@ -133,25 +108,27 @@ def save(trainer: NemotronHTrainer, tokenizer: PreTrainedTokenizerBase) -> None:
         export_run(last_whole_checkpoint(output_dir), folder)
     save_tokenizer(tokenizer, folder)
     print(f"{folder} holds the trained model", file=sys.stderr)
+    return folder
 
 
 def make_rows(
-    data: DataArguments, training: NemotronHTrainingArguments, tokenizer: PreTrainedTokenizerBase
+    data: PretrainDataArguments, training: NemotronHTrainingArguments, tokenizer: PreTrainedTokenizerBase
 ) -> PackedRows:
     """Full rows from the blend of sources, for the whole run."""
     sources = sources_from(data.sources)
     alike = [Phase({source.name: 1.0 for source in sources})]
-    seed = training.seed if training.data_seed is None else training.data_seed
     blend = Blend(
         sources,
         phases_from(data.phases) if data.phases else alike,
         document_encoder(tokenizer),
         total_tokens=training.max_steps * training.tokens_per_step,
-        seed=seed,
+        seed=training.seed_of_data,
         on_bad_data=data.on_bad_data,
     )
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return PackedRows(blend, training.sequence_length, pad_token_id=pad, shuffle_rows=data.shuffle_rows, seed=seed)
+    return PackedRows(
+        blend, training.sequence_length, pad_token_id=pad, shuffle_rows=data.shuffle_rows, seed=training.seed_of_data
+    )
 
 
 def describe(model: torch.nn.Module, training: NemotronHTrainingArguments) -> str:

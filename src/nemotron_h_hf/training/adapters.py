@@ -10,6 +10,8 @@ alone, the usual default, reach 4 of the 52 layers of the 8B.
 
 import importlib.util
 import re
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +31,38 @@ PRESETS = {
 EXPERTS = ("experts.up_proj", "experts.down_proj")
 FEW_PARAMETERS = 0.001  # of the model's own
 FEW_LAYERS = 0.5
+DEFAULTS = {"lora_alpha": 32.0, "lora_dropout": 0.0, "lora_targets": "all"}  # of flags, where there are adapters
+
+
+def _flag(default: Any, help_text: str) -> Any:
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class AdapterArguments:
+    """LoRA: 0 as rank trains the whole model."""
+
+    _argument_group_name = "adapters"
+
+    lora_rank: int = _flag(
+        0, "rank of LoRA adapters; 0 trains all weights. Adapters want a higher --learning_rate, about 2e-4"
+    )
+    lora_alpha: float | None = _flag(None, "adapters are scaled by alpha / rank; default: 32")
+    lora_dropout: float | None = _flag(None, "on the input of the adapters; default: 0")
+    lora_targets: str | None = _flag(
+        None, "all, mamba, attention, mlp, experts (all and the routed experts), or names with commas; default: all"
+    )
+    load_in_4bit: bool = _flag(False, "keep the base in 4 bits (QLoRA); needs bitsandbytes")
+
+    def __post_init__(self) -> None:
+        require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "0 (the whole model) or more")
+        for name, default in DEFAULTS.items():
+            given = getattr(self, name)
+            has_adapters = self.lora_rank > 0
+            require(
+                has_adapters or given is None, name, given, "none without --lora_rank, where all weights are trained"
+            )
+            setattr(self, name, default if given is None else given)
 
 
 def add_adapters(model: PreTrainedModel, rank: int, alpha: float, dropout: float, targets: str) -> nn.Module:

@@ -26,16 +26,31 @@ from typing import Any
 import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.utils import logging
 
 from ..token_counts import parse_tokens
+
+logger = logging.get_logger(__name__)
 
 # Of transformers.TrainingArguments, those that --help shows; --help_all shows the others too.
 COMMON_FIELDS = (
     "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
     "learning_rate", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm", "bf16",
-    "gradient_checkpointing", "torch_compile", "logging_steps", "save_steps", "save_total_limit", "report_to", "seed",
-    "use_cpu", "resume_from_checkpoint", "fsdp", "fsdp_config",
+    "gradient_checkpointing", "torch_compile", "logging_steps", "save_steps", "save_total_limit", "eval_steps", "report_to", "seed",
+    "data_seed",    "use_cpu", "resume_from_checkpoint", "fsdp", "fsdp_config",
+    "push_to_hub", "hub_model_id",
 )  # fmt: skip
+# Of transformers.TrainingArguments, those that keep their defaults here -> what to do instead.
+KEPT_AT_DEFAULT = {
+    "optim": "transformers' default, which is without effect; choose by --optimizer",
+    "optim_args": "none; --optimizer has no such arguments",
+    "optim_target_modules": "none; --optimizer has no such arguments",
+    "auto_find_batch_size": "False: rows per step are counted, to go on with the very next row",
+    "fp16": "False, or --bf16: a gradient that overflows stops the run here, and with fp16 that is usual",
+}
+# What the schedule wsd alone has, and its defaults.
+OF_WSD = {"decay_tokens": "20%", "min_lr_ratio": 0.01, "decay_shape": "linear"}
+WITHOUT_WARMUP = ("reduce_lr_on_plateau", "greedy")
 
 
 def _flag(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -80,12 +95,21 @@ class NemotronHTrainingArguments(TrainingArguments):
 
     sequence_length: int = _flag(1024, "tokens per row")
     total_tokens: str | None = _flag(None, "length of the run, rounded down to whole steps; replaces --max_steps")
-    warmup_tokens: str = _flag("1%", "the learning rate rises linearly over these first tokens")
-    decay_tokens: str = _flag("20%", "and falls over these last tokens; between them it stays at --learning_rate")
-    min_lr_ratio: float = _flag(0.01, "where the decay ends, as a share of --learning_rate; the paper's is 1/100")
-    decay_shape: str = _flag("linear", "of the fall", ("linear", "cosine"))
+    warmup_tokens: str | None = _flag(None, "the learning rate rises linearly over these first tokens; default: 1%%")
+    decay_tokens: str | None = _flag(
+        None, "of wsd: it falls over these last tokens, between them it stays at --learning_rate; default: 20%%"
+    )
+    min_lr_ratio: float | None = _flag(
+        None, "of wsd: where the decay ends, as a share of --learning_rate; default: the paper's 1/100"
+    )
+    decay_shape: str | None = _flag(None, "of wsd: of the fall; default: linear", ("linear", "cosine"))
     optimizer: str = _flag("adamw", "muon: for the matrices inside the layers, AdamW for the rest", ("adamw", "muon"))
     z_loss: float = _flag(0.0, "weight of the mean of logsumexp(logits)^2 in the loss; 1e-4 is usual, 0 is off")
+    router_aux_loss_coef: float | None = _flag(
+        None,
+        "weight in the training loss of the experts' balance loss, which is 1 when balanced; 0 is off; default: as the "
+        "model's configuration says",
+    )
     max_loss_jump: float = _flag(
         4.0, "stop when a step's loss is this many nats above the mean of the last 100 steps; 0 is off"
     )
@@ -93,6 +117,9 @@ class NemotronHTrainingArguments(TrainingArguments):
     # Other defaults than transformers'.
     lr_scheduler_type: str = _flag(
         "wsd", "wsd: warm-up, stable, decay, by tokens; or any name that transformers knows (cosine, linear, ...)"
+    )
+    warmup_steps: float | None = _flag(
+        None, "not with wsd: warm-up in steps, or below 1 a share of the run, in place of --warmup_tokens"
     )
     learning_rate: float = _flag(8e-4, "the peak")
     weight_decay: float = _flag(0.1, "of matrices; not of norms, biases, A_log, D, dt_bias and convolutions")
@@ -116,9 +143,10 @@ class NemotronHTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
-        self.uses_wsd = str(self.lr_scheduler_type) == "wsd"
-        if self.uses_wsd:
-            self.lr_scheduler_type = "constant"  # a name of transformers'; our trainer makes its own schedule
+        for name, allowed in KEPT_AT_DEFAULT.items():
+            value = getattr(self, name)
+            require(value == TrainingArguments.__dataclass_fields__[name].default, name, value, allowed)
+        self._settle_schedule()
         if self.bf16 is None:
             self.bf16 = not self.use_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ and self.gradient_checkpointing:
@@ -128,15 +156,44 @@ class NemotronHTrainingArguments(TrainingArguments):
             self.device.type == "cpu"
         ):  # to ask for the device joins the other processes: only then is their number known
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch warns
+        require(
+            self.mixed_precision != "fp16", "mixed_precision", "fp16", f"bf16 or no (fp16: {KEPT_AT_DEFAULT['fp16']})"
+        )
         for name in ("sequence_length", "per_device_train_batch_size", "gradient_accumulation_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("z_loss", "max_loss_jump", "weight_decay", "max_grad_norm"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 (off) or more")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a number above 0")
-        require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "0 to 1")
+        require(self.min_lr_ratio is None or 0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "0 to 1")
+        coefficient = self.router_aux_loss_coef
+        require(coefficient is None or coefficient >= 0, "router_aux_loss_coef", coefficient, "0 (off) or more")
         if self.total_tokens is not None:
             self.max_steps = parse_tokens(self.total_tokens, "total_tokens") // self.tokens_per_step
             require(self.max_steps > 0, "total_tokens", self.total_tokens, f"a step's {self.tokens_per_step} or more")
+
+    def _settle_schedule(self) -> None:
+        """Fill in the defaults of the schedule that was asked for, and refuse what it would ignore."""
+        kind = getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)
+        self.uses_wsd = kind == "wsd"
+        for name, default in OF_WSD.items():
+            value = getattr(self, name)
+            require(self.uses_wsd or value is None, name, value, f"with lr_scheduler_type wsd alone, not with {kind}")
+            setattr(self, name, default if self.uses_wsd and value is None else value)
+        steps = self.warmup_steps
+        require(not self.uses_wsd or steps is None, "warmup_steps", steps, "none with wsd; give --warmup_tokens")
+        if steps is None:
+            self.warmup_steps, self.warmup_tokens = 0, "1%" if self.warmup_tokens is None else self.warmup_tokens
+        else:
+            self.warmup_tokens = None
+        if kind in WITHOUT_WARMUP:
+            logger.warning(f"lr_scheduler_type {kind} has no warm-up: warmup_tokens and warmup_steps do not count")
+        # Names of transformers': our trainer makes wsd itself, and its "constant" has no warm-up.
+        self.lr_scheduler_type = {"wsd": "constant", "constant": "constant_with_warmup"}.get(kind, kind)
+
+    @property
+    def seed_of_data(self) -> int:
+        """Of the order in which data is read: --data_seed, or else --seed."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def tokens_per_step(self) -> int:

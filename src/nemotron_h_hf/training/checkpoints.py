@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint import FileSystemReader
+
 from ..whole_files import write_json
 
 MARKER = "whole.json"
@@ -70,8 +72,13 @@ def begin(folder: str | os.PathLike) -> None:
 
 
 def mark_whole(folder: str | os.PathLike, facts: Mapping[str, Any]) -> None:
-    """Flush every file of the folder to the disk, then write the marker with `facts` and the files' sizes."""
+    """Flush every file of the folder to the disk, then write the marker with `facts` and the files' sizes.
+
+    Raises:
+        OSError: if files of sharded weights or states are elsewhere.
+    """
     folder = Path(folder)
+    _require_shards(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MARKER, UNFINISHED))
     for path in files:
         _flush(path)
@@ -114,6 +121,19 @@ def require_space(output_dir: str | os.PathLike, needed_bytes: int) -> None:
             f"output_dir {output_dir} has {free / 2**20:,.0f} MiB free, the next checkpoint needs "
             f"{(needed_bytes + SPARE_BYTES) / 2**20:,.0f} MiB"
         )
+
+
+def _require_shards(folder: Path) -> None:
+    """All that the index of sharded tensors names is here: other machines write to disks of their own otherwise."""
+    for index in folder.rglob(".metadata"):
+        places = FileSystemReader(index.parent).read_metadata().storage_data.values()
+        names = {place.relative_path for place in places}
+        missing = sorted(name for name in names if not (index.parent / name).is_file())
+        if missing:
+            raise OSError(
+                f"output_dir: got {str(folder.parent)!r}, allowed is a folder on a file system that all processes see: "
+                f"{len(missing)} of the {len(names)} files of {index.parent} are not here, {missing[0]} first"
+            )
 
 
 def _checkpoints(output_dir: str | os.PathLike) -> Iterator[Path]:

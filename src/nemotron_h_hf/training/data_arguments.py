@@ -1,10 +1,12 @@
-"""The flags that say what a model is fine-tuned or distilled on."""
+"""The flags that say what a model reads, in pretraining and in fine-tuning or distillation, and its chat template."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from .arguments import as_mapping, require
 
@@ -15,7 +17,7 @@ def _flag(default: Any, help_text: str, **more: Any) -> Any:
 
 @dataclass
 class DataArguments:
-    """Where records come from; shared by sft and distill."""
+    """Where records come from; shared by sft, distill and elastic-train."""
 
     _argument_group_name = "data"
 
@@ -25,7 +27,8 @@ class DataArguments:
     sources: dict | str | None = _flag(None, "instead of data: a blend's name -> {path: FILES} or {dataset: HUB_ID}")
     phases: dict | str | None = _flag(None, "weights of the sources: list of {until: 60%%, weights: {name: 0.7, ...}}")
     eval_data: list[str] | None = _flag(
-        None, "held-out files; their loss is told before and after, and every --eval_steps"
+        None,
+        "held-out files; their loss is told at the end (by sft and distill before training too), and every --eval_steps N",
     )
     chat_template: str | None = _flag(None, "file with a Jinja chat template, for a tokenizer that has none or another")
     on_bad_data: str = _flag("skip", "skip, with a count and a warning, or stop", choices=("skip", "error"))
@@ -35,3 +38,42 @@ class DataArguments:
         require(bool(self.data) != bool(self.sources), "data", self.data, "files, or else --sources")
         template = self.chat_template
         require(template is None or Path(template).is_file(), "chat_template", template, "a file")
+
+
+@dataclass
+class PretrainDataArguments:
+    """What pretrain reads."""
+
+    _argument_group_name = "data"
+
+    sources: dict | str | None = _flag(None, "name -> {path: FILES} or {dataset: HUB_ID, split: train}; needed")
+    phases: dict | str | None = _flag(
+        None, "list of {until: 60%%, weights: {name: 0.7, ...}}; default: one phase, sources weighted alike"
+    )
+    shuffle_rows: int = _flag(
+        0,
+        "rows that are made at once and dealt out in random order, so that a long document does not fill whole batches; "
+        "phases change up to so many rows late or early. 0: in the order of the documents",
+    )
+    on_bad_data: str = _flag("skip", "skip, with a count and a warning, or stop", choices=("skip", "error"))
+
+    def __post_init__(self) -> None:
+        self.sources, self.phases = as_mapping(self.sources, "sources"), as_mapping(self.phases, "phases")
+        require(self.shuffle_rows >= 0, "shuffle_rows", self.shuffle_rows, "0 or more")
+
+
+@dataclass
+class LongContextArguments:
+    """How conversations fill a row."""
+
+    _argument_group_name = "long context"
+
+    long_context: bool = _flag(
+        False, "join conversations up to sequence_length, with synthetic turns that ask for something said far back"
+    )
+
+
+def set_chat_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> None:
+    """Give the tokenizer the template in a file, if one is named."""
+    if path is not None:
+        tokenizer.chat_template = Path(path).read_text(encoding="utf-8")

@@ -66,7 +66,11 @@ class Monitor(ProgressCallback):
         return control
 
     def on_save(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
-        self._last = None  # the time of writing is not the model's
+        self._last = None  # the time of writing is no training time
+
+    def on_evaluate(self, args, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._last = None  # nor is that of evaluating
+        super().on_evaluate(args, state, control, **kwargs)
 
     def on_log(self, args, state: TrainerState, control: TrainerControl, logs: dict | None = None, **kwargs) -> None:
         if self._log is None or not logs or "train_runtime" in logs:  # that is the summary at the end, no step
@@ -103,7 +107,7 @@ class Monitor(ProgressCallback):
         return {**figures, "memory_bytes": peak_memory_bytes(args.device)}
 
     def _measure(self, args: TrainingArguments) -> None:
-        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        dtype = torch.bfloat16 if args.bf16 else torch.float32
         self.matrix_rate = measure_matrix_rate(args.device, dtype)
         size, name = MATRIX_SIZES.get(args.device.type, 4096), str(dtype).removeprefix("torch.")
         print(

@@ -39,9 +39,8 @@ def load_model(
             raise ValueError(
                 "config_overrides: allowed with --init random, a checkpoint's weights fit its own configuration"
             )
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation=arguments.attention, **{"device_map": device, **loading}
-        )
+        how = {"dtype": dtype, "attn_implementation": arguments.attention, "device_map": device, **loading}
+        model = load_weights(name, "model", **how)
     model.set_mamba_implementation(arguments.mamba)
     if arguments.fp8:
         convert_to_fp8(model)
@@ -49,10 +48,22 @@ def load_model(
     return model
 
 
+def load_weights(name: str, field: str, **loading: object) -> PreTrainedModel:
+    """`from_pretrained`, whose OSError for what is not there becomes a ValueError that names the field."""
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **loading)
+    except OSError as error:
+        raise ValueError(f"{field}: got {name!r}, allowed is a checkpoint folder or a hub id ({error})") from error
+
+
 def load_config(name: str, from_preset: Callable[..., PreTrainedConfig], overrides: dict) -> PreTrainedConfig:
     """The configuration of a folder, hub id or preset, with some of its fields replaced."""
     is_preset = not Path(name).is_dir() and "/" not in name
-    base = from_preset(name) if is_preset else AutoConfig.from_pretrained(name)
+    try:
+        base = from_preset(name) if is_preset else AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        allowed = "a checkpoint folder, a hub id or a preset"
+        raise ValueError(f"model: got {name!r}, allowed with --init random is {allowed} ({error})") from error
     kept = base.to_dict()
     layers = {"layers_block_type", "hybrid_override_pattern"} & overrides.keys()
     for field in ("layers_block_type", "hybrid_override_pattern", "num_hidden_layers") if layers else ():

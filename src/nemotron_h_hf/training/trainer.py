@@ -8,7 +8,7 @@ What it adds to transformers.Trainer, which does all the rest:
     checkpoints               whole or ignored (checkpoints.py): a crash or a full disk at any moment loses nothing
     divergence                a loss or gradient that is no number, or a jump of the loss, stops before the weights change
     held-out loss             the mean over all tokens that count, whatever the batch size and the number of processes
-    z-loss                    off by default
+    z-loss, balance loss      where they are asked for, in training alone; the experts' balance loss is logged
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from transformers.utils import logging
 from ..token_counts import parse_tokens
 from ..whole_files import write_json
 from . import checkpoints
-from .arguments import NemotronHTrainingArguments
+from .arguments import NemotronHTrainingArguments, require
 from .fp8 import refuse_double_conversion
 from .monitor import Monitor
 from .one_copy import let_accelerate_fill
@@ -97,7 +97,8 @@ class NemotronHTrainer(Trainer):
         flops_per_token: of forward and backward together, for the MFU; None leaves it out.
 
     Raises:
-        ValueError: for a model in FP8 that Accelerate would convert once more, or data loader workers beside such rows.
+        ValueError: for a model in FP8 that Accelerate would convert once more, data loader workers beside such rows, or
+            a balance loss without experts.
     """
 
     def __init__(
@@ -122,12 +123,17 @@ class NemotronHTrainer(Trainer):
                 )
         super().__init__(model, args, data_collator, train_dataset, *others, **named)
         refuse_double_conversion(self.model, self.accelerator)
+        if (coefficient := args.router_aux_loss_coef) is not None:
+            has_experts = "moe" in self.model.config.layers_block_type
+            require(has_experts, "router_aux_loss_coef", coefficient, "for a model with experts; this one has none")
+            self.model.config.router_aux_loss_coef = coefficient
         let_accelerate_fill(self.model)
         self.pop_callback(ProgressCallback)
         self.pop_callback(PrinterCallback)
         self.monitor = Monitor(flops_per_token, show_bar=not args.disable_tqdm)
         self.add_callback(self.monitor)
         self._loss_of_step = torch.zeros((), device=args.device)
+        self._balance = torch.zeros(2, device=args.device)  # balance loss since the last line of the log: sum, count
         self._recent_losses: deque[float] = deque(maxlen=STEPS_REMEMBERED)
         self._evaluated: list[Tensor] = []  # of each batch, the sum of its loss and the number of its items
         self._first_step = self._first_row = 0  # where this process began
@@ -205,15 +211,17 @@ class NemotronHTrainer(Trainer):
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """Warm-up-stable-decay by tokens, or transformers' by another name of `lr_scheduler_type`."""
-        if not self.args.uses_wsd or self.lr_scheduler is not None:
+        """Warm-up-stable-decay by tokens, or transformers' by another name of `lr_scheduler_type`, warmed up by tokens too."""
+        args, total = self.args, num_training_steps * self.args.tokens_per_step
+        if self.lr_scheduler is not None or args.warmup_tokens is None:
             return super().create_scheduler(num_training_steps, optimizer)
-        total = num_training_steps * self.args.tokens_per_step
-        lengths = {
-            name: parse_tokens(getattr(self.args, name), name, total) for name in ("warmup_tokens", "decay_tokens")
-        }
-        schedule = Schedule(total, **lengths, min_ratio=self.args.min_lr_ratio, shape=self.args.decay_shape)
-        self.lr_scheduler = scheduler(optimizer or self.optimizer, schedule, self.args.tokens_per_step)
+        warmup = parse_tokens(args.warmup_tokens, "warmup_tokens", total)
+        if not args.uses_wsd:
+            args.warmup_steps = round(Schedule(total, warmup, 0).warmup_tokens / args.tokens_per_step)
+            return super().create_scheduler(num_training_steps, optimizer)
+        decay = parse_tokens(args.decay_tokens, "decay_tokens", total)
+        schedule = Schedule(total, warmup, decay, min_ratio=args.min_lr_ratio, shape=args.decay_shape)
+        self.lr_scheduler = scheduler(optimizer or self.optimizer, schedule, args.tokens_per_step)
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -232,7 +240,7 @@ class NemotronHTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None
     ) -> Any:
-        """As transformers': the model's own loss; in training with the z-loss, where one is asked for.
+        """As transformers': the model's own loss; in training with z-loss and balance loss, where they are asked for.
 
         In evaluation its sum is kept. Where the items are those of all processes, all of them add the same number of
         items, and each its loss times the number of processes: the quotient of the sums is the mean either way.
@@ -243,13 +251,17 @@ class NemotronHTrainer(Trainer):
                 z_weight=self.args.z_loss, num_items_in_batch=num_items_in_batch,
             )  # fmt: skip
             inputs = {**inputs, "loss_from_hidden": loss_from_hidden}
-        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.args.router_aux_loss_coef and model.training:
+            inputs = {**inputs, "output_router_logits": True}
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if model.training and outputs.get("aux_loss") is not None:
+            balance = outputs["aux_loss"].detach().to(self._balance)
+            self._balance += torch.stack([balance, torch.ones_like(balance)])
         if not model.training and num_items_in_batch is not None:
-            loss, items = result[0] if return_outputs else result, torch.as_tensor(num_items_in_batch)
-            items = items.to(loss.device, torch.float32)
+            items = torch.as_tensor(num_items_in_batch).to(loss.device, torch.float32)
             total = torch.where(items > 0, loss.detach().float().mean() * items, 0.0)
             self._evaluated.append(torch.stack([total, items]))
-        return result
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict, num_items_in_batch=None) -> Tensor:
         """As transformers'; keeps the loss of the step for the check below."""
@@ -342,10 +354,16 @@ class NemotronHTrainer(Trainer):
     # Logging and saving
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As transformers', with tokens per second, MFU and memory beside a training loss."""
+        """As transformers', with tokens per second, MFU, memory and the experts' balance loss beside a training loss."""
         if "loss" in logs:
-            logs |= self.monitor.figures(self.args, self.state)
+            logs |= self.monitor.figures(self.args, self.state) | self._mean_balance()
         super().log(logs, start_time)
+
+    def _mean_balance(self) -> dict[str, float]:
+        """Over the micro-steps of all processes since the last line; nothing where the model was not asked for it."""
+        total, count = self.accelerator.reduce(self._balance.clone(), "sum").tolist()
+        self._balance.zero_()
+        return {"balance_loss": total / count} if count else {}
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As transformers', with the rows' state; the folder counts once everything in it is on the disk."""
