@@ -40,16 +40,17 @@ with tempfile.TemporaryDirectory() as scratch:
         data = load_dataset("json", data_files=choices.data, split="train")
     tokenizer = AutoTokenizer.from_pretrained(choices.model)
     model = AutoModelForCausalLM.from_pretrained(choices.model, dtype="float32")
-    # TRL would make the reference of transformers' own class, which clamps the step size of Mamba: hand over one of ours,
-    # unless the model itself speaks first.
-    reference = None
-    if not training.precompute_ref_log_probs:
-        reference = AutoModelForCausalLM.from_pretrained(choices.model, dtype="float32")
+    # TRL would make the reference of transformers' own class, which clamps the step size of Mamba: hand over one of ours, and
+    # let it go when it has spoken.
+    reference = AutoModelForCausalLM.from_pretrained(choices.model, dtype="float32")
     trainer = DPOTrainer(model, reference, args=training, train_dataset=data, processing_class=tokenizer)
-    trainer.train()
+    if training.precompute_ref_log_probs:
+        reference = trainer.ref_model = None
+    trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     for line in trainer.state.log_history:
         if "loss" in line and trainer.is_world_process_zero():
             print(f"step {line['step']}  loss {line['loss']:.3f}  margin {line['rewards/margins']:.3f}")
     if sys.argv[1:]:
+        if trainer.is_fsdp_enabled:  # of sharded weights save_model writes nothing
+            trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         trainer.save_model(f"{training.output_dir}/model")
-        tokenizer.save_pretrained(f"{training.output_dir}/model")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -23,9 +25,10 @@ from nemotron_h_hf.elastic.curriculum import stages_of
 from nemotron_h_hf.elastic.expected_cost import ExpectedCost
 from nemotron_h_hf.elastic.targets import targets_of
 from nemotron_h_hf.model.cost import num_parameters
-from nemotron_h_hf.scripts import distill, elastic_train, pretrain, sft
+from nemotron_h_hf.scripts import distill, elastic_train, elasticize, merge, plot, pretrain, sft
+from nemotron_h_hf.scripts import slice as slice_command
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse
-from nemotron_h_hf.training.data_arguments import DataArguments
+from nemotron_h_hf.training.data_arguments import DataArguments, PretrainDataArguments
 
 ROOT = Path(__file__).parent.parent
 RECIPES, ACCELERATE = ROOT / "examples" / "recipes", ROOT / "examples" / "accelerate"
@@ -34,8 +37,8 @@ SFT = (DataArguments, sft.LongContextArguments, sft.AdapterArguments, ModelArgum
 ELASTIC = (DataArguments, elastic_train.ElasticArguments, elastic_train.TeacherArguments, ModelArguments)
 # recipe -> its command and the dataclasses of that command
 COMMANDS = {
-    "pretrain_8b": (pretrain, (ModelArguments, pretrain.DataArguments)),
-    "pretrain_56b_fp8": (pretrain, (ModelArguments, pretrain.DataArguments)),
+    "pretrain_8b": (pretrain, (ModelArguments, PretrainDataArguments)),
+    "pretrain_56b_fp8": (pretrain, (ModelArguments, PretrainDataArguments)),
     "sft_8b": (sft, SFT),
     "lora_8b_one_gpu": (sft, SFT),
     "align_1_sft": (sft, SFT),
@@ -43,6 +46,10 @@ COMMANDS = {
     "elastic_12b": (elastic_train, ELASTIC),
     "elastic_tiny": (elastic_train, ELASTIC),
 }
+BESIDE = {"elasticize": elasticize, "merge": merge, "plot": plot, "slice": slice_command}
+LINES = re.findall(
+    rf"(?m)^#   nemotron-h ((?:{'|'.join(BESIDE)}) .*)", "".join(p.read_text() for p in RECIPES.glob("*.yaml"))
+)
 GPUS = {"pretrain_8b": 64, "pretrain_56b_fp8": 256, "distill_56b_to_47b": 128}  # as their comments say
 TINY = {
     "sequence_length": 64, "gradient_accumulation_steps": 2,
@@ -81,6 +88,12 @@ def test_parsed_by_its_command(recipe, monkeypatch, tmp_path):
         assert num_parameters(NemotronHConfig.from_preset(start.model)) > 8e9
     if training.gradient_accumulation_steps > 1 and recipe not in ("lora_8b_one_gpu", "elastic_tiny"):
         assert training.accelerator_config.gradient_accumulation_kwargs["sync_each_batch"]
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_commands_in_comments_are_parsed(line):
+    name, *words = shlex.split(line, comments=True)
+    BESIDE[name].parse(words)
 
 
 def test_phases_of_the_paper():
@@ -228,7 +241,7 @@ def test_accelerate_reads_its_files(path):
         environment = prepare_multi_gpu_env(args)
         assert environment["FSDP_VERSION"] == "2" and environment["FSDP_RESHARD_AFTER_FORWARD"] == "true"
         assert environment["FSDP_STATE_DICT_TYPE"] == "SHARDED_STATE_DICT"
-        assert environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] == ("true" if path.stem == "fsdp2" else "false")
+        assert environment["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "true"
         assert environment["FSDP_TRANSFORMER_CLS_TO_WRAP"] in NemotronHForCausalLM(tiny_config())._no_split_modules
 
 

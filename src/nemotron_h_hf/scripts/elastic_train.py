@@ -16,7 +16,7 @@ shorter sequences are cut from the rows, so every step has as many tokens:
 
 The same command again goes on from the last whole checkpoint, router included. In OUTPUT_DIR: checkpoint-N/,
 metrics.jsonl, router.safetensors, and at the end model/, an ordinary parent whose config.json names the budgets that were
-found (with --eval_data: their held-out losses). Cut one out by `nemotron-h slice OUTPUT_DIR/model --budget small OUT`.
+found (with --eval_data: their held-out losses). Cut one out by `nemotron-h slice OUTPUT_DIR/model OUT --budget small`.
 
     nemotron-h plot OUTPUT_DIR --x step --y 'choice_small_*'          # what the router chose, step by step
 """

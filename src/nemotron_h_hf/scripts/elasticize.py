@@ -8,7 +8,7 @@ Without --calibration the text is this Python's standard library, which suits th
 scores every hidden channel, neuron, head and expert by its activations, and every layer by what the logits lose without it;
 puts the weights in that order; measures the loss of every budget, and of every size that may be chosen, on held-out text;
 and writes all this to `elastic` in the new config.json. See the budgets with `nemotron-h info parent`, cut one out with
-`nemotron-h slice parent --budget NAME small`.
+`nemotron-h slice parent small --budget NAME`.
 
 A budget names sizes of the small model, as in its config; `depth` says how many layers stay. Sizes that differ by layer go
 into a YAML file:
