@@ -156,6 +156,8 @@ def overrides_of(recipe: str, box: Path, output_dir: Path) -> dict:
     """What makes a recipe tiny: model, data and lengths; all else stays as it is."""
     content = read(recipe)
     found = {**TINY, "output_dir": str(output_dir)}
+    if "lr_scheduler_type" in content:  # others than wsd have no decay_tokens
+        del found["decay_tokens"]
     kind = "texts" if COMMANDS[recipe][0] is not sft else "chats"
     if "sources" in content:
         found["sources"] = {name: {"path": str(box / f"{kind}.jsonl")} for name in content["sources"]}

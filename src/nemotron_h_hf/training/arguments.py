@@ -95,7 +95,7 @@ class NemotronHTrainingArguments(TrainingArguments):
 
     sequence_length: int = _flag(1024, "tokens per row")
     total_tokens: str | None = _flag(None, "length of the run, rounded down to whole steps; replaces --max_steps")
-    warmup_tokens: str | None = _flag(None, "the learning rate rises linearly over these first tokens; default: 1%%")
+    warmup_tokens: str | None = _flag("1%", "the learning rate rises linearly over these first tokens")
     decay_tokens: str | None = _flag(
         None, "of wsd: it falls over these last tokens, between them it stays at --learning_rate; default: 20%%"
     )
@@ -121,6 +121,13 @@ class NemotronHTrainingArguments(TrainingArguments):
     warmup_steps: float | None = _flag(
         None, "not with wsd: warm-up in steps, or below 1 a share of the run, in place of --warmup_tokens"
     )
+    eval_steps: float | None = _flag(
+        None, "with --eval_data: the held-out loss every so many steps, below 1 every such share of the run"
+    )
+    push_to_hub: bool = _flag(False, "send the finished model or adapters to --hub_model_id, once, at the end")
+    hub_model_id: str | None = _flag(None, "owner/name, with --push_to_hub")
+    data_seed: int | None = _flag(None, "of the order of the data; default: --seed")
+    resume_from_checkpoint: str | None = _flag(None, "checkpoint to go on from; default: the last whole one")
     learning_rate: float = _flag(8e-4, "the peak")
     weight_decay: float = _flag(0.1, "of matrices; not of norms, biases, A_log, D, dt_bias and convolutions")
     adam_beta2: float = _flag(0.95, "of AdamW")
@@ -182,7 +189,7 @@ class NemotronHTrainingArguments(TrainingArguments):
         steps = self.warmup_steps
         require(not self.uses_wsd or steps is None, "warmup_steps", steps, "none with wsd; give --warmup_tokens")
         if steps is None:
-            self.warmup_steps, self.warmup_tokens = 0, "1%" if self.warmup_tokens is None else self.warmup_tokens
+            self.warmup_steps = 0
         else:
             self.warmup_tokens = None
         if kind in WITHOUT_WARMUP:
