@@ -239,6 +239,7 @@ def test_pretrain_from_end_to_end(texts, tmp_path, capsys):
     model = NemotronHForCausalLM.from_pretrained(run / "model")
     last = NemotronHForCausalLM.from_pretrained(run / "checkpoint-12")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), last.parameters()))
+    assert model.config.use_cache and last.config.use_cache
     assert AutoTokenizer.from_pretrained(run / "model")("x")["input_ids"]
     shown = capsys.readouterr().err
     assert "12 steps of 128 tokens on 1 process;" in shown and "TFLOP/s here; MFU is a share of that" in shown

@@ -1,4 +1,4 @@
-"""Draw loss over tokens of the two runs: `python docs/results/tiny/plot_loss.py` writes loss.png beside the logs."""
+"""Draw loss over tokens of the runs: `python docs/results/tiny/plot_loss.py` writes loss.png beside the logs."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,19 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 FOLDER = Path(__file__).parent
-RUNS = {"nemotron-h": "Nemotron-H (M-M*-M-)", "llama": "Llama, same parameters"}
+RUNS = {
+    "pretrain_long": "Nemotron-H (M-M*-M-) by pretrain, the model in the box",
+    "nemotron-h": "Nemotron-H by train-tiny, the first one",
+    "llama": "Llama, same parameters, by train-tiny",
+}
 WINDOW = 5  # log lines averaged: a line is the mean of 10 steps of 2 windows, which is noisy
 
 
 def main() -> None:
     figure, axes = plt.subplots(figsize=(7, 4.2), dpi=120)
     for name, label in RUNS.items():
-        rows = [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = (FOLDER / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [row for row in map(json.loads, lines) if "loss" in row]
         tokens, losses = [row["tokens"] / 1e6 for row in rows], [row["loss"] for row in rows]
         [line] = axes.plot(tokens, losses, alpha=0.2)
         axes.plot(tokens, running_mean(losses), color=line.get_color(), label=label)

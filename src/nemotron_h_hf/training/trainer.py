@@ -121,7 +121,9 @@ class NemotronHTrainer(Trainer):
                 raise ValueError(
                     f"dataloader_num_workers: got {args.dataloader_num_workers}, allowed is 0: the rows' state is here"
                 )
+        use_cache = model.config.use_cache
         super().__init__(model, args, data_collator, train_dataset, *others, **named)
+        self.model.config.use_cache = use_cache  # transformers puts args.use_cache there, and would save it with the model
         refuse_double_conversion(self.model, self.accelerator)
         if (coefficient := args.router_aux_loss_coef) is not None:
             has_experts = "moe" in self.model.config.layers_block_type
@@ -251,6 +253,7 @@ class NemotronHTrainer(Trainer):
                 z_weight=self.args.z_loss, num_items_in_batch=num_items_in_batch,
             )  # fmt: skip
             inputs = {**inputs, "loss_from_hidden": loss_from_hidden}
+        inputs = {**inputs, "use_cache": self.args.use_cache}
         if self.args.router_aux_loss_coef and model.training:
             inputs = {**inputs, "output_router_logits": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
