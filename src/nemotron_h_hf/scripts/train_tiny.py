@@ -1,4 +1,4 @@
-"""`nemotron-h train-tiny`: train the model in the box, or a larger one like it, from the text of this Python.
+"""`nemotron-h train-tiny`: train a model like the one in the box, or a larger one, from the text of this Python.
 
 The data is this Python's standard library (sources and language reference), the tokenizer a byte-level BPE trained on
 the same text, the model a small dense Nemotron-H or, to compare with, a Llama of the same parameter count. At the end
