@@ -31,7 +31,11 @@ COMMANDS = (
     ("eval", "nemotron_h_hf.scripts.eval", "bits per byte, long-context questions, lm-evaluation-harness tasks"),
     ("bench", "nemotron_h_hf.scripts.bench", "speed and memory on CPU or GPU, beside transformers' models and a floor"),
     ("push", "nemotron_h_hf.scripts.push", "upload a checkpoint folder with a model card of its own facts"),
-    ("train-tiny", "nemotron_h_hf.scripts.train_tiny", "train a tokenizer and a model like the one in the box from text"),
+    (
+        "train-tiny",
+        "nemotron_h_hf.scripts.train_tiny",
+        "train a tokenizer and a model like the one in the box from text",
+    ),
 )
 
 

@@ -123,7 +123,9 @@ class NemotronHTrainer(Trainer):
                 )
         use_cache = model.config.use_cache
         super().__init__(model, args, data_collator, train_dataset, *others, **named)
-        self.model.config.use_cache = use_cache  # transformers puts args.use_cache there, and would save it with the model
+        self.model.config.use_cache = (
+            use_cache  # transformers puts args.use_cache there, and would save it with the model
+        )
         refuse_double_conversion(self.model, self.accelerator)
         if (coefficient := args.router_aux_loss_coef) is not None:
             has_experts = "moe" in self.model.config.layers_block_type
