@@ -1,16 +1,18 @@
 """The model in the box trained again, with `nemotron-h pretrain` (train-tiny is a loop of its own), and what it reaches.
 
     python docs/results/tiny/retrain.py train --runs long --threads 1                # an hour of one core; resumable
-    python docs/results/tiny/retrain.py train --runs short short_in_order --threads 1
+    python docs/results/tiny/retrain.py train --runs short early early_pieces --threads 1
     python docs/results/tiny/retrain.py report          # pretrain.json and the runs' logs, of the runs that are done
 
-long reads twice what the first model in the box has read, short as much, short_in_order without `shuffle_rows`. Figures are
-those of train-tiny's report: held-out bits per byte, and sampled functions that parse. runs/tiny-pretrain/NAME/checkpoint is
-what can be put into the box.
+long reads twice what the first model in the box has read, short as much. early and early_pieces read a fifth of long, the one
+whole documents, the other pieces of all documents in random order: does it matter that long has read half of the documents
+instead of half of each? Figures are those of train-tiny's report: held-out bits per byte, and sampled functions that parse.
+runs/tiny-pretrain/NAME/checkpoint is what can be put into the box.
 """
 
 import argparse
 import json
+import random
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -20,16 +22,25 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nemotron_h_hf import EMBEDDED_MODEL, whole_files
-from nemotron_h_hf.data.stdlib_text import as_jsonl, corpus_digest, read_documents, split_documents
+from nemotron_h_hf.data.stdlib_text import Document, as_jsonl, corpus_digest, read_documents, split_documents
 from nemotron_h_hf.scripts import pretrain
 from nemotron_h_hf.scripts.train_tiny import TrainTinyArguments, evaluate, save_checkpoint
 
 FOLDER, OUTPUT = Path(__file__).parent, Path("runs/tiny-pretrain")
-TEXT = OUTPUT / "train.jsonl"
+TEXT, PIECES = OUTPUT / "train.jsonl", OUTPUT / "pieces.jsonl"
+PIECE_CHARACTERS = 3000  # a row of 1,024 tokens, nearly
 RUNS = {
     "long": [],
     "short": ["--total_tokens", "2498560"],
-    "short_in_order": ["--total_tokens", "2498560", "--shuffle_rows", "0"],
+    "early": ["--total_tokens", "1001472"],
+    "early_pieces": [
+        "--total_tokens",
+        "1001472",
+        "--shuffle_rows",
+        "0",
+        "--sources",
+        f"{{python: {{path: {PIECES}}}}}",
+    ],
 }
 
 
@@ -44,15 +55,30 @@ def main() -> None:
 
 
 def write_text(_: Sequence[str] = ()) -> None:
-    """The training documents, one per line."""
+    """The training documents, one per line; and pieces of them, shuffled."""
     documents, _ = split_documents(read_documents())
     whole_files.write_text(TEXT, as_jsonl(documents))
+    pieces = [piece for document in documents for piece in pieces_of(document)]
+    random.Random(0).shuffle(pieces)
+    whole_files.write_text(PIECES, as_jsonl(pieces))
     print(f"{TEXT}: {len(documents):,} documents, fingerprint {corpus_digest(documents)}", flush=True)
+
+
+def pieces_of(document: Document) -> list[Document]:
+    """Whole lines up to PIECE_CHARACTERS."""
+    pieces, size = [[]], 0
+    for line in document.text.splitlines(keepends=True):
+        if size + len(line) > PIECE_CHARACTERS and pieces[-1]:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(line)
+        size += len(line)
+    return [Document(document.name, "".join(lines)) for lines in pieces]
 
 
 def train(runs: Sequence[str]) -> None:
     """The runs that are not finished, one after the other."""
-    if not TEXT.is_file():
+    if not (TEXT.is_file() and PIECES.is_file()):
         write_text()
     for name in runs:
         if not (OUTPUT / name / "model").is_dir():
