@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nemotron_h_hf.data.bad_data import tell_left_out
 from nemotron_h_hf.data.blend import Blend
-from nemotron_h_hf.data.finetuning import packed_blend, rows_of_one_round
+from nemotron_h_hf.data.finetuning import one_round, packed_blend
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.phases import Phase, phases_from, resolve_phases
 from nemotron_h_hf.data.sources import Source
@@ -266,14 +266,14 @@ def test_totals_are_told_once_by_the_first_process(tmp_path, caplog, monkeypatch
 def test_a_round_names_what_is_too_long_and_tells_totals(tmp_path, caplog):
     (tmp_path / "a").write_text("1 2\nno\n" + "3 " * 9 + "\n4\n")
     source = Source("held_out", str(tmp_path / "a"), format="lines")
-    rows = rows_of_one_round(source, words, 8, 0)
+    rows = list(one_round(source, words, 8, 0))
     assert [row["input_ids"].tolist() for row in rows] == [[1, 2, 4, 0, 0, 0, 0, 0]]
     assert f"{tmp_path}/a:3: too long (9 tokens, allowed are 8)" in caplog.text
     assert caplog.messages[-1] == "left out in all of source held_out: 1 x cannot be encoded, 1 x too long"
     with pytest.raises(ValueError, match="held_out: .* has no usable record; .*a:4: too long"):
-        rows_of_one_round(source, lambda text: words(text) * 9, 8, 0)
+        list(one_round(source, lambda text: words(text) * 9, 8, 0))
     with pytest.raises(ValueError, match="a:3: too long"):
-        rows_of_one_round(source, lambda text: [3] * len(text.split()), 8, 0, on_bad_data="error")
+        list(one_round(source, lambda text: [3] * len(text.split()), 8, 0, on_bad_data="error"))
 
 
 def test_encoded_mappings_pass_through():

@@ -2,6 +2,7 @@
 
 import json
 import random
+from itertools import islice
 
 import pytest
 import torch
@@ -9,9 +10,13 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import VOCAB, tiny_model
+from tiny_run import write_texts
 from torch.utils.data import DataLoader
 
+from nemotron_h_hf.data.blend import Blend
 from nemotron_h_hf.data.packing import STATES_KEPT, PackedRows, best_fit
+from nemotron_h_hf.data.phases import phases_from
+from nemotron_h_hf.data.sources import sources_from
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
@@ -201,6 +206,25 @@ def test_a_longer_run_goes_on_with_every_token_once(split):
         longer.load_state_dict(json.loads(json.dumps(shorter.state_after(done))))
         tokens = torch.cat([row["input_ids"] for row in [*rows[:done], *longer]]).tolist()
         assert sorted(filter(None, tokens)) == [token for document in documents for token in document]
+
+
+def test_a_change_of_phase_that_a_begun_window_has_seen_may_not_move(tmp_path):
+    """The window begins in the first phase; some of its rows, already dealt, are of the second."""
+    write_texts(tmp_path)
+    phases = [{"until": "50%", "weights": {"low": 3, "high": 1}}, {"weights": {"low": 1, "high": 3}}]
+
+    def make(total_tokens: int) -> PackedRows:
+        sources = sources_from({name: {"path": str(tmp_path / name / "*.txt")} for name in ("low", "high")})
+        blend = Blend(sources, phases_from(phases), lambda text: [ord(c) for c in text], total_tokens)
+        return PackedRows(blend, 20, shuffle_rows=16)
+
+    rows = make(600)  # the phase changes at 300, the window ends at 320
+    assert len(list(islice(rows, 15))) == 15
+    state = rows.state_after(15)
+    assert state["documents"]["tokens"] == 0
+    make(600).load_state_dict(state)
+    with pytest.raises(ValueError, match="phases"):
+        make(2000).load_state_dict(state)
 
 
 def test_a_state_from_before_rows_were_shuffled():

@@ -17,7 +17,7 @@ from tiny_run import read_metrics
 from transformers import AutoTokenizer
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM
-from nemotron_h_hf.data.finetuning import rows_of_one_round
+from nemotron_h_hf.data.finetuning import one_round
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
@@ -103,15 +103,20 @@ def test_a_round_is_every_record_once(tmp_path, tokenizer, caplog):
         file.write('{"other": 1}\nno json\n')
     source = Source("data", path=path, column=None)
     with caplog.at_level(logging.WARNING):
-        rows = rows_of_one_round(source, lambda record: encode_record(record, tokenizer), 64, 1)
+        rows = list(one_round(source, lambda record: encode_record(record, tokenizer), 64, 1))
     assert sum((row["input_ids"] == tokenizer.eos_token_id).sum() for row in rows) == 2 * 30
     assert "data.jsonl:31" in caplog.text and "data.jsonl:32" in caplog.text and "starts again" not in caplog.text
     with pytest.raises(ValueError, match="data.jsonl:31"):
-        rows_of_one_round(source, lambda record: encode_record(record, tokenizer), 64, 1, on_bad_data="error")
+        list(one_round(source, lambda record: encode_record(record, tokenizer), 64, 1, on_bad_data="error"))
     (tmp_path / "bad.jsonl").write_text('{"other": 1}\n')
     with pytest.raises(ValueError, match="no usable record"):
-        rows_of_one_round(
-            Source("bad", path=str(tmp_path / "bad.jsonl"), column=None), lambda r: encode_record(r, tokenizer), 64, 1
+        list(
+            one_round(
+                Source("bad", path=str(tmp_path / "bad.jsonl"), column=None),
+                lambda r: encode_record(r, tokenizer),
+                64,
+                1,
+            )
         )
 
 
@@ -177,7 +182,7 @@ def test_epochs_set_the_steps(tmp_path, capsys):
     run(tmp_path, "--num_train_epochs", "1", "--save_strategy", "no", kind="text")
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     source = Source("data", path=str(tmp_path / "data.jsonl"), column=None)
-    rows = rows_of_one_round(source, lambda record: encode_record(record, tokenizer), 64, 1)
+    rows = list(one_round(source, lambda record: encode_record(record, tokenizer), 64, 1))
     assert len(read_metrics(tmp_path / "run")) >= -(-len(rows) // 2)
     assert f"{len(rows):,} rows of 64 tokens in an epoch" in capsys.readouterr().err
 
@@ -199,7 +204,7 @@ def test_epochs_are_counted_without_keeping_rows(tmp_path, tokenizer, monkeypatc
     sft.make_rows(DataArguments(data=[path]), False, training, tokenizer)
     source = Source("data", path=path, column=None)
     assert most[0] <= 2
-    rows = rows_of_one_round(source, lambda record: encode_record(record, tokenizer), 64, 1)
+    rows = list(one_round(source, lambda record: encode_record(record, tokenizer), 64, 1))
     assert len(rows) > 10 and training.max_steps == 2 * len(rows)
 
 

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nemotron_h_hf import EMBEDDED_MODEL
-from nemotron_h_hf.data.finetuning import rows_of_one_round
+from nemotron_h_hf.data.finetuning import one_round
 from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.data.stdlib_text import corpus_digest, read_documents, split_documents
@@ -103,7 +103,7 @@ def rows_of(path: Path) -> list[dict[str, torch.Tensor]]:
     """All rows of a file, documents split at their ends."""
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
     source = Source("text", path=[str(path)], column=None, shuffle_window=0)
-    return rows_of_one_round(source, lambda record: encode_record(record, tokenizer), LENGTH, 1, split_documents=True)
+    return list(one_round(source, lambda record: encode_record(record, tokenizer), LENGTH, 1, split_documents=True))
 
 
 # Runs

@@ -54,18 +54,6 @@ def packed_blend(
     return PackedRows(documents, sequence_length, split_documents, pad_token_id, on_packed=on_packed)
 
 
-def rows_of_one_round(
-    source: Source,
-    encode: Encode,
-    sequence_length: int,
-    pad_token_id: int,
-    split_documents: bool = False,
-    on_bad_data: str = "skip",
-) -> list[dict[str, Tensor]]:
-    """The rows of `one_round`, kept: for evaluation."""
-    return list(one_round(source, encode, sequence_length, pad_token_id, split_documents, on_bad_data))
-
-
 def one_round(
     source: Source,
     encode: Encode,

@@ -122,13 +122,16 @@ class PackedRows(IterableDataset):
             ValueError: for a state of rows that were made in another way, or of other documents.
         """
         state = {"dealt": 0, "shuffle_rows": 0, "seed": 0, "window": 0, **state}  # of rows that were never shuffled
-        whole, dealt = ("sequence_length", "window_documents"), ("sequence_length", "shuffle_rows", "seed")
-        fields = (
-            whole if not self.split_documents else dealt if state["dealt"] else ()
-        )  # splitting goes on at any length
-        for field in ("split_documents", *fields):
+        fields = ("split_documents",)  # splitting goes on at any length
+        if not self.split_documents:
+            fields += ("sequence_length", "window_documents")
+        elif state["dealt"]:
+            fields += ("sequence_length", "shuffle_rows", "seed")
+        for field in fields:
             if state[field] != getattr(self, field):
                 raise ValueError(f"{field} is {getattr(self, field)}, the state was saved with {state[field]}")
+        if "read" in state:  # the documents of a begun window may not change either: let them be checked
+            self.documents.load_state_dict(state["read"])
         self.documents.load_state_dict(state["documents"])
         self.rows_yielded = state["rows"]
         self._place = _Place(*(state[field] for field in _Place._fields))
@@ -216,6 +219,7 @@ class PackedRows(IterableDataset):
         self._states[self.rows_yielded] = {
             "rows": self.rows_yielded,
             **self._place._asdict(),
+            "read": self.documents.state_dict(),
             "sequence_length": self.sequence_length,
             "split_documents": self.split_documents,
             "window_documents": self.window_documents,

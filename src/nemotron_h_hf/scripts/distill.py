@@ -40,7 +40,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
 from nemotron_h_hf.data.bad_data import tell_left_out
-from nemotron_h_hf.data.finetuning import packed_blend, rows_of_one_round, sources_and_phases
+from nemotron_h_hf.data.finetuning import one_round, packed_blend, sources_and_phases
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
@@ -124,7 +124,7 @@ def make_rows(
     if not data.eval_data:
         return rows, None
     held_out = Source("eval_data", path=data.eval_data, column=None, shuffle_window=0)
-    return rows, rows_of_one_round(held_out, encode, length, pad, **how)
+    return rows, list(one_round(held_out, encode, length, pad, **how))
 
 
 def find_teacher(knowledge: TeacherArguments) -> PreTrainedModel | TeacherCache:

@@ -53,9 +53,8 @@ def filled_after(model: nn.Module) -> Iterator[None]:
         yield
         return
     weights = model.state_dict()
-    others = {
-        name: buffer for name, buffer in model.named_buffers() if name not in weights
-    }  # not saved, such as angles
+    # Buffers that are not saved, such as angles.
+    others = {name: buffer for name, buffer in model.named_buffers() if name not in weights}
     model.to("meta")
     yield
     fill(model, weights)
