@@ -72,12 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if knowledge.cache_teacher is not None:
         return cache(data, knowledge, start, training)
     model = load_model(start, EMBEDDED_MODEL, NemotronHConfig.from_preset)
+    teacher = find_teacher(knowledge)
     tokenizer = find_tokenizer(start, knowledge, data, model.config.vocab_size)
     rows, held_out = make_rows(data, knowledge, training, tokenizer)
     trainer = DistillationTrainer(
         model, training, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
         flops_per_token=training_flops_per_token(model.config, training.sequence_length),
-        teacher=find_teacher(knowledge), temperature=knowledge.temperature,
+        teacher=teacher, temperature=knowledge.temperature,
         cross_entropy_weight=knowledge.cross_entropy_weight,
     )  # fmt: skip
     tell_before(trainer)
