@@ -93,6 +93,7 @@ def plan_to_hf(
         used.add(present[0])
         source = checkpoint.spec(present[0])
         expected = link.shape if link.layout != VOCAB else (source.shape[0], *link.shape[1:])
+        _require_float(source)
         if source.shape != expected or source.shape[0] < link.shape[0]:
             raise ValueError(f"{present[0]} has shape {source.shape}, the configuration asks for {link.shape}")
         targets = [
@@ -127,6 +128,7 @@ def plan_to_megatron(
             continue
         sources = tuple(checkpoint.spec(name) for name in link.hf)
         for source, shape in zip(sources, link.hf_shapes, strict=True):
+            _require_float(source)
             if source.shape != shape:
                 raise ValueError(f"{source.name} has shape {source.shape}, the configuration asks for {shape}")
         if len({source.dtype for source in sources}) > 1:
@@ -145,6 +147,11 @@ def target_dtype(hf_name: str, stored: torch.dtype, asked: torch.dtype | None) -
     if asked is None or not stored.is_floating_point or hf_name.endswith(KEPT_FLOAT32):
         return stored
     return asked
+
+
+def _require_float(spec: TensorSpec) -> None:
+    if not spec.dtype.is_floating_point:
+        raise ValueError(f"{spec.name} is stored as {spec.dtype}: allowed for weights are floating-point numbers")
 
 
 def _settle(

@@ -179,9 +179,10 @@ def test_one_expert_too_few(tmp_path):
     refused(tmp_path, r"layers\.1\.mixer\.experts\.(up|down)_proj in shape \(7, .*\(8, ")
 
 
-def test_weights_that_are_not_numbers(folder):
-    edit_weights(folder, lambda w: w["backbone.layers.2.mixer.D"][3:4].fill_(float("nan")))
-    refused(folder, r"has NaN in 1 tensors: model\.layers\.2\.mixer\.D")
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_weights_that_are_not_numbers(folder, value):
+    edit_weights(folder, lambda w: w["backbone.layers.2.mixer.D"][3:4].fill_(float(value)))
+    refused(folder, r"has NaN or infinity in 1 tensors: model\.layers\.2\.mixer\.D")
 
 
 def test_another_models_config(folder):

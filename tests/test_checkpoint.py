@@ -164,7 +164,7 @@ def test_damage_is_named(tmp_path):
     entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
     header = json.dumps({"a": entry, "b": entry}).encode()
     overlapping.write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 8)
-    with pytest.raises(ValueError, match=r"tensor b lies at \[0, 8\], expected \[8, 16\]"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a safetensors file or damaged.*invalid offset"):
         Checkpoint(tmp_path)
     with pytest.raises(ValueError, match="neither model.safetensors nor"):
         Checkpoint(tmp_path / "nothing")

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "src" / "nemotron_h_hf"
 MAY_IMPORT = {
     "model": set(),
     "whole_files": set(),
-    "checkpoint": {"whole_files"},
+    "checkpoint": {"model", "whole_files"},
     "resumable": {"checkpoint"},
     "headers": {"model"},
     "token_counts": set(),

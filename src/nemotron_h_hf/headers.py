@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .model import loading
+from .model import reading
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -81,7 +80,7 @@ def read_contents(folder: str | os.PathLike) -> Contents:
     """
     folder = Path(folder)
     if (folder / INDEX_NAME).is_file():
-        weight_map = _read_index(folder / INDEX_NAME)
+        weight_map = reading.read_index(folder / INDEX_NAME)
         files = sorted(set(weight_map.values()))
     elif (folder / SINGLE_NAME).is_file():
         weight_map, files = {}, [SINGLE_NAME]
@@ -107,19 +106,8 @@ def read_header(path: str | os.PathLike) -> dict[str, StoredTensor]:
             num_bytes=entry["data_offsets"][1] - entry["data_offsets"][0],
             file=Path(path).name,
         )
-        for name, entry in loading.read_header(path).items()
+        for name, entry in reading.read_header(path).items()
     }
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text())["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path.name} is not a safetensors index with a weight_map: {error!r}") from error
-    for name, file in weight_map.items():
-        if Path(file).name != file:
-            raise ValueError(f"{path.name} sends tensor {name} to {file!r}; a plain file name is allowed")
-    return weight_map
 
 
 def _read_file(folder: Path, file: str, contents: Contents) -> None:

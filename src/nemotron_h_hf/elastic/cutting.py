@@ -119,8 +119,10 @@ def slice_checkpoint(
     digests, report.files_kept = write_shards(
         target, shards, fill, journal, lambda num_bytes: progress(num_bytes, total)
     )
-    if bad := [name for name, digest in digests.items() if digest.num_nan]:
-        raise ValueError(f"{source} has NaN in {len(bad)} tensors, {bad[0]} first; config.json was not written")
+    if bad := [name for name, digest in digests.items() if digest.num_nan or digest.num_inf]:
+        raise ValueError(
+            f"{source} has NaN or infinity in {len(bad)} tensors, {bad[0]} first; config.json was not written"
+        )
     report.files, report.bytes_read, report.bytes_written = list(shards), nested.bytes_read, total
     if verify or (verify is None and 4 * report.parent_parameters <= AUTO_VERIFY_BYTES):
         report.residual = measure_residual(source, config, target, nested)

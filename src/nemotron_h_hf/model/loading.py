@@ -7,7 +7,6 @@ Each tensor keeps the dtype it has in the file: a checkpoint may hold A_log in f
 """
 
 import contextvars
-import json
 import os
 import re
 import shutil
@@ -26,10 +25,11 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 from transformers.utils import logging
 
+from .reading import read_header, read_index
+
 logger = logging.get_logger(__name__)
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MANIFEST_NAME = "elastic_manifest.json"  # manifest.py
 
 
@@ -84,33 +84,6 @@ def module_names(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
     return renamed
 
 
-def read_header(path: str | os.PathLike) -> dict[str, dict]:
-    """Names, dtypes, shapes and offsets of a safetensors file, from its header alone.
-
-    The file is 8 bytes (little-endian length of the header), the header (JSON: name -> dtype, shape, data_offsets),
-    then the data. https://github.com/huggingface/safetensors#format
-
-    Raises:
-        ValueError: naming the file, if it is cut short or no safetensors file.
-    """
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise ValueError(f"{path} is cut short or not a safetensors file ({size} bytes, header of {length})")
-        text = file.read(length)
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        spans = [(*entry["data_offsets"], entry["dtype"] + "", tuple(entry["shape"])) for entry in header.values()]
-        end = 8 + length + max((end for _, end, _, _ in spans), default=0)
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
-        raise ValueError(f"{path} is not a safetensors file, its header cannot be read: {error!r}") from None
-    if end != size:
-        raise ValueError(f"{path} is cut short or damaged: its header describes {end} bytes, the file has {size}")
-    return header
-
-
 def check_index(folder: str | os.PathLike) -> None:
     """Refuse an index of shards that is damaged or leads out of its folder; a hub id or a folder without one passes.
 
@@ -118,15 +91,8 @@ def check_index(folder: str | os.PathLike) -> None:
         ValueError: naming the file.
     """
     path = Path(folder) / "model.safetensors.index.json"
-    if not path.is_file():
-        return
-    try:
-        files = set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
-        raise ValueError(f"{path} is not an index of shards with a weight_map: {error!r}") from None
-    for file in sorted(map(str, files)):
-        if Path(file).name != file:
-            raise ValueError(f"{path} names the shard {file!r}: allowed is a file name without folders")
+    if path.is_file():
+        read_index(path)
 
 
 def weight_files(folder: str | os.PathLike) -> list[str]:
@@ -138,7 +104,7 @@ def weight_files(folder: str | os.PathLike) -> list[str]:
     check_index(folder)
     index, single = Path(folder) / "model.safetensors.index.json", Path(folder) / "model.safetensors"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(read_index(index).values()))
         if missing := [name for name in names if not (Path(folder) / name).is_file()]:
             raise ValueError(f"{index} names {missing[0]}, which is missing")
         return [str(Path(folder) / name) for name in names]
@@ -147,19 +113,39 @@ def weight_files(folder: str | os.PathLike) -> list[str]:
     return [str(single)]
 
 
-def check_files(files: Iterable[str]) -> None:
-    """Refuse files that are damaged, and experts of one layer that differ in shape, before anything is read.
+def check_files(files: Iterable[str], quantised: bool = False) -> None:
+    """Refuse files that cannot be the weights of a model, before anything is read.
+
+    They are damaged, have a tensor twice, numbers that are no floating point (which are no weights, unless they are
+    `quantised`), half precision of both kinds, or experts of one layer that differ in shape.
 
     Raises:
         ValueError: naming the file or the tensors.
     """
     first: dict[str, tuple[str, list[int]]] = {}
+    half: dict[str, str] = {}
+    seen: dict[str, str] = {}
     for file in files:
         for name, entry in read_header(file).items():
+            if name in seen:
+                raise ValueError(f"{name} is in {seen[name]} and in {file}: allowed is one of them")
+            seen[name] = file
+            if not quantised:
+                _check_code(file, name, entry["dtype"], half)
             kind = re.sub(r"experts\.\d+\.", "experts.*.", name)
             if kind != name and entry["shape"] != first.setdefault(kind, (name, entry["shape"]))[1]:
                 other, shape = first[kind]
                 raise ValueError(f"{file} has {name} in shape {tuple(entry['shape'])}, but {other} in {tuple(shape)}")
+
+
+def _check_code(file: str, name: str, code: str, half: dict[str, str]) -> None:
+    """`half`: the first tensor of F16 and of BF16. The same 16 bits are other numbers in the other one."""
+    if not re.fullmatch(r"B?F\d.*", code):
+        raise ValueError(f"{file} has {name} in {code}: allowed for weights are {', '.join(DTYPES)} and 8-bit floats")
+    if code in ("F16", "BF16"):
+        half.setdefault(code, name)
+        if len(half) > 1:
+            raise ValueError(f"{file} has {half['F16']} in F16 and {half['BF16']} in BF16: allowed is one of them")
 
 
 def file_dtypes(files: Iterable[str]) -> dict[str, str]:
@@ -194,7 +180,7 @@ def check_loaded(model: nn.Module, info: dict, path: str, new_on_load: tuple[str
     """Refuse a model whose configuration and weights do not match, or whose weights are not numbers.
 
     Raises:
-        ValueError: naming tensors that have another shape, are missing, left over, or hold NaN.
+        ValueError: naming tensors that have another shape, are missing, left over, or hold NaN or infinity.
     """
     for name, stored, expected in sorted(info["mismatched_keys"]):
         raise ValueError(f"{path} has {name} in shape {tuple(stored)}, its config asks for {tuple(expected)}")
@@ -204,9 +190,9 @@ def check_loaded(model: nn.Module, info: dict, path: str, new_on_load: tuple[str
     left_over = sorted(name for name in info["unexpected_keys"] if not any(re.search(rule, name) for rule in ignore))
     if left_over:
         raise ValueError(f"{path} has {len(left_over)} tensors that its config has no place for: {_some(left_over)}")
-    bad = [name for name, weight in model.named_parameters() if _has_nan(weight)]
+    bad = [name for name, weight in model.named_parameters() if not is_finite(weight)]
     if bad:
-        raise ValueError(f"{path} has NaN in {len(bad)} tensors: {_some(bad)}")
+        raise ValueError(f"{path} has NaN or infinity in {len(bad)} tensors: {_some(bad)}")
 
 
 def drop_absent_mtp(model: nn.Module, info: dict) -> None:
@@ -288,9 +274,14 @@ def plain_parts(weight: torch.Tensor) -> list[torch.Tensor]:
     return [weight]
 
 
-def _has_nan(weight: torch.Tensor) -> bool:
-    parts = [part for part in plain_parts(weight) if part.is_floating_point() and not part.is_meta]
-    return any(bool(part.detach().isnan().any()) for part in parts)
+def is_finite(weight: torch.Tensor) -> bool:
+    """Whether a tensor (a quantised one in its parts) has neither NaN nor infinity. One pass that allocates nothing."""
+    for part in plain_parts(weight):
+        if part.is_floating_point() and not part.is_meta and part.numel():
+            values = part.detach() if part.dtype.itemsize > 1 else part.detach().float()
+            if not all(bool(torch.isfinite(end)) for end in torch.aminmax(values)):  # NaN anywhere comes out as NaN
+                return False
+    return True
 
 
 def _some(names: list[str]) -> str:

@@ -86,7 +86,7 @@ class NemotronHPreTrainedModel(PreTrainedModel):
 
         Raises:
             ValueError: for files that are cut short or changed after their manifest, weights that do not fit the config,
-                NaN, pickled weights, or a budget that does not fit the parent.
+                NaN or infinity, pickled weights, or a budget that does not fit the parent.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False: allowed is safetensors alone, pickled weights can run code")
@@ -118,7 +118,7 @@ class NemotronHPreTrainedModel(PreTrainedModel):
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         files = [file for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
-        check_files(files)
+        check_files(files, load_config.hf_quantizer is not None)
         wanted = loading.get()
         if wanted.manifest is not None:
             check_manifest(wanted.manifest, files)

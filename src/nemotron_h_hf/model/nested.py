@@ -24,8 +24,9 @@ from transformers.utils import logging
 from .budgets import Budget, budget_config
 from .configuration_nemotron_h import NemotronHConfig
 from .cost import checkpoint_tensors
-from .loading import DTYPES, read_header
+from .loading import DTYPES
 from .needs import Request, find_budget
+from .reading import read_header
 from .slicing import Cut, cuts, prefix, runs
 
 logger = logging.get_logger(__name__)

@@ -1,0 +1,160 @@
+"""Damage that can be seen is an error that names the file, wherever the file is read."""
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from nemotron_h_hf.conversion.convert import convert
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from tiny import tiny_model
+from transformers import AutoModelForCausalLM
+
+from nemotron_h_hf.checkpoint import Checkpoint
+from nemotron_h_hf.headers import read_contents
+from nemotron_h_hf.model.nested import find_tensors
+from nemotron_h_hf.model.reading import read_header
+
+NORM = "backbone.layers.0.norm.weight"
+NORM_2 = "backbone.layers.1.norm.weight"
+D = "backbone.layers.0.mixer.D"
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("saved")
+    tiny_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def folder(saved, tmp_path) -> Path:
+    return Path(shutil.copytree(saved, tmp_path / "model"))
+
+
+def split(path: Path) -> tuple[dict, bytes]:
+    """Header and data of a safetensors file, taken apart here by hand."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def write(path: Path, header: dict | str, data: bytes) -> None:
+    text = (header if isinstance(header, str) else json.dumps(header)).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def overlap(header: dict) -> None:
+    header[NORM]["data_offsets"] = list(header[NORM_2]["data_offsets"])
+
+
+def swap(header: dict) -> None:
+    header[NORM]["shape"], header[D]["shape"] = header[D]["shape"], header[NORM]["shape"]
+    header[NORM]["data_offsets"], header[D]["data_offsets"] = header[D]["data_offsets"], header[NORM]["data_offsets"]
+
+
+def negative_shape(header: dict) -> None:
+    header["lm_head.weight"]["shape"] = [-size for size in header["lm_head.weight"]["shape"]]
+
+
+def negative_offset(header: dict) -> None:
+    begin, end = header[NORM]["data_offsets"]
+    header[NORM]["data_offsets"] = [begin - 2**63, end - 2**63]
+
+
+def too_short(header: dict) -> None:
+    header[NORM]["data_offsets"][1] -= 4
+
+
+def other_shape(header: dict) -> None:
+    header[NORM]["shape"] = [header[NORM]["shape"][0] - 1]
+
+
+def other_width(header: dict) -> None:
+    header[NORM]["dtype"] = "BF16"
+
+
+def unknown_dtype(header: dict) -> None:
+    header[NORM]["dtype"] = "F33"
+
+
+def fraction(header: dict) -> None:
+    header[NORM]["shape"] = [float(size) for size in header[NORM]["shape"]]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [overlap, negative_shape, negative_offset, too_short, other_shape, other_width, unknown_dtype, fraction],
+    ids=lambda damage: damage.__name__,
+)
+def test_headers_that_contradict_themselves(folder, damage):
+    """safetensors refuses each of them, and so do all our readers, naming the file."""
+    path = folder / "model.safetensors"
+    header, data = split(path)
+    damage(header)
+    write(path, header, data)
+    with pytest.raises(SafetensorError):
+        load_file(path)
+    for reader in (read_header, Checkpoint, lambda file: find_tensors([file])):
+        with pytest.raises(ValueError, match=r"model\.safetensors"):
+            reader(path)
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert "model.safetensors" in read_contents(folder).damaged_files
+
+
+def test_a_swap_of_two_tensors_is_seen_by_their_shapes(folder):
+    header, data = split(folder / "model.safetensors")
+    swap(header)
+    write(folder / "model.safetensors", header, data)
+    with pytest.raises(ValueError, match="shape"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_name_that_is_there_twice(folder):
+    path = folder / "model.safetensors"
+    header, data = split(path)
+    text = json.dumps(header)
+    write(path, text[:-1] + f', "{NORM}": {json.dumps(header[NORM_2])}' + "}", data)
+    with pytest.raises(ValueError, match=f"model.safetensors.*{NORM} is there twice"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("text", ['{"a":' + "[" * 10**5 + "]" * 10**5 + "}", '{"a": ' + "9" * 5000 + "}"])
+def test_headers_beyond_reading(folder, text):
+    write(folder / "model.safetensors", text, b"")
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a safetensors file"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("code", ["I32", "U32"])
+def test_integers_are_no_weights(folder, tmp_path, code):
+    header, data = split(folder / "model.safetensors")
+    header[D]["dtype"] = code
+    write(folder / "model.safetensors", header, data)
+    with pytest.raises(ValueError, match=rf"model\.safetensors has {D} in {code}"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match=rf"{D}"):
+        convert(folder, tmp_path / "megatron")
+    assert not list(tmp_path.glob("megatron/*"))
+
+
+def test_one_of_many_halves_is_of_the_other_kind(folder):
+    tiny_model().to(torch.bfloat16).save_pretrained(folder)
+    header, data = split(folder / "model.safetensors")
+    header[NORM]["dtype"] = "F16"
+    write(folder / "model.safetensors", header, data)
+    with pytest.raises(ValueError, match=rf"{NORM} in F16 and .* in BF16"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_tensor_in_two_shards(folder):
+    tiny_model().save_pretrained(folder, max_shard_size="60KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    shutil.copy(shards[0], shards[1])
+    with pytest.raises(ValueError, match=rf"{shards[0].name}.* and in .*{shards[1].name}"):
+        AutoModelForCausalLM.from_pretrained(folder)
