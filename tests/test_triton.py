@@ -189,20 +189,27 @@ def test_scan(case):
 
 @needs_triton
 @pytest.mark.kernels
+@pytest.mark.parametrize("starts", [[], [(0, 1), (0, 40), (0, 100), (0, 128)]], ids=["one document", "documents"])
 @torch.no_grad()
-def test_scan_at_every_length():
-    """1 to 200 on a GPU, in the interpreter some around each edge; forward. Gradients are in SCANS."""
+def test_scan_at_every_length(starts):
+    """1 to 200 on a GPU, in the interpreter some around each edge; forward, where a program has a part of a chunk.
+
+    Gradients are in SCANS.
+    """
     values = operands(200, heads=1)
     inputs = {name: values[name].to(DEVICE) for name in ("x", "dt", "A", "B", "C", "D", "state")}
     args = [values[name].double() for name in ("x", "dt", "A", "B", "C", "D")]
-    expected, _ = ssd.scan(*args, 16, values["state"].double())
+    seq_idx = documents(1, 200, starts)
+    expected, _ = ssd.scan(*args, 16, values["state"].double(), seq_idx)
     lengths = range(1, 201) if DEVICE == "cuda" else [2, 3, 7, 15, 16, 17, 31, 32, 33, 50, 64, 97, 128, 129, 200]
     for length in lengths:
         part = {name: t[:, :length] if name in ("x", "dt", "B", "C") else t for name, t in inputs.items()}
-        y, last = kernels.scan(*list(part.values())[:6], 32, part["state"], None, "triton")
+        rows = None if seq_idx is None else seq_idx[:, :length]
+        on_device = None if rows is None else rows.to(DEVICE)
+        y, last = kernels.scan(*list(part.values())[:6], 128, part["state"], on_device, "triton")
         assert error(y, expected[:, :length]) <= 1e-5, length
         short = [t[:, :length] if t.dim() > 1 else t for t in args]
-        assert error(last, ssd.scan(*short, 16, values["state"].double())[1]) <= 1e-5, length
+        assert error(last, ssd.scan(*short, 16, values["state"].double(), rows)[1]) <= 1e-5, length
 
 
 @needs_triton

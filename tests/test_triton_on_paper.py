@@ -15,7 +15,7 @@ import pytest
 TESTS = Path(__file__).parent
 SHARED_BYTES = 227 * 1024  # of a Hopper multiprocessor, for one block
 SPILLED_BYTES = 64  # of a thread's registers; a chunk of twice the tokens spills 700 to 900 in the backward pass
-MATRIX_KERNELS = {"add_states", "outputs", "input_gradients", "projection_gradients"}
+MATRIX_KERNELS = {"prepare", "pass_states", "outputs", "input_gradients", "projection_gradients"}
 pytestmark = [
     pytest.mark.kernels,
     pytest.mark.skipif(
