@@ -232,6 +232,15 @@ def test_report(sources):
     assert report["wiki"]["epoch"] > 10 and report["code"]["tokens_by_phase"][2:] == [0, 0]
 
 
+def test_read_ahead_is_more_of_the_last_phase(sources):
+    """What comes within the run is the same; beyond it the last phase's weights hold."""
+    phases = [Phase({"web": 1.0}, until=300), Phase({"code": 1.0})]
+    plain, longer = (Blend(sources, phases, words, 600, read_ahead=more) for more in (0, 500))
+    within, all_of_it = list(plain), list(longer)
+    assert all_of_it[: len(within)] == within
+    assert 1100 <= longer.tokens < 1200 and {name for name, _ in all_of_it[len(within) :]} == {"code"}
+
+
 def test_documents_that_cannot_be_used_are_counted(caplog):
     texts = ["1 2 3", "not numbers", "4 " * 50, "5"]
     source = Source("web", dataset=datasets.Dataset.from_dict({"text": texts}), shuffle_window=0)

@@ -1,5 +1,6 @@
 """`nemotron-h blend`: the plan from the weights alone, and what reading really gives."""
 
+import gzip
 import json
 import re
 from pathlib import Path
@@ -7,8 +8,10 @@ from pathlib import Path
 import pytest
 import yaml
 from test_chat import CHATML
+from transformers import AutoTokenizer
 
 import nemotron_h_cli as cli
+from nemotron_h_hf import EMBEDDED_MODEL
 from nemotron_h_hf.scripts import blend, distill, elastic_train, pretrain, sft
 
 ROOT = Path(__file__).parent.parent
@@ -65,8 +68,26 @@ def test_reading_counts_what_is_there(config, capsys):
     assert "(plan 75.0%)" in web[2] and web[3] == "-"
     assert abs(float(web[2].split("%")[0]) - 75) < 7
     assert code[3].startswith("1,6") and "100.0% (plan 100.0%)" in code[3]
+    assert "all 5, " in code[-2] and " times" in code[-2]
     assert int(code[-1]) > 1, "five small files do not last for half of it"
     assert "web: " in text and "x malformed JSON" in text
+
+
+def test_how_many_documents_of_a_source_the_run_will_see(tmp_path, capsys):
+    """Of 1,000 documents that have 4 words each a run over a tenth of their tokens sees a tenth; a stream's are not counted."""
+    lines = "".join(json.dumps({"text": "one two three four"}) + "\n" for _ in range(1000))
+    (tmp_path / "a.jsonl").write_text(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    sources = f"{{plain: {{path: {tmp_path}/a.jsonl}}, packed: {{path: {tmp_path}/b.jsonl.gz}}}}"
+    (tmp_path / "run.yaml").write_text(f"sources: {sources}\ntotal_tokens: 100K\n")
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    each = len(tokenizer("one two three four")["input_ids"]) + 2
+    for tokens, said in ((200 * each, "about 100 of 1,000 (10.0%)"), (5000 * each, "all 1,000, 2.5 times")):
+        words = ["--config", str(tmp_path / "run.yaml"), "--total_tokens", str(tokens), "--read", str(20 * each)]
+        assert cli.main(["blend", *words]) == 0
+        text = capsys.readouterr().out.split("read: ")[1]
+        assert cells(text, "plain")[-2] == said
+        assert cells(text, "packed")[-2] == f"about {tokens // 2 // each:,}, of how many is not known"
 
 
 def test_reading_records_for_fine_tuning(tmp_path, capsys):

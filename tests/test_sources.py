@@ -66,8 +66,100 @@ def test_shuffling_is_the_same_in_every_process():
     assert shuffled(8, 0, "web", 3) == [6, 0, 3, 2, 4, 5, 7, 1]
 
 
-@settings(max_examples=40, deadline=None)
-@given(window=st.integers(0, 40), done=st.integers(0, 75))
+def test_local_files_are_shuffled_over_all_records(tmp_path):
+    """A beginning of the run is a sample of the whole source, however it is sorted."""
+    write_jsonl(tmp_path / "a.jsonl", [f"{i:04d}" for i in range(3000)])
+    (tmp_path / "b.txt").write_text("3000")
+    (tmp_path / "c.lines").write_text("\n\n".join(f"{i:04d}" for i in range(3001, 4001)))
+    pa.parquet.write_table(pa.table({"text": [f"{i:04d}" for i in range(4001, 6000)]}), tmp_path / "d.parquet")
+    parts = [SourceStream(Source("s", f"{tmp_path}/{name}*", format=form))
+             for name, form in (("a", None), ("b", None), ("c", "lines"), ("d", None))]  # fmt: skip
+    assert [part.num_records for part in parts] == [3000, 1, 1999, 1999]  # blank lines have a number too
+    (tmp_path / "c.lines").unlink()
+    stream = SourceStream(Source("s", str(tmp_path)), seed=7)
+    numbers = [int(text) for text in take(stream, 5000)]
+    assert sorted(numbers) == [*range(3001), *range(4001, 6000)]
+    for part in (numbers[:500], numbers[2000:2500]):  # five standard errors of the mean of 500
+        assert abs(sum(part) / 500 - sum(numbers) / 5000) < 5 * 1830 / 500**0.5
+    assert take(stream, 5000) != numbers
+
+
+def test_a_loaded_dataset_is_shuffled_over_all_rows():
+    dataset = datasets.Dataset.from_dict({"text": [f"{i}" for i in range(4000)]})
+    stream = SourceStream(Source("s", dataset=dataset))
+    numbers = [int(text) for text in take(stream, 4000)]
+    assert sorted(numbers) == list(range(4000)) and abs(sum(numbers[:400]) / 400 - 2000) < 5 * 1155 / 20
+
+
+@pytest.mark.parametrize("window", [1, 5, 64, 999, 1000, 2000])
+def test_a_window_moves(tmp_path, window):
+    """No record comes more than the window early or late, and what lies on both sides of a multiple of the window mixes."""
+    write_jsonl(tmp_path / "a.jsonl", map(str, range(1000)))
+    numbers = [int(text) for text in take(SourceStream(Source("s", str(tmp_path), shuffle_window=window)), 1000)]
+    assert sorted(numbers) == list(range(1000))
+    assert max(abs(place - number) for place, number in enumerate(numbers)) < window
+    if window == 64:
+        blocks = [set(numbers[start : start + window]) for start in range(0, 1000, window)]
+        apart = sum(block == set(range(n * window, min(1000, (n + 1) * window))) for n, block in enumerate(blocks))
+        assert apart < len(blocks) / 10
+
+
+def test_gzip_files_have_a_moving_window(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "STREAM_WINDOW", 50)
+    lines = "".join(json.dumps({"text": str(i)}) + "\n" for i in range(300))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    make = lambda: SourceStream(Source("s", str(tmp_path)), seed=2)  # noqa: E731
+    whole = take(make(), 700)
+    assert whole[:300] != whole[300:600] and make().num_records is None
+    assert max(abs(place - int(text)) for place, text in enumerate(whole[:300])) < 50
+    for done in (0, 1, 49, 50, 51, 299, 300, 301, 455):
+        before, after = make(), make()
+        take(before, done)
+        after.load_state_dict(json.loads(json.dumps(before.state_dict())))
+        assert take(after, 700 - done) == whole[done:], done
+
+
+SORTED = {
+    # name: (records, what is told)
+    "text": ([{"text": f"{i:04d}"} for i in range(200)], "sorted by their field 'text'"),
+    "name": ([{"name": f"{i:04d}", "text": f"{i * 37 % 101}"} for i in range(200)], "sorted by their field 'name'"),
+    "date": ([{"date": 200 - i, "text": f"{i * 37 % 101}"} for i in range(200)], "sorted by their field 'date'"),
+    "not": ([{"date": i * 37 % 101, "text": f"{i * 37 % 101}"} for i in range(200)], None),
+    "same": ([{"date": 2000, "text": f"{i * 37 % 101}"} for i in range(200)], None),
+}
+
+
+@pytest.mark.parametrize("name", SORTED)
+def test_a_sorted_source_larger_than_its_window_is_named(tmp_path, caplog, name):
+    records, said = SORTED[name]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    for window in (None, 0, 200, 5000):  # nothing is out of reach
+        take(SourceStream(Source("files", str(tmp_path), shuffle_window=window)), 200)
+    assert "sorted" not in caplog.text
+    take(SourceStream(Source("files", str(tmp_path), shuffle_window=50)), 1)
+    assert said is None and "sorted" not in caplog.text or f"source files: its 200 records are {said}" in caplog.text
+
+
+def test_a_sorted_stream_larger_than_its_window_is_named(caplog):
+    dataset = datasets.Dataset.from_dict({"text": [f"{i:04d}" for i in range(200)]}).to_iterable_dataset()
+    take(SourceStream(Source("small", dataset=dataset, shuffle_window=200)), 200)
+    assert "sorted" not in caplog.text
+    take(SourceStream(Source("hub", dataset=dataset, shuffle_window=50)), 200)
+    assert "source hub: its more than 50 records are sorted by their text" in caplog.text
+
+
+def test_another_window_and_an_order_of_before_are_refused_on_resume(folder):
+    state = SourceStream(Source("s", str(folder), shuffle_window=7)).state_dict()
+    for window in (None, 0, 8):
+        with pytest.raises(ValueError, match=f"source s: shuffle_window is {window}, .*saved with 7 records at a time"):
+            SourceStream(Source("s", str(folder), shuffle_window=window)).load_state_dict(state)
+    del state["order"]
+    with pytest.raises(ValueError, match="saved with blocks, as an earlier version had it"):
+        SourceStream(Source("s", str(folder), shuffle_window=7)).load_state_dict(state)
+
+
+@settings(max_examples=60, deadline=None)
+@given(window=st.none() | st.integers(0, 40), done=st.integers(0, 75))
 def test_resume_goes_on_exactly(tmp_path_factory, window, done):
     folder = tmp_path_factory.mktemp("resume")
     write_jsonl(folder / "a.jsonl", [f"a{i}" for i in range(13)])
@@ -186,7 +278,7 @@ def test_parquet_damaged_in_the_middle_keeps_what_comes_before(tmp_path):
 def test_counts_survive_a_resume_and_are_not_doubled(tmp_path):
     lines = ['{"text": "a"}', "broken", '{"text": "b"}', "broken", '{"text": "c"}', '{"text": "d"}', "broken"]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    for window in (0, 2, 10):
+    for window in (0, 2, 10, None):
         for done in range(1, 12):
             source = Source("s", str(tmp_path), shuffle_window=window)
             whole, before, after = SourceStream(source), SourceStream(source), SourceStream(source)

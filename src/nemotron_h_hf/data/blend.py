@@ -26,7 +26,7 @@ Encoded = Any  # token ids, or a mapping with input_ids and perhaps labels
 
 
 class Blend:
-    """Iterates `(source name, encoded document)` until `total_tokens` were handed out; goes on where it stands.
+    """Iterates `(source name, encoded document)` until `total_tokens` were handed out (and `read_ahead`); goes on where it stands.
 
     Args:
         sources: the sources that weights name.
@@ -37,6 +37,8 @@ class Blend:
         seed: of the order of files and documents.
         on_bad_data: "skip" (with count and warning) or "error".
         max_document_tokens: longer documents are bad data; None for no limit.
+        read_ahead: tokens that may be handed out beyond the run's, as more of the last phase: rows that are dealt out of a
+            window are then drawn from a full one to the end.
     """
 
     def __init__(
@@ -48,11 +50,12 @@ class Blend:
         seed: int = 0,
         on_bad_data: str = "skip",
         max_document_tokens: int | None = None,
+        read_ahead: int = 0,
     ):
         names = [source.name for source in sources]
         if len(set(names)) < len(names):
             raise ValueError(f"sources have the names {', '.join(names)}; each name is allowed once")
-        self.total_tokens = total_tokens
+        self.total_tokens, self.read_ahead = total_tokens, read_ahead
         self.seed = seed
         self.spans: list[Span] = resolve_phases(phases, names, total_tokens)
         self.tokens = 0
@@ -72,7 +75,7 @@ class Blend:
         return next((i for i, span in enumerate(self.spans) if place < span.end), len(self.spans) - 1)
 
     def __iter__(self) -> Iterator[tuple[str, Encoded]]:
-        while self.tokens < self.total_tokens:
+        while self.tokens < self.total_tokens + self.read_ahead:
             phase = self.phase
             name = self._choose(self.spans[phase].weights, self._phase_tokens[phase])
             encoded, length = self._feeds[name].take()
@@ -128,7 +131,8 @@ class Blend:
             feed.load_state_dict(state["sources"][name])
 
     def report(self) -> dict[str, dict[str, Any]]:
-        """By source: `tokens`, `documents`, `epoch` (from 0), `tokens_by_phase`, and `bad` (unusable records by kind)."""
+        """By source: `tokens`, `documents`, `epoch` (from 0), `tokens_by_phase`, `bad` (unusable records by kind), and
+        `num_records` of the whole source, None where that is not known before it is read."""
         by_phase = {name: [tokens.get(name, 0) for tokens in self._phase_tokens] for name in self._feeds}
         return {
             name: {"tokens": sum(by_phase[name]), "tokens_by_phase": by_phase[name], **feed.report()}
@@ -187,7 +191,9 @@ class _Feed:
 
     def report(self) -> dict[str, Any]:
         bad = dict(self.stream.bad.counts + self.bad.counts)
-        return {"documents": self.documents, "epoch": self.stream.epoch, "bad": bad}
+        return {
+            "documents": self.documents, "epoch": self.stream.epoch, "bad": bad, "num_records": self.stream.num_records,
+        }  # fmt: skip
 
     def _here(self) -> dict[str, Any]:
         return {"stream": self.stream.state_dict(), "documents": self.documents, "bad": dict(self.bad.counts)}

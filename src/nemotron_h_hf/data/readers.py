@@ -47,12 +47,17 @@ def find_files(name: str, path: str | list[str] | tuple[str, ...]) -> list[str]:
 
 
 def reader_of(path: str, format: str | None) -> Callable[..., Read]:
-    """The reader for a file: of the format given, or by its suffix; whole texts if that says nothing."""
+    """The reader for a file."""
+    readers = {"text": read_text, "lines": read_lines, "jsonl": read_jsonl, "parquet": read_parquet}
+    return readers[format_of(path, format)]
+
+
+def format_of(path: str, format: str | None) -> str:
+    """The format given, or that of the file's suffix; whole texts if that says nothing."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes[-1:] == [".gz"]:
         suffixes.pop()
-    format = format or FORMAT_OF_SUFFIX.get(suffixes[-1] if suffixes else "", "text")
-    return {"text": read_text, "lines": read_lines, "jsonl": read_jsonl, "parquet": read_parquet}[format]
+    return format or FORMAT_OF_SUFFIX.get(suffixes[-1] if suffixes else "", "text")
 
 
 def read_text(path: str, column: str | None, bad: BadData, start: Position = None) -> Read:
@@ -73,30 +78,38 @@ def read_text(path: str, column: str | None, bad: BadData, start: Position = Non
 
 def read_lines(path: str, column: str | None, bad: BadData, start: Position = None) -> Read:
     """Every line that is not blank as a document."""
-    for number, line, position in _lines(path, bad, start):
-        text = _decoded(line, path, number, bad)
-        if text is not None:
-            yield Record(text.rstrip("\r\n"), f"{path}:{number}"), position
+    return _read_records(path, "lines", column, bad, start)
 
 
 def read_jsonl(path: str, column: str | None, bad: BadData, start: Position = None) -> Read:
     """A JSON object per line; the value under `column`, or with None the whole object."""
+    return _read_records(path, "jsonl", column, bad, start)
+
+
+def _read_records(path: str, format: str, column: str | None, bad: BadData, start: Position) -> Read:
     for number, line, position in _lines(path, bad, start):
-        origin = f"{path}:{number}"
-        text = _decoded(line, path, number, bad)
-        if text is None:
-            continue
-        try:
-            row = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
-            bad.report(origin, "malformed JSON", str(error))
-            continue
-        if not isinstance(row, dict):
-            bad.report(origin, "not a JSON object", type(row).__name__)
-        elif column is not None and column not in row:
-            bad.report(origin, f"no column {column!r}", f"it has {', '.join(row) or 'none'}")
-        else:
-            yield Record(row if column is None else row[column], origin), position
+        record = as_record(line, path, number, format, column, bad)
+        if record is not None:
+            yield record, position
+
+
+def as_record(line: bytes, path: str, number: int, format: str, column: str | None, bad: BadData) -> Record | None:
+    """The record in a line that is not blank; None, and a report, if there is none."""
+    origin = f"{path}:{number}"
+    text = _decoded(line, path, number, bad)
+    if text is None:
+        return None
+    if format == "lines":
+        return Record(text.rstrip("\r\n"), origin)
+    try:
+        row = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        return bad.report(origin, "malformed JSON", str(error))
+    if not isinstance(row, dict):
+        return bad.report(origin, "not a JSON object", type(row).__name__)
+    if column is not None and column not in row:
+        return bad.report(origin, f"no column {column!r}", f"it has {', '.join(row) or 'none'}")
+    return Record(row if column is None else row[column], origin)
 
 
 def read_parquet(path: str, column: str | None, bad: BadData, start: Position = None) -> Read:

@@ -15,8 +15,8 @@ FILE is a configuration of `nemotron-h pretrain` (with --records: of sft, distil
       - {until: 60%, weights: {web: 0.6, code: 0.4}}
       - {weights: {web: 0.3, code: 0.7}}
 
-Reading shrinks all phases in proportion, so that every source is met: wrong columns, damaged files and sources that are
-smaller than their share show before the run does.
+Reading shrinks all phases in proportion, so that every source is met: wrong columns, damaged files, sources that are
+smaller than their share, and those of which the run will see a few documents only, show before the run does.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.read is not None:
         blend = read(sources, spans, parse_tokens(arguments.read, "read", total), total, config)
         print(f"\nread: {blend.tokens:,} tokens, phases in proportion\n")
-        print(reading_table(blend))
+        print(reading_table(blend, spans))
     return 0
 
 
@@ -162,24 +162,35 @@ def plan_table(sources: Sequence[Source], spans: Sequence[Span]) -> str:
     return table(rows)
 
 
-def reading_table(blend: Blend) -> str:
-    """What each source gave, phase by phase, and what had to be left out."""
+def reading_table(blend: Blend, spans: Sequence[Span]) -> str:
+    """What each source gave, phase by phase, what the run of `spans` will see of it, and what had to be left out."""
     report = blend.report()
     sums = [sum(entry["tokens_by_phase"][n] for entry in report.values()) for n in range(len(blend.spans))]
     heads = [f"phase {n}" for n in range(1, len(sums) + 1)]
-    rows = [["", *heads, "documents", "tokens each", "epochs begun"]]
+    rows = [["", *heads, "documents", "tokens each", "the run sees documents", "epochs begun"]]
     for name, entry in report.items():
         shares = [
             f"{_amount(tokens, whole)} (plan {span.weights[name]:.1%})" if name in span.weights else "-"
             for tokens, whole, span in zip(entry["tokens_by_phase"], sums, blend.spans)
         ]
-        each = f"{entry['tokens'] / max(entry['documents'], 1):,.0f}"
-        rows.append([name, *shares, f"{entry['documents']:,}", each, str(entry["epoch"] + 1)])
+        each = entry["tokens"] / max(entry["documents"], 1)
+        planned = sum((span.end - span.start) * span.weights.get(name, 0) for span in spans)
+        seen = _seen(planned / each if each else 0, entry["num_records"])
+        rows.append([name, *shares, f"{entry['documents']:,}", f"{each:,.0f}", seen, str(entry["epoch"] + 1)])
     lines = [table(rows)]
     left_out = left_out_lines(blend.left_out())
     if left_out:
         lines += ["", "left out:", *(f"  {line}" for line in left_out)]
     return "\n".join(lines)
+
+
+def _seen(documents: float, num_records: int | None) -> str:
+    """How many documents a run takes, of how many there are."""
+    if num_records is None:
+        return f"about {round(documents):,}, of how many is not known"
+    if documents > num_records:
+        return f"all {num_records:,}, {documents / max(num_records, 1):,.1f} times"
+    return f"about {round(documents):,} of {num_records:,} ({documents / max(num_records, 1):.1%})"
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

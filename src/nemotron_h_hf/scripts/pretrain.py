@@ -22,7 +22,9 @@ run.yaml, with weights that change on the way (a phase without `until` or `last`
 Texts are tokenised as they are read, by every process, in the order of the blend. Where that is what a run waits for, do it
 before: a column of token ids, each document with its end tokens, is taken as it is (column: input_ids).
 
-Rows follow one another through a long document. With few rows per step that makes batches of one document: --shuffle_rows.
+Rows follow one another through a long document. With few rows per step that makes batches of one document: --shuffle_rows N makes
+N rows at once and deals them out in random order; with as many as the data has, a run shorter than an epoch sees pieces of all
+documents instead of some as a whole.
 
 The same command again goes on from the last whole checkpoint, with the very next row. In OUTPUT_DIR: checkpoint-N/ while
 it runs, metrics.jsonl (see `nemotron-h plot`), and at the end model/, which from_pretrained loads and --push_to_hub with
@@ -124,11 +126,21 @@ def make_rows(
         total_tokens=training.max_steps * training.tokens_per_step,
         seed=training.seed_of_data,
         on_bad_data=data.on_bad_data,
+        read_ahead=data.shuffle_rows * training.sequence_length,
     )
+    check_windows(blend, data.shuffle_rows, training.sequence_length)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return PackedRows(
         blend, training.sequence_length, pad_token_id=pad, shuffle_rows=data.shuffle_rows, seed=training.seed_of_data
     )
+
+
+def check_windows(blend: Blend, shuffle_rows: int, sequence_length: int) -> None:
+    """Refuse a window of rows that is longer than a phase: it would mix what the phases keep apart."""
+    shortest = min(span.end - span.start for span in blend.spans)
+    fits = len(blend.spans) == 1 or shuffle_rows * sequence_length <= shortest
+    allowed = f"with phases at most {shortest // sequence_length} rows, as many as the shortest phase has"
+    require(fits, "shuffle_rows", shuffle_rows, allowed)
 
 
 def describe(model: torch.nn.Module, training: NemotronHTrainingArguments) -> str:

@@ -53,7 +53,8 @@ class PretrainDataArguments:
     shuffle_rows: int = _flag(
         0,
         "rows that are made at once and dealt out in random order, so that a long document does not fill whole batches; "
-        "phases change up to so many rows late or early. 0: in the order of the documents",
+        "phases change up to so many rows late or early. As many as the data has: rows out of all documents, however short the "
+        "run is. 0: in the order of the documents",
     )
     on_bad_data: str = _flag("skip", "skip, with a count and a warning, or stop", choices=("skip", "error"))
 
