@@ -2,14 +2,15 @@
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import COMMON, EXPERTS, SHAPES, tiny_config
+from tiny import COMMON, EXPERTS, SHAPES, tiny_config, tiny_model
 from transformers import AutoConfig
 from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig as NativeConfig
 
-from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
+from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.model.configuration_nemotron_h import MOE_FIELDS, preset_names
 
 DENSE = {**COMMON, "hybrid_override_pattern": "M-M*-"}
@@ -49,6 +50,8 @@ def test_patterns_where_mamba_and_mlp_do_not_alternate():
     [
         ("attention_head_dim", "head_dim", 24),
         ("rms_norm_eps", "layer_norm_epsilon", 1e-6),
+        ("norm_eps", "layer_norm_epsilon", 1e-6),
+        ("mamba_proj_bias", "use_bias", True),
         ("mamba_n_groups", "n_groups", 4),
         ("mamba_d_conv", "conv_kernel", 3),
         ("mamba_expand", "expand", 3),
@@ -66,9 +69,52 @@ def test_synonyms(old, field, value):
     assert getattr(config, field) == value
     again = NemotronHConfig(**config.to_dict())
     assert getattr(again, field) == value
-    other = {"head_dim": 40, "chunk_size": 16, "n_groups": 1}.get(field)
-    if other:
-        assert getattr(NemotronHConfig(**without, **{old: value, field: other}), field) == other
+    default = getattr(NemotronHConfig(), field)
+    assert getattr(NemotronHConfig(**without, **{old: value, field: default}), field) == default != value
+    config = NemotronHConfig(**without, **{old: value})
+    setattr(config, old, default)
+    assert getattr(config, field) == getattr(config, old) == default
+
+
+# file, what `from_pretrained` is given, field, value
+OVERRIDES = [
+    ({"rms_norm_eps": 1e-6}, {"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon", 1e-5),
+    ({"layer_norm_epsilon": 1e-6}, {"rms_norm_eps": 1e-5}, "layer_norm_epsilon", 1e-5),
+    ({"layer_norm_epsilon": 1e-6, "rms_norm_eps": 1e-6}, {"norm_eps": 1e-5}, "layer_norm_epsilon", 1e-5),
+    ({"mamba_chunk_size": 32}, {"chunk_size": 128}, "chunk_size", 128),
+    ({"chunk_size": 32}, {"mamba_chunk_size": 128}, "chunk_size", 128),
+    ({"attention_head_dim": 64}, {"head_dim": 128}, "head_dim", 128),
+    ({"num_experts": 4}, {"n_routed_experts": 8}, "n_routed_experts", 8),
+    ({"time_step_limit": [0.0, 0.5]}, {"time_step_limit": None}, "time_step_limit", (0.0, math.inf)),
+    ({"time_step_limit": [0.0, 0.5]}, {"mamba_dt_limit": [0.1, "inf"]}, "time_step_limit", (0.1, math.inf)),
+    ({"use_mamba_kernels": False}, {"mamba_implementation": "auto"}, "mamba_implementation", "auto"),
+    ({}, {"use_mamba_kernels": False}, "mamba_implementation", "torch"),
+    ({"num_hidden_layers": 3}, {"layer_types": ["mamba", "mlp"]}, "hybrid_override_pattern", "M-"),
+    ({"num_hidden_layers": 3}, {"hybrid_override_pattern": "M*"}, "num_hidden_layers", 2),
+    ({"intermediate_size": 8}, {"intermediate_size": [24]}, "mlp_widths", (24,)),
+    ({}, {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*-"}, "mtp_hybrid_override_pattern", "*-"),
+]
+
+
+@pytest.mark.parametrize(("stored", "given", "field", "value"), OVERRIDES)
+@pytest.mark.parametrize("config_class", [NemotronHConfig, AutoConfig])
+def test_an_override_wins_in_any_spelling(config_class, stored, given, field, value, tmp_path):
+    fields = {"model_type": "nemotron_h", "hybrid_override_pattern": "M-*", **stored}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    config, unused = config_class.from_pretrained(tmp_path, **given, output_loading_info=True, return_unused_kwargs=True)
+    assert getattr(config, field) == value and unused == {"output_loading_info": True}
+
+
+def test_an_override_of_a_model_is_checked_and_used(tmp_path):
+    tiny_model("dense").save_pretrained(tmp_path)
+    loaded = NemotronHForCausalLM.from_pretrained(tmp_path, rms_norm_eps=1e-3)
+    assert loaded.model.norm_f.variance_epsilon == loaded.model.layers[0].mixer.norm.variance_epsilon == 1e-3
+    with pytest.raises(ValueError, match="layer_norm_epsilon=-1"):
+        NemotronHForCausalLM.from_pretrained(tmp_path, rms_norm_eps=-1)
+
+
+def test_null_in_a_field_does_not_hide_another_spelling():
+    assert NemotronHConfig(head_dim=None, attention_head_dim=64).head_dim == 64
 
 
 @pytest.mark.parametrize(
@@ -276,12 +322,49 @@ def test_what_is_written(tmp_path):
     written = json.loads(text)
     assert written["model_type"] == "nemotron_h"
     assert written["hybrid_override_pattern"] == "M-M*-M-" and written["num_hidden_layers"] == 7
-    assert written["time_step_limit"] == [0.0, math.inf] and "Infinity" in text and "__float__" not in text
+    assert "time_step_limit" not in written and "Infinity" not in text and "__float__" not in text
     assert not set(MOE_FIELDS) & set(written) and "num_experts_per_tok" in MOE_FIELDS
     assert not {"num_nextn_predict_layers", "layers_block_type", "layer_types", "num_local_experts"} & set(written)
     tiny_config("moe").save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert written["n_routed_experts"] == 8 and written["num_experts_per_tok"] == 3
+
+
+# Fields of the released dense files that a reader has no default for: mlx-lm 0.32 (its dataclass), llama.cpp, TensorRT-LLM.
+REQUIRED = (
+    "architectures", "attention_bias", "chunk_size", "conv_kernel", "head_dim", "hidden_size", "hybrid_override_pattern",
+    "intermediate_size", "layer_norm_epsilon", "mamba_head_dim", "mamba_num_heads", "mamba_proj_bias", "mlp_bias",
+    "mlp_hidden_act", "model_type", "n_groups", "num_attention_heads", "num_hidden_layers", "num_key_value_heads",
+    "rms_norm_eps", "ssm_state_size", "use_bias", "use_conv_bias", "vocab_size", "max_position_embeddings", "dtype",
+)  # fmt: skip
+
+
+def test_every_field_that_a_reader_requires_is_written(tmp_path):
+    tiny_model("dense", use_bias=True, layer_norm_epsilon=1e-4).save_pretrained(tmp_path / "saved")
+    written = json.loads((tmp_path / "saved/config.json").read_text())
+    assert not set(REQUIRED) - set(written)
+    assert written["mamba_proj_bias"] is written["use_bias"] is True
+    assert written["rms_norm_eps"] == written["layer_norm_epsilon"] == 1e-4
+    assert not set(REQUIRED) - set(json.loads((Path(EMBEDDED_MODEL) / "config.json").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("limit", "written"),
+    [((0.0, math.inf), None), ((0.0, 0.25), [0.0, 0.25]), ((0.001, math.inf), [0.001, torch.finfo(torch.float32).max])],
+)
+def test_what_is_written_is_json(limit, written, tmp_path):
+    """RFC 8259 has no Infinity; a step never reaches the largest fp32 number, so that stands for it."""
+
+    def refuse(word):
+        raise AssertionError(f"{word} is not JSON")
+
+    config = tiny_config("dense", time_step_limit=limit, remark=[math.inf, {"nan": math.nan}])
+    config.save_pretrained(tmp_path)
+    for text in ((tmp_path / "config.json").read_text(), config.to_json_string(use_diff=False)):
+        assert json.loads(text, parse_constant=refuse).get("time_step_limit") == written
+    back = NemotronHConfig.from_pretrained(tmp_path)
+    assert back.time_step_limit == limit and back.remark[0] == math.inf and math.isnan(back.remark[1]["nan"])
+    assert list(NativeConfig.from_pretrained(tmp_path).time_step_limit) == (written or [0.0, math.inf])
 
 
 @pytest.mark.parametrize("shape", ["dense", "moe", "latent", "attention_free"])

@@ -25,10 +25,12 @@ TYPE_TO_LETTER = {name: letter for letter, name in LETTER_TO_TYPE.items()}
 LAYER_NAMES = {"linear_attention": "Mamba", "full_attention": "attention", "mlp": "MLP", "moe": "MoE"}  # for people
 LEGACY_TYPES = {"mamba": "linear_attention", "attention": "full_attention"}
 
-# Older spellings of a field -> the field. The value in the older spelling is used only where the field itself is absent.
+# Other spellings of a field -> the field. A value in another spelling is used only where the field itself is not given.
 SYNONYMS = {
     "attention_head_dim": "head_dim",
     "rms_norm_eps": "layer_norm_epsilon",
+    "norm_eps": "layer_norm_epsilon",
+    "mamba_proj_bias": "use_bias",
     "mamba_n_groups": "n_groups",
     "mamba_d_conv": "conv_kernel",
     "mamba_d_state": "ssm_state_size",
@@ -43,6 +45,13 @@ SYNONYMS = {
     "num_experts": "n_routed_experts",
 }
 
+# Spellings of which an override replaces all: a new pattern does not go with the old number of layers.
+LAYER_SPELLINGS = ("layers_block_type", "layer_types", "hybrid_override_pattern", "num_hidden_layers")
+MTP_SPELLINGS = ("mtp_layers_block_type", "mtp_layer_types", "mtp_hybrid_override_pattern")
+
+# Written as well as the field, because readers require them: llama.cpp before September 2026 and TensorRT-LLM; mlx-lm.
+WRITTEN_TWICE = ("rms_norm_eps", "mamba_proj_bias")
+
 # Written only when the model has experts: llama.cpp takes a dense model for a mixture of experts if it sees them.
 MOE_FIELDS = (
     "n_routed_experts", "num_experts_per_tok", "n_shared_experts", "moe_intermediate_size",
@@ -50,6 +59,9 @@ MOE_FIELDS = (
     "n_group", "topk_group", "norm_topk_prob", "output_router_logits", "router_aux_loss_coef",
 )  # fmt: skip
 MTP_FIELDS = ("num_nextn_predict_layers", "mtp_hybrid_override_pattern")
+
+NO_LIMIT = (0.0, math.inf)  # of the step size; left out of files, since JSON has no infinity
+LARGEST = 3.4028234663852886e38  # of fp32: stands for infinity in files whose lower limit is not 0
 
 MAMBA_IMPLEMENTATIONS = ("auto", "torch", "kernels", "triton")
 
@@ -72,11 +84,7 @@ class NemotronHConfig(PreTrainedConfig):
 
     model_type = "nemotron_h"
     keys_to_ignore_at_inference = ["past_key_values"]
-    attribute_map = {
-        "layer_types": "layers_block_type",
-        "num_local_experts": "n_routed_experts",
-        "num_experts": "n_routed_experts",  # where TRL's fused head looks for it
-    }
+    attribute_map = {"layer_types": "layers_block_type", **SYNONYMS}
     # Fields that may be a list -> the kind of layer that has them: one entry for each layer of that kind, in order.
     PER_LAYER_FIELDS = {
         "intermediate_size": "mlp",
@@ -147,7 +155,7 @@ class NemotronHConfig(PreTrainedConfig):
     time_step_min: float = 0.001
     time_step_max: float = 0.1
     time_step_floor: float = 1e-4
-    time_step_limit: list[float] | tuple[float, float] | None = (0.0, float("inf"))
+    time_step_limit: list[float] | tuple[float, float] | None = NO_LIMIT
     mamba_ssm_cache_dtype: str = "float32"
     mamba_implementation: str = "auto"
     # mixture of experts
@@ -176,12 +184,18 @@ class NemotronHConfig(PreTrainedConfig):
     rescale_prenorm_residual: bool = True
     hidden_dropout: float = 0.0
 
+    def __new__(cls, *args: Any, **given: Any) -> "NemotronHConfig":
+        config = super().__new__(cls)
+        if given:  # kept until `__post_init__`: a field that is given wins, even if it is given its default
+            config.__dict__["_given"] = {name for name, value in given.items() if value is not None}
+        return config
+
     def __post_init__(self, **kwargs: Any) -> None:
-        for old, field in SYNONYMS.items():
-            if old in kwargs:
-                value = kwargs.pop(old)
-                if getattr(self, field) == type(self).__dataclass_fields__[field].default:
-                    setattr(self, field, value)
+        given = self.__dict__.pop("_given", set())
+        for name in [name for name in kwargs if name in SYNONYMS]:
+            value, field = kwargs.pop(name), SYNONYMS[name]
+            if field not in given:
+                setattr(self, field, value)
         self.layers_block_type = _read_layers(
             kwargs.pop("layer_types", None) or self.layers_block_type,
             kwargs.pop("hybrid_override_pattern", None),
@@ -196,7 +210,7 @@ class NemotronHConfig(PreTrainedConfig):
             if self.num_nextn_predict_layers  # transformers writes a default pattern into models that have none
             else None
         )
-        if kwargs.pop("use_mamba_kernels", True) is False and self.mamba_implementation == "auto":
+        if kwargs.pop("use_mamba_kernels", True) is False and "mamba_implementation" not in given:
             self.mamba_implementation = "torch"
         if self.num_key_value_heads is None:
             self.require_uniform("num_attention_heads")
@@ -211,11 +225,16 @@ class NemotronHConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "NemotronHConfig":
-        """As transformers'; the configuration of another kind of model is a `ValueError`."""
+        """As transformers'; a field in `kwargs` wins in whichever spelling, over all spellings of it in `config_dict`.
+
+        Raises:
+            ValueError: for the configuration of another kind of model.
+        """
         found = config_dict.get("model_type", cls.model_type)
         if found != cls.model_type:
             raise ValueError(f"model_type={found!r}: allowed is {cls.model_type!r}")
-        return super().from_dict(config_dict, **kwargs)
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in _spellings(cls)}
+        return super().from_dict({**_without(config_dict, overrides), **overrides}, **kwargs)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "NemotronHConfig":
@@ -295,12 +314,12 @@ class NemotronHConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As `PreTrainedConfig.to_dict`, in the one layout that old and new readers accept."""
-        output = super().to_dict()
+        output = with_plain_limit(super().to_dict())
         for name in ("layers_block_type", "mtp_layers_block_type"):
             output.pop(name, None)
         output["hybrid_override_pattern"] = self.hybrid_override_pattern
         output["num_hidden_layers"] = self.num_hidden_layers
-        output["time_step_limit"] = list(self.time_step_limit)
+        output |= {name: getattr(self, name) for name in WRITTEN_TWICE}
         if self.mtp_layers_block_type:
             output["mtp_hybrid_override_pattern"] = self.mtp_hybrid_override_pattern
         output.pop("mamba_implementation", None)  # a choice for this machine, not a property of the model
@@ -309,16 +328,36 @@ class NemotronHConfig(PreTrainedConfig):
         dropped += () if self.num_nextn_predict_layers else MTP_FIELDS
         return {key: value for key, value in output.items() if key not in dropped}
 
-    @classmethod
-    def _encode_special_floats(cls, obj: Any) -> Any:
-        # A plain `Infinity` is what every reader takes; transformers' tagged form breaks mlx-lm and llama.cpp.
-        return obj
+
+def with_plain_limit(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a config.json with a `time_step_limit` that is JSON and that every reader takes: no limit is left out,
+    and where only the upper one is infinite it is the largest fp32 number, which changes nothing."""
+    low, high = _read_time_step_limit(fields.get("time_step_limit"))
+    fields = {name: value for name, value in fields.items() if name != "time_step_limit"}
+    return fields if (low, high) == NO_LIMIT else {**fields, "time_step_limit": [low, min(high, LARGEST)]}
 
 
 def preset_names() -> list[str]:
     """Names that `NemotronHConfig.from_preset` takes, in order of release."""
     return [f"nemotron-h-{name}" if name[0].isdigit() and name.endswith("b") and "-" not in name else f"nemotron-{name}"
             for name in PRESETS]  # fmt: skip
+
+
+def _spellings(config_class: type[NemotronHConfig]) -> set[str]:
+    """Every name under which a field of ours can be given."""
+    fields = set(config_class.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+    return {*fields, *SYNONYMS, *LAYER_SPELLINGS, *MTP_SPELLINGS, "use_mamba_kernels"}
+
+
+def _without(fields: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
+    """`fields` without anything that is a spelling of one of `overrides`."""
+    replaced = {SYNONYMS.get(name, name) for name in overrides}
+    for spellings in (LAYER_SPELLINGS, MTP_SPELLINGS):
+        if any(name in overrides for name in spellings if name != "num_hidden_layers"):
+            replaced.update(spellings)
+    if "use_mamba_kernels" in overrides:
+        replaced.add("mamba_implementation")
+    return {name: value for name, value in fields.items() if SYNONYMS.get(name, name) not in replaced}
 
 
 def _read_layers(
@@ -354,9 +393,9 @@ def _read_layers(
 
 
 def _read_time_step_limit(value: Any) -> tuple[float, float]:
-    """(low, high); null, absent, `Infinity`, "inf" and {"__float__": "Infinity"} are all spellings found in files."""
+    """(low, high); null, absent, `Infinity`, "inf", {"__float__": "Infinity"} and LARGEST are all spellings found in files."""
     if value is None:
-        return (0.0, float("inf"))
+        return NO_LIMIT
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise ValueError(f"time_step_limit={value!r}: allowed is null or a pair [low, high]")
     low, high = (item.get("__float__") if isinstance(item, dict) else item for item in value)
@@ -364,6 +403,7 @@ def _read_time_step_limit(value: Any) -> tuple[float, float]:
         low, high = float(0.0 if low is None else low), float("inf" if high is None else high)
     except (TypeError, ValueError):
         raise ValueError(f"time_step_limit={value!r}: allowed is null or a pair of numbers [low, high]") from None
+    high = math.inf if high >= LARGEST else high
     if not 0.0 <= low < high:
         raise ValueError(f"time_step_limit={value!r}: allowed is 0 <= low < high")
     return (low, high)
