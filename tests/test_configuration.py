@@ -101,7 +101,9 @@ OVERRIDES = [
 def test_an_override_wins_in_any_spelling(config_class, stored, given, field, value, tmp_path):
     fields = {"model_type": "nemotron_h", "hybrid_override_pattern": "M-*", **stored}
     (tmp_path / "config.json").write_text(json.dumps(fields))
-    config, unused = config_class.from_pretrained(tmp_path, **given, output_loading_info=True, return_unused_kwargs=True)
+    config, unused = config_class.from_pretrained(
+        tmp_path, **given, output_loading_info=True, return_unused_kwargs=True
+    )
     assert getattr(config, field) == value and unused == {"output_loading_info": True}
 
 

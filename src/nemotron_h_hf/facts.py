@@ -12,6 +12,7 @@ from .headers import Contents, read_contents
 from .model import cost
 from .model.budgets import EXPERT_FIELDS, SIZE_FIELDS, Budget, budget_config, read_elastic
 from .model.configuration_nemotron_h import NemotronHConfig
+from .model.loading import released_name
 
 LAYER_NAMES = {"M": "Mamba-2", "*": "attention", "-": "MLP", "E": "MoE"}
 
@@ -165,8 +166,7 @@ def _by_template(contents: Contents) -> dict[str, list[tuple[int, ...]]]:
     """Stored shapes under released names; experts' numbers become `{e}`, stacked experts are taken apart."""
     shapes: dict[str, list[tuple[int, ...]]] = {}
     for tensor in contents.tensors.values():
-        name = re.sub(r"^model\.", "backbone.", tensor.name)
-        name = re.sub(r"\.experts\.\d+\.", ".experts.{e}.", name)
+        name = re.sub(r"\.experts\.\d+\.", ".experts.{e}.", released_name(tensor.name))
         stacked = re.sub(r"\.experts\.(up|down)_proj$", r".experts.{e}.\1_proj.weight", name)
         if stacked != name:
             shapes[stacked] = [tensor.shape[1:]] * tensor.shape[0]

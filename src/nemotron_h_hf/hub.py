@@ -13,6 +13,8 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from .facts import LAYER_NAMES, Facts, describe, human_bytes, human_count, load_target
+from .model.configuration_nemotron_h import with_plain_limit
+from .resumable import with_plain_tokenizer_class
 from .whole_files import whole_file
 
 PACKAGE = Path(__file__).parent
@@ -48,7 +50,7 @@ def code_files() -> dict[str, bytes]:
 
 def with_auto_map(config_text: str) -> bytes:
     """`config.json` with our classes in its `auto_map`; other entries of the map are kept."""
-    config = json.loads(config_text)
+    config = with_plain_limit(json.loads(config_text))
     config["auto_map"] = {**config.get("auto_map", {}), **AUTO_MAP}
     return (json.dumps(config, indent=2) + "\n").encode()
 
@@ -58,16 +60,6 @@ def save_tokenizer(tokenizer, folder: str | os.PathLike) -> None:
     tokenizer.save_pretrained(folder)
     path = Path(folder) / "tokenizer_config.json"
     _write_atomically(path, with_plain_tokenizer_class(_read_text(path)))
-
-
-def with_plain_tokenizer_class(tokenizer_config_text: str) -> bytes:
-    """`tokenizer_config.json` with `TokenizersBackend`, which only transformers 5 reads, named as everywhere else."""
-    config = json.loads(tokenizer_config_text)
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for name in ("is_local", "local_files_only"):  # how it was loaded here, written by a save after a load
-        config.pop(name, None)
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def model_card(folder: str | os.PathLike, repo_id: str, with_code: bool = False, license: str | None = None) -> str:

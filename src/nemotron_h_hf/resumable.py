@@ -110,13 +110,29 @@ def check_room(target: Path, num_bytes: int) -> None:
 
 
 def copy_files(names: Sequence[str], source: Path, target: Path) -> list[str]:
-    """Copy the files of these names that `source` has, each whole or not at all; their names."""
+    """Copy the files of these names that `source` has, each whole or not at all; their names.
+
+    A tokenizer_config.json gets the plain class name, see `with_plain_tokenizer_class`.
+    """
     found = [name for name in names if (source / name).is_file()]
     for name in found:
         part = target / f"{name}.part"
-        shutil.copyfile(source / name, part)
+        if name == "tokenizer_config.json":
+            part.write_bytes(with_plain_tokenizer_class((source / name).read_text(encoding="utf-8")))
+        else:
+            shutil.copyfile(source / name, part)
         part.replace(target / name)
     return found
+
+
+def with_plain_tokenizer_class(tokenizer_config_text: str) -> bytes:
+    """`tokenizer_config.json` with `TokenizersBackend`, which only transformers 5 reads, named as everywhere else."""
+    config = json.loads(tokenizer_config_text)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for name in ("is_local", "local_files_only"):  # how it was loaded here, written by a save after a load
+        config.pop(name, None)
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _finished(path: Path, specs: Sequence[TensorSpec], record: dict | None) -> dict[str, Digest] | None:

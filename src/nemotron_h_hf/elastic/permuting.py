@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..checkpoint import Checkpoint, Digest, TensorSpec, save
 from ..model.configuration_nemotron_h import NemotronHConfig
+from ..model.loading import released_name
 from ..model.slicing import Kept, cuts
 
 
@@ -53,7 +54,7 @@ def permute_checkpoint(
         ValueError: naming the tensor, if the files are not those of `config`, or if `output` has weights already.
     """
     stored = Checkpoint(source)
-    names = {re.sub(r"^model\.", "backbone.", name): name for name in stored}
+    names = {released_name(name): name for name in stored}
     planned = list(cuts(config, order))
     for cut in planned:
         if cut.source not in names:

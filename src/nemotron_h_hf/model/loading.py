@@ -3,7 +3,8 @@
 transformers renames `backbone.` to `model.` and merges per-expert matrices for its own classes only; the same rules are
 registered here for ours. Their key is shared with the native class in the process, which they fit as well.
 
-Each tensor keeps the dtype it has in the file: a checkpoint may hold A_log in fp32 beside bf16 projections.
+Tensors keep the dtype they have in the file: a checkpoint may hold A_log in fp32 and projections in bf16. Matrices stored in
+several dtypes are the exception, since a product needs one: see `stored_dtypes`.
 """
 
 import contextvars
@@ -30,6 +31,8 @@ from .reading import read_header, read_index
 logger = logging.get_logger(__name__)
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+COMPUTED_WIDE = r"\.(A_log|D|dt_bias|gate\.weight|e_score_correction_bias|\w*norm(_f)?\.weight)$"
+"""Names of tensors that are made fp32 where they are used, in whichever dtype they are stored."""
 MANIFEST_NAME = "elastic_manifest.json"  # manifest.py
 
 
@@ -49,15 +52,33 @@ class Loading:
 loading: contextvars.ContextVar[Loading] = contextvars.ContextVar("loading", default=Loading())  # noqa: B039 (frozen)
 
 
+class OldName(WeightRenaming):
+    """A name that is read and never written."""
+
+    __slots__ = ()
+
+    def reverse_transform(self) -> WeightRenaming:
+        return WeightRenaming(self._original_target_patterns, self._original_target_patterns)
+
+
 def register_names() -> None:
     """Teach transformers to read and write the released names for these classes."""
+    # transformers 5.3 to 5.15 wrote `embedding` (transformers#48075)
+    singular = [
+        OldName(f"{at}embedding.weight", f"{to}embeddings.weight") for at, to in (("backbone.", "backbone."), ("^", ""))
+    ]
     experts = [
         WeightConverter(f"mixer.experts.*.{name}.weight", f"mixer.experts.{name}", [MergeModulelist(dim=0)])
         for name in ("up_proj", "down_proj")
     ]
     register_checkpoint_conversion_mapping(
-        "nemotron_h", [WeightRenaming("backbone.", "model."), *experts], overwrite=True
+        "nemotron_h", [*singular, WeightRenaming("backbone.", "model."), *experts], overwrite=True
     )
+
+
+def released_name(name: str) -> str:
+    """The released spelling of a tensor's name in a file: `backbone.` for `model.`, `embeddings` for `embedding`."""
+    return re.sub(r"^backbone\.embedding\.", "backbone.embeddings.", re.sub(r"^model\.", "backbone.", name))
 
 
 def module_names(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -72,7 +93,7 @@ def module_names(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
         return state_dict
     renamed: dict[str, Tensor] = {}
     for name, tensor in state_dict.items():
-        name = re.sub(r"^backbone\.", "model.", name)
+        name = re.sub(r"^backbone\.", "model.", released_name(name))
         match = re.fullmatch(r"(.*mixer\.experts)\.(\d+)\.(up_proj|down_proj)\.weight", name)
         if match is None:
             renamed[name] = tensor
@@ -154,25 +175,35 @@ def file_dtypes(files: Iterable[str]) -> dict[str, str]:
 
 
 def stored_dtypes(codes: Mapping[str, str], dtype: torch.dtype) -> dict[str, torch.dtype]:
-    """Regular expressions for names of parameters -> their stored dtype, for those that differ from `dtype`.
+    """Regular expressions for names of parameters -> their dtype when none was asked for, for those that differ from `dtype`.
 
-    Layers that agree share one expression: transformers tries them all on every name.
+    Matrices, and biases added to their products, have the one dtype that the files store them in; if there are several, all
+    take `dtype`, the configuration's, as in transformers' own class. What is computed in fp32 keeps its stored dtype; with a
+    float64 model all is float64, and float64 vectors of another model become fp32. Layers that agree share one expression:
+    transformers tries them all on every name.
     """
+    stored = {name: DTYPES[code] for name, code in codes.items() if code in DTYPES}
+    products = {found for name, found in stored.items() if not re.search(COMPUTED_WIDE, name)}
+    working = products.pop() if len(products) == 1 else dtype
+    if products:
+        names = ", ".join(sorted(str(found).removeprefix("torch.") for found in products))
+        logger.warning(f"The matrices are stored in several dtypes ({names}); all are loaded in {working}.")
     by_place: dict[str, dict[str, torch.dtype]] = {}
-    for name, code in codes.items():
-        if code in DTYPES:
-            name = re.sub(r"experts\.\d+\.(up_proj|down_proj)\.weight$", r"experts.\1", name)
-            name = re.sub(r"^(backbone|model)\.", "", name)
-            place = re.sub(r"^((?:mtp\.)?layers)\.\d+\.", r"\1.N.", name)
-            by_place.setdefault(place, {})[name] = DTYPES[code]
+    for name, found in stored.items():
+        is_wide = re.search(COMPUTED_WIDE, name) and working != torch.float64
+        wanted = (torch.float32 if found == torch.float64 else found) if is_wide else working
+        name = re.sub(r"experts\.\d+\.(up_proj|down_proj)\.weight$", r"experts.\1", name)
+        name = re.sub(r"^backbone\.", "", released_name(name))
+        place = re.sub(r"^((?:mtp\.)?layers)\.\d+\.", r"\1.N.", name)
+        by_place.setdefault(place, {})[name] = wanted
     plan = {}
     for place, names in by_place.items():
         if len(set(names.values())) == 1:
             names = {place: next(iter(names.values()))}
-        for name, stored in names.items():
-            if stored != dtype:
+        for name, wanted in names.items():
+            if wanted != dtype:
                 pattern = re.escape(name).replace(r"layers\.N\.", r"layers\.\d+\.")
-                plan[rf"^(?:model\.)?{pattern}$"] = stored
+                plan[rf"^(?:model\.)?{pattern}$"] = wanted
     return plan
 
 
@@ -216,7 +247,10 @@ def limits_of_other_readers(config: PreTrainedConfig) -> list[str]:
     reasons = {
         "tie_word_embeddings": (config.tie_word_embeddings, "draws a new lm_head"),
         "attention_bias": (config.attention_bias, "leaves the biases of attention out"),
-        "intermediate_size": (isinstance(config.intermediate_size, list), "refuses a list of widths (vLLM takes it)"),
+        "intermediate_size": (
+            isinstance(config.intermediate_size, list),
+            "refuses a list of widths (so does vLLM without our code beside the weights)",
+        ),
     }
     for field in ("mamba_num_heads", "mamba_head_dim", "num_attention_heads"):
         reasons[field] = (isinstance(getattr(config, field), list), "refuses a list of sizes (so does vLLM)")

@@ -88,7 +88,11 @@ class NemotronHExperts(nn.Module):
         self.act_fn = ACT2FN[config.mlp_hidden_act]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """(t, in), (t, k), (t, k) -> (t, in): each expert runs once, on the tokens that chose it."""
+        """(t, in), (t, k), (t, k) -> (t, in)."""
+        return self.one_by_one(hidden_states, top_k_index, top_k_weights)
+
+    def one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """`forward` in its plain form: each expert runs once, on the tokens that chose it."""
         output = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
         slots = top_k_index.flatten().argsort(stable=True)
         tokens = slots.div(top_k_index.shape[1], rounding_mode="floor")
@@ -123,7 +127,9 @@ class NemotronHMoE(nn.Module):
         """(b, l, hidden) -> (b, l, hidden); the router sees the full hidden state, the latent experts a projection of it."""
         tokens = hidden_states.flatten(0, -2)
         _, weights, indices = self.gate(tokens)
-        routed = self.fc2_latent_proj(self.experts(self.fc1_latent_proj(tokens), indices, weights))
+        # PyTorch's grouped products have no float64
+        experts = self.experts.one_by_one if tokens.dtype == torch.float64 else self.experts
+        routed = self.fc2_latent_proj(experts(self.fc1_latent_proj(tokens), indices, weights))
         return routed.view_as(hidden_states) + self.shared_experts(hidden_states)
 
 

@@ -24,7 +24,7 @@ from transformers.utils import logging
 from .budgets import Budget, budget_config
 from .configuration_nemotron_h import NemotronHConfig
 from .cost import checkpoint_tensors
-from .loading import DTYPES
+from .loading import DTYPES, released_name
 from .needs import Request, find_budget
 from .reading import read_header
 from .slicing import Cut, cuts, prefix, runs
@@ -181,9 +181,8 @@ def find_tensors(files: Iterable[str | os.PathLike]) -> dict[str, Stored]:
         for name, entry in header.items():
             if entry["dtype"] not in DTYPES:
                 raise ValueError(f"{file} has {name} in {entry['dtype']}: allowed are {', '.join(DTYPES)}")
-            name = re.sub(r"^model\.", "backbone.", name)
             stored = Stored(file, data + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
-            found |= _experts_apart(name, stored)
+            found |= _experts_apart(released_name(name), stored)
     return found
 
 

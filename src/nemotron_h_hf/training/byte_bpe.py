@@ -32,6 +32,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> P
         bos_token=END_OF_TEXT,
         eos_token=END_OF_TEXT,
         pad_token=PAD,
+        padding_side="left",  # generation continues the last column of every row
         model_max_length=max_length,
         clean_up_tokenization_spaces=False,
     )
