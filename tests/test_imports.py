@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "elastic": {"compression", "model", "training", "checkpoint", "resumable", "whole_files"},
     "evaluation": {"public", "compression", "model", "training", "whole_files"},
     "facts": {"compression", "headers", "model"},
-    "hub": {"facts", "whole_files"},
+    "hub": {"facts", "model", "resumable", "whole_files"},
     "scripts": {
         "public",
         "model",
