@@ -241,6 +241,30 @@ def test_read_ahead_is_more_of_the_last_phase(sources):
     assert 1100 <= longer.tokens < 1200 and {name for name, _ in all_of_it[len(within) :]} == {"code"}
 
 
+def test_a_short_run_sees_rows_of_all_documents(tmp_path):
+    """A tenth of an epoch, dealt out of windows as long as an epoch: rows of nearly all documents; resumed exactly."""
+    source = source_of(tmp_path / "text", [100] * 50, 1000)
+
+    def rows_of(tokens: int) -> PackedRows:
+        return packed_blend(
+            [source], [Phase({"text": 1.0})], words, tokens, 10, 0, split_documents=True, shuffle_rows=500
+        )
+
+    def taken(rows: PackedRows, count: int) -> list[int]:
+        return [int(row["input_ids"][0]) for row, _ in zip(rows, range(count), strict=False)]
+
+    seen = taken(rows_of(500), 50)
+    assert len(set(seen)) > 20 and len(seen) == 50  # 32 are to be expected; whole documents would be 5
+    before, after, longer = rows_of(500), rows_of(500), rows_of(2000)
+    assert taken(before, 17) == seen[:17]
+    for rows in (after, longer):
+        rows.load_state_dict(json.loads(json.dumps(before.state_after(17))))
+        assert taken(rows, 33) == seen[17:], "a longer run reads on with the same windows"
+    with pytest.raises(ValueError, match="shuffle_rows: got 500, allowed is up to 40, the rows of the shortest phase"):
+        phases = [Phase({"text": 1.0}, until=600), Phase({"text": 1.0})]
+        packed_blend([source], phases, words, 1000, 10, 0, split_documents=True, shuffle_rows=500)
+
+
 def test_documents_that_cannot_be_used_are_counted(caplog):
     texts = ["1 2 3", "not numbers", "4 " * 50, "5"]
     source = Source("web", dataset=datasets.Dataset.from_dict({"text": texts}), shuffle_window=0)

@@ -9,7 +9,7 @@ from .bad_data import tell_left_out
 from .blend import Blend, encoded_document
 from .long_conversations import LongConversations
 from .packing import PackedRows
-from .phases import Phase, phases_from
+from .phases import Phase, check_windows, phases_from
 from .sources import Source, SourceStream, sources_from
 
 Encode = Callable[[Any], Mapping[str, Any]]
@@ -37,6 +37,7 @@ def packed_blend(
     split_documents: bool = False,
     on_bad_data: str = "skip",
     join: Callable[..., Mapping[str, Any]] | None = None,
+    shuffle_rows: int = 0,
 ) -> PackedRows:
     """Rows that last for `total_tokens` of row, padding included; phases change where they should by tokens of row.
 
@@ -45,13 +46,24 @@ def packed_blend(
     Args:
         join: makes token ids and labels of messages and tools; conversations are then joined to long ones with turns that
             refer back, and `encode` must give their `messages`, and `tools` if they have any, beside the token ids.
+        shuffle_rows: of split documents, rows that are made at once and dealt out in random order.
     """
     longest = None if split_documents else sequence_length
-    documents = Blend(sources, phases, encode, total_tokens, seed, on_bad_data, max_document_tokens=longest)
+    ahead = shuffle_rows * sequence_length
+    documents = Blend(sources, phases, encode, total_tokens, seed, on_bad_data, longest, read_ahead=ahead)
+    check_windows(documents.spans, shuffle_rows, sequence_length)
     if join is not None:
         documents = LongConversations(documents, join, sequence_length, seed=seed, on_bad_data=on_bad_data)
     on_packed = documents.packed if len(phases) > 1 else None
-    return PackedRows(documents, sequence_length, split_documents, pad_token_id, on_packed=on_packed)
+    return PackedRows(
+        documents,
+        sequence_length,
+        split_documents,
+        pad_token_id,
+        on_packed=on_packed,
+        shuffle_rows=shuffle_rows,
+        seed=seed,
+    )
 
 
 def one_round(

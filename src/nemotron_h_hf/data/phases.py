@@ -121,3 +121,16 @@ def _normalised(name: str, weights: Mapping[str, float], known: list[str]) -> di
     if total <= 0:
         raise ValueError(f"{name}: weights is {dict(weights)!r}; at least one source needs a positive weight")
     return {source: weight / total for source, weight in weights.items() if weight > 0}
+
+
+def check_windows(spans: Sequence[Span], shuffle_rows: int, sequence_length: int) -> None:
+    """Refuse windows of rows that are longer than a phase: they would mix what phases keep apart.
+
+    Raises:
+        ValueError: naming how many rows the shortest phase has.
+    """
+    shortest = min(span.end - span.start for span in spans)
+    if len(spans) > 1 and shuffle_rows * sequence_length > shortest:
+        raise ValueError(
+            f"shuffle_rows: got {shuffle_rows}, allowed is up to {shortest // sequence_length}, the rows of the shortest phase"
+        )

@@ -47,6 +47,7 @@ from nemotron_h_hf.training.data_arguments import (
     DataArguments,
     LongContextArguments,
     PretrainDataArguments,
+    RowArguments,
     set_chat_template,
 )
 from nemotron_h_hf.training.distillation import TeacherArguments
@@ -55,7 +56,7 @@ DEFAULT_SEED = 42  # transformers.TrainingArguments'
 # Argument classes of the commands whose configurations are read, without and with --records.
 TEXT = (PretrainDataArguments,)
 RECORDS = (
-    DataArguments, LongContextArguments, AdapterArguments, TeacherArguments, ElasticArguments,
+    DataArguments, RowArguments, LongContextArguments, AdapterArguments, TeacherArguments, ElasticArguments,
 )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.hub import save_tokenizer, upload_folder
 from nemotron_h_hf.model.cost import training_flops_per_token
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
-from nemotron_h_hf.training.data_arguments import DataArguments, set_chat_template
+from nemotron_h_hf.training.data_arguments import DataArguments, RowArguments, set_chat_template
 from nemotron_h_hf.training.distillation import DistillationTrainer, TeacherArguments
 from nemotron_h_hf.training.fine_tuning import evaluate_every, take_push, tell_before, tell_held_out
 from nemotron_h_hf.training.finished import save_finished
@@ -60,21 +60,23 @@ DEFAULTS = {"output_dir": "runs/distill", "learning_rate": 1e-4}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the teacher's cache; or train the student or go on, and save it."""
-    data, knowledge, start, training = parse(
-        (DataArguments, TeacherArguments, ModelArguments, NemotronHTrainingArguments), argv, __doc__,
+    data, dealt, knowledge, start, training = parse(
+        (DataArguments, RowArguments, TeacherArguments, ModelArguments, NemotronHTrainingArguments), argv, __doc__,
         "nemotron-h distill", **DEFAULTS,
     )  # fmt: skip
     require(training.max_steps > 0, "total_tokens", training.total_tokens, "a number of tokens, for instance 2M")
+    whole = "none with whole_documents, which are not split into rows"
+    require(not (dealt.shuffle_rows and knowledge.whole_documents), "shuffle_rows", dealt.shuffle_rows, whole)
     evaluate_every(data, training)
     repo_id = take_push(training)
     disable_progress_bar()
     set_seed(training.seed)
     if knowledge.cache_teacher is not None:
-        return cache(data, knowledge, start, training)
+        return cache(data, dealt.shuffle_rows, knowledge, start, training)
     model = load_model(start, EMBEDDED_MODEL, NemotronHConfig.from_preset)
     teacher = find_teacher(knowledge)
     tokenizer = find_tokenizer(start, knowledge, data, model.config.vocab_size)
-    rows, held_out = make_rows(data, knowledge, training, tokenizer)
+    rows, held_out = make_rows(data, dealt.shuffle_rows, knowledge, training, tokenizer)
     trainer = DistillationTrainer(
         model, training, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
         flops_per_token=training_flops_per_token(model.config, training.sequence_length),
@@ -107,6 +109,7 @@ def find_tokenizer(
 
 def make_rows(
     data: DataArguments,
+    shuffle_rows: int,
     knowledge: TeacherArguments,
     training: NemotronHTrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
@@ -121,7 +124,9 @@ def make_rows(
         return encode_record(record, tokenizer)
 
     total = training.max_steps * training.tokens_per_step
-    rows = packed_blend(sources, phases, encode, total, length, pad, training.seed_of_data, **how)
+    rows = packed_blend(
+        sources, phases, encode, total, length, pad, training.seed_of_data, shuffle_rows=shuffle_rows, **how
+    )
     if not data.eval_data:
         return rows, None
     held_out = Source("eval_data", path=data.eval_data, column=None, shuffle_window=0)
@@ -147,7 +152,11 @@ def load_teacher(knowledge: TeacherArguments, device: str | None = None) -> PreT
 
 
 def cache(
-    data: DataArguments, knowledge: TeacherArguments, start: ModelArguments, training: NemotronHTrainingArguments
+    data: DataArguments,
+    shuffle_rows: int,
+    knowledge: TeacherArguments,
+    start: ModelArguments,
+    training: NemotronHTrainingArguments,
 ) -> int:
     """Let the teacher speak on every row of the run and every held-out row, each process on its share.
 
@@ -160,7 +169,9 @@ def cache(
             "(examples/accelerate/multi_gpu.yaml), as every process runs the whole teacher"
         )
     vocab_size = AutoConfig.from_pretrained(knowledge.teacher or EMBEDDED_MODEL).vocab_size
-    rows, held_out = make_rows(data, knowledge, training, find_tokenizer(start, knowledge, data, vocab_size))
+    rows, held_out = make_rows(
+        data, shuffle_rows, knowledge, training, find_tokenizer(start, knowledge, data, vocab_size)
+    )
     count = training.max_steps * training.tokens_per_step // training.sequence_length
     mine = slice(training.process_index, None, training.world_size)
     share = islice(islice(rows, count), mine.start, mine.stop, mine.step)

@@ -55,7 +55,7 @@ from nemotron_h_hf.hub import save_tokenizer, upload_folder
 from nemotron_h_hf.model.budgets import budget_config, read_elastic
 from nemotron_h_hf.model.cost import num_parameters, training_flops_per_token
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
-from nemotron_h_hf.training.data_arguments import DataArguments, set_chat_template
+from nemotron_h_hf.training.data_arguments import DataArguments, RowArguments, set_chat_template
 from nemotron_h_hf.training.fine_tuning import evaluate_every, take_push
 from nemotron_h_hf.training.finished import require_trained, save_finished
 from nemotron_h_hf.training.one_copy import device_to_load_on
@@ -68,8 +68,8 @@ DEFAULTS = {"output_dir": "runs/elastic", "learning_rate": 9e-5, "max_loss_jump"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure latencies; or train parent and router or go on, find the budgets, and save."""
-    data, elastic, knowledge, start, training = parse(
-        (DataArguments, ElasticArguments, TeacherArguments, ModelArguments, NemotronHTrainingArguments), argv, __doc__,
+    data, rows_dealt, elastic, knowledge, start, training = parse(
+        (DataArguments, RowArguments, ElasticArguments, TeacherArguments, ModelArguments, NemotronHTrainingArguments), argv, __doc__,
         "nemotron-h elastic-train", **DEFAULTS,
     )  # fmt: skip
     require(start.model is not None, "model", start.model, "a parent made by nemotron-h elasticize")
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     route = find_route(model.config, axes, layer_order, elastic)
     more = interpolated_targets(elastic, route)
     tokenizer = load_tokenizer(start, start.model, model.config.vocab_size)
-    rows, held_out = make_rows(data, training, tokenizer)
+    rows, held_out = make_rows(data, rows_dealt.shuffle_rows, training, tokenizer)
     total = training.max_steps * training.tokens_per_step
     trainer = ElasticTrainer(
         model, training, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
@@ -151,7 +151,7 @@ def write_latency(
 
 
 def make_rows(
-    data: DataArguments, training: NemotronHTrainingArguments, tokenizer: PreTrainedTokenizerBase
+    data: DataArguments, shuffle_rows: int, training: NemotronHTrainingArguments, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PackedRows, list | None]:
     """Rows for the whole run, and held-out rows."""
     set_chat_template(tokenizer, data.chat_template)
@@ -163,7 +163,8 @@ def make_rows(
         return encode_record(record, tokenizer)
 
     total = training.max_steps * training.tokens_per_step
-    rows = packed_blend(sources, phases, encode, total, training.sequence_length, pad, training.seed_of_data, **how)
+    rows = packed_blend(sources, phases, encode, total, training.sequence_length, pad, training.seed_of_data,
+                        shuffle_rows=shuffle_rows, **how)  # fmt: skip
     if not data.eval_data:
         return rows, None
     held_out = Source("eval_data", path=data.eval_data, column=None, shuffle_window=0)

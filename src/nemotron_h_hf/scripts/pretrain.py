@@ -47,7 +47,7 @@ from nemotron_h_hf.data.bad_data import tell_left_out
 from nemotron_h_hf.data.blend import Blend
 from nemotron_h_hf.data.documents import document_encoder
 from nemotron_h_hf.data.packing import PackedRows
-from nemotron_h_hf.data.phases import Phase, phases_from
+from nemotron_h_hf.data.phases import Phase, check_windows, phases_from
 from nemotron_h_hf.data.sources import sources_from
 from nemotron_h_hf.hub import save_tokenizer, upload_folder
 from nemotron_h_hf.model.cost import training_flops_per_token
@@ -128,19 +128,11 @@ def make_rows(
         on_bad_data=data.on_bad_data,
         read_ahead=data.shuffle_rows * training.sequence_length,
     )
-    check_windows(blend, data.shuffle_rows, training.sequence_length)
+    check_windows(blend.spans, data.shuffle_rows, training.sequence_length)
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return PackedRows(
         blend, training.sequence_length, pad_token_id=pad, shuffle_rows=data.shuffle_rows, seed=training.seed_of_data
     )
-
-
-def check_windows(blend: Blend, shuffle_rows: int, sequence_length: int) -> None:
-    """Refuse a window of rows that is longer than a phase: it would mix what the phases keep apart."""
-    shortest = min(span.end - span.start for span in blend.spans)
-    fits = len(blend.spans) == 1 or shuffle_rows * sequence_length <= shortest
-    allowed = f"with phases at most {shortest // sequence_length} rows, as many as the shortest phase has"
-    require(fits, "shuffle_rows", shuffle_rows, allowed)
 
 
 def describe(model: torch.nn.Module, training: NemotronHTrainingArguments) -> str:

@@ -41,7 +41,24 @@ class DataArguments:
 
 
 @dataclass
-class PretrainDataArguments:
+class RowArguments:
+    """How rows that documents are split into are dealt out; shared by pretrain, distill and elastic-train."""
+
+    _argument_group_name = "data"
+
+    shuffle_rows: int = _flag(
+        0,
+        "rows that are made at once and dealt out in random order, so that a long document does not fill whole batches; "
+        "phases change up to so many rows late or early. As many as the data has: rows out of all documents, however short the "
+        "run is. 0: in the order of the documents",
+    )
+
+    def __post_init__(self) -> None:
+        require(self.shuffle_rows >= 0, "shuffle_rows", self.shuffle_rows, "0 or more")
+
+
+@dataclass
+class PretrainDataArguments(RowArguments):
     """What pretrain reads."""
 
     _argument_group_name = "data"
@@ -50,17 +67,11 @@ class PretrainDataArguments:
     phases: dict | str | None = _flag(
         None, "list of {until: 60%%, weights: {name: 0.7, ...}}; default: one phase, sources weighted alike"
     )
-    shuffle_rows: int = _flag(
-        0,
-        "rows that are made at once and dealt out in random order, so that a long document does not fill whole batches; "
-        "phases change up to so many rows late or early. As many as the data has: rows out of all documents, however short the "
-        "run is. 0: in the order of the documents",
-    )
     on_bad_data: str = _flag("skip", "skip, with a count and a warning, or stop", choices=("skip", "error"))
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.sources, self.phases = as_mapping(self.sources, "sources"), as_mapping(self.phases, "phases")
-        require(self.shuffle_rows >= 0, "shuffle_rows", self.shuffle_rows, "0 or more")
 
 
 @dataclass
