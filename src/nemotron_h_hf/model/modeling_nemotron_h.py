@@ -232,7 +232,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
         cache = self._cache(past_key_values, use_cache, batch_size, packed=documents is not None)
         source = input_ids if inputs_embeds is None else inputs_embeds
         step = max(256, self.tokens_per_pass.get(device.type, 8192) // batch_size)
-        if length > step and documents is None and self._may_split(mask_2d, kwargs):
+        if documents is None and self._may_split(mask_2d, kwargs) and length > step:  # traced lengths are not compared
             hidden_states = self._run_in_parts(source, mask_2d, cache, step, kwargs)
         else:
             embeds = self.embeddings(source) if inputs_embeds is None else source

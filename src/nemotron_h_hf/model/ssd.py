@@ -13,6 +13,9 @@ gradients are needed a segment of a long sequence is recomputed in the backward 
 Documents packed in one row are told apart by `seq_idx` (b, l): non-decreasing integers. Nothing crosses a change of it.
 Padding needs no code here: a token with dt = 0 leaves the state as it is.
 
+While a graph is traced (torch.compile, torch.export) nothing loops over the length in Python, which would fix it: the convolution
+is PyTorch's, and the states of all chunks come from one product with the decays between chunks (section 6 of the paper).
+
     b batch, l length, h heads, p head_dim, g groups, r heads per group, n state, c chunks, q tokens in a chunk,
     d channels, k conv taps
 """
@@ -62,6 +65,8 @@ def causal_conv(
     Returns:
         (b, l, d) in x's dtype.
     """
+    if torch.compiler.is_compiling():
+        return _traced_conv(x, weight, bias, initial_state, seq_idx)
     taps = weight.to(x.dtype).t().contiguous()  # (k, d)
     bias = taps.new_zeros(()) if bias is None else bias.to(x.dtype)
     earlier = len(taps) - 1
@@ -70,6 +75,23 @@ def causal_conv(
     if seq_idx is not None:
         same = torch.stack([_same_document(seq_idx, earlier - tap) for tap in range(earlier + 1)]).to(x.dtype)
     return _CausalConv.apply(x, taps, bias, before.to(x.dtype), same)
+
+
+def _traced_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None
+) -> Tensor:
+    """`causal_conv` in operations that leave the length open."""
+    weight, earlier, l = weight.to(x.dtype), weight.shape[1] - 1, x.shape[1]
+    before = x.new_zeros(x.shape[0], earlier, x.shape[2]) if initial_state is None else initial_state[..., 1:].mT
+    rows = torch.cat([before.to(x.dtype), x], dim=1)  # (b, k - 1 + l, d)
+    if seq_idx is None:
+        bias = None if bias is None else bias.to(x.dtype)
+        return F.silu(F.conv1d(rows.mT, weight[:, None], bias, groups=x.shape[2]).mT)
+    total = x.new_zeros(()) if bias is None else bias.to(x.dtype)
+    for tap in range(earlier + 1):
+        same = _same_document(seq_idx, earlier - tap).to(x.dtype)
+        total = total + rows.narrow(1, tap, l) * same * weight[:, tap]
+    return F.silu(total)
 
 
 class _CausalConv(torch.autograd.Function):
@@ -197,6 +219,9 @@ def scan(
     b, l, h, p = x.shape
     n = B.shape[-1]
     state = wide(x).new_zeros(b, h, p, n) if initial_state is None else wide(initial_state)
+    if torch.compiler.is_compiling():
+        with no_autocast(x):
+            return _scan_segment(x, dt, A, B, C, D, min(chunk_size, CHUNK_TOKENS), state, seq_idx, None)
     chunk_size = min(chunk_size, CHUNK_TOKENS, l)
     segment = SEGMENT_TOKENS // chunk_size * chunk_size
     recompute = l > KEPT_TOKENS and torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C, D, state))
@@ -271,8 +296,9 @@ def _scan_segment(
     """`scan` of one segment. `document` (b) is the one that `state` belongs to, None for that of the first token."""
     b, l, h, p = x.shape
     g, n = B.shape[2:]
-    r, c = h // g, -(-l // q)
-    if pad := c * q - l:
+    r, c = h // g, (l + q - 1) // q
+    pad = c * q - l
+    if torch.compiler.is_compiling() or pad:  # a graph pads by nothing rather than ask
         x, dt, B, C = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) for t in (x, dt, B, C))
         seq_idx = None if seq_idx is None else torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, pad)], dim=1)
     x, dt = wide(x).view(b, c, q, h, p), dt.view(b, c, q, h)
@@ -312,13 +338,37 @@ def _scan_segment(
     # 3. The recurrence over chunks
     keep = torch.exp(survives).view(b, c, g, r, 1).expand(-1, -1, -1, -1, p).reshape(b, c, g, 1, r * p)
     state = state.view(b, g, r * p, n).transpose(-1, -2)  # (b, g, n, r*p)
-    states = []
-    for added_by_chunk, kept in zip(added.unbind(1), keep.unbind(1)):
-        states.append(state)
-        state = torch.addcmul(added_by_chunk, state, kept)
+    if torch.compiler.is_compiling():
+        given_states, state = _states_of_chunks(state, added, survives, r)
+    else:
+        states = []
+        for added_by_chunk, kept in zip(added.unbind(1), keep.unbind(1)):
+            states.append(state)
+            state = torch.addcmul(added_by_chunk, state, kept)
+        given_states = torch.stack(states, dim=1)
 
     # 4. From the state that a chunk is given: y_i += exp(total_i) C_i . S, and the skip D x
-    carried = (C @ torch.stack(states, dim=1)).transpose(2, 3).reshape(b, c, q, h, p)
+    carried = (C @ given_states).transpose(2, 3).reshape(b, c, q, h, p)
     y = times(carried, torch.exp(from_start)[..., None]).add_(inside).addcmul_(x, wide(D)[:, None])
     y = y.reshape(b, c * q, h, p)[:, :l]  # a copy with one head per group
     return y, state.transpose(-1, -2).reshape(b, h, p, n)
+
+
+def _states_of_chunks(state: Tensor, added: Tensor, survives: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    """The state that each chunk is given and the last one, without a loop over chunks.
+
+    state (b, g, n, r*p), added (b, c, g, n, r*p), survives (b, c, h): log of what a chunk keeps of its state, -inf at a new
+    document -> (b, c, g, n, r*p), (b, g, n, r*p).
+    """
+    b, c, g, n, width = added.shape
+    entering = torch.cat([state[:, None], added], dim=1)  # before chunk 0, 1, ...: (b, c + 1, g, n, r*p)
+    sources = entering.unflatten(-1, (r, width // r)).permute(0, 2, 4, 1, 3, 5).flatten(-2)  # (b, g, r, c + 1, n*p)
+    ends = survives.isinf()  # sums of -inf would be nan: documents are counted apart from the decay
+    total = F.pad(survives.masked_fill(ends, 0).cumsum(1), (0, 0, 1, 0)).mT  # (b, h, c + 1)
+    document = F.pad(ends.int().cumsum(1), (0, 0, 1, 0)).mT
+    order = torch.arange(total.shape[-1], device=added.device)
+    kept = (order[:, None] >= order) & (document[..., :, None] == document[..., None, :])  # (b, h, to, from)
+    decay = (total[..., :, None] - total[..., None, :]).masked_fill(~kept, -torch.inf).exp()
+    states = decay.unflatten(1, (g, r)) @ sources  # (b, g, r, c + 1, n*p)
+    states = states.unflatten(-1, (n, width // r)).permute(0, 3, 1, 4, 2, 5).flatten(-2)  # (b, c + 1, g, n, r*p)
+    return states[:, :-1], states[:, -1]
