@@ -38,13 +38,15 @@ from nemotron_h_hf.training.bits_per_byte import bits_per_byte  # noqa: E402
 from nemotron_h_hf.training.muon import Muon  # noqa: E402
 
 SHORT, EARLY = 2_498_560, 1_001_472
+CORE = ("loop", "loop_whole", "all_rows", "whole")
 DEFAULT = [
-    *((arm, seed, SHORT) for seed in (0,) for arm in ("loop", "all_rows", "whole", "loop_whole", "windows", "published",
-                                                      "loop_published", "loop_dealt", "loop_decay", "loop_ends", "joined", "fp32")),
-    *((arm, seed, SHORT) for seed in (1, 2) for arm in ("loop", "all_rows", "whole", "loop_whole")),
-    *((arm, 0, EARLY) for arm in ("loop", "all_rows", "whole", "loop_whole", "windows", "published")),
+    *((arm, 0, SHORT) for arm in (*CORE, "windows", "published")),
+    *((arm, 1, SHORT) for arm in CORE),
+    *((arm, 0, SHORT) for arm in ("loop_published", "loop_ends", "loop_decay", "joined", "fp32", "loop_dealt")),
+    *((arm, 2, SHORT) for arm in CORE),
+    *((arm, 0, EARLY) for arm in (*CORE, "windows", "published")),
     *((arm, 0, SHORT) for arm in ("plain", "no_decay")),
-]  # fmt: skip
+]
 CONFIG = Path("docs/results/tiny/pretrain.yaml")
 
 
@@ -54,6 +56,7 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/tiny_order"))
     parser.add_argument("--runs", nargs="+", metavar="ARM:SEED:TOKENS", help="default: those of the published table")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--mamba", default="auto", help="who computes the Mamba layers (auto)")
     parser.add_argument("--workers", type=int, default=1, help="processes (1)")
     parser.add_argument("--minutes", type=float, default=1e4, help="stop after so long; what is done is kept")
     parser.add_argument("--limit", type=int, help="held-out files to measure on, of 37: for a look")
@@ -126,7 +129,7 @@ def one(run: tuple[str, int, int], data: dict, arguments: argparse.Namespace) ->
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     train = run_loop if run[0] in arms.LOOPS else run_pretrain
-    model, log, settings = train(run, data, folder, arguments.device)
+    model, log, settings = train(run, data, folder, arguments)
     losses = [row["loss"] for row in map(json.loads, log.read_text(encoding="utf-8").splitlines()) if "loss" in row]
     tail = losses[-max(1, len(losses) // 10) :]
     result = {"train_loss": round(mean(tail), 4), "losses": [round(loss, 3) for loss in losses], "settings": settings}
@@ -136,7 +139,7 @@ def one(run: tuple[str, int, int], data: dict, arguments: argparse.Namespace) ->
                      "transformers": transformers.__version__, "python": platform.python_version()}  # fmt: skip
 
 
-def run_loop(run: tuple[str, int, int], data: dict, folder: Path, device: str) -> tuple:
+def run_loop(run: tuple[str, int, int], data: dict, folder: Path, arguments: argparse.Namespace) -> tuple:
     """The loop of `train-tiny` on the stream of an arm."""
     arm, seed, tokens = run
     stream, may_shuffle = arms.LOOPS[arm](data["train"], 0, seed, tokens)
@@ -148,7 +151,8 @@ def run_loop(run: tuple[str, int, int], data: dict, folder: Path, device: str) -
             pretrain_loop.batch_of_step = batch_in_order
         if arm == "loop_decay":
             pretrain_loop.make_optimizers = decay_everywhere
-        model = build_model(tiny).to(device)
+        model = build_model(tiny).to(arguments.device)
+        model.set_mamba_implementation(arguments.mamba)
         pretrain_loop.train(model, stream, settings, folder)
     finally:
         pretrain_loop.batch_of_step, pretrain_loop.make_optimizers = usual
@@ -167,7 +171,7 @@ def decay_everywhere(model: torch.nn.Module, settings: pretrain_loop.LoopSetting
     return [both]
 
 
-def run_pretrain(run: tuple[str, int, int], data: dict, folder: Path, device: str) -> tuple:
+def run_pretrain(run: tuple[str, int, int], data: dict, folder: Path, arguments: argparse.Namespace) -> tuple:
     """`nemotron-h pretrain` on the documents in an arm's order."""
     arm, seed, tokens = run
     order_of, flags = arms.PRETRAIN[arm]
@@ -182,7 +186,8 @@ def run_pretrain(run: tuple[str, int, int], data: dict, folder: Path, device: st
     sources = {"python": {"path": str(path), "column": column, "shuffle_window": 0}}
     words = ["--config", str(CONFIG), "--sources", json.dumps(sources), *flags, "--total_tokens", str(tokens),
              "--seed", str(seed), "--save_steps", "1000000",
-             "--warmup_tokens", str(min(102_400, tokens // 4)), "--use_cpu", str(device == "cpu"), "--disable_tqdm", "true",
+             "--warmup_tokens", str(min(102_400, tokens // 4)), "--use_cpu", str(arguments.device == "cpu"),
+             "--mamba", arguments.mamba, "--disable_tqdm", "true",
              "--output_dir", str(folder)]  # fmt: skip
     usual = optimizer.decays
     try:
@@ -191,7 +196,8 @@ def run_pretrain(run: tuple[str, int, int], data: dict, folder: Path, device: st
         pretrain.main(words)
     finally:
         optimizer.decays = usual
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).to(device)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    model = model.to(arguments.device)
     return (
         model,
         folder / "metrics.jsonl",
