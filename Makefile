@@ -31,7 +31,7 @@ test-oldest: $(OLDEST)/.installed  ## the tests on transformers 5.17.0, the olde
 
 test-kernels: $(KERNELS)/.installed  ## our Triton kernels and the packages' on CPU tensors, beside PyTorch (minutes, no GPU)
 	PYTHONPATH=$(KERNELS) TRITON_INTERPRET=1 $(VENV)/bin/python $(PYTEST) --timeout=900 \
-		tests/test_kernels.py tests/test_triton.py tests/test_triton_on_paper.py
+		tests/test_kernels.py tests/test_triton.py tests/test_decode_graph.py tests/test_triton_on_paper.py
 
 test-gpu: $(VENV)/.installed  ## our Triton kernels compiled on a GPU, beside PyTorch; then their speed; writes docs/results
 	$(VENV)/bin/python tests/gpu_check.py --output docs/results/kernels_gpu.json

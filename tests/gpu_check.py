@@ -1,6 +1,6 @@
 """The check of our Triton kernels that takes a GPU: `make test-gpu`, or `python tests/gpu_check.py --output FILE.json`.
 
-Runs tests/test_triton.py compiled on the GPU instead of interpreted, then times each op at the shapes of an 8B layer in
+Runs tests/test_triton.py and tests/test_decode_graph.py compiled on the GPU instead of interpreted, then times each op at the shapes of an 8B layer in
 bf16: PyTorch, mamba_ssm and causal_conv1d where they are installed, ours. Nothing is timed whose result differs from
 PyTorch's in fp32. Exits with 1 where a test fails or an op of ours is wrong, with 2 where there is no GPU; it then writes nothing.
 """
@@ -34,7 +34,15 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("no GPU: this check runs the Triton kernels compiled, which takes one. Without: make test-kernels")
         return 2
-    tests = [sys.executable, "-m", "pytest", "-q", "--timeout=900", "tests/test_triton.py"]
+    tests = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--timeout=900",
+        "tests/test_triton.py",
+        "tests/test_decode_graph.py",
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     passed = subprocess.run(tests, cwd=ROOT, env=environment).returncode == 0
     result = {"tests_passed": passed, **machine(), "shapes": f"8B layer, bf16, {LENGTH} tokens; steps of {BATCH} rows"}

@@ -11,11 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_nemotron_h import NemotronHConfig
+from .kernels import attends_in_triton
 from .linear import NemotronHLinear
 from .mamba2 import NemotronHMamba2Mixer
 from .moe import NemotronHMLP, NemotronHMoE
@@ -78,6 +79,8 @@ class NemotronHAttention(nn.Module):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         implementation = self.config._attn_implementation
+        if self._decodes(query, attention_mask, past_key_values):
+            return self.o_proj(self._decode(query, key, value, attention_mask, past_key_values).flatten(2)), None
         # with a mask (static caches) the general way would repeat keys and values for every query head, in memory
         grouped = query.device.type == "cpu" or attention_mask is not None
         if implementation == "sdpa" and rows[1] == 1 and grouped and not self.training:
@@ -91,6 +94,28 @@ class NemotronHAttention(nn.Module):
                 self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
             )
         return self.o_proj(output.reshape(*rows, -1)), weights
+
+    def _decodes(self, query: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> bool:
+        """Whether triton_attention.py takes this token: for static caches and for masks, where PyTorch's FlashAttention does not."""
+        if cache is None or query.shape[2] != 1 or self.training or self.config._attn_implementation != "sdpa":
+            return False
+        static = isinstance(cache.layers[self.layer_idx], StaticLayer)
+        if not (static or attention_mask is not None) or not is_key_mask(attention_mask):
+            return False
+        return attends_in_triton(query, self.head_dim, self.config.mamba_implementation)
+
+    def _decode(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, cache: Cache) -> Tensor:
+        from .triton_attention import decode_attention  # Triton is imported only where it runs
+
+        layer = cache.layers[self.layer_idx]
+        length = layer.cumulative_length if isinstance(layer, StaticLayer) else key.shape[2]
+        mask = attention_mask[:, 0, 0] if attention_mask is not None and attention_mask.dim() == 4 else attention_mask
+        return decode_attention(query, key, value, length, mask, self.scaling)
+
+
+def is_key_mask(mask: Tensor | None) -> bool:
+    """Whether a mask only says which keys a row's one new token sees: (b, m) or (b, 1, 1, m), bool; None is such a mask too."""
+    return mask is None or (mask.dtype == torch.bool and (mask.dim() == 2 or mask.shape[1:3] == (1, 1)))
 
 
 def attend_one(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float) -> Tensor:

@@ -210,6 +210,20 @@ class GrowingLayer(DynamicLayer):
         self.values, self.value_memory = _append(self.values, self.value_memory, value_states)
         return self.keys, self.values
 
+    def reserve(self, room: int) -> int:
+        """Have memory for `room` tokens at least, so that more can be written where it is; returns for how many there is."""
+        memory = self.key_memory
+        if memory is None or self.keys.data_ptr() != memory.data_ptr() or memory.shape[-2] < room:
+            length = self.keys.shape[-2]
+            room = max(room, length + length // 4)
+            self.key_memory, self.value_memory = _moved(self.keys, room), _moved(self.values, room)
+            self.show(length)
+        return self.key_memory.shape[-2]
+
+    def show(self, length: int) -> None:
+        """Let `keys` and `values` be the first `length` tokens in memory."""
+        self.keys, self.values = self.key_memory[:, :, :length], self.value_memory[:, :, :length]
+
     def offload(self) -> None:
         super().offload()
         self.drop_memory()
@@ -230,6 +244,13 @@ def _append(held: Tensor, memory: Tensor | None, new: Tensor) -> tuple[Tensor, T
             memory[:, :, :start] = held
     memory[:, :, start:end] = new
     return memory[:, :, :end], memory
+
+
+def _moved(held: Tensor, room: int) -> Tensor:
+    """Memory for `room` tokens that begins with `held`."""
+    memory = held.new_empty(*held.shape[:2], room, held.shape[-1])
+    memory[:, :, : held.shape[-2]] = held
+    return memory
 
 
 class HybridCache(Cache):
@@ -260,7 +281,7 @@ class HybridCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        if self.max_cache_len is not None and not torch.compiler.is_compiling():
+        if self.max_cache_len is not None and not _is_recorded():
             needed = int(self.layers[layer_idx].get_seq_length()) + key_states.shape[-2]
             if needed > self.max_cache_len:
                 raise ValueError(
@@ -393,6 +414,11 @@ class HybridCache(Cache):
             raise ValueError(f"{path} was written by another model: its layers are not those of this configuration")
         check_cache(cache, config, batch_size=next(iter(tensors.values())).shape[0])
         return cache
+
+
+def _is_recorded() -> bool:
+    """Whether a graph is being made of what runs now: the device cannot be asked then."""
+    return torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
 def hybrid_layers(config: PreTrainedConfig, max_cache_len: int | None = None) -> list:

@@ -4,16 +4,18 @@ b batch, l length
 """
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers import GenerationMixin
+from transformers import CompileConfig, GenerationConfig, GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 from transformers.masking_utils import create_causal_mask
 
 from .cache import HybridCache, adopt_cache, sequence_length
 from .configuration_nemotron_h import NemotronHConfig
+from .decode_graph import DecodeGraph, can_replay
 from .rows import find_padding
 
 MIN_STATIC_STEP = 64  # tokens; the room of static caches is a multiple of this
@@ -68,6 +70,21 @@ class NemotronHGenerationMixin(GenerationMixin):
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict, generation_config: GenerationConfig) -> bool:
+        """As transformers', and wherever a step can be replayed from a CUDA graph (decode_graph.py): not for beams, which move
+        rows to other memory, and not if `disable_compile` or a `compile_config` says otherwise."""
+        asked = generation_config.disable_compile or generation_config.compile_config is not None
+        beams = (generation_config.num_beams or 1) > 1
+        if not asked and not beams and can_replay(self):
+            return True
+        return super()._valid_auto_compile_criteria(model_kwargs, generation_config)
+
+    def get_compiled_call(self, compile_config: CompileConfig | None) -> Callable:
+        """A `DecodeGraph` for this call of `generate()`; with a `compile_config`, or where there can be none, torch.compile."""
+        if compile_config is None and can_replay(self):
+            return DecodeGraph(self.__call__)
+        return super().get_compiled_call(compile_config)
 
     def _static_length(self, needed: int, asked: int | None) -> int:
         """Room of a static cache: what was asked for, or what is needed rounded up by an eighth at most, so that prompts
@@ -128,7 +145,7 @@ class NemotronHGenerationMixin(GenerationMixin):
         """Both masks of a forward, made outside a compiled step; padding only where there is some."""
         length = inputs_embeds.shape[1]
         attends = "full_attention" in config.layers_block_type
-        padded = find_padding(attention_mask, length) is not None
+        padded = length > 1 and find_padding(attention_mask, length) is not None  # generate() adds real tokens only
         return {
             "full_attention": create_causal_mask(config, inputs_embeds, attention_mask, past_key_values)
             if attends

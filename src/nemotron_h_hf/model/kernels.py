@@ -1,10 +1,10 @@
-"""Chooses, per call, who computes an op of a Mamba layer: the kernels of mamba_ssm and causal_conv1d, ours, or `ssd.py`.
+"""Chooses, per call, who computes an op of a Mamba layer: our Triton kernels, those of mamba_ssm and causal_conv1d, or `ssd.py`.
 
-"auto" takes the packages' kernels where the tensor is on a GPU, the package is installed and the kernel can do what this
-call asks; where it cannot, PyTorch does it, with one warning that says why. "torch" never takes them; "kernels" insists on
-them and raises instead of falling back. "triton" insists on ours (triton_*.py), which need nothing but PyTorch for CUDA;
-"auto" never takes those: nobody has timed them yet. On a CPU "auto" takes a whole token in numba_decode.py where Numba is
-installed. The other functions here have the signature and the result of their namesakes in `ssd.py`.
+"auto" takes ours (triton_*.py) for tensors on a GPU: they need nothing but PyTorch for CUDA, and docs/results/gpu has their
+speed next to the packages'. Where ours cannot do what a call asks the packages do, where they are installed, and else
+PyTorch, with one warning that says why. "torch" takes no kernels; "triton" insists on ours and "kernels" on the packages',
+and both raise where they cannot. On a CPU "auto" takes a whole token in numba_decode.py where Numba is installed. The other
+functions here have the signature and the result of their namesakes in `ssd.py`.
 
 Only ops are replaced, never a module: the kernels that swallow `out_proj` are not used, because they read its weight
 past LoRA, quantised and FP8 layers.
@@ -42,6 +42,7 @@ INSTALL = "pip install --no-build-isolation mamba-ssm causal-conv1d"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CONV_TAPS = (2, 3, 4)  # kernel widths that causal_conv1d is compiled for
 CONV_ALIGNMENT = 8  # channels; causal_conv1d loads this many at once, so that rows must start at multiples of it
+MOST_HEAD_DIM = 256  # of an attention head, and of a Mamba head in our scan
 NORM_GROUP_BYTES = 65536  # largest group that one program of rmsnorm_fn holds
 
 
@@ -123,7 +124,8 @@ def scan(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     """`ssd.scan`; from the kernels y comes in x's dtype."""
-    if _ours(x, implementation):
+    too_wide = f"head_dim is {x.shape[-1]}, the most is {MOST_HEAD_DIM}" if x.shape[-1] > MOST_HEAD_DIM else None
+    if _ours(x, implementation, too_wide):
         from .triton_scan import scan as triton_scan
 
         return triton_scan(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx)
@@ -195,7 +197,7 @@ def fuses_step(
     weights = [weight for weight in weights if weight is not None]
     if torch.is_grad_enabled() or any(weight.device != x.device for weight in weights):  # offloaded: modules bring them
         return False
-    if implementation != "auto":
+    if implementation != "auto" or x.is_cuda:
         return _ours(x, implementation)
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
@@ -215,7 +217,7 @@ def whole_step(
 ) -> Tensor:
     """in_proj's output -> out_proj's input, both states updated in place; ask `fuses_step` first. `step` of triton_decode.py
     or numba_decode.py."""
-    if implementation == "auto":
+    if implementation == "auto" and not projected.is_cuda:
         step = _numba_step()
     else:
         from .triton_decode import step
@@ -232,8 +234,24 @@ def _numba_step() -> Callable | None:
     return step
 
 
+def attends_in_triton(x: Tensor, head_dim: int, implementation: str) -> bool:
+    """Whether triton_attention.py takes the attention of one token per row: without gradients, on a GPU, unless told not to."""
+    if implementation not in ("auto", "triton") or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    runs = x.is_cuda or (implementation == "triton" and os.environ.get("TRITON_INTERPRET") == "1")
+    return runs and x.dtype in KERNEL_DTYPES and head_dim <= MOST_HEAD_DIM and _has_triton()
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def _ours(x: Tensor, implementation: str, obstacle: str | None = None) -> bool:
     """Whether this call runs on the Triton kernels of this folder."""
+    if implementation == "auto":
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        return x.is_cuda and obstacle is None and x.dtype in KERNEL_DTYPES and not traced and _has_triton()
     if implementation != "triton":
         return False
     check_implementation(implementation)
