@@ -240,8 +240,19 @@ CONVS = {
     "documents and state": {"length": 11, "batch": 2, "state": True, "starts": [(0, 1), (0, 5), (1, 2)]},
     "documents": {"length": 12, "starts": [(0, 4), (0, 5)]},
     "three taps, no bias": {"length": 9, "taps": 3, "bias": False},
-    "many channels, two blocks": {"length": 70, "channels": 67},
+    "two taps, state": {"length": 9, "taps": 2, "state": True},
+    "three taps, documents and state": {"length": 9, "taps": 3, "state": True, "starts": [(0, 1), (0, 3), (0, 4)]},
+    "two blocks of channels, four parts": {
+        "length": 50,
+        "batch": 2,
+        "channels": 259,
+        "state": True,
+        "starts": [(0, 17)],
+    },
+    "shorter than the taps": {"length": 2, "state": True},
+    "tokens that fill a part": {"length": 16, "state": True},
     "bfloat16": {"length": 11, "dtype": torch.bfloat16, "state": True},
+    "float16": {"length": 19, "dtype": torch.float16, "starts": [(0, 16)]},
 }
 
 
@@ -258,6 +269,78 @@ def test_causal_conv(case):
     weight, bias = torch.randn(channels, chosen["taps"]), torch.randn(channels) if chosen["bias"] else None
     state = torch.randn(batch, channels, chosen["taps"]) if chosen["state"] else None
     compare("causal_conv", [x, weight, bias, state], (documents(batch, length, chosen["starts"]),))
+
+
+@needs_triton
+@pytest.mark.kernels
+def test_causal_conv_of_rows_in_any_order():
+    """Tokens before rows in memory, and a document that goes on after another one."""
+    x, weight, bias = torch.randn(13, 2, 9).transpose(0, 1), torch.randn(9, 4), torch.randn(9)
+    seq_idx = torch.tensor([[0, 0, 1, 0, 0, 1, 1, 2, 2, 2, 0, 0, 2], [5] * 13])
+    compare("causal_conv", [x, weight, bias, torch.randn(2, 9, 4)], (seq_idx,))
+
+
+@needs_triton
+@pytest.mark.kernels
+def test_long_walks():
+    """Programs that walk over many steps, and a part of the backward pass that has only tokens after the last."""
+    from nemotron_h_hf.model import triton_conv
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_conv, "WALK", (48, 48))
+        compare(
+            "causal_conv", [torch.randn(1, 96, 5), torch.randn(5, 4), torch.randn(5), torch.randn(1, 5, 4)], (None,)
+        )
+
+
+@needs_triton
+@pytest.mark.kernels
+def test_causal_conv_has_no_second_derivative_and_four_taps_at_most():
+    from nemotron_h_hf.model import triton_conv
+
+    x, weight = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((1, 5, 3), (3, 4)))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(triton_conv.causal_conv(x, weight, None).sum(), x, create_graph=True)
+    with pytest.raises(ValueError, match="conv_kernel=5: the Triton kernels take 2 to 4 taps"):
+        triton_conv.causal_conv(x, torch.randn(3, 5, device=DEVICE), None)
+
+
+@needs_triton
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1,), (3, 5, 7), (2, 2048)])
+def test_squared_relu(shape, dtype):
+    """In fp32 bit by bit PyTorch's; also of a view. (The interpreter cuts bfloat16 off.)"""
+    from nemotron_h_hf.model import triton_relu2
+
+    both = torch.randn(*shape[:-1], shape[-1] + 3).to(dtype).to(DEVICE)
+    x = both[..., : shape[-1]].detach().requires_grad_()
+    wide, seed = x.detach().double().requires_grad_(), torch.randn(shape).to(dtype).to(DEVICE)
+    ours, want = triton_relu2.squared_relu(x), torch.relu(wide).square()
+    found, wanted = torch.autograd.grad(ours, x, seed)[0], torch.autograd.grad(want, wide, seed.double())[0]
+    assert ours.dtype == found.dtype == dtype and ours.shape == found.shape == x.shape
+    assert max(error(ours, want), error(found, wanted)) <= TOLERANCE[dtype]
+    if dtype == torch.float32:
+        assert torch.equal(ours, torch.relu(x) * torch.relu(x))
+
+
+@needs_triton
+@pytest.mark.kernels
+def test_squared_relu_can_be_derived_twice():
+    from nemotron_h_hf.model import triton_relu2
+
+    x = torch.tensor([-1.0, 3.0], device=DEVICE, requires_grad=True)
+    (grad,) = torch.autograd.grad(triton_relu2.squared_relu(x).sum(), x, create_graph=True)
+    assert torch.autograd.grad(grad.sum(), x)[0].tolist() == [0.0, 2.0]
+
+
+@needs_triton
+@pytest.mark.kernels
+def test_squared_relu_of_no_number():
+    from nemotron_h_hf.model import triton_relu2
+
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), -0.0, 1e30], device=DEVICE)
+    assert torch.equal(triton_relu2.squared_relu(x).nan_to_num(7.0), torch.relu(x).square().nan_to_num(7.0))
 
 
 @needs_triton

@@ -3,6 +3,8 @@
 t tokens, e experts, k experts per token
 """
 
+import importlib.util
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,8 @@ from transformers.integrations import use_experts_implementation
 from .configuration_nemotron_h import NemotronHConfig
 from .linear import NemotronHLinear
 from .ssd import no_autocast, times, wide
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None  # which comes with PyTorch for CUDA
 
 
 class NemotronHMLP(nn.Module):
@@ -29,9 +33,21 @@ class NemotronHMLP(nn.Module):
 
 
 def squared_relu(x: Tensor) -> Tensor:
-    """relu(x)^2 with one new tensor where no gradient is needed."""
+    """relu(x)^2: one kernel on a GPU, else with one new tensor where no gradient is needed."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if HAS_TRITON and x.is_cuda and x.numel() and x.dtype != torch.float64 and type(x) is Tensor and not traced:
+        from .triton_relu2 import squared_relu as fused  # Triton is imported only where it runs
+
+        return fused(x)
     positive = F.relu(x)
     return times(positive, positive)
+
+
+class SquaredReLU(nn.Module):
+    """`squared_relu` as a module, on which hooks can be registered."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return squared_relu(x)
 
 
 class NemotronHTopkRouter(nn.Module):
@@ -85,7 +101,7 @@ class NemotronHExperts(nn.Module):
         size = config.moe_latent_size or config.hidden_size
         self.up_proj = nn.Parameter(torch.empty(self.num_experts, config.moe_intermediate_size, size))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, size, config.moe_intermediate_size))
-        self.act_fn = ACT2FN[config.mlp_hidden_act]
+        self.act_fn = SquaredReLU() if config.mlp_hidden_act == "relu2" else ACT2FN[config.mlp_hidden_act]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(t, in), (t, k), (t, k) -> (t, in)."""
