@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM, NemotronHForSequenceClassification
-from nemotron_h_hf.model.linear import NemotronHLinear
+
 from nemotron_h_hf.training import fp8
 from nemotron_h_hf.training.arguments import NemotronHTrainingArguments
 from nemotron_h_hf.training.fp8 import (
@@ -49,7 +49,7 @@ def test_released_models_keep_two_blocks_at_either_end(preset, num_converted):
     pattern, last = config.hybrid_override_pattern, config.num_hidden_layers - 1
     assert pattern.startswith("M-") and pattern.endswith("M-")
     edges = tuple(f"model.layers.{index}." for index in (0, 1, last - 1, last))
-    linear = [name for name, module in model.named_modules() if type(module) is NemotronHLinear]
+    linear = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     names = fp8_module_names(config)
     assert sorted(names) == sorted(name for name in linear if name != "lm_head" and not name.startswith(edges))
     assert names == fp8_module_names(model) and len(names) == num_converted
@@ -87,7 +87,7 @@ def test_mixtures_of_experts_convert_all_but_router_and_routed_experts():
 def test_gemms_are_listed_in_the_order_they_run(shape):
     model, ran = tiny_model(shape), []
     for name, module in model.model.named_modules(prefix="model"):
-        if type(module) is NemotronHLinear:
+        if type(module) is nn.Linear:
             module.register_forward_hook(lambda *_, name=name: ran.append(name))
     model(prompt())
     assert ran == [name for gemm in decoder_gemms(model) for name in gemm]
@@ -245,7 +245,7 @@ def test_model_loss_is_near_but_not_equal_and_edges_are_untouched():
     losses = [m(ids, labels=ids).loss for m in (plain, model)]
     gap = (losses[1] - losses[0]).abs() / losses[0]
     assert 1e-6 < gap < 2e-2
-    assert type(model.lm_head) is type(model.model.layers[1].mixer.up_proj) is NemotronHLinear
+    assert type(model.lm_head) is type(model.model.layers[1].mixer.up_proj) is nn.Linear
 
 
 def test_token_counts_that_are_no_multiple_of_16():

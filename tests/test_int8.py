@@ -19,13 +19,13 @@ from torchao.quantization.granularity import PerGroup  # noqa: E402
 import nemotron_h_cli as cli  # noqa: E402
 from nemotron_h_hf.model import int8  # noqa: E402
 from nemotron_h_hf.model import linear as linear_module  # noqa: E402
-from nemotron_h_hf.model.linear import MOST_ROWS, NemotronHLinear, reads_int8  # noqa: E402
+from nemotron_h_hf.model.linear import MOST_ROWS, project, reads_int8  # noqa: E402
 from nemotron_h_hf.scripts.eval import weights_digest  # noqa: E402
 
 
 def quantised_linear(in_features: int, out_features: int, bias: bool = False, dtype: torch.dtype = torch.float32):
     torch.manual_seed(in_features + out_features)
-    linear = NemotronHLinear(in_features, out_features, bias=bias, dtype=dtype)
+    linear = nn.Linear(in_features, out_features, bias=bias, dtype=dtype)
     quantization.quantize_(linear, quantization.Int8WeightOnlyConfig())
     return linear
 
@@ -50,7 +50,7 @@ def test_the_product_is_that_of_the_rounded_weights(sizes, rows, threads, produc
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        got = linear(x)
+        got = project(linear, x)
     finally:
         torch.set_num_threads(before)
     assert len(products) == 1
@@ -65,7 +65,9 @@ def test_the_largest_bytes(value):
     linear.weight.qdata.fill_(value)
     linear.weight.scale.fill_(1)
     for x in (torch.ones(1, 512), -torch.ones(1, 512), torch.full((3, 512), 63 / 64)):
-        torch.testing.assert_close(linear(x), (x.sum(1, keepdim=True) * value).expand(-1, 16), rtol=1e-6, atol=0)
+        torch.testing.assert_close(
+            project(linear, x), (x.sum(1, keepdim=True) * value).expand(-1, 16), rtol=1e-6, atol=0
+        )
 
 
 @torch.no_grad()
@@ -73,7 +75,7 @@ def test_the_largest_bytes(value):
 def test_inputs_of_any_size(x):
     linear = quantised_linear(64, 8)
     expected = nn.functional.linear(x, linear.weight.dequantize())
-    torch.testing.assert_close(linear(x), expected, rtol=1e-4, atol=1e-30)
+    torch.testing.assert_close(project(linear, x), expected, rtol=1e-4, atol=1e-30)
 
 
 @torch.no_grad()
@@ -90,21 +92,21 @@ def test_what_is_no_number_stays_none(bad):
 def test_dtype_bias_and_shape_stay(dtype, products):
     linear = quantised_linear(64, 8, bias=True, dtype=dtype)
     x = torch.randn(64, 2, 3, dtype=dtype).permute(1, 2, 0)  # not contiguous
-    got = linear(x)
+    got = project(linear, x)
     assert got.dtype == dtype and got.shape == (2, 3, 8) and len(products) == 1
     exact = linear.weight.qdata.double() * linear.weight.scale.double()
     expected = x.double() @ exact.T + linear.bias.double()
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}[dtype]
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
-    assert linear(x[:0]).shape == (0, 3, 8)
+    assert project(linear, x[:0]).shape == (0, 3, 8)
 
 
 def test_what_is_left_to_torchao(products):
     linear, x = quantised_linear(64, 8), torch.randn(3, 64, requires_grad=True)
-    linear(x).sum().backward()
+    project(linear, x).sum().backward()
     torch.testing.assert_close(x.grad, linear.weight.dequantize().sum(0).expand(3, -1))
     with torch.no_grad():
-        assert linear(torch.randn(MOST_ROWS + 1, 64)).shape == (MOST_ROWS + 1, 8)
+        assert project(linear, torch.randn(MOST_ROWS + 1, 64)).shape == (MOST_ROWS + 1, 8)
         assert reads_int8(linear.weight)
         linear.weight.zero_point[0] = 1
         assert not reads_int8(linear.weight)
@@ -112,10 +114,10 @@ def test_what_is_left_to_torchao(products):
         quantization.Int8WeightOnlyConfig(granularity=PerGroup(32)),
         quantization.Int8DynamicActivationInt8WeightConfig(),
     ):
-        other = NemotronHLinear(64, 8)
+        other = nn.Linear(64, 8)
         quantization.quantize_(other, config)
         assert not reads_int8(other.weight)
-    assert not reads_int8(NemotronHLinear(64, 8).weight)
+    assert not reads_int8(nn.Linear(64, 8).weight)
     assert not products
 
 
@@ -123,23 +125,23 @@ def test_what_is_left_to_torchao(products):
 def test_compiled_the_product_is_torchaos(products):
     linear = quantised_linear(64, 8)
     x = torch.randn(2, 64)
-    compiled = torch.compile(linear, backend="eager", fullgraph=True)(x)
+    compiled = torch.compile(lambda x: project(linear, x), backend="eager", fullgraph=True)(x)
     assert not products
-    torch.testing.assert_close(linear(x), compiled, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(project(linear, x), compiled, rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
 def test_without_numba(monkeypatch, caplog):
     linear, x = quantised_linear(64, 8), torch.randn(2, 64)
-    expected = linear(x)
+    expected = project(linear, x)
     monkeypatch.setitem(sys.modules, "numba", None)
     for name in ("int8", "numba_compile"):
         monkeypatch.delitem(sys.modules, f"nemotron_h_hf.model.{name}")
     linear_module.int8.cache_clear()
     try:
         with caplog.at_level("WARNING"):
-            torch.testing.assert_close(linear(x), expected, rtol=1e-5, atol=1e-5)
-            linear(x)
+            torch.testing.assert_close(project(linear, x), expected, rtol=1e-5, atol=1e-5)
+            project(linear, x)
         assert caplog.text.count("pip install numba") == 1
     finally:
         linear_module.int8.cache_clear()

@@ -6,7 +6,7 @@ from tiny import prompt, tiny_model
 from torch import nn
 
 from nemotron_h_hf.model import linear as linear_module
-from nemotron_h_hf.model.linear import MOST_ROWS, NemotronHLinear, few_rows, num_parts
+from nemotron_h_hf.model.linear import MOST_ROWS, few_rows, num_parts, project
 
 
 @pytest.fixture(autouse=True)
@@ -22,11 +22,11 @@ def four_threads():
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_product_in_parts(rows, sizes, parts, bias):
     torch.manual_seed(0)
-    layer = NemotronHLinear(*sizes, bias=bias)
+    layer = nn.Linear(*sizes, bias=bias)
     x = torch.randn(*rows, sizes[0])
     with torch.no_grad():
         assert few_rows(x) and num_parts(x, layer.weight) == parts
-        got = layer(x)
+        got = project(layer, x)
         expected = nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double() if bias else None)
     assert got.is_contiguous() and got.shape == expected.shape
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-6)
@@ -35,27 +35,29 @@ def test_the_product_in_parts(rows, sizes, parts, bias):
 def test_rows_of_a_larger_matrix_and_a_transposed_input():
     """The weights of a nested model are views into its parent's."""
     whole = torch.randn(2048, 1024)
-    layer = NemotronHLinear(512, 1024, bias=False)
+    layer = nn.Linear(512, 1024, bias=False)
     layer.weight = nn.Parameter(whole[:1024, :512])
     x = torch.randn(512, 7).T
     with torch.no_grad():
         assert num_parts(x, layer.weight) == 4
-        torch.testing.assert_close(layer(x).double(), x.double() @ whole[:1024, :512].double().T, rtol=0, atol=1e-4)
+        torch.testing.assert_close(
+            project(layer, x).double(), x.double() @ whole[:1024, :512].double().T, rtol=0, atol=1e-4
+        )
 
 
 def test_what_is_left_to_torch():
-    layer, odd, small = NemotronHLinear(1024, 512), NemotronHLinear(1024, 513), NemotronHLinear(64, 64)
+    layer, odd, small = nn.Linear(1024, 512), nn.Linear(1024, 513), nn.Linear(64, 64)
     x = torch.randn(1, 1024)
     assert not few_rows(x)  # gradients
     with torch.no_grad():
         assert few_rows(x) and num_parts(x, layer.weight) == 4
         assert few_rows(torch.randn(MOST_ROWS, 1024)) and not few_rows(torch.randn(MOST_ROWS + 1, 1024))
-        assert not few_rows(x[:0]) and layer(x[:0]).shape == (0, 512)
+        assert not few_rows(x[:0]) and project(layer, x[:0]).shape == (0, 512)
         assert num_parts(x, odd.weight) == 1 and num_parts(x[:, :64], small.weight) == 1
         assert num_parts(x.bfloat16(), layer.bfloat16().weight) == 1
         layer.float()
         with torch.autocast("cpu", torch.bfloat16):
-            assert not few_rows(x) and layer(x).dtype == torch.bfloat16
+            assert not few_rows(x) and project(layer, x).dtype == torch.bfloat16
         torch.set_num_threads(1)
         assert num_parts(x, layer.weight) == 1
 
@@ -76,7 +78,15 @@ def test_a_model_computes_the_same(monkeypatch):
 
 @torch.no_grad()
 def test_an_exported_layer_takes_any_number_of_rows():
-    layer, rows = NemotronHLinear(1024, 512), torch.export.Dim("rows", min=1, max=4 * MOST_ROWS)
+    class Projected(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(1024, 512)
+
+        def forward(self, x):
+            return project(self.linear, x)
+
+    layer, rows = Projected(), torch.export.Dim("rows", min=1, max=4 * MOST_ROWS)
     program = torch.export.export(layer, (torch.randn(3, 1024),), dynamic_shapes=({0: rows},), strict=False)
     x = torch.randn(2 * MOST_ROWS, 1024)
     torch.testing.assert_close(program.module()(x), layer(x))

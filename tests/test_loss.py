@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from test_modeling import assert_close, assert_same_gradients, gradients
 from test_ssd import LargestTensor
 from tiny import prompt, tiny_model
@@ -57,29 +58,54 @@ def test_logits_of_the_whole_batch_never_exist(training, monkeypatch):
     model, ids = tiny_model(vocab_size=vocab), prompt(2, 500)
     model.train()
     with torch.set_grad_enabled(training), LargestTensor() as largest:
-        out = model(ids, labels=ids, use_cache=False)
+        out = model(ids, labels=ids, skip_logits=True, use_cache=False)
         if training:
             out.loss.backward()
     assert largest.numel < 2 * 500 * vocab / 4
 
 
-def test_logits_are_made_when_they_are_read():
-    model, ids = tiny_model(), prompt(2, 21)
-    expected = model(ids, labels=ids)
-    calls = []
-    model.lm_head.register_forward_hook(lambda module, args, out: calls.append(out.shape))
-    skipped = model(ids, labels=ids, skip_logits=True)
-    assert len(calls) == 1
-    assert_close(skipped.loss, expected.loss, 0)
-    assert_close(skipped.logits, expected.logits, 0)
-    assert skipped.logits is skipped["logits"] and len(calls) == 2
-    model.train()
+@pytest.mark.parametrize("shape", ["dense", "moe"])
+@pytest.mark.parametrize("training", [False, True])
+def test_logits_are_in_every_form_of_output_or_in_none(shape, training):
+    """In training as in evaluation: the attribute, the key, the index, the tuple, torch's tree of tensors."""
+    model, ids = tiny_model(shape).train(training), prompt(2, 21)
+    expected = model(ids).logits
+    for default in (False, True):
+        model.skip_logits = default
+        for asked in (None, False, True):
+            out = model(ids, labels=ids, skip_logits=asked, use_cache=False)
+            as_tuple = model(ids, labels=ids, skip_logits=asked, use_cache=False, return_dict=False)
+            skipped = default if asked is None else asked
+            forms = [out.logits, out.get("logits"), pytree.tree_map(lambda t: t, out).logits]
+            if skipped:
+                assert forms == [None] * 3 and "logits" not in out and len(out) == len(as_tuple) == 1
+            else:
+                forms += [out["logits"], out[1], out.to_tuple()[1], as_tuple[1]]
+                assert all(torch.equal(form, forms[0]) for form in forms)
+                assert_close(forms[0], expected, 0)
+            assert not any(callable(value) for value in vars(out).values())
+        assert model(ids, use_cache=False).logits is not None  # without a loss there is nothing else
+
+
+def test_logits_have_gradients_and_stay_after_a_step():
+    model, ids = tiny_model().train(), prompt(2, 21)
     out = model(ids, labels=ids)
-    assert len(calls) == 3
-    out.logits.sum().backward()
-    assert model.lm_head.weight.grad is not None
-    assert model(ids, labels=ids, skip_logits=False)["logits"] is not None
-    assert model(ids)["logits"].shape == (2, 21, 97)
+    before = out.logits.detach().clone()
+    (out.loss + out.logits.square().mean()).backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert torch.equal(out.logits, before) and not torch.equal(model(ids).logits, before)
+
+
+def test_lm_head_runs_once_for_logits_and_loss():
+    model, ids, calls = tiny_model(), prompt(2, 21), []
+    model.lm_head.register_forward_hook(lambda module, args, out: calls.append(out.shape))
+    expected = ForCausalLMLoss(model(ids).logits, ids, 97)
+    assert_close(model(ids, labels=ids).loss, expected, 5e-6)
+    assert_close(model(ids, labels=ids, skip_logits=True).loss, expected, 5e-6)
+    assert calls == [(2, 21, 97), (2, 21, 97), (42, 97)]
+    out = model(ids, labels=ids, logits_to_keep=3)
+    assert_close(out.loss, expected, 5e-6)
+    assert out.logits.shape == (2, 3, 97)
 
 
 def test_a_bfloat16_loss_is_fp32():
@@ -98,7 +124,7 @@ def test_another_loss_inside_forward(shape):
         return lm_head(hidden_states).square().mean()
 
     aux = {"output_router_logits": True} if shape == "moe" else {}
-    out = model(ids, loss_from_hidden=squares, **aux)
+    out = model(ids, loss_from_hidden=squares, skip_logits=True, **aux)
     assert_close(out.loss, logits.square().mean() + (0.25 * out.aux_loss if aux else 0.0), 1e-6)
-    assert dict.get(out, "logits") is None
-    assert_close(out.logits, logits, 0)
+    assert out.logits is None
+    assert_close(model(ids, loss_from_hidden=squares, **aux).logits, logits, 0)

@@ -17,7 +17,7 @@ from transformers.models.nemotron_h import NemotronHConfig as NativeConfig
 from transformers.models.nemotron_h import NemotronHForCausalLM as NativeForCausalLM
 
 from ..model.configuration_nemotron_h import NemotronHConfig
-from ..model.linear import NemotronHLinear
+from ..model.linear import project
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
 
 SEED = 0
@@ -136,8 +136,8 @@ def int8_models(model: NemotronHForCausalLM) -> dict[str, NemotronHForCausalLM]:
     quantize_(whole, Int8WeightOnlyConfig())
     by_torchao = copy.deepcopy(quantised)
     for module in by_torchao.modules():
-        if isinstance(module, NemotronHLinear) and type(module.weight) is not nn.Parameter:
-            module.__class__ = nn.Linear
+        if isinstance(module, nn.Linear) and type(module.weight) is not nn.Parameter:
+            module.register_forward_hook(lambda *_: None)  # called as a module, it multiplies as torchao does
     return {"fp32": model, "torchao": by_torchao, "int8": quantised, "int8_head": whole}
 
 
@@ -155,7 +155,8 @@ def train_step(model: nn.Module, shape: Shape, length: int) -> Tensor:
     model.train()
     model.zero_grad(set_to_none=True)
     ids = random_tokens(shape, length)
-    loss = model(ids, labels=ids, use_cache=False).loss
+    options = {"skip_logits": True} if isinstance(model, NemotronHForCausalLM) else {}  # as our Trainer asks
+    loss = model(ids, labels=ids, use_cache=False, **options).loss
     loss.backward()
     return loss.detach()
 
@@ -163,11 +164,11 @@ def train_step(model: nn.Module, shape: Shape, length: int) -> Tensor:
 def floor_job(
     model: NemotronHForCausalLM, length: int, num_logits: int, by_torch: bool = False
 ) -> Callable[[], Tensor]:
-    """Every Linear of the stack at (1, l, in), `lm_head` at the positions whose logits the job needs; as modules, or
-    `by_torch`."""
+    """Every Linear of the stack at (1, l, in), `lm_head` at the positions whose logits the job needs; as the model calls
+    them, or `by_torch`."""
 
     def call(linear: nn.Linear, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, linear.weight, linear.bias) if by_torch else linear(x)
+        return linear(x) if by_torch else project(linear, x)
 
     linears = stack_linears(model)
     inputs = {width: torch.randn(1, length, width) for width in {linear.in_features for linear in linears}}

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..model.linear import NemotronHLinear
+from ..model.linear import multiply
 from .layout import Order, block_size, positions
 
 
@@ -34,7 +34,7 @@ class Gather(nn.Module):
         return (self.blocks[:, None] * self.size + within).flatten() + self.start
 
 
-class OrderedLinear(NemotronHLinear):
+class OrderedLinear(nn.Linear):
     """y = W x + b with rows and columns of W, and b, in another order than y and x.
 
     Args:
@@ -65,7 +65,7 @@ class OrderedLinear(NemotronHLinear):
             self.outputs = nn.ModuleList(parts).to(device)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = super().forward(x if self.inputs is None else self.inputs(x))
+        y = multiply(x if self.inputs is None else self.inputs(x), self.weight, self.bias)
         if self.outputs is None:
             return y
         parts = [gather(y) for gather in self.outputs]

@@ -17,7 +17,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_nemotron_h import NemotronHConfig
 from .kernels import attends_in_triton
-from .linear import NemotronHLinear
+from .linear import project
 from .mamba2 import NemotronHMamba2Mixer
 from .moe import NemotronHMLP, NemotronHMoE
 from .rows import Padding
@@ -54,10 +54,10 @@ class NemotronHAttention(nn.Module):
         self.num_key_value_groups = num_heads // config.num_key_value_heads
         self.attention_dropout = config.attention_dropout
         hidden, bias = config.hidden_size, config.attention_bias
-        self.q_proj = NemotronHLinear(hidden, num_heads * self.head_dim, bias=bias)
-        self.k_proj = NemotronHLinear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.v_proj = NemotronHLinear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
-        self.o_proj = NemotronHLinear(num_heads * self.head_dim, hidden, bias=bias)
+        self.q_proj = nn.Linear(hidden, num_heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * self.head_dim, hidden, bias=bias)
 
     def forward(
         self,
@@ -73,14 +73,14 @@ class NemotronHAttention(nn.Module):
         `continues` says that these are tokens after cached ones, all of them real, see `attend_after`."""
         rows = hidden_states.shape[:-1]
         query, key, value = (
-            proj(hidden_states).view(*rows, -1, self.head_dim).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
+            project(linear, hidden_states).view(*rows, -1, self.head_dim).transpose(1, 2)
+            for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         implementation = self.config._attn_implementation
         if self._decodes(query, attention_mask, past_key_values):
-            return self.o_proj(self._decode(query, key, value, attention_mask, past_key_values).flatten(2)), None
+            return project(self.o_proj, self._decode(query, key, value, attention_mask, past_key_values).flatten(2)), None
         # with a mask (static caches) the general way would repeat keys and values for every query head, in memory
         grouped = query.device.type == "cpu" or attention_mask is not None
         if implementation == "sdpa" and rows[1] == 1 and grouped and not self.training:
@@ -93,7 +93,7 @@ class NemotronHAttention(nn.Module):
             output, weights = attend(
                 self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
             )
-        return self.o_proj(output.reshape(*rows, -1)), weights
+        return project(self.o_proj, output.reshape(*rows, -1)), weights
 
     def _decodes(self, query: Tensor, attention_mask: Tensor | None, cache: Cache | None) -> bool:
         """Whether triton_attention.py takes this token: for static caches and for masks, where PyTorch's FlashAttention does not."""
@@ -199,12 +199,23 @@ def make_mixer(config: NemotronHConfig, kind: str, layer_idx: int) -> nn.Module:
 class NemotronHBlock(GradientCheckpointingLayer):
     """x + mixer(norm(x))."""
 
+    _is_checkpointed = False
+
     def __init__(self, config: NemotronHConfig, layer_idx: int, kind: str) -> None:
         super().__init__()
         self.layer_idx, self.block_type = layer_idx, kind
         self.residual_in_fp32 = config.residual_in_fp32
         self.norm = NemotronHRMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = make_mixer(config, kind, layer_idx)
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether a forward is repeated in its backward pass; never where there will be none, so that caches stay in use."""
+        return self._is_checkpointed and torch.is_grad_enabled()
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        self._is_checkpointed = value
 
     def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
         residual, hidden_states = hidden_states, self.norm(hidden_states)

@@ -324,8 +324,11 @@ class HybridCache(Cache):
         graph = {id(t): t.detach().clone() for t in tensors if not t.is_leaf}  # results of a forward with gradients
         return copy.deepcopy(self, graph)
 
-    def to(self, device: torch.device | str) -> "HybridCache":
-        """Move everything, for example to "cpu" while a conversation waits."""
+    def to(self, device: torch.device | str | None, non_blocking: bool = False) -> "HybridCache":
+        """Move everything, for example to "cpu" while a conversation waits. Accelerate calls it as it calls a tensor's, with
+        None where it does not know the device: then everything stays."""
+        if device is None:
+            return self
         for layer in self.layers:
             if isinstance(layer, MambaCacheLayer):
                 layer.to(device)

@@ -1,4 +1,4 @@
-"""A Linear that is not slow for few rows on a CPU.
+"""The product of a Linear, not slow for few rows on a CPU.
 
 PyTorch gives the product of one row and a matrix to one thread of MKL, and of a few rows to code that is slower still:
 both read the weights at half the speed of the memory or less. As a batch of products, one for a part of the output each,
@@ -17,24 +17,28 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from .plain import is_plain
+
 logger = logging.get_logger(__name__)
 
 MOST_ROWS = 64
 FEWEST_WEIGHTS = 2**18  # below, the threads' meeting costs more than they save
 
 
-class NemotronHLinear(nn.Linear):
-    """torch's Linear; without gradients, on a CPU, few rows are multiplied by all threads."""
+def project(linear: nn.Module, x: Tensor) -> Tensor:
+    """`linear(x)`: of a plain nn.Linear few rows are multiplied by all threads, everything else is called as a module."""
+    return multiply(x, linear.weight, linear.bias) if few_rows(x) and is_plain(linear, nn.Linear) else linear(x)
 
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
-        if not few_rows(x):
-            return F.linear(x, weight, self.bias)
-        if reads_int8(weight):
-            _, product = int8()
-            return product(x, weight, self.bias)
-        parts = num_parts(x, weight)
-        return F.linear(x, weight, self.bias) if parts == 1 else product_in_parts(x, weight, self.bias, parts)
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear`; without gradients, on a CPU, few rows are multiplied by all threads. x (..., k), weight (n, k) -> (..., n)."""
+    if not few_rows(x):
+        return F.linear(x, weight, bias)
+    if reads_int8(weight):
+        _, product = int8()
+        return product(x, weight, bias)
+    parts = num_parts(x, weight)
+    return F.linear(x, weight, bias) if parts == 1 else product_in_parts(x, weight, bias, parts)
 
 
 def few_rows(x: Tensor) -> bool:

@@ -26,8 +26,8 @@ def next_token_loss(
     """Cross-entropy of each position's prediction of the next token, in fp32.
 
     Args:
-        hidden_states: (b, l, hidden), the last layer's output after the final norm.
-        lm_head: the module that makes logits (..., vocab_size).
+        hidden_states: (b, l, hidden), the last layer's output after the final norm; or logits.
+        lm_head: the module that makes logits (..., vocab_size); nn.Identity() of logits.
         labels: (b, l); position t is trained on labels[t + 1]. `ignore_index` counts as no label.
         num_items_in_batch: divisor of the summed loss (gradient accumulation); None for the number of labels.
         shift_labels: (b, l) labels already shifted; replaces `labels`.

@@ -17,8 +17,10 @@ from transformers.cache_utils import Cache
 
 from .cache import MambaCacheLayer, read_states
 from .configuration_nemotron_h import NemotronHConfig
-from .kernels import causal_conv, conv_step, fuses_step, gated_norm, scan, scan_step, whole_step
-from .linear import NemotronHLinear
+from .convolution import convolve, convolve_step
+from .kernels import fuses_step, gated_norm, scan, scan_step, whole_step
+from .linear import project
+from .plain import is_plain
 from .rows import Padding
 from .ssd import conv_window, discretize, wide
 
@@ -35,19 +37,6 @@ class NemotronHRMSNormGated(nn.Module):
         return gated_norm(x, gate, self.weight, self.group_size, self.variance_epsilon, implementation)
 
 
-class NemotronHCausalConv1d(nn.Conv1d):
-    """Each channel's convolution over its own past; called as a module, so that offloading brings its weight."""
-
-    def forward(
-        self, x: Tensor, state: Tensor | None, seq_idx: Tensor | None = None, implementation: str = "torch"
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """x (b, l, d) -> (b, l, d); one token per row, (b, d), -> (b, d) and the next state."""
-        taps = self.weight.squeeze(1)
-        if x.dim() == 2:
-            return conv_step(x, state, taps, self.bias, implementation)
-        return causal_conv(x, taps, self.bias, state, seq_idx, implementation)
-
-
 class NemotronHMamba2Mixer(nn.Module):
     """One Mamba-2 layer (arXiv 2405.21060). A_log, D, dt_bias are stored in any dtype and computed in fp32."""
 
@@ -62,16 +51,17 @@ class NemotronHMamba2Mixer(nn.Module):
         self.in_proj_sizes = [self.intermediate_size, self.conv_dim, self.num_heads]  # gate, (x, B, C), dt
         self.conv_sizes = [self.intermediate_size, groups_size, groups_size]  # x, B, C
 
-        self.in_proj = NemotronHLinear(config.hidden_size, sum(self.in_proj_sizes), bias=config.use_bias)
-        self.conv1d = NemotronHCausalConv1d(
-            self.conv_dim, self.conv_dim, config.conv_kernel, groups=self.conv_dim, bias=config.use_conv_bias
-        )
+        self.in_proj = nn.Linear(config.hidden_size, sum(self.in_proj_sizes), bias=config.use_bias)
+        self.conv1d = nn.Conv1d(
+            self.conv_dim, self.conv_dim, config.conv_kernel, groups=self.conv_dim, padding=config.conv_kernel - 1,
+            bias=config.use_conv_bias,
+        )  # fmt: skip
         self.A_log = nn.Parameter(torch.empty(self.num_heads))
         self.D = nn.Parameter(torch.empty(self.num_heads))
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         group_size = self.intermediate_size // self.n_groups
         self.norm = NemotronHRMSNormGated(self.intermediate_size, group_size, config.layer_norm_epsilon)
-        self.out_proj = NemotronHLinear(self.intermediate_size, config.hidden_size, bias=config.use_bias)
+        self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=config.use_bias)
 
     def forward(
         self,
@@ -82,7 +72,7 @@ class NemotronHMamba2Mixer(nn.Module):
         **_: object,
     ) -> Tensor:
         """hidden_states (b, l, hidden) -> (b, l, hidden); `seq_idx` (b, l) are document numbers of packed rows."""
-        projected = self.in_proj(hidden_states)
+        projected = project(self.in_proj, hidden_states)
         layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
         if padding is not None:
             projected = padding.compact(projected).masked_fill(~padding.real[..., None], 0)
@@ -93,7 +83,7 @@ class NemotronHMamba2Mixer(nn.Module):
             mixed = checkpoint(self._mix, projected, padding, seq_idx, use_reentrant=False, preserve_rng_state=False)
         else:
             mixed = self._mix(projected, padding, seq_idx, layer)
-        output = self.out_proj(mixed)
+        output = project(self.out_proj, mixed)
         return output if padding is None else padding.restore(output)
 
     def _mix(
@@ -105,7 +95,7 @@ class NemotronHMamba2Mixer(nn.Module):
         conv_state, ssm_state = (None, None) if layer is None else read_states(layer)
         if padding is not None and seq_idx is not None:  # the padding behind the real tokens is no new document
             seq_idx = seq_idx.where(padding.real, seq_idx.gather(1, (padding.lengths[:, None] - 1).clamp(min=0)))
-        conv_out = self.conv1d(conv_in, conv_state, seq_idx, implementation)
+        conv_out = convolve(self.conv1d, conv_in, conv_state, seq_idx, implementation)
         x, B, C = self._heads(conv_out)
         dt = discretize(dt, self.dt_bias, self.time_step_limit)
         if padding is not None:
@@ -133,7 +123,7 @@ class NemotronHMamba2Mixer(nn.Module):
             layer.store(conv_state, ssm_state, 1)  # updated where they are
             return mixed
         gate, conv_in, dt = projected.split(self.in_proj_sizes, dim=-1)
-        conv_out, conv_next = self.conv1d(conv_in, conv_state, implementation=implementation)
+        conv_out, conv_next = convolve_step(self.conv1d, conv_in, conv_state, implementation)
         x, B, C = self._heads(conv_out)
         dt, A = discretize(dt, self.dt_bias, self.time_step_limit), self._decay()
         if layer.record_past:  # before the scan, which updates the state in place
@@ -148,9 +138,7 @@ class NemotronHMamba2Mixer(nn.Module):
         conv, norm, implementation = self.conv1d, self.norm, self.config.mamba_implementation
         if implementation not in ("auto", "triton"):
             return False
-        if type(conv) is not NemotronHCausalConv1d or type(norm) is not NemotronHRMSNormGated:
-            return False
-        if any(module._forward_hooks or module._forward_pre_hooks for module in (conv, norm)):
+        if not is_plain(conv, nn.Conv1d) or not is_plain(norm, NemotronHRMSNormGated):
             return False
         weights = (conv.weight, conv.bias, norm.weight, self.A_log, self.D, self.dt_bias)
         return fuses_step(projected, states, weights, implementation)

@@ -8,7 +8,7 @@ Modules and parameters are named as in transformers' own `nemotron_h`, so adapte
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from .cache import HybridCache, adopt_cache, check_cache, sequence_length
 from .configuration_nemotron_h import NemotronHConfig
 from .generation import NemotronHGenerationMixin
 from .kernels import check_implementation
-from .linear import NemotronHLinear
+from .linear import project
 from .loading import (
     Loading,
     check_files,
@@ -48,6 +48,7 @@ from .moe import NemotronHTopkRouter, init_experts, load_balancing_loss
 from .needs import Request
 from .nested import empty_tensors, find_nested
 from .peft_support import allow_adapters_on_out_proj
+from .plain import is_watched
 from .rows import Padding, check_mask, find_documents, find_padding, flash_offsets
 
 
@@ -358,26 +359,14 @@ class NemotronHModel(NemotronHPreTrainedModel):
         return source.shape[0], source.shape[1]
 
     def _may_split(self, mask: Tensor | None, kwargs: dict) -> bool:
-        """Whether a long input may run in parts: no gradients, no tracing, no per-layer outputs asked for."""
+        """Whether a long input may run in parts: no gradients, no tracing, no per-layer outputs asked for, no hooks."""
         wanted = (
             kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}", False))
             for name in self._can_record_outputs
         )
         plain = mask is None or mask.dim() == 2
-        return plain and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and not any(wanted)
-
-
-@dataclass
-class NemotronHCausalLMOutput(MoeCausalLMOutputWithPast):
-    """As transformers' output; in training `logits` are made only when somebody reads the attribute."""
-
-    def make_logits_on_demand(self, make: Callable[[], Tensor]) -> None:
-        self.__dict__["_make_logits"] = make
-
-    def __getattribute__(self, name: str):
-        if name == "logits" and "_make_logits" in self.__dict__:
-            self["logits"] = self.__dict__.pop("_make_logits")()
-        return super().__getattribute__(name)
+        traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+        return plain and not traced and not any(wanted) and not is_watched(self)
 
 
 class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
@@ -385,12 +374,13 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.embeddings.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
+    skip_logits = False  # what `skip_logits` of a forward is by default; True saves memory where only the loss is read
 
     def __init__(self, config: NemotronHConfig) -> None:
         super().__init__(config)
         self.model = NemotronHModel(config)
         self.vocab_size = config.vocab_size
-        self.lm_head = NemotronHLinear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.num_nextn_predict_layers:
             self.mtp = NemotronHMTP(config)
         self.post_init()
@@ -416,8 +406,8 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
         Args:
             labels: (b, l) token ids, -100 where there is nothing to learn; shifted here.
             logits_to_keep: make logits for the last n positions only (0: all), or for the positions in this tensor.
-            skip_logits: with labels, compute the loss alone, without ever holding the logits of the whole batch; by
-                default in training, where `output.logits` is then computed only if it is read.
+            skip_logits: with a loss, compute that alone, without ever holding the logits of the whole batch; the output
+                then has none (`output.logits` is None). Default: `model.skip_logits`, which is False.
             num_items_in_batch: divisor of the summed loss, as transformers' Trainer passes it.
             loss_from_hidden: called with (hidden states (b, l, hidden), lm_head), makes a scalar that replaces the
                 next-token loss. It runs inside this forward because only here a sharded lm_head has its weight.
@@ -438,12 +428,16 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
         loss = aux_loss = None
         has_labels = labels is not None or shift_labels is not None
         has_loss = has_labels or loss_from_hidden is not None
+        logits = None
+        if not (has_loss and (self.skip_logits if skip_logits is None else skip_logits)):
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = project(self.lm_head, hidden_states[:, kept])
         if loss_from_hidden is not None:
             loss = loss_from_hidden(hidden_states, self.lm_head)
         elif has_labels:
-            loss = next_token_loss(
-                hidden_states, self.lm_head, self.config.vocab_size, labels, num_items_in_batch, shift_labels
-            )
+            every = logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0
+            given, head = (logits, nn.Identity()) if every else (hidden_states, self.lm_head)
+            loss = next_token_loss(given, head, self.config.vocab_size, labels, num_items_in_batch, shift_labels)
         if outputs.router_logits:
             padded = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
             real = attention_mask[:, -hidden_states.shape[1] :].flatten().bool() if padded else None
@@ -452,25 +446,15 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
                 share = share_of_items(num_items_in_batch, labels, shift_labels)
                 share = share.to(aux_loss.device) if isinstance(share, Tensor) else share
                 loss = loss + (self.config.router_aux_loss_coef * share * aux_loss).to(loss.device)
-        skip = has_loss and (self.training or not has_labels if skip_logits is None else skip_logits)
-
-        def make_logits() -> Tensor:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            return self.lm_head(hidden_states[:, kept])
-
-        on_demand = skip and not torch.compiler.is_compiling()  # a compiled graph has plain outputs
-        output = (NemotronHCausalLMOutput if on_demand else MoeCausalLMOutputWithPast)(
+        return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
-            logits=None if skip else make_logits(),
+            logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
         )
-        if on_demand:
-            output.make_logits_on_demand(make_logits)
-        return output
 
 
 class NemotronHForSequenceClassification(GenericForSequenceClassification, NemotronHPreTrainedModel):

@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from .configuration_nemotron_h import NemotronHConfig
-from .linear import NemotronHLinear
+from .linear import project
 from .ssd import no_autocast, times, wide
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # which comes with PyTorch for CUDA
@@ -24,12 +24,12 @@ class NemotronHMLP(nn.Module):
 
     def __init__(self, config: NemotronHConfig, width: int) -> None:
         super().__init__()
-        self.up_proj = NemotronHLinear(config.hidden_size, width, bias=config.mlp_bias)
-        self.down_proj = NemotronHLinear(width, config.hidden_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = squared_relu if config.mlp_hidden_act == "relu2" else ACT2FN[config.mlp_hidden_act]
 
     def forward(self, hidden_states: Tensor, **_: object) -> Tensor:
-        return self.down_proj(self.act_fn(self.up_proj(hidden_states)))
+        return project(self.down_proj, self.act_fn(project(self.up_proj, hidden_states)))
 
 
 def squared_relu(x: Tensor) -> Tensor:
@@ -136,8 +136,8 @@ class NemotronHMoE(nn.Module):
         self.shared_experts = NemotronHMLP(config, config.moe_shared_expert_intermediate_size)
         self.fc1_latent_proj = self.fc2_latent_proj = nn.Identity()
         if config.moe_latent_size is not None:
-            self.fc1_latent_proj = NemotronHLinear(config.hidden_size, config.moe_latent_size, bias=config.mlp_bias)
-            self.fc2_latent_proj = NemotronHLinear(config.moe_latent_size, config.hidden_size, bias=config.mlp_bias)
+            self.fc1_latent_proj = nn.Linear(config.hidden_size, config.moe_latent_size, bias=config.mlp_bias)
+            self.fc2_latent_proj = nn.Linear(config.moe_latent_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor, **_: object) -> Tensor:
         """(b, l, hidden) -> (b, l, hidden); the router sees the full hidden state, the latent experts a projection of it."""
@@ -145,7 +145,8 @@ class NemotronHMoE(nn.Module):
         _, weights, indices = self.gate(tokens)
         # PyTorch's grouped products have no float64
         experts = self.experts.one_by_one if tokens.dtype == torch.float64 else self.experts
-        routed = self.fc2_latent_proj(experts(self.fc1_latent_proj(tokens), indices, weights))
+        routed = experts(project(self.fc1_latent_proj, tokens), indices, weights)
+        routed = project(self.fc2_latent_proj, routed)
         return routed.view_as(hidden_states) + self.shared_experts(hidden_states)
 
 

@@ -188,7 +188,7 @@ def check_modules(model: nn.Module, names: list[str]) -> None:
     modules = dict(model.named_modules())
     for name in names:
         module = modules.get(name)
-        if type(module) is not nn.Linear and type(module).__name__ != "NemotronHLinear":
+        if type(module) is not nn.Linear:
             raise ValueError(
                 f"{name}: got {type(module).__name__}, allowed is nn.Linear: convert before adapters are added, "
                 "and without quantised weights"

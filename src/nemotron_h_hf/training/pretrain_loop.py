@@ -101,7 +101,7 @@ def train_step(
             group["lr"] = learning_rate(settings, step)
     autocast = torch.autocast("cuda", torch.bfloat16) if batch.is_cuda else nullcontext()
     with autocast:
-        loss = model(input_ids=batch, labels=batch, use_cache=False).loss
+        loss = model(input_ids=batch, labels=batch, skip_logits=True, use_cache=False).loss
     if not torch.isfinite(loss):
         raise ValueError(f"loss: {loss.item()} at step {step}; lower learning_rate (now {settings.learning_rate})")
     model.zero_grad(set_to_none=True)

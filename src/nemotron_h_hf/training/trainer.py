@@ -256,6 +256,8 @@ class NemotronHTrainer(Trainer):
             )  # fmt: skip
             inputs = {**inputs, "loss_from_hidden": loss_from_hidden}
         inputs = {**inputs, "use_cache": self.args.use_cache}
+        if model.training and not return_outputs and self._can_skip_logits():  # nobody reads them
+            inputs = {"skip_logits": True, **inputs}
         if self.args.router_aux_loss_coef and model.training:
             inputs = {**inputs, "output_router_logits": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -340,11 +342,14 @@ class NemotronHTrainer(Trainer):
         self, model: nn.Module, inputs: dict, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple:
         """As transformers', without logits where the loss is all that is asked for."""
-        self._set_signature_columns_if_needed()
         inputs = self._without_repeated_rows(inputs)
-        if prediction_loss_only and "skip_logits" in self._signature_columns:
+        if prediction_loss_only and self._can_skip_logits():
             inputs = {**inputs, "skip_logits": True}
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def _can_skip_logits(self) -> bool:
+        self._set_signature_columns_if_needed()
+        return "skip_logits" in self._signature_columns
 
     def _without_repeated_rows(self, inputs: dict) -> dict:
         """No labels in the rows by which Accelerate fills up the last batches of several processes."""

@@ -1,0 +1,39 @@
+"""When a layer may be computed from its weights, without calling it: nobody has replaced it or listens to its calls.
+
+Every projection is a plain `nn.Linear` and the convolution a plain `nn.Conv1d`, so that tools which ask for exactly these
+types find them (bitsandbytes, torchao, Model-Optimizer, torch's quantize_dynamic). What such a tool puts in their place,
+and a layer with a hook or a `forward` of its own (accelerate's offloading), is called as a module.
+"""
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+FORWARDS = {nn.Linear: nn.Linear.forward, nn.Conv1d: nn.Conv1d.forward}  # a tool may put its own into the classes
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether `module` is exactly of this class, with that class's own forward, and nobody listens to its calls."""
+    if type(module) is not kind or "forward" in module.__dict__ or has_hooks(module):
+        return False
+    return FORWARDS.get(kind, kind.forward) is kind.forward
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module runs hooks, its own or those of all modules."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or torch_module._has_any_global_hook()
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether somebody looks at, or changes, what parts of the module compute. Accelerate's hooks, which only move tensors,
+    and those by which transformers records outputs, which act where outputs are asked for, do not count."""
+    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
+        return True
+    return any(_is_changed(part) for part in module.modules() if part is not module)
+
+
+def _is_changed(part: nn.Module) -> bool:
+    hooks = [*part._forward_hooks.values(), *part._forward_pre_hooks.values()]
+    if any(getattr(hook, "__name__", "") != "output_capturing_hook" for hook in hooks):
+        return True
+    return "forward" in part.__dict__ and "_hf_hook" not in part.__dict__
