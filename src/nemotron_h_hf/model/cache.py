@@ -145,16 +145,16 @@ class MambaCacheLayer(LinearAttentionLayer):
     # Rows and devices
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self.map_rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda t: t[indices.to(t.device)])
+        self.map_rows(lambda t: t[indices.to(t.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        self._map(lambda t: t.repeat_interleave(repeats, dim=0))
+        self.map_rows(lambda t: t.repeat_interleave(repeats, dim=0))
 
     def to(self, device: torch.device | str) -> None:
-        self._map(lambda t: t.to(device))
+        self.map_rows(lambda t: t.to(device))
         self.A = None if self.A is None else self.A.to(device)
         self.device = torch.device(device)
 
@@ -168,7 +168,7 @@ class MambaCacheLayer(LinearAttentionLayer):
         states = [t for t in (self.conv_states[0], self.recurrent_states[0]) if t is not None]
         return states + list(self.before or ()) + list(self.recorded.values())
 
-    def _map(self, function) -> None:
+    def map_rows(self, function) -> None:
         """Apply a function of rows to all that is held; each tensor has the batch first."""
         if self.is_recurrent_states_initialized[0]:
             self._assign(function(self.conv_states[0]), function(self.recurrent_states[0]))
@@ -312,6 +312,7 @@ class HybridCache(Cache):
             raise ValueError(
                 f"tokens_to_remove={tokens_to_remove}: a static cache cannot be rolled back; use one that grows"
             )
+        leave_inference_mode(self)
         # Mamba layers first: they may refuse, and then nothing has changed.
         for layer in sorted(self.layers, key=lambda layer: not isinstance(layer, MambaCacheLayer)):
             if isinstance(layer, MambaCacheLayer) or tokens_to_remove:
@@ -454,6 +455,20 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> Cache:
             cache.layers[index] = MambaCacheLayer(config.conv_kernel) if kind == "linear_attention" else DummyLayer()
             cache.layers[index].record_past = layer.record_past
     return cache
+
+
+def leave_inference_mode(cache: Cache) -> None:
+    """Copy what was made under `torch.inference_mode()`: outside of it such tensors cannot be updated where they are."""
+    if torch.is_inference_mode_enabled():
+        return
+    for layer in cache.layers:
+        if isinstance(layer, MambaCacheLayer):
+            if any(t.is_inference() for t in layer.tensors()):
+                layer.map_rows(lambda t: t.clone())
+        elif isinstance(layer, CacheLayerMixin):
+            for name, held in vars(layer).items():
+                if isinstance(held, Tensor) and held.is_inference():
+                    setattr(layer, name, held.clone())
 
 
 def sequence_length(cache: Cache) -> int | Tensor:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
+from .forks import is_forked
 from .ssd import causal_conv as torch_causal_conv
 from .ssd import conv_step as torch_conv_step
 from .ssd import gated_norm as torch_gated_norm
@@ -202,7 +203,7 @@ def fuses_step(
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     plain = all(t.dtype == torch.float32 and type(t) in (Tensor, nn.Parameter) for t in (x, *states, *weights))
-    return plain and states[1].is_contiguous() and _numba_step() is not None
+    return plain and states[1].is_contiguous() and not is_forked() and _numba_step() is not None
 
 
 def whole_step(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
+from .forks import is_forked
 from .plain import is_plain
 
 logger = logging.get_logger(__name__)
@@ -64,7 +65,7 @@ def product_in_parts(x: Tensor, weight: Tensor, bias: Tensor | None, parts: int)
 
 def reads_int8(weight: Tensor) -> bool:
     """Whether `int8.py` multiplies by this weight."""
-    if type(weight).__name__ != "Int8Tensor" or torch.jit.is_tracing() or int8() is None:
+    if type(weight).__name__ != "Int8Tensor" or torch.jit.is_tracing() or is_forked() or int8() is None:
         return False
     can_read, _ = int8()
     return can_read(weight)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .ssd import under_func
+
 LOGITS_PER_CHUNK = 2**24  # 64 MiB in fp32
 KEPT_LOGITS = 2**26  # up to so many, all chunks are kept for the backward pass, beyond it they are made again
 
@@ -39,7 +41,7 @@ def next_token_loss(
     targets = targets.to(hidden_states.device).flatten()
     hidden_states = hidden_states.flatten(0, -2)
     step = max(1, LOGITS_PER_CHUNK // vocab_size)
-    recompute = torch.is_grad_enabled() and len(targets) * vocab_size > KEPT_LOGITS
+    recompute = torch.is_grad_enabled() and len(targets) * vocab_size > KEPT_LOGITS and not under_func()
     total = None
     for rows, row_targets in zip(hidden_states.split(step), targets.split(step)):
         args = (rows, row_targets, lm_head, ignore_index)

@@ -22,7 +22,7 @@ from .kernels import fuses_step, gated_norm, scan, scan_step, whole_step
 from .linear import project
 from .plain import is_plain
 from .rows import Padding
-from .ssd import conv_window, discretize, wide
+from .ssd import conv_window, discretize, under_func, wide
 
 
 class NemotronHRMSNormGated(nn.Module):
@@ -79,7 +79,7 @@ class NemotronHMamba2Mixer(nn.Module):
             seq_idx = None if seq_idx is None else padding.compact(seq_idx)
         if projected.shape[1] == 1 and layer is not None and layer.has_previous_state[0] and padding is None:
             mixed = self._step(projected[:, 0], layer)[:, None]
-        elif layer is None and torch.is_grad_enabled() and projected.requires_grad:
+        elif layer is None and torch.is_grad_enabled() and projected.requires_grad and not under_func():
             mixed = checkpoint(self._mix, projected, padding, seq_idx, use_reentrant=False, preserve_rng_state=False)
         else:
             mixed = self._mix(projected, padding, seq_idx, layer)

@@ -22,8 +22,9 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .blocks import NemotronHAttention, NemotronHBlock, NemotronHMTP, NemotronHRMSNorm, can_attend_after
-from .cache import HybridCache, adopt_cache, check_cache, sequence_length
+from .cache import HybridCache, adopt_cache, check_cache, leave_inference_mode, sequence_length
 from .configuration_nemotron_h import NemotronHConfig
+from .forks import prepare_for_forks
 from .generation import NemotronHGenerationMixin
 from .kernels import check_implementation
 from .linear import project
@@ -50,6 +51,7 @@ from .nested import empty_tensors, find_nested
 from .peft_support import allow_adapters_on_out_proj
 from .plain import is_watched
 from .rows import Padding, check_mask, find_documents, find_padding, flash_offsets
+from .ssd import under_func
 
 
 class NemotronHPreTrainedModel(PreTrainedModel):
@@ -221,6 +223,8 @@ class NemotronHModel(NemotronHPreTrainedModel):
         Raises:
             ValueError: for inputs that do not fit the model, the cache or each other.
         """
+        if not torch.compiler.is_compiling():
+            prepare_for_forks()
         batch_size, length = self._check_input(input_ids, inputs_embeds)
         if cu_seq_lens_k is not None and (cu_seq_lens_q is None or not torch.equal(cu_seq_lens_q, cu_seq_lens_k)):
             raise ValueError("cu_seq_lens_k differs from cu_seq_lens_q: queries and keys must be the same documents")
@@ -330,6 +334,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
             return HybridCache(self.config) if use_cache else None
         cache = adopt_cache(cache, self.config)
         if not torch.compiler.is_compiling():
+            leave_inference_mode(cache)
             check_cache(cache, self.config, batch_size)
         return cache
 
@@ -349,7 +354,8 @@ class NemotronHModel(NemotronHPreTrainedModel):
         one_token_on_gpu = (
             source.shape[1] == 1 and source.device.type != "cpu"
         )  # would wait for the device at every step
-        if inputs_embeds is None and not torch.compiler.is_compiling() and not one_token_on_gpu and not source.is_meta:
+        unread = torch.compiler.is_compiling() or one_token_on_gpu or source.is_meta or under_func()
+        if inputs_embeds is None and not unread:
             low, high = int(source.min()), int(source.max())
             size = self.embeddings.weight.shape[0] if self.embeddings.weight.numel() else self.config.vocab_size
             if low < 0 or high >= size:

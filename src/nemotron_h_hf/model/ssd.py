@@ -25,7 +25,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_TOKENS = 64  # longer chunks only add work here: the products inside a chunk grow with its length
@@ -74,7 +73,21 @@ def causal_conv(
     same = None
     if seq_idx is not None:
         same = torch.stack([_same_document(seq_idx, earlier - tap) for tap in range(earlier + 1)]).to(x.dtype)
-    return _CausalConv.apply(x, taps, bias, before.to(x.dtype), same)
+    convolved = convolved_at_once if under_func() else _CausalConv.apply
+    return convolved(x, taps, bias, before.to(x.dtype), same)
+
+
+def under_func() -> bool:
+    """Whether a transform of torch.func (grad, vmap, jvp) is at work: it takes neither checkpoints nor our own backward passes."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def convolved_at_once(x: Tensor, taps: Tensor, bias: Tensor, before: Tensor, same: Tensor | None) -> Tensor:
+    """`_CausalConv` in operations that autograd and torch.func know, any number of times."""
+    rows = torch.cat([before, x], dim=1)
+    met = rows.unfold(1, taps.shape[0], 1)  # (b, l, d, k)
+    met = met if same is None else met * same.permute(1, 2, 3, 0)
+    return F.silu((met * taps.t()).sum(-1) + bias)
 
 
 def _traced_conv(
@@ -111,8 +124,13 @@ class _CausalConv(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # this gradient will be differentiated
+            *inputs, same = ctx.saved_tensors
+            wanted = [tensor for tensor, needed in zip(inputs, ctx.needs_input_grad) if needed]
+            out = convolved_at_once(*inputs, same)
+            found = iter(torch.autograd.grad(out, wanted, grad, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:-1]), None
         x, taps, bias, before, same = ctx.saved_tensors
         (b, l, d), earlier = x.shape, len(taps) - 1
         grad_rows = x.new_zeros(b, earlier + l, d)  # of before and x, end to end
@@ -225,6 +243,7 @@ def scan(
     chunk_size = min(chunk_size, CHUNK_TOKENS, l)
     segment = SEGMENT_TOKENS // chunk_size * chunk_size
     recompute = l > KEPT_TOKENS and torch.is_grad_enabled() and any(t.requires_grad for t in (x, dt, A, B, C, D, state))
+    recompute = recompute and not under_func()
     outputs, document = [], None
     parts = zip(*(t.split(segment, dim=1) for t in (x, dt, B, C)))  # the gradient of a slice would be as long as x
     for number, (x_part, dt_part, B_part, C_part) in enumerate(parts):

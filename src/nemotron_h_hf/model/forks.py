@@ -1,0 +1,30 @@
+"""Children forked from a process that has computed (DataLoader workers, multiprocessing, preloading servers) on a CPU.
+
+A fork copies a process without its threads. OpenMP, which PyTorch and Numba start theirs in, waits for them in the child
+for ever, and Numba's library ends such a child. So the child computes on one thread, and without Numba.
+"""
+
+import os
+from functools import cache
+
+import torch
+
+_forked = False
+
+
+@cache
+def prepare_for_forks() -> None:
+    """From now on children that this process forks live on; to be called before threads start."""
+    if os.name == "posix":
+        os.register_at_fork(after_in_child=_use_one_thread)
+
+
+def is_forked() -> bool:
+    """Whether this is a forked child of a process that had called `prepare_for_forks`."""
+    return _forked
+
+
+def _use_one_thread() -> None:
+    global _forked
+    _forked = True
+    torch.set_num_threads(1)
