@@ -3,14 +3,15 @@ PYTHON ?= python3
 VENV   ?= .venv
 OLDEST  = .venv-oldest
 KERNELS = .venv-kernels
+TOOLS   = .venv-tools
 PYTEST  = -m pytest -q -n auto --maxprocesses=8
 
 # One thread per process: the tests run in parallel, and threads fighting over cores are slower than none.
 export OMP_NUM_THREADS ?= 1
 # Tests and the demo use the embedded model, never the network.
-test test-slow test-oldest test-kernels test-gpu demo: export HF_HUB_OFFLINE = 1
+test test-slow test-oldest test-kernels test-tools test-gpu demo: export HF_HUB_OFFLINE = 1
 
-.PHONY: help install demo test test-slow test-oldest test-kernels test-gpu quality bench
+.PHONY: help install demo test test-slow test-oldest test-kernels test-tools test-gpu quality bench
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -32,6 +33,9 @@ test-oldest: $(OLDEST)/.installed  ## the tests on transformers 5.17.0, the olde
 test-kernels: $(KERNELS)/.installed  ## our Triton kernels and the packages' on CPU tensors, beside PyTorch (minutes, no GPU)
 	PYTHONPATH=$(KERNELS) TRITON_INTERPRET=1 $(VENV)/bin/python $(PYTEST) --timeout=900 \
 		tests/test_kernels.py tests/test_triton.py tests/test_decode_graph.py tests/test_triton_on_paper.py
+
+test-tools: $(TOOLS)/.installed  ## bitsandbytes (QLoRA) and Model-Optimizer on a CPU
+	PYTHONPATH=$(TOOLS) $(VENV)/bin/python $(PYTEST) tests/test_quantisers.py
 
 test-gpu: $(VENV)/.installed  ## our Triton kernels compiled on a GPU, beside PyTorch; then their speed; writes docs/results
 	$(VENV)/bin/python tests/gpu_check.py --output docs/results/kernels_gpu.json
@@ -65,4 +69,11 @@ $(KERNELS)/.installed: $(VENV)/.installed
 		CAUSAL_CONV1D_SKIP_CUDA_BUILD=TRUE CAUSAL_CONV1D_FORCE_BUILD=TRUE \
 		$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --target $(KERNELS) \
 		--no-build-isolation --no-deps mamba-ssm==2.3.2.post1 causal-conv1d==1.7.0
+	@touch $@
+
+# No dependencies: .venv has torch, numpy and the rest already.
+$(TOOLS)/.installed: $(VENV)/.installed
+	rm -rf $(TOOLS)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --target $(TOOLS) --no-deps \
+		bitsandbytes==0.50.2 nvidia-modelopt==0.47.0 omegaconf==2.4.0 antlr4-python3-runtime==4.9.3 pulp==3.3.2
 	@touch $@

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM, NemotronHForSequenceClassification
-
 from nemotron_h_hf.training import fp8
 from nemotron_h_hf.training.arguments import NemotronHTrainingArguments
 from nemotron_h_hf.training.fp8 import (

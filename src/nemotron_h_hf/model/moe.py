@@ -14,7 +14,7 @@ from transformers.integrations import use_experts_implementation
 
 from .configuration_nemotron_h import NemotronHConfig
 from .linear import project
-from .ssd import no_autocast, times, wide
+from .ssd import no_autocast, times, under_func, wide
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None  # which comes with PyTorch for CUDA
 
@@ -143,11 +143,32 @@ class NemotronHMoE(nn.Module):
         """(b, l, hidden) -> (b, l, hidden); the router sees the full hidden state, the latent experts a projection of it."""
         tokens = hidden_states.flatten(0, -2)
         _, weights, indices = self.gate(tokens)
+        if under_func() and _is_batched(indices):
+            check_vmap(self.experts.config)
         # PyTorch's grouped products have no float64
         experts = self.experts.one_by_one if tokens.dtype == torch.float64 else self.experts
         routed = experts(project(self.fc1_latent_proj, tokens), indices, weights)
         routed = project(self.fc2_latent_proj, routed)
         return routed.view_as(hidden_states) + self.shared_experts(hidden_states)
+
+
+def check_vmap(config: NemotronHConfig) -> None:
+    """RuntimeError unless the experts run in operations that torch.func.vmap takes."""
+    if config._experts_implementation != "batched_mm":
+        raise RuntimeError(
+            f"torch.func.vmap: the routed experts run as {config._experts_implementation!r}, which counts the tokens of "
+            "each; call model.set_experts_implementation('batched_mm') first"
+        )
+
+
+def _is_batched(x: Tensor) -> bool:
+    """Whether vmap is among the transforms that x has come through."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(x):
+        if functorch.is_batchedtensor(x):
+            return True
+        x = functorch.get_unwrapped(x)
+    return False
 
 
 def init_experts(module: nn.Module, std: float) -> None:

@@ -39,7 +39,13 @@ from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.hub import save_tokenizer, upload_folder
 from nemotron_h_hf.model.cost import adapter_training_flops_per_token, training_flops_per_token
-from nemotron_h_hf.training.adapters import AdapterArguments, add_adapters, four_bit_loading, trained_adapters
+from nemotron_h_hf.training.adapters import (
+    AdapterArguments,
+    add_adapters,
+    check_four_bit,
+    four_bit_loading,
+    trained_adapters,
+)
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
 from nemotron_h_hf.training.data_arguments import DataArguments, LongContextArguments, set_chat_template
 from nemotron_h_hf.training.fine_tuning import evaluate_every, take_push, tell_before, tell_held_out
@@ -131,6 +137,8 @@ def make_model(adapters: AdapterArguments, start: ModelArguments, training: Nemo
     """The model to train, in the form the flags ask for."""
     loading = four_bit_loading(training.use_cpu) if adapters.load_in_4bit else {}
     model = load_model(start, EMBEDDED_MODEL, NemotronHConfig.from_preset, **loading)
+    if adapters.load_in_4bit:
+        print(check_four_bit(model), file=sys.stderr)
     if not adapters.lora_rank:
         return model
     return add_adapters(model, adapters.lora_rank, adapters.lora_alpha, adapters.lora_dropout, adapters.lora_targets)

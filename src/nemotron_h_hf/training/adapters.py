@@ -142,6 +142,22 @@ def count_parameters(model: nn.Module) -> int:
     return sum(packed.get(id(p), p.numel()) for p in model.parameters())
 
 
+def check_four_bit(model: nn.Module) -> str:
+    """How much of a model loaded with `four_bit_loading` is in 4 bits, in words.
+
+    Raises:
+        ValueError: if nothing is.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    packed = [module for module in linears if isinstance(module, Linear4bit)]
+    require(
+        bool(packed), "load_in_4bit", True, f"a model with layers to quantise: none of its {len(linears)} Linear were"
+    )
+    return f"{len(packed)} of {len(linears)} Linear layers are in 4 bits, {model.get_memory_footprint():,} bytes in all"
+
+
 def four_bit_loading(use_cpu: bool = False) -> dict[str, object]:
     """Arguments of `from_pretrained` for a base in 4 bits (NF4, computed in bfloat16), on this process's own device.
 
