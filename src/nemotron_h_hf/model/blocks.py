@@ -80,7 +80,9 @@ class NemotronHAttention(nn.Module):
             key, value = past_key_values.update(key, value, self.layer_idx)
         implementation = self.config._attn_implementation
         if self._decodes(query, attention_mask, past_key_values):
-            return project(self.o_proj, self._decode(query, key, value, attention_mask, past_key_values).flatten(2)), None
+            return project(
+                self.o_proj, self._decode(query, key, value, attention_mask, past_key_values).flatten(2)
+            ), None
         # with a mask (static caches) the general way would repeat keys and values for every query head, in memory
         grouped = query.device.type == "cpu" or attention_mask is not None
         if implementation == "sdpa" and rows[1] == 1 and grouped and not self.training:
