@@ -51,7 +51,7 @@ def silu(x: Tensor) -> Tensor:
 def mamba(weights: dict[str, Tensor], config, inputs: list[Tensor]) -> list[Tensor]:
     heads, dim, groups, size = config.mamba_num_heads, config.mamba_head_dim, config.n_groups, config.ssm_state_size
     inner, taps = heads * dim, config.conv_kernel
-    low, high = config.time_step_limit
+    low, high = vars(config).get("time_step_limit") or (0.0, math.inf)  # not in a file that sets no limit
     state = torch.zeros(heads, dim, size, dtype=torch.float64)
     window: list[Tensor] = []
     outputs = []
