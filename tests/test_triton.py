@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_map_only
 
 from nemotron_h_hf import HybridCache, NemotronHForCausalLM
 from nemotron_h_hf.model import kernels, ssd
+from nemotron_h_hf.model.blocks import NemotronHRMSNorm
+from nemotron_h_hf.model.moe import squared_relu
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda"
@@ -282,6 +284,29 @@ def test_causal_conv_of_rows_in_any_order():
 
 @needs_triton
 @pytest.mark.kernels
+def test_more_taps_are_pytorchs_unless_ours_are_asked_for():
+    x, weight = torch.randn(1, 7, 3, device=DEVICE), torch.randn(3, 5, device=DEVICE)
+    expected = ssd.causal_conv(x.double(), weight.double(), None)
+    assert error(kernels.causal_conv(x, weight, None, None, None, "auto"), expected) <= 1e-5
+    with pytest.raises(RuntimeError, match="takes 2 to 4 taps, conv_kernel=5; 'torch' runs such calls"):
+        kernels.causal_conv(x, weight, None, None, None, "triton")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ops_that_are_one_kernel_on_a_gpu(dtype):
+    """RMSNorm and squared ReLU as the model calls them, gradients too, beside float64."""
+    norm = NemotronHRMSNorm(96, 1e-5).to("cuda", dtype)
+    x = torch.randn(5, 96, device="cuda", dtype=dtype, requires_grad=True)
+    wide = x.detach().double().requires_grad_()
+    scale = (wide.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    for ours, want in ((norm(x), wide * scale), (squared_relu(x), torch.relu(wide).square())):
+        found, wanted = torch.autograd.grad(ours.sum(), x)[0], torch.autograd.grad(want.sum(), wide)[0]
+        assert ours.dtype == dtype and max(error(ours, want), error(found, wanted)) <= TOLERANCE[dtype]
+
+
+@needs_triton
+@pytest.mark.kernels
 def test_long_walks():
     """Programs that walk over many steps, and a part of the backward pass that has only tokens after the last."""
     from nemotron_h_hf.model import triton_conv
@@ -295,14 +320,19 @@ def test_long_walks():
 
 @needs_triton
 @pytest.mark.kernels
-def test_causal_conv_has_no_second_derivative_and_four_taps_at_most():
-    from nemotron_h_hf.model import triton_conv
+def test_causal_conv_can_be_derived_twice():
+    generator = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(shape, generator=generator) for shape in ((1, 6, 3), (3, 4), (3,), (1, 3, 4))]
+    seq_idx = torch.tensor([[0, 0, 0, 1, 1, 1]])
 
-    x, weight = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((1, 5, 3), (3, 4)))
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        torch.autograd.grad(triton_conv.causal_conv(x, weight, None).sum(), x, create_graph=True)
-    with pytest.raises(ValueError, match="conv_kernel=5: the Triton kernels take 2 to 4 taps"):
-        triton_conv.causal_conv(x, torch.randn(3, 5, device=DEVICE), None)
+    def second(op, leaves: list[Tensor], *rest) -> tuple[Tensor, ...]:
+        leaves = [t.requires_grad_() for t in leaves]
+        first = torch.autograd.grad(op(*leaves, seq_idx.to(leaves[0].device), *rest).sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    found = second(kernels.causal_conv, [t.to(DEVICE, copy=True) for t in inputs], "triton")
+    wanted = second(ssd.causal_conv, [t.double() for t in inputs])
+    assert max(error(f, w) for f, w in zip(found, wanted, strict=True)) <= 1e-5
 
 
 @needs_triton

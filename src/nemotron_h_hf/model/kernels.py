@@ -25,6 +25,7 @@ from .ssd import conv_step as torch_conv_step
 from .ssd import gated_norm as torch_gated_norm
 from .ssd import scan as torch_scan
 from .ssd import scan_step as torch_scan_step
+from .ssd import under_func
 
 try:
     from causal_conv1d import causal_conv1d_fn, causal_conv1d_update
@@ -41,7 +42,7 @@ logger = logging.get_logger(__name__)
 
 INSTALL = "pip install --no-build-isolation mamba-ssm causal-conv1d"
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-CONV_TAPS = (2, 3, 4)  # kernel widths that causal_conv1d is compiled for
+CONV_TAPS = (2, 3, 4)  # widths of causal_conv1d's kernels and of ours
 CONV_ALIGNMENT = 8  # channels; causal_conv1d loads this many at once, so that rows must start at multiples of it
 MOST_HEAD_DIM = 256  # of an attention head, and of a Mamba head in our scan
 NORM_GROUP_BYTES = 65536  # largest group that one program of rmsnorm_fn holds
@@ -77,7 +78,10 @@ def causal_conv(
     implementation: str,
 ) -> Tensor:
     """`ssd.causal_conv`."""
-    if _ours(x, implementation):
+    taps = weight.shape[1]
+    if _ours(
+        x, implementation, None if taps in CONV_TAPS else f"our convolution takes 2 to 4 taps, conv_kernel={taps}"
+    ):
         from .triton_conv import causal_conv as triton_causal_conv  # Triton is imported only by those who ask for it
 
         return triton_causal_conv(x, weight, bias, initial_state, seq_idx)
@@ -240,19 +244,20 @@ def attends_in_triton(x: Tensor, head_dim: int, implementation: str) -> bool:
     if implementation not in ("auto", "triton") or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     runs = x.is_cuda or (implementation == "triton" and os.environ.get("TRITON_INTERPRET") == "1")
-    return runs and x.dtype in KERNEL_DTYPES and head_dim <= MOST_HEAD_DIM and _has_triton()
+    return runs and x.dtype in KERNEL_DTYPES and head_dim <= MOST_HEAD_DIM and has_triton()
 
 
 @cache
-def _has_triton() -> bool:
+def has_triton() -> bool:
+    """Whether Triton, which comes with PyTorch for CUDA, is installed."""
     return importlib.util.find_spec("triton") is not None
 
 
 def _ours(x: Tensor, implementation: str, obstacle: str | None = None) -> bool:
     """Whether this call runs on the Triton kernels of this folder."""
     if implementation == "auto":
-        traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        return x.is_cuda and obstacle is None and x.dtype in KERNEL_DTYPES and not traced and _has_triton()
+        traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or under_func()
+        return x.is_cuda and obstacle is None and x.dtype in KERNEL_DTYPES and not traced and has_triton()
     if implementation != "triton":
         return False
     check_implementation(implementation)

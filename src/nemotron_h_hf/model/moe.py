@@ -3,8 +3,6 @@
 t tokens, e experts, k experts per token
 """
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,10 +11,9 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from .configuration_nemotron_h import NemotronHConfig
+from .kernels import KERNEL_DTYPES, has_triton
 from .linear import project
 from .ssd import no_autocast, times, under_func, wide
-
-HAS_TRITON = importlib.util.find_spec("triton") is not None  # which comes with PyTorch for CUDA
 
 
 class NemotronHMLP(nn.Module):
@@ -34,8 +31,8 @@ class NemotronHMLP(nn.Module):
 
 def squared_relu(x: Tensor) -> Tensor:
     """relu(x)^2: one kernel on a GPU, else with one new tensor where no gradient is needed."""
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if HAS_TRITON and x.is_cuda and x.numel() and x.dtype != torch.float64 and type(x) is Tensor and not traced:
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or under_func()
+    if x.is_cuda and x.numel() and x.dtype in KERNEL_DTYPES and type(x) is Tensor and not traced and has_triton():
         from .triton_relu2 import squared_relu as fused  # Triton is imported only where it runs
 
         return fused(x)

@@ -14,6 +14,7 @@ first, s in -(k - 1) .. -1, are the initial state's, and so is their gradient. S
 import torch
 from torch import Tensor
 
+from .ssd import causal_conv as plain_conv
 from .triton_launch import last_contiguous, on, tl, triton
 
 TAPS = (2, 3, 4)  # which the kernels of a sequence take
@@ -55,6 +56,7 @@ def conv_step(
 class CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, initial_state, seq_idx):
+        ctx.save_for_backward(x, weight, bias, initial_state, seq_idx)
         (b, l, d), weight = x.shape, weight.contiguous()
         state = None if initial_state is None else initial_state.contiguous()
         out, tokens = x.new_empty(b, l, d), _walk(b, l, d, PROGRAMS)
@@ -63,15 +65,18 @@ class CausalConv(torch.autograd.Function):
                 x, weight, bias, state, seq_idx, out, l, tokens, *x.stride()[:2], STEP=STEP,
                 **_sizes(weight, bias, state, seq_idx),
             )  # fmt: skip
-        ctx.save_for_backward(x, weight, bias, state, seq_idx)
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        if torch.is_grad_enabled():  # only under create_graph
-            raise RuntimeError("the Triton convolution has no second derivative")
         x, weight, bias, state, seq_idx = ctx.saved_tensors
-        (b, l, d), taps = x.shape, weight.shape[1]
+        if torch.is_grad_enabled():  # this gradient will be differentiated
+            inputs, needed = (x, weight, bias, state), ctx.needs_input_grad[:4]
+            wanted = [tensor for tensor, asked in zip(inputs, needed) if asked]
+            found = iter(torch.autograd.grad(plain_conv(*inputs, seq_idx), wanted, dout, create_graph=True))
+            return *(next(found) if asked else None for asked in needed), None
+        (b, l, d), taps, weight = x.shape, weight.shape[1], weight.contiguous()
+        state = None if state is None else state.contiguous()
         tokens = _walk(b, l + taps - 1, d, GRADIENT_PROGRAMS)
         parts = triton.cdiv(l + taps - 1, tokens)
         dx = torch.empty_like(x, memory_format=torch.contiguous_format)
