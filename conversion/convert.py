@@ -14,12 +14,13 @@ from tqdm import tqdm
 from nemotron_h_hf.checkpoint import Checkpoint, parse_size
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 from nemotron_h_hf.resumable import TOKENIZER_FILES, Journal, check_room
+from nemotron_h_hf.targets import stamps, writing
 from nemotron_h_hf.whole_files import write_text
 
 from . import config as configs
 from . import formats, verify
 from .plan import Plan, plan_to_hf, plan_to_megatron
-from .report import JSON_NAME, TABLE_NAME, Report, add_plan, add_written, parse_dtype
+from .report import JSON_NAME, TABLE_NAME, Report, add_plan, add_written, finished_before, parse_dtype
 from .source import MegatronCheckpoint
 from .write_hf import write_config, write_hf
 from .write_legacy import write_ranks
@@ -69,6 +70,8 @@ def convert(
 
     Raises:
         ValueError: naming the tensor, file or field, for anything that does not fit; the target is then unfinished.
+            For a target that is the source, holds it or lies inside it.
+        BlockingIOError: when another run is writing to the target.
     """
     started = time.monotonic()
     found = formats.find(source)
@@ -87,20 +90,28 @@ def convert(
     add_plan(report, plan)
     if dry_run:
         return report
-    work = Work(found.folder, Path(target), to, checkpoint, plan, max_bytes, layout)
-    check_room(work.target, plan.num_bytes)
-    journal = Journal(work.target, plan.fingerprint(_stamps(found.folder), to, max_bytes, layout))
-    with _bar(plan, progress) as advance:
-        written = _write(work, journal, advance)
-    add_written(report, written)
-    report.bytes_read = checkpoint.bytes_read
-    _verify(work, written, verify_output, verify_logits, report)
-    _finish(work, tokenizer)
-    report.seconds = time.monotonic() - started
-    write_text(work.target / JSON_NAME, report.to_json())
-    write_text(work.target / TABLE_NAME, report.table())
-    journal.finish()
-    return report
+    with writing(target, source, found.folder) as folder:
+        work = Work(found.folder, folder, to, checkpoint, plan, max_bytes, layout)
+        report.fingerprint = plan.fingerprint(stamps(found.folder, apart_from=folder), to, max_bytes, layout)
+        written = finished_before(folder, report.fingerprint)
+        if written is not None and _looks_finished(work):
+            report.already_there = True
+            add_written(report, written)
+            _verify(work, written, True, verify_logits, report)
+            return report
+        check_room(work.target, plan.num_bytes)
+        journal = Journal(work.target, report.fingerprint)
+        with _bar(plan, progress) as advance:
+            written = _write(work, journal, advance)
+        add_written(report, written)
+        report.bytes_read = checkpoint.bytes_read
+        _verify(work, written, verify_output, verify_logits, report)
+        _finish(work, tokenizer)
+        report.seconds = time.monotonic() - started
+        write_text(work.target / TABLE_NAME, report.table())
+        write_text(work.target / JSON_NAME, report.to_json())
+        journal.finish()
+        return report
 
 
 class Work(NamedTuple):
@@ -145,6 +156,10 @@ def _finish(work: Work, tokenizer: Path | None) -> None:
         write_text(work.target / formats.TRACKER, FOLDER)
 
 
+def _looks_finished(work: Work) -> bool:
+    return (work.target / ("config.json" if work.to == "hf" else formats.TRACKER)).is_file()
+
+
 def _direction(to: str | None, found: formats.Found) -> str:
     """What the source is not."""
     other = "megatron" if found.format == "hf" else "hf"
@@ -169,13 +184,6 @@ def _tokenizer(folder: str | Path | None) -> Path | None:
     if folder is not None and not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
         raise ValueError(f"tokenizer={folder}: a folder with {', '.join(TOKENIZER_FILES[:2])}, ... is allowed")
     return None if folder is None else Path(folder)
-
-
-def _stamps(folder: Path) -> list[tuple[str, int, int]]:
-    """Names, sizes and times of a source's files: a conversion is not resumed from another state of them."""
-    base = folder if folder.is_dir() else folder.parent
-    files = sorted(path for path in base.rglob("*") if path.is_file())
-    return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def _plan_hf(

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from nemotron_h_hf.checkpoint import Digest
 
 from .plan import Plan
 from .write_megatron import Written
@@ -51,6 +54,8 @@ class Report:
     verified: bool = False
     logits: dict[str, Any] | None = None
     dry_run: bool = False
+    already_there: bool = False  # by the same conversion before; checked again, nothing was written
+    fingerprint: str = ""  # of source, plan and settings
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> str:
@@ -70,6 +75,8 @@ class Report:
 
     def summary(self) -> list[str]:
         """Totals, what was left out and why, and what deserves attention."""
+        if self.already_there:
+            return [f"{self.target} is already there and whole: {self.num_tensors:,} tensors, checked again"]
         done = "would write" if self.dry_run else "wrote"
         lines = [
             f"{self.source} ({self.source_format}) -> {self.target} ({self.target_format})",
@@ -130,6 +137,18 @@ def add_written(report: Report, written: Written) -> None:
         report.tensors[name] |= digest._asdict()
         report.num_nan += digest.num_nan
         report.num_inf += digest.num_inf
+
+
+def finished_before(folder: Path, fingerprint: str) -> Written | None:
+    """What the same conversion noted in its report when it ended; None if there is none, or it has not ended."""
+    try:
+        noted = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
+        if noted["fingerprint"] != fingerprint or any(folder.glob("*_journal.jsonl")):
+            return None
+        digests = {name: Digest(*(line[field] for field in Digest._fields)) for name, line in noted["tensors"].items()}
+        return Written(digests, noted["files"], noted["files"])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def human(num_bytes: float) -> str:

@@ -7,7 +7,6 @@ the rest. The last stage has the embedding too with multi-token prediction, and 
 
 from __future__ import annotations
 
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -20,9 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nemotron_h_hf.checkpoint import PART_SUFFIX, Digest, Digester, byte_view, pieces
+from nemotron_h_hf.checkpoint import Digest, Digester, byte_view, pieces
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 from nemotron_h_hf.resumable import Journal
+from nemotron_h_hf.whole_files import whole_file
 
 from . import torchzip
 from .layouts import cut_for_rank, expert_range
@@ -127,29 +127,23 @@ def _write_stage(
     digests: dict[str, Digest] = {}
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(1))
-        opened = []
         for rank, path in paths.items():
             path.parent.mkdir(exist_ok=True)
-            file = stack.enter_context(open(path.with_name(path.name + PART_SUFFIX), "w+b"))
+            file = stack.enter_context(open(stack.enter_context(whole_file(path, only_writer=True)), "w+b"))
             model = OrderedDict(_promises(parts, rank, plan.config, layout))
             model.update((name, Later(torch.uint8, (0,))) for name in extras)
             value = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
             writers[rank] = torchzip.Writer(file, value)
-            opened.append(file)
         same = [list(group) for _, group in groupby(parts, lambda part: part.job.targets[0].name)]
         for group, whole in ahead(same, lambda group: to_megatron(group[0].job, read, plan.config)):
             for part in group:
                 digester = Digester(pool)
                 digests[part.job.targets[0].name] = _write_part(plan, part, whole, writers, layout, digester, progress)
             del whole  # before the next but one is read
-        for writer, file in zip(writers.values(), opened, strict=True):
+        for writer in writers.values():
             for _ in extras:
                 writer.write([], torch.uint8, (0,))
             writer.close()
-            file.flush()
-            os.fsync(file.fileno())
-    for path in paths.values():
-        os.replace(path.with_name(path.name + PART_SUFFIX), path)
     return digests
 
 

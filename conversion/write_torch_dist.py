@@ -7,7 +7,6 @@ Besides the weights Megatron insists on an (empty) extra state per Transformer E
 from __future__ import annotations
 
 import io
-import os
 import pickle
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,9 +25,9 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )  # fmt: skip
 
-from nemotron_h_hf.checkpoint import PART_SUFFIX, Digest, Digester, byte_view, pieces, plan_shards
+from nemotron_h_hf.checkpoint import Digest, Digester, byte_view, pieces, plan_shards
 from nemotron_h_hf.resumable import Journal
-from nemotron_h_hf.whole_files import write_text
+from nemotron_h_hf.whole_files import whole_file, write_text
 
 from . import torchzip
 from .layouts import split_parts
@@ -78,19 +77,15 @@ def _write_distcp(
     plan: Plan, jobs: list[Job], read: Read, path: Path, progress: Callable[[int], None]
 ) -> dict[str, Any]:
     """One `.distcp` file; the record says where each chunk lies."""
-    part = path.with_name(path.name + PART_SUFFIX)
     record: dict[str, Any] = {"chunks": [], "digests": {}}
-    with ThreadPoolExecutor(1) as pool, open(part, "w+b") as file:
+    with whole_file(path, only_writer=True) as part, ThreadPoolExecutor(1) as pool, open(part, "w+b") as file:
         for job, whole in ahead(jobs, lambda job: to_megatron(job, read, plan.config)):
             spec = job.targets[0]
             digester = Digester(pool)
             record["chunks"] += _write_chunks(file, chunks_of(job, whole), spec.dtype, digester, progress)
             record["digests"][spec.name] = digester.result()
             del whole  # before the next but one is read
-        file.flush()
-        os.fsync(file.fileno())
         record["size"] = file.tell()
-    os.replace(part, path)
     return record
 
 
@@ -148,17 +143,13 @@ def _write_objects(plan: Plan, path: Path) -> list[tuple[str, int, int]]:
     buffer = io.BytesIO()
     torch.save([torch.empty(0, dtype=torch.uint8)], buffer)
     payload, objects = buffer.getvalue(), []
-    part = path.with_name(path.name + PART_SUFFIX)
-    with open(part, "wb") as file:
+    with whole_file(path, only_writer=True) as part, open(part, "wb") as file:
         for name, per_expert in extra_states(plan.config):
             name = name.replace(".mlp.experts.", ".mlp.experts.experts.") if per_expert else name
             count = plan.config.n_routed_experts if per_expert else 1
             for number in range(count):
                 objects.append((f"{name}/shard_{number}_{count}", file.tell(), len(payload)))
                 file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
     return objects
 
 
@@ -182,15 +173,13 @@ def _write_metadata(plan: Plan, folder: Path, records: list, object_file: str, o
     for key, offset, length in objects:
         entries[key] = BytesStorageMetadata()
         storage[MetadataIndex(key)] = _StorageInfo(object_file, offset, length)
-    part = folder / f".metadata{PART_SUFFIX}"
-    with open(part, "wb") as file:
+    with whole_file(folder / ".metadata", only_writer=True) as part, open(part, "wb") as file:
         pickle.dump(Metadata(entries, None, storage), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, folder / ".metadata")
 
 
 def _save(path: Path, value: Any) -> None:
-    part = path.with_name(path.name + PART_SUFFIX)
-    torch.save(value, part)
-    os.replace(part, path)
+    with (
+        whole_file(path, only_writer=True) as part,
+        open(part, "wb") as file,
+    ):  # a path's name would become part of the archive
+        torch.save(value, file)

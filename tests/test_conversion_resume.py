@@ -112,7 +112,7 @@ def test_folders_of_others_are_left_alone(tmp_path, monkeypatch):
         convert(SUPER.path, target, dtype="float32", **OPTIONS)
     convert(SUPER.path, target, **OPTIONS)
     with pytest.raises(ValueError, match="is not empty"):
-        convert(SUPER.path, target, **OPTIONS)
+        convert(SUPER.path, target, dtype="float32", **OPTIONS)
 
 
 def big_checkpoint(folder: Path, num_bytes: int) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,7 @@ def test_a_killed_run_leaves_no_folder_and_goes_on(tmp_path, text_file, monkeypa
 
     monkeypatch.setattr(command, "write_manifest", killed)
     assert main(given) == 130
-    assert not output.exists() and (tmp_path / "parent.work" / "losses.json").is_file()
+    assert (output / ".work" / "losses.json").is_file() and os.listdir(output) == [".work"]
     assert not list(tmp_path.rglob("config.json"))
     monkeypatch.undo()
     forwards = []

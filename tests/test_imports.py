@@ -14,17 +14,18 @@ PACKAGE = ROOT / "src" / "nemotron_h_hf"
 # part -> the other parts of ours that it may import; `public` is what `import nemotron_h_hf` gives
 MAY_IMPORT = {
     "model": set(),
-    "whole_files": set(),
+    "whole_files": {"model"},
+    "targets": {"model", "whole_files"},
     "checkpoint": {"model", "whole_files"},
-    "resumable": {"checkpoint"},
+    "resumable": {"checkpoint", "targets", "whole_files"},
     "headers": {"model"},
     "token_counts": set(),
     "data": {"token_counts"},
     "benchmark": {"public", "compression", "model", "training", "whole_files"},
-    "training": {"token_counts", "whole_files"},
+    "training": {"token_counts", "targets", "whole_files"},
     "compression": {"model", "checkpoint", "whole_files"},
-    "elastic": {"compression", "model", "training", "checkpoint", "resumable", "whole_files"},
-    "evaluation": {"public", "compression", "model", "training", "whole_files"},
+    "elastic": {"compression", "model", "training", "checkpoint", "resumable", "targets", "whole_files"},
+    "evaluation": {"public", "compression", "model", "training", "targets", "whole_files"},
     "facts": {"compression", "headers", "model"},
     "hub": {"facts", "model", "resumable", "whole_files"},
     "scripts": {
@@ -32,6 +33,7 @@ MAY_IMPORT = {
         "model",
         "checkpoint",
         "resumable",
+        "targets",
         "conversion",
         "headers",
         "token_counts",
@@ -45,7 +47,7 @@ MAY_IMPORT = {
         "facts",
         "hub",
     },
-    "conversion": {"checkpoint", "resumable", "model", "whole_files"},
+    "conversion": {"checkpoint", "resumable", "model", "targets", "whole_files"},
     "nemotron_h_cli": set(),
 }
 # part -> packages beside the standard library that it may import, where that is limited
@@ -56,6 +58,7 @@ THIRD_PARTY = {
     "headers": set(),
     "token_counts": set(),
     "whole_files": set(),
+    "targets": set(),
     "nemotron_h_cli": set(),
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")

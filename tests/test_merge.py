@@ -82,8 +82,12 @@ def test_merged_checkpoint_needs_neither_peft_nor_this_package(folders):
 
 def test_what_is_there_is_not_overwritten(folders):
     folder = folders()
-    with pytest.raises(ValueError, match="new or empty"):
+    with pytest.raises(ValueError, match="is the source"):
         merge.main([str(folder / "adapter"), "--output", str(folder / "base")])
+    (folder / "taken").mkdir()
+    (folder / "taken" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="new or empty"):
+        merge.main([str(folder / "adapter"), "--output", str(folder / "taken")])
     with pytest.raises(ValueError, match="adapter_config.json"):
         merge.main([str(folder / "base"), "--output", str(folder / "merged")])
     assert not (folder / "merged").exists()

@@ -19,6 +19,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -27,13 +28,12 @@ import torch
 from torch import Tensor
 
 from .model.reading import read_header, read_index
-from .whole_files import write_text
+from .whole_files import whole_file, write_text
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PIECE_BYTES = 16 * 2**20
 WORTH_A_THREAD_BYTES = 2**20
-PART_SUFFIX = ".part"
 
 # https://github.com/huggingface/safetensors#format
 DTYPES = {
@@ -132,13 +132,13 @@ class Checkpoint(Mapping[str, Tensor]):
 def _files_of(path: Path) -> dict[Path, list[str]]:
     if path.is_file():
         return {path: []}
+    if (path / SINGLE_NAME).is_file():
+        return {path / SINGLE_NAME: []}
     if (path / INDEX_NAME).is_file():
         files: dict[Path, list[str]] = {}
         for name, file in read_index(path / INDEX_NAME).items():
             files.setdefault(path / file, []).append(name)
         return files
-    if (path / SINGLE_NAME).is_file():
-        return {path / SINGLE_NAME: []}
     raise ValueError(f"{path} holds neither {SINGLE_NAME} nor {INDEX_NAME}")
 
 
@@ -218,21 +218,23 @@ class Digester:
 class ShardWriter:
     """Writes one safetensors file: the tensors of `specs`, in their order; it gets its name when it is whole.
 
-    Use as a context manager; an exception inside leaves only the temporary file.
+    Use as a context manager; an exception inside leaves nothing.
     """
 
     def __init__(
         self, path: str | os.PathLike, specs: Sequence[TensorSpec], metadata: dict[str, str] | None = None
     ) -> None:
         self.path, self.specs = Path(path), list(specs)
-        self.part = self.path.with_name(self.path.name + PART_SUFFIX)
         self.metadata = {"format": "pt", **(metadata or {})}
         self.digests: dict[str, Digest] = {}
 
     def __enter__(self) -> ShardWriter:
-        self.pool = ThreadPoolExecutor(1)
-        self.file = open(self.part, "wb", buffering=0)  # noqa: SIM115 (closed in __exit__)
-        self.file.write(_header(self.specs, self.metadata))
+        with ExitStack() as stack:
+            part = stack.enter_context(whole_file(self.path, only_writer=True))
+            self.file = stack.enter_context(open(part, "wb", buffering=0))
+            self.pool = stack.enter_context(ThreadPoolExecutor(1))
+            _write_all(self.file, memoryview(_header(self.specs, self.metadata)))
+            self.stack = stack.pop_all()
         return self
 
     def write(self, name: str, tensor: Tensor, progress: Callable[[int], object] | None = None) -> Digest:
@@ -250,16 +252,13 @@ class ShardWriter:
         return self.digests[name]
 
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: object) -> None:
-        self.pool.shutdown()
-        with self.file:
-            if kind is not None:
-                return
+        with self.stack:
+            if error is not None:
+                raise error
             if len(self.digests) != len(self.specs):
                 raise ValueError(
                     f"{self.path.name}: {len(self.digests)} of {len(self.specs)} announced tensors were written"
                 )
-            os.fsync(self.file.fileno())
-        os.replace(self.part, self.path)
 
 
 def _write_all(file, view: memoryview) -> None:

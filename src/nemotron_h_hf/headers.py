@@ -79,11 +79,11 @@ def read_contents(folder: str | os.PathLike) -> Contents:
     Raises `ValueError` when the folder has no safetensors weights at all, or an index that is not one.
     """
     folder = Path(folder)
-    if (folder / INDEX_NAME).is_file():
+    if (folder / SINGLE_NAME).is_file():
+        weight_map, files = {}, [SINGLE_NAME]
+    elif (folder / INDEX_NAME).is_file():
         weight_map = reading.read_index(folder / INDEX_NAME)
         files = sorted(set(weight_map.values()))
-    elif (folder / SINGLE_NAME).is_file():
-        weight_map, files = {}, [SINGLE_NAME]
     else:
         raise ValueError(f"{folder} holds neither {SINGLE_NAME} nor {INDEX_NAME}")
     contents = Contents()

@@ -18,6 +18,8 @@ from typing import Any
 from torch import Tensor
 
 from .checkpoint import Checkpoint, Digest, ShardWriter, TensorSpec, byte_view, pieces, write_index
+from .targets import is_empty
+from .whole_files import whole_file, write_text
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -27,7 +29,7 @@ TOKENIZER_FILES = (
 
 
 class Journal:
-    """Finished files of one piece of work (`what`: "conversion", "slice") in one folder.
+    """Finished files of one piece of work (`what`: "conversion", "slice") in one folder, which is locked (targets.py).
 
     Raises ValueError when the folder holds something else than this very work, unfinished.
     """
@@ -35,16 +37,16 @@ class Journal:
     def __init__(self, folder: Path, fingerprint: str, what: str = "conversion") -> None:
         self.path = folder / f"{what}_journal.jsonl"
         self.done: dict[str, Any] = {}
-        if not folder.exists() or not any(folder.iterdir()):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._append({"fingerprint": fingerprint})
-            return
-        if not self.path.is_file():
-            raise ValueError(f"{folder} is not empty; choose a new folder (nothing in it was touched)")
-        header, *lines = self._lines()
-        if header.get("fingerprint") != fingerprint:
+        lines = self._lines() if self.path.is_file() else []
+        if not lines:  # or killed before the first line was whole
+            self.path.unlink(missing_ok=True)
+            if not is_empty(folder):
+                raise ValueError(f"{folder} is not empty; choose a new folder (nothing in it was touched)")
+            lines = [{"fingerprint": fingerprint}]
+        if lines[0].get("fingerprint") != fingerprint:
             raise ValueError(f"{folder} holds another {what}, unfinished; remove it or choose a new folder")
-        self.done = {line["file"]: line["record"] for line in lines}
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in lines))
+        self.done = {line["file"]: line["record"] for line in lines[1:]}
 
     def add(self, file: str, record: Any) -> None:
         """Note a file that is finished."""
@@ -62,13 +64,18 @@ class Journal:
             os.fsync(file.fileno())
 
     def _lines(self) -> list[dict]:
-        """All whole lines; a last one that was cut off by a crash does not count and is removed."""
-        text = self.path.read_text()
-        lines = [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-        if not lines:
-            return [{}]
-        if not text.endswith("\n"):
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        """The whole lines; one that a crash cut off or left empty, and what follows it, does not count."""
+        lines = []
+        for line in self.path.read_bytes().splitlines(keepends=True):
+            try:
+                content = json.loads(line) if line.endswith(b"\n") else None
+            except ValueError:
+                break
+            if not isinstance(content, dict) or not content.keys() >= (
+                {"file", "record"} if lines else {"fingerprint"}
+            ):
+                break
+            lines.append(content)
         return lines
 
 
@@ -116,12 +123,11 @@ def copy_files(names: Sequence[str], source: Path, target: Path) -> list[str]:
     """
     found = [name for name in names if (source / name).is_file()]
     for name in found:
-        part = target / f"{name}.part"
-        if name == "tokenizer_config.json":
-            part.write_bytes(with_plain_tokenizer_class((source / name).read_text(encoding="utf-8")))
-        else:
-            shutil.copyfile(source / name, part)
-        part.replace(target / name)
+        with whole_file(target / name) as part:
+            if name == "tokenizer_config.json":
+                part.write_bytes(with_plain_tokenizer_class((source / name).read_text(encoding="utf-8")))
+            else:
+                shutil.copyfile(source / name, part)
     return found
 
 

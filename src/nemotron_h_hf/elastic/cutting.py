@@ -35,6 +35,7 @@ from ..model.modeling_nemotron_h import NemotronHForCausalLM
 from ..model.needs import Request, find_budget
 from ..model.nested import Nested, PendingCut, find_tensors
 from ..resumable import TOKENIZER_FILES, Journal, check_room, copy_files, write_shards
+from ..targets import writing
 from ..whole_files import write_text
 from .expressible import nearest_expressible
 from .masks import attach_masks, budget_masks
@@ -61,6 +62,7 @@ class SliceReport:
     nearest_parameters: int | None = None
     residual: dict[str, Any] | None = None
     seconds: float = 0.0
+    already_there: bool = False  # by the same cut before; checked again, nothing was written
 
 
 def slice_checkpoint(
@@ -87,10 +89,28 @@ def slice_checkpoint(
     Raises:
         ValueError: for a budget that does not fit, a parent that is damaged or was changed after its manifest, a folder
             in use, too little room on the disk, or a residual that is too large; the folder then has no config.json.
-        OSError: if the disk fills on the way; likewise.
+            For an output that is the parent, holds it or lies inside it.
+        OSError: if the disk fills on the way; likewise. BlockingIOError if another run is writing there.
     """
     started = time.monotonic()
-    source, target = local_folder(parent), Path(output)
+    source = local_folder(parent)
+    with writing(output, source) as target:
+        report = _slice(parent, source, budget, target, max_shard_bytes, verify, uniform, progress)
+    report.seconds = time.monotonic() - started
+    return report
+
+
+def _slice(
+    parent: str | Path,
+    source: Path,
+    budget: Request,
+    target: Path,
+    max_shard_bytes: int | None,
+    verify: bool | None,
+    uniform: bool,
+    progress: Callable[[int, int], object],
+) -> SliceReport:
+    """The work; `target` is locked."""
     config = read_parent(source)
     chosen = find_budget(config, budget, str(config.dtype or "bfloat16").removeprefix("torch."))
     nearest = nearest_expressible(config, chosen)
@@ -103,14 +123,21 @@ def slice_checkpoint(
         manifest.check_manifest(source / manifest.NAME, files)
     shards = plan_shards(([_spec(name, cut)] for name, cut in pending.items()), _shard_bytes(max_shard_bytes, files))
     total = sum(spec.num_bytes for specs in shards.values() for spec in specs)
-    check_room(target, total)
     origin = {
         "name": source.resolve().name if Path(parent).is_dir() else str(parent),
         "num_parameters": num_parameters(config),
         "fingerprint": manifest.fingerprint(find_tensors(files)),
     }
-    journal = Journal(target, _fingerprint(origin, nested, shards), "slice")
     report = SliceReport(chosen, num_parameters(nested.config), origin["num_parameters"], nested.parent_bytes)
+    report.limits = limits_of_other_readers(nested.config)
+    if nearest is not chosen:
+        report.nearest, report.nearest_parameters = nearest, num_parameters(Nested(config, nearest).config)
+    if _finished_before(target, nested, origin, shards):
+        report.files = report.files_kept = list(shards)
+        report.already_there = True
+        return report
+    check_room(target, total)
+    journal = Journal(target, _fingerprint(origin, nested, shards), "slice")
 
     def fill(writer: ShardWriter, specs: Sequence[TensorSpec]) -> None:
         for spec in specs:
@@ -128,10 +155,6 @@ def slice_checkpoint(
         report.residual = measure_residual(source, config, target, nested)
     _finish(source, target, nested, origin, digests, report)
     journal.finish()
-    report.limits = limits_of_other_readers(nested.config)
-    if nearest is not chosen:
-        report.nearest, report.nearest_parameters = nearest, num_parameters(Nested(config, nearest).config)
-    report.seconds = time.monotonic() - started
     return report
 
 
@@ -201,6 +224,28 @@ def _fingerprint(origin: dict[str, Any], nested: Nested, shards: dict[str, list[
     kept = [nested.kept.layers, nested.config.to_json_string(use_diff=False)]
     plan = [origin["fingerprint"], kept, {file: [spec.name for spec in specs] for file, specs in shards.items()}]
     return hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+
+
+def _finished_before(target: Path, nested: Nested, origin: dict[str, Any], shards: dict[str, list[TensorSpec]]) -> bool:
+    """Whether the same cut has ended in this folder.
+
+    Raises:
+        ValueError: if it has, and the weights were changed since then.
+    """
+    path, config = target / manifest.NAME, target / "config.json"
+    if any(target.glob("*_journal.jsonl")) or not (path.is_file() and config.is_file()):
+        return False
+    noted = manifest.read_manifest(path)
+    wanted = {"name": nested.budget.name, **nested.budget.to_dict()}
+    if noted.get("parent") != origin or noted.get("budget") != json.loads(json.dumps(wanted)):
+        return False
+    if config.read_text(encoding="utf-8") != nested.config.to_json_string(use_diff=False):
+        return False
+    files = [str(target / file) for file in shards]
+    if sorted(files) != sorted(weight_files(target)):
+        return False
+    manifest.check_manifest(path, files, full=True)
+    return True
 
 
 def _finish(

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from ..checkpoint import TensorSpec, parse_size, save
 from ..model import manifest
 from ..model.cost import checkpoint_tensors
-from ..model.loading import save_whole, warn_of_other_readers, weight_files
+from ..model.loading import warn_of_other_readers, weight_files
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
 from ..model.nested import find_tensors
+from ..model.saving import save_whole
 from ..whole_files import write_text
 from .ordered import OrderedLinear
 from .views import find, module_path, tensor_of

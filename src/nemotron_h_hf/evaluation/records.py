@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..targets import is_empty
 from ..whole_files import write_json, write_text
 
 
@@ -38,7 +39,7 @@ def check_folder(folder: Path, marker: str) -> None:
     """Refuse a folder with files that no evaluation wrote."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output: {folder} is a file; give a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / marker).is_file():
+    if folder.is_dir() and not is_empty(folder) and not (folder / marker).is_file():
         raise ValueError(f"output: {folder} is not empty and holds no evaluation; give another folder")
 
 

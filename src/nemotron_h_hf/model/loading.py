@@ -1,4 +1,4 @@
-"""Loading and saving without surprises: files are checked before use, weights after, and writing is all or nothing.
+"""Loading without surprises: files are checked before use, weights after.
 
 transformers renames `backbone.` to `model.` and merges per-expert matrices for its own classes only; the same rules are
 registered here for ours. Their key is shared with the native class in the process, which they fit as well.
@@ -10,9 +10,7 @@ several dtypes are the exception, since a product needs one: see `stored_dtypes`
 import contextvars
 import os
 import re
-import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,6 @@ logger = logging.get_logger(__name__)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 COMPUTED_WIDE = r"\.(A_log|D|dt_bias|gate\.weight|e_score_correction_bias|\w*norm(_f)?\.weight)$"
 """Names of tensors that are made fp32 where they are used, in whichever dtype they are stored."""
-MANIFEST_NAME = "elastic_manifest.json"  # manifest.py
 
 
 @dataclass(frozen=True)
@@ -124,14 +121,14 @@ def weight_files(folder: str | os.PathLike) -> list[str]:
     """
     check_index(folder)
     index, single = Path(folder) / "model.safetensors.index.json", Path(folder) / "model.safetensors"
+    if single.is_file():  # first, as in transformers: a save that is under way may have both for a moment (saving.py)
+        return [str(single)]
     if index.is_file():
         names = sorted(set(read_index(index).values()))
         if missing := [name for name in names if not (Path(folder) / name).is_file()]:
             raise ValueError(f"{index} names {missing[0]}, which is missing")
         return [str(Path(folder) / name) for name in names]
-    if not single.is_file():
-        raise ValueError(f"{folder} holds neither {single.name} nor {index.name}")
-    return [str(single)]
+    raise ValueError(f"{folder} holds neither {single.name} nor {index.name}")
 
 
 def check_files(files: Iterable[str], quantised: bool = False) -> None:
@@ -265,40 +262,6 @@ def warn_of_other_readers(config: PreTrainedConfig) -> None:
     """Say what transformers' own nemotron_h does not take from a checkpoint with this configuration."""
     for line in limits_of_other_readers(config):
         logger.warning_once(line)
-
-
-def save_whole(directory: str | os.PathLike, write: Callable[[str], None]) -> None:
-    """Let `write` fill a temporary folder beside `directory`, then move its files in, weights first and config last.
-
-    A crash leaves either the old files or all of the new ones' data under a name that starts with a dot. Shards of an
-    earlier save that are not part of this one are removed at the end.
-    """
-    target = Path(directory)
-    if target.is_file():
-        raise FileExistsError(f"{target} is a file, a folder is needed")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        write(str(temporary))
-        target.mkdir(exist_ok=True)
-        last = {"model.safetensors.index.json": 1, "config.json": 2}
-        written = sorted((p for p in temporary.rglob("*") if p.is_file()), key=lambda p: last.get(p.name, 0))
-        for path in written:
-            destination = target / path.relative_to(temporary)
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, destination)
-        names = {path.name for path in written}
-        if any(name.endswith(".safetensors") for name in names):
-            for old in target.glob("model*.safetensors*"):
-                if (
-                    re.fullmatch(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?", old.name)
-                    and old.name not in names
-                ):
-                    old.unlink()
-            if MANIFEST_NAME not in names:
-                (target / MANIFEST_NAME).unlink(missing_ok=True)  # it speaks of the weights that were here before
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def plain_parts(weight: torch.Tensor) -> list[torch.Tensor]:

@@ -19,8 +19,8 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from .loading import MANIFEST_NAME
 from .nested import HUB_ARGUMENTS, PIECE_BYTES, Stored, find_tensors
+from .saving import MANIFEST_NAME
 
 NAME = MANIFEST_NAME
 VERSION = 1

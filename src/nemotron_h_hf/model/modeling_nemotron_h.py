@@ -38,7 +38,6 @@ from .loading import (
     loading,
     module_names,
     register_names,
-    save_whole,
     stored_dtypes,
     warn_of_other_readers,
 )
@@ -51,6 +50,7 @@ from .nested import empty_tensors, find_nested
 from .peft_support import allow_adapters_on_out_proj
 from .plain import is_watched
 from .rows import Padding, check_mask, find_documents, find_padding, flash_offsets
+from .saving import save_whole
 from .ssd import under_func
 
 
@@ -136,7 +136,7 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
-        """As transformers', into a temporary folder first: a crash never leaves a folder that only looks whole."""
+        """As transformers', all or nothing: a reader sees the old files or the new ones, whatever happens (saving.py)."""
         if push_to_hub:
             kwargs.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
         warn_of_other_readers(self.config)

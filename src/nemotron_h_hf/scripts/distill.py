@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -46,7 +47,9 @@ from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.hub import save_tokenizer, upload_folder
 from nemotron_h_hf.model.cost import training_flops_per_token
+from nemotron_h_hf.targets import writing
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
+from nemotron_h_hf.training.checkpoints import writing_run
 from nemotron_h_hf.training.data_arguments import DataArguments, RowArguments, set_chat_template
 from nemotron_h_hf.training.distillation import DistillationTrainer, TeacherArguments
 from nemotron_h_hf.training.fine_tuning import evaluate_every, take_push, tell_before, tell_held_out
@@ -71,8 +74,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     repo_id = take_push(training)
     disable_progress_bar()
     set_seed(training.seed)
+    sources = (start.model, knowledge.teacher, knowledge.teacher_cache)
     if knowledge.cache_teacher is not None:
-        return cache(data, dealt.shuffle_rows, knowledge, start, training)
+        first = training.process_index == 0
+        with writing(knowledge.cache_teacher, *sources) if first else nullcontext():
+            return cache(data, dealt.shuffle_rows, knowledge, start, training)
+    with writing_run(training, *sources):
+        return run(data, dealt, knowledge, start, training, repo_id)
+
+
+def run(
+    data: DataArguments,
+    dealt: RowArguments,
+    knowledge: TeacherArguments,
+    start: ModelArguments,
+    training: NemotronHTrainingArguments,
+    repo_id: str | None,
+) -> int:
+    """Training, in a folder that no other run writes to."""
     model = load_model(start, EMBEDDED_MODEL, NemotronHConfig.from_preset)
     teacher = find_teacher(knowledge)
     tokenizer = find_tokenizer(start, knowledge, data, model.config.vocab_size)

@@ -55,6 +55,7 @@ from nemotron_h_hf.hub import save_tokenizer, upload_folder
 from nemotron_h_hf.model.budgets import budget_config, read_elastic
 from nemotron_h_hf.model.cost import num_parameters, training_flops_per_token
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
+from nemotron_h_hf.training.checkpoints import writing_run
 from nemotron_h_hf.training.data_arguments import DataArguments, RowArguments, set_chat_template
 from nemotron_h_hf.training.fine_tuning import evaluate_every, take_push
 from nemotron_h_hf.training.finished import require_trained, save_finished
@@ -75,6 +76,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     require(start.model is not None, "model", start.model, "a parent made by nemotron-h elasticize")
     evaluate_every(data, training)
     repo_id = take_push(training)
+    with writing_run(training, start.model, knowledge.teacher):
+        return run(data, rows_dealt, elastic, knowledge, start, training, repo_id)
+
+
+def run(
+    data: DataArguments,
+    rows_dealt: RowArguments,
+    elastic: ElasticArguments,
+    knowledge: TeacherArguments,
+    start: ModelArguments,
+    training: NemotronHTrainingArguments,
+    repo_id: str | None,
+) -> int:
+    """The work, in a folder that no other run writes to."""
     disable_progress_bar()
     set_seed(training.seed)
     model = load_model(start, start.model, NemotronHConfig.from_preset)

@@ -19,8 +19,8 @@ into a YAML file:
 The new weights are written a tensor at a time. The model is loaded whole, as it has to run; with --stream it never is: each
 layer is read when it runs and let go after, once for each batch (a large --batch_size reads less). Ranking half of L layers
 takes about 3/8 L^2 forwards over the few rows for depth (1,488 for 62 layers); --removals bounds it, --depth_rows 0 leaves
-it out. The same command again goes on where it was interrupted: what is measured lies in OUTPUT.work until OUTPUT is whole. In
-OUTPUT/importance: scores.json and a plot for each axis (matplotlib).
+it out. The same command again goes on where it was interrupted: what is measured lies in OUTPUT/.work until OUTPUT is whole.
+In OUTPUT/importance: scores.json and a plot for each axis (matplotlib).
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
-import os
 import random
 import shutil
 import sys
@@ -55,8 +54,10 @@ from nemotron_h_hf.elastic.streaming import streamed
 from nemotron_h_hf.evaluation.held_out import end_token
 from nemotron_h_hf.evaluation.texts import read_texts
 from nemotron_h_hf.model.loading import weight_files
+from nemotron_h_hf.model.saving import WORK_NAME, saving
 from nemotron_h_hf.model.slicing import Kept
 from nemotron_h_hf.resumable import TOKENIZER_FILES, check_room, copy_files
+from nemotron_h_hf.targets import is_made, note_made, stamps, writing
 from nemotron_h_hf.whole_files import write_text
 
 
@@ -64,12 +65,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure, permute, write."""
     arguments = parse(argv)
     disable_progress_bar()
-    source, output = local_folder(arguments.model), Path(arguments.output)
+    source = local_folder(arguments.model)
+    with writing(arguments.output, source) as output:
+        made_from = {"command": "elasticize", "model": stamps(source), **vars(arguments), "output": None}
+        if is_made(output, made_from):
+            print(f"{output} is already there and whole")
+            return 0
+        with saving(output) as staging:
+            parent = make(arguments, source, output, staging)
+            note_made(staging, made_from)
+        shutil.rmtree(output / WORK_NAME)
+    print("\n".join(as_text(Path(arguments.output), parent)))
+    return 0
+
+
+def make(arguments: argparse.Namespace, source: Path, output: Path, staging: Path) -> Parent:
+    """Everything in `staging`; what is measured on the way in `output`/.work."""
     size = sum(Path(file).stat().st_size for file in weight_files(source))
     check_room(output, size)
     budgets, choices = read_budgets(arguments.budget, arguments.budgets), read_choices(arguments.choices)
     rows, held_out = make_rows(arguments, source)
-    work, staging = output.with_name(output.name + ".work"), output.with_name(f".{output.name}.part")
     config = NemotronHConfig.from_pretrained(source)
     model = load(source, config, arguments)
     checksums: dict[str, str] = {}
@@ -83,13 +98,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     parent = elasticize(
         model, rows, held_out, budgets, choices, rows[: arguments.depth_rows], arguments.removals,
-        arguments.batch_size, work, reordered,
+        arguments.batch_size, output / WORK_NAME, reordered,
     )  # fmt: skip
     write_rest(config, parent, checksums, staging)
-    os.replace(staging, output)
-    shutil.rmtree(work)
-    print("\n".join(as_text(output, parent)))
-    return 0
+    return parent
 
 
 def load(folder: Path, config: NemotronHConfig, arguments: argparse.Namespace) -> NemotronHForCausalLM:
@@ -139,9 +151,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         arguments.depth_rows = min(8, arguments.rows)
     if not 0 <= arguments.depth_rows <= arguments.rows:
         raise ValueError(f"depth_rows: got {arguments.depth_rows}, allowed is 0 to rows={arguments.rows}")
-    output = Path(arguments.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output: {arguments.output!r} is there already; a new or empty folder is allowed")
     return arguments
 
 
@@ -224,9 +233,6 @@ def packed(tokenizer, texts: Iterable[str], name: str, num_rows: int, length: in
 
 def write_weights(source: Path, config: NemotronHConfig, order: Kept, staging: Path, num_bytes: int) -> dict[str, str]:
     """The weights in their new order, and all but what was measured, in a folder that does not count yet; checksums by name."""
-    if staging.exists():  # of a run that was killed
-        shutil.rmtree(staging)
-    staging.mkdir(parents=True)
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="weights") as bar:
         digests = permute_checkpoint(source, config, order, staging, bar.update)
     code = sorted(path.name for path in source.glob("*.py")) if "auto_map" in config.to_dict() else []

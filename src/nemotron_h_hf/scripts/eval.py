@@ -40,6 +40,7 @@ from nemotron_h_hf.evaluation.answering import greedy_answers
 from nemotron_h_hf.evaluation.harness import HarnessOptions, HarnessTask
 from nemotron_h_hf.evaluation.records import Records, check_folder, claim
 from nemotron_h_hf.model.loading import plain_parts
+from nemotron_h_hf.targets import writing
 from nemotron_h_hf.whole_files import whole_file, write_json
 
 LONG_NAMES = tuple(task.name for task in long_context.TASKS)
@@ -77,6 +78,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Evaluate what is asked for and missing, then report all that the folder holds."""
     argv = list(sys.argv[1:] if argv is None else argv)
     arguments = parse(argv)
+    with writing(arguments.output, arguments.model):
+        return run(arguments, argv)
+
+
+def run(arguments: EvalArguments, argv: Sequence[str]) -> int:
+    """The work, in a folder that no other run writes to."""
     harness_tasks = [found for name in arguments.tasks for found in as_harness_tasks(name)]
     check_folder(arguments.output, "model.json")
     manager = None

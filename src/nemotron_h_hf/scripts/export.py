@@ -19,6 +19,8 @@ from pathlib import Path
 import torch
 
 from nemotron_h_hf.conversion.sharded_run import export_run
+from nemotron_h_hf.model.saving import saving
+from nemotron_h_hf.targets import is_made, note_made, stamps, writing
 from nemotron_h_hf.training.checkpoints import MARKER, check_whole, last_whole_checkpoint
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -39,7 +41,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     checkpoint = find_checkpoint(arguments.source)
     dtype = None if arguments.dtype is None else getattr(torch, arguments.dtype)
-    count = export_run(checkpoint, arguments.target, dtype, int(arguments.max_shard_gb * 1e9))
+    with writing(arguments.target, checkpoint) as target:
+        made_from = {"command": "export", "checkpoint": stamps(checkpoint), **vars(arguments), "target": None}
+        if is_made(target, made_from):
+            print(f"{target} is already there and whole")
+            return 0
+        with saving(target) as staging:
+            count = export_run(checkpoint, staging, dtype, int(arguments.max_shard_gb * 1e9))
+            note_made(staging, made_from)
     print(f"{arguments.target} holds {count} tensors of {checkpoint}")
     return 0
 

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from nemotron_h_hf.hub import save_tokenizer
+from nemotron_h_hf.model.saving import saving
+from nemotron_h_hf.targets import is_made, note_made, stamps, writing
 
 NUM_COMPARED_TOKENS = 32
 
@@ -42,9 +44,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     if importlib.util.find_spec("peft") is None:
         raise ValueError("merging needs peft: pip install 'nemotron-h-hf[peft]'")
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
 
     base_name = arguments.base or PeftConfig.from_pretrained(arguments.adapter).base_model_name_or_path
+    with writing(arguments.output, arguments.adapter, base_name) as output:
+        sources = [stamps(arguments.adapter), stamps(base_name)]
+        made_from = {"command": "merge", "sources": sources, "dtype": arguments.dtype}
+        if is_made(output, made_from):
+            print(f"{output} is already there and whole")
+            return 0
+        with saving(output) as staging:
+            merge(arguments, base_name, staging)
+            note_made(staging, made_from)
+    print(f"saved {arguments.output}")
+    return 0
+
+
+def merge(arguments: MergeArguments, base_name: str, folder: Path) -> None:
+    """Merge, compare, and write weights and tokenizer to `folder`."""
+    from peft import PeftModel
+
     base = AutoModelForCausalLM.from_pretrained(base_name).eval()
     dtypes = {name: weight.dtype for name, weight in base.state_dict().items()}
     adapted = PeftModel.from_pretrained(base.float(), arguments.adapter)
@@ -52,12 +71,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     merged = adapted.merge_and_unload()
     after = logits_of(merged)
     give_dtypes(merged, dtypes, arguments.dtype)
-    merged.save_pretrained(arguments.output)
-    save_tokenizer(find_tokenizer(arguments.adapter, base_name), arguments.output)
+    merged.save_pretrained(folder)
+    save_tokenizer(find_tokenizer(arguments.adapter, base_name), folder)
     difference, size = (after - before).abs().max().item(), before.abs().max().item()
     print(f"largest difference of logits {difference:.1e} in float32, the largest logit is {size:.3g}")
-    print(f"saved {arguments.output}")
-    return 0
 
 
 def parse(argv: Sequence[str] | None) -> MergeArguments:
@@ -75,9 +92,6 @@ def parse(argv: Sequence[str] | None) -> MergeArguments:
     folder = Path(arguments.adapter)
     if folder.is_dir() and not (folder / "adapter_config.json").is_file():
         raise ValueError(f"adapter is {arguments.adapter!r}; a folder with an adapter_config.json is allowed")
-    output = Path(arguments.output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise ValueError(f"output is {arguments.output!r}, which is there already; a new or empty folder is allowed")
     return arguments
 
 

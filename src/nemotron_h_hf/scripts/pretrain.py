@@ -51,8 +51,9 @@ from nemotron_h_hf.data.phases import Phase, check_windows, phases_from
 from nemotron_h_hf.data.sources import sources_from
 from nemotron_h_hf.hub import save_tokenizer, upload_folder
 from nemotron_h_hf.model.cost import training_flops_per_token
+from nemotron_h_hf.model.saving import saving
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
-from nemotron_h_hf.training.checkpoints import last_whole_checkpoint
+from nemotron_h_hf.training.checkpoints import last_whole_checkpoint, writing_run
 from nemotron_h_hf.training.data_arguments import PretrainDataArguments
 from nemotron_h_hf.training.fine_tuning import take_push
 from nemotron_h_hf.training.starting_point import load_model, load_tokenizer
@@ -71,6 +72,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     require(training.max_steps > 0, "total_tokens", training.total_tokens, "a number of tokens, for instance 2M")
     require(training.eval_steps is None, "eval_steps", training.eval_steps, "none: there is no held-out text here")
     repo_id = take_push(training)
+    with writing_run(training, model_arguments.model):
+        return run(model_arguments, data, training, repo_id)
+
+
+def run(
+    model_arguments: ModelArguments,
+    data: PretrainDataArguments,
+    training: NemotronHTrainingArguments,
+    repo_id: str | None,
+) -> int:
+    """The work, in a folder that no other run writes to."""
     disable_progress_bar()
     torch.set_flush_denormal(True)
     set_seed(training.seed)
@@ -105,9 +117,8 @@ def save(trainer: NemotronHTrainer, tokenizer: PreTrainedTokenizerBase) -> Path:
     if not trainer.is_fsdp_enabled:
         trainer.model.save_pretrained(folder)
     else:
-        for old in folder.glob("model*.safetensors*"):  # of this run when it was shorter
-            old.unlink()
-        export_run(last_whole_checkpoint(output_dir), folder)
+        with saving(folder) as staging:
+            export_run(last_whole_checkpoint(output_dir), staging)
     save_tokenizer(tokenizer, folder)
     print(f"{folder} holds the trained model", file=sys.stderr)
     return folder

@@ -47,6 +47,7 @@ from nemotron_h_hf.training.adapters import (
     trained_adapters,
 )
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
+from nemotron_h_hf.training.checkpoints import writing_run
 from nemotron_h_hf.training.data_arguments import DataArguments, LongContextArguments, set_chat_template
 from nemotron_h_hf.training.fine_tuning import evaluate_every, take_push, tell_before, tell_held_out
 from nemotron_h_hf.training.finished import save_finished
@@ -65,6 +66,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     check(adapters, start)
     evaluate_every(data, training)
     repo_id = take_push(training)
+    with writing_run(training, start.model):
+        return run(data, packing, adapters, start, training, repo_id)
+
+
+def run(
+    data: DataArguments,
+    packing: LongContextArguments,
+    adapters: AdapterArguments,
+    start: ModelArguments,
+    training: NemotronHTrainingArguments,
+    repo_id: str | None,
+) -> int:
+    """The work, in a folder that no other run writes to."""
     disable_progress_bar()
     set_seed(training.seed)
     model = make_model(adapters, start, training)

@@ -100,6 +100,8 @@ def parse(argv: Sequence[str] | None) -> SliceArguments:
 
 def summary(output: Path, report: SliceReport) -> list[str]:
     """What was written, one line each."""
+    if report.already_there:
+        return [f"{output} is already there and whole: budget {report.budget.name!r}, checked again"]
     share = report.num_parameters / report.parent_parameters
     lines = [
         f"{output} holds budget {report.budget.name!r}: {report.num_parameters:,} parameters, {share:.1%} of the parent's "

@@ -29,6 +29,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.data.stdlib_text import Document, corpus_digest, read_documents, split_documents
 from nemotron_h_hf.hub import save_tokenizer
+from nemotron_h_hf.targets import writing
 from nemotron_h_hf.training.bits_per_byte import bits_per_byte, xz_bits_per_byte
 from nemotron_h_hf.training.byte_bpe import train_tokenizer
 from nemotron_h_hf.training.parsing_share import Sampling, choose_prompts, parsing_share
@@ -76,7 +77,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
-    folder = Path(arguments.output_dir)
+    with writing(arguments.output_dir, arguments.tokenizer) as folder:
+        return run(arguments, folder)
+
+
+def run(arguments: TrainTinyArguments, folder: Path) -> int:
+    """The work, in a folder that no other run writes to."""
     settings = loop_settings(arguments)
     remember_arguments(arguments, settings, folder)
     train_documents, held_out = split_documents(read_documents())

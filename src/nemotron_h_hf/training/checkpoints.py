@@ -11,16 +11,27 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.checkpoint import FileSystemReader
+from transformers import TrainingArguments
 
+from ..targets import writing
 from ..whole_files import write_json
 
 MARKER = "whole.json"
 UNFINISHED = "UNFINISHED"
 SPARE_BYTES = 64 * 2**20  # for the small files beside weights and optimizer
+
+
+def writing_run(args: TrainingArguments, *sources: str | os.PathLike | None) -> AbstractContextManager:
+    """Keep other runs out of `args.output_dir`, which may not be a source, hold one or lie inside one (targets.py).
+
+    One process of a launch does so for all; the launcher ends the others when it is refused.
+    """
+    return writing(args.output_dir, *sources) if args.process_index == 0 else nullcontext()
 
 
 def last_whole_checkpoint(output_dir: str | os.PathLike) -> Path | None:

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..targets import is_empty
 from ..whole_files import whole_file, write_json
 from .losses import TopK, top_k
 
@@ -187,7 +188,7 @@ def _start(folder: Path, identity: CacheIdentity) -> None:
     """Make the folder a cache with this identity, unless it is a cache already."""
     if (folder / "cache.json").is_file():
         return
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and not is_empty(folder):
         raise ValueError(
             f"{folder} holds files but no cache.json; allowed is a new or empty folder, or a cache to go on with"
         )

@@ -152,7 +152,12 @@ class NemotronHTrainer(Trainer):
         Raises:
             TrainingStopped: when the loss is no number or jumps.
             ValueError: for a checkpoint that is not whole, or of another batch size.
+            BlockingIOError: when another run is writing to the same folder.
         """
+        with checkpoints.writing_run(self.args):
+            return self._train(resume_from_checkpoint, **named)
+
+    def _train(self, resume_from_checkpoint: str | bool | None, **named: Any) -> Any:
         output_dir = Path(self.args.output_dir)
         if self.is_world_process_zero():
             checkpoints.discard_unfinished(output_dir)
