@@ -6,11 +6,11 @@ and `--config`. A field is taken from whoever knows it; where two know it and di
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nemotron_h_hf.inputs import read_json
 from nemotron_h_hf.model.configuration_nemotron_h import SYNONYMS, NemotronHConfig
 
 from .source import MegatronCheckpoint
@@ -290,10 +290,7 @@ def read_extra(extra: str | Path) -> dict[str, Any]:
     path = Path(extra)
     path = path / "config.json" if path.is_dir() else path
     if path.is_file():
-        try:
-            given = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not JSON: {error}") from None
+        given = read_json(path)
         config = NemotronHConfig(**given)
     else:
         given = None

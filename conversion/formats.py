@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
+
+from nemotron_h_hf.inputs import read_json
 
 from . import legacy, torch_dist, torchzip
 from .source import MegatronCheckpoint
@@ -68,8 +69,8 @@ def _iteration(path: Path) -> Path:
 
 def _distributed(folder: Path) -> str:
     try:
-        backend = json.loads((folder / "metadata.json").read_text())["sharded_backend"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        backend = read_json(folder / "metadata.json")["sharded_backend"]
+    except KeyError as error:
         raise ValueError(f"{folder / 'metadata.json'} does not name a sharded_backend: {error!r}") from None
     if backend == "zarr":
         raise ValueError(f"{folder} is in the zarr format, which megatron-core dropped in 0.16; load it with 0.15 or "
@@ -123,7 +124,7 @@ def _args_from_yaml(found: Found, table: torch_dist.Table) -> tuple[dict[str, An
         return {}, []
     try:
         content = yaml.load(path.read_text(), Loader=_PlainLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not readable YAML: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get(section), dict):
         raise ValueError(f"{path} has no section {section!r}")

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from nemotron_h_hf.checkpoint import Checkpoint, TensorSpec, save
+from nemotron_h_hf.inputs import read_json
 from nemotron_h_hf.model.configuration_nemotron_h import with_plain_limit
 from nemotron_h_hf.resumable import TOKENIZER_FILES, copy_files
 from nemotron_h_hf.whole_files import write_text
@@ -55,7 +56,7 @@ def export_run(
     specs = [_spec(source.spec(name), dtype) for name in sorted(source, key=_by_depth)]
     save(target, specs, ((spec.name, source[spec.name]) for spec in specs), max_shard_bytes)
     copy_files(TOKENIZER_FILES, checkpoint, target)
-    config = with_plain_limit(json.loads((checkpoint / "config.json").read_text(encoding="utf-8")))
+    config = with_plain_limit(read_json(checkpoint / "config.json"))
     stored = next(spec.dtype for spec in specs if not spec.name.endswith(FLOAT32))
     write_text(
         target / "config.json", json.dumps({**config, "dtype": str(stored).removeprefix("torch.")}, indent=2) + "\n"

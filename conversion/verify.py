@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from nemotron_h_hf.checkpoint import PIECE_BYTES, Checkpoint, Digest
+from nemotron_h_hf.inputs import read_json
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 from nemotron_h_hf.model.modeling_nemotron_h import NemotronHForCausalLM
 from nemotron_h_hf.resumable import checksum
@@ -34,9 +34,9 @@ def check_integrity(folder: Path) -> None:
     if not path.is_file():
         return
     try:
-        listed = json.loads(path.read_text())
+        listed = read_json(path)
         algorithm, files = listed["algorithm"], dict(listed["files"])
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not a list of checksums: {error!r}") from None
     if algorithm != "sha256":
         raise ValueError(f"{path}: algorithm={algorithm!r}: allowed is 'sha256'")

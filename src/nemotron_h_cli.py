@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import logging
+import os
 import sys
 from collections.abc import Sequence
 
@@ -43,9 +44,39 @@ COMMANDS = (
 CHATTY_IMPORTS = ("torchao", "torch.utils._pytree")
 
 
+CLOSED_PIPE = 141  # what a shell sees of a program that SIGPIPE ended
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 failed on its input, 2 wrong usage."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    """Run one command and return its exit status: 0 done, 1 failed on its input, 2 wrong usage.
+
+    A failure is one line on standard error. `--debug` anywhere among the words lets its traceback through.
+    """
+    argv, debug = take_debug(list(sys.argv[1:] if argv is None else argv))
+    try:
+        status = run(argv)
+        sys.stdout.flush()
+        return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # nobody reads on: `nemotron-h --help | head -1`
+        drop_output()
+        return CLOSED_PIPE
+    except Exception as error:
+        if debug:
+            raise
+        print(f"nemotron-h {argv[0] if argv else ''}: error: {describe(error)}", file=sys.stderr)
+        return 1
+
+
+def take_debug(argv: list[str]) -> tuple[list[str], bool]:
+    """The words without `--debug`, and whether it was there; with a value it is an option of transformers' Trainer."""
+    ours = [i for i, word in enumerate(argv) if word == "--debug" and not argv[i + 1 : i + 2] == ["underflow_overflow"]]
+    return [word for i, word in enumerate(argv) if i not in ours], bool(ours)
+
+
+def run(argv: list[str]) -> int:
+    """Import the module of one command and call it."""
     if not argv or argv[0] in ("-h", "--help", "help"):
         print(usage())
         return 0
@@ -55,25 +86,36 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     for name in CHATTY_IMPORTS:
         logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        return importlib.import_module(modules[argv[0]]).main(argv[1:]) or 0
-    except (ValueError, OSError) as error:
-        print(f"nemotron-h {argv[0]}: error: {error}", file=sys.stderr)
-        return 1
-    except ImportError as error:
-        if "pip install" not in str(error):  # a broken installation, and no extra that is missing
-            raise
-        print(f"nemotron-h {argv[0]}: error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    return importlib.import_module(modules[argv[0]]).main(argv[1:]) or 0
+
+
+def describe(error: Exception) -> str:
+    """One line about a failure: what an expected one says of itself, the kind of one that is not."""
+    text = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return f"out of memory: {text}" if text else "out of memory"
+    if isinstance(error, (ValueError, OSError)) or (isinstance(error, ImportError) and "pip install" in text):
+        return text or type(error).__name__
+    return f"unexpected {type(error).__name__}: {text} (the same command with --debug shows where)"
+
+
+def drop_output() -> None:
+    """Send what is left for standard output nowhere: Python would otherwise complain of it at the exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def usage() -> str:
     """The text of `nemotron-h --help`."""
     lines = [f"  {name:<15}{help_line}" for name, _, help_line in COMMANDS]
     return "\n".join(
-        ["usage: nemotron-h COMMAND [OPTIONS]", "", "commands:", *lines, "", "nemotron-h COMMAND --help tells more."]
+        [
+            "usage: nemotron-h COMMAND [OPTIONS]",
+            "",
+            "commands:",
+            *lines,
+            "",
+            "nemotron-h COMMAND --help tells more; --debug shows the traceback of an error.",
+        ]
     )
 
 

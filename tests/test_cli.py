@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,8 +66,60 @@ def test_missing_extras_are_one_line_and_broken_installations_are_not(message, c
         assert cli.main(["info"]) == 1
         assert capsys.readouterr().err == f"nemotron-h info: error: {message}\n"
     else:
+        assert cli.main(["info"]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("nemotron-h info: error: unexpected ImportError: libc10") and "--debug" in error
         with pytest.raises(ImportError, match="libc10"):
-            cli.main(["info"])
+            cli.main(["info", "--debug"])
+
+
+@pytest.mark.parametrize("argv", [["--help"], ["info"]])
+def test_a_closed_pipe_is_silence(argv):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([COMMAND, *argv], stdout=write, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(write)
+    assert done.returncode == cli.CLOSED_PIPE
+    assert "Traceback" not in done.stderr and "Broken pipe" not in done.stderr and "Exception" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "argv, status, said",
+    [
+        (["generate", "--device", "tpu"], 1, "--device: got 'tpu'"),
+        (["generate", "--device", "cuda:77"], 1, "--device: got 'cuda:77'"),
+        (["generate", "--device", "meta"], 1, "--device: got 'meta'"),
+        (["generate", "--temperature", "nan"], 2, "'nan', allowed is a finite number"),
+        (["generate", "--top-p", "inf"], 2, "'inf', allowed is a finite number"),
+        (["generate", "--seed", "-1"], 1, "--seed is -1"),
+        (["info", "--memory-gib", "nan"], 2, "'nan', allowed is a finite number"),
+        (["sft", "--data", "{}/b.yaml", "--learning_rate", "nan"], 1, "learning_rate: got nan"),
+        (["convert", EMBEDDED_MODEL, "{}/o", "--max-shard-size", "inf"], 1, "max_shard_size='inf'"),
+        (["elasticize", EMBEDDED_MODEL, "{}/e", "--budgets", "{}/b.yaml"], 1, "b.yaml is not YAML"),
+        (["info", "{}/deep"], 1, "config.json is not readable JSON"),
+        (["generate", "--model", "{}/deep"], 1, "config.json is not readable JSON"),
+        (["generate", "--model", "{}/torn"], 1, "tokenizer of"),
+    ],
+)
+def test_bad_input_is_one_line_and_no_traceback(argv, status, said, tmp_path, capsys):
+    (tmp_path / "b.yaml").write_text("a: [1")
+    for name in ("deep", "torn"):
+        (tmp_path / name).mkdir()
+        for file in Path(EMBEDDED_MODEL).iterdir():
+            (tmp_path / name / file.name).symlink_to(file)
+    (tmp_path / "deep" / "config.json").unlink()
+    (tmp_path / "deep" / "config.json").write_text('{"a":' + "[" * 10**5 + "]" * 10**5 + "}")
+    (tmp_path / "torn" / "tokenizer.json").unlink()
+    (tmp_path / "torn" / "tokenizer.json").write_text('{"version"')
+    try:
+        found = cli.main([word.format(tmp_path) for word in argv])
+    except SystemExit as done:
+        found = done.code
+    error = capsys.readouterr().err
+    assert found == status, error
+    assert said in error and "unexpected" not in error and "Traceback" not in error
+    lines = error.splitlines()
+    assert status == 2 or [line for line in lines if " error: " in line] == lines[-1:]
 
 
 def test_info_of_a_preset(capsys):

@@ -16,19 +16,21 @@ MAY_IMPORT = {
     "model": set(),
     "whole_files": {"model"},
     "targets": {"model", "whole_files"},
+    "inputs": {"model"},
     "checkpoint": {"model", "whole_files"},
     "resumable": {"checkpoint", "targets", "whole_files"},
     "headers": {"model"},
     "token_counts": set(),
     "data": {"token_counts"},
     "benchmark": {"public", "compression", "model", "training", "whole_files"},
-    "training": {"token_counts", "targets", "whole_files"},
-    "compression": {"model", "checkpoint", "whole_files"},
-    "elastic": {"compression", "model", "training", "checkpoint", "resumable", "targets", "whole_files"},
-    "evaluation": {"public", "compression", "model", "training", "targets", "whole_files"},
+    "training": {"inputs", "token_counts", "targets", "whole_files"},
+    "compression": {"inputs", "model", "checkpoint", "whole_files"},
+    "elastic": {"inputs", "compression", "model", "training", "checkpoint", "resumable", "targets", "whole_files"},
+    "evaluation": {"inputs", "public", "compression", "model", "training", "targets", "whole_files"},
     "facts": {"compression", "headers", "model"},
     "hub": {"facts", "model", "resumable", "whole_files"},
     "scripts": {
+        "inputs",
         "public",
         "model",
         "checkpoint",
@@ -47,7 +49,7 @@ MAY_IMPORT = {
         "facts",
         "hub",
     },
-    "conversion": {"checkpoint", "resumable", "model", "targets", "whole_files"},
+    "conversion": {"inputs", "checkpoint", "resumable", "model", "targets", "whole_files"},
     "nemotron_h_cli": set(),
 }
 # part -> packages beside the standard library that it may import, where that is limited
@@ -59,6 +61,7 @@ THIRD_PARTY = {
     "token_counts": set(),
     "whole_files": set(),
     "targets": set(),
+    "inputs": {"torch", "transformers", "yaml"},
     "nemotron_h_cli": set(),
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")

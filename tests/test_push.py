@@ -122,6 +122,71 @@ def test_save_tokenizer_writes_the_plain_class(tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
+def test_only_what_a_model_repository_holds_is_sent(folder):
+    names = (
+        "s.pickle",
+        "a.joblib",
+        "w.BIN",
+        "core",
+        "core.1234",
+        "token",
+        ".env",
+        "hf_token.txt",
+        "train.py",
+        "id_rsa",
+    )
+    for name in (*names, "model-00002-of-00003.safetensors.part", "model-00002-of-00003.safetensors"):
+        (folder / name).write_text("x")
+    for name in ("wandb", "runs", "checkpoint-5"):
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text("{}")
+    plan = hub.plan_upload(folder, "owner/tiny")
+    expected = {path.name for path in Path(EMBEDDED_MODEL).iterdir() if path.suffix != ".md"} | {"README.md"}
+    assert set(plan) == expected
+    assert {*names, "wandb/", "checkpoint-5/"} <= set(hub.left_behind(folder, plan))
+    assert set(hub.plan_upload(folder, "owner/tiny", include=["train.py"])) == expected | {"train.py"}
+    with pytest.raises(ValueError, match="include: got 'nothing'"):
+        hub.plan_upload(folder, "owner/tiny", include=["nothing"])
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "tokenizer.json", "LICENSE", "README.md"])
+def test_links_out_of_the_folder_are_not_followed(folder, name):
+    key = folder.parent / "id_rsa"
+    key.write_text("KEY")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(key)
+    if name == "notes.txt":
+        assert name not in hub.plan_upload(folder, "owner/tiny")
+    with pytest.raises(ValueError, match=f"{name} is a link out of the folder"):
+        hub.plan_upload(folder, "owner/tiny", include=[name])
+
+
+def test_paths_of_this_machine_stay_here(folder):
+    report = {"source": "/home/me/secret/run", "target": "../out/tiny", "notes": ["read /home/me/secret/run/x.pt"],
+              "tensors": {"a.b": {"files": "iter_1/x.distcp"}}, "logits": {"reference": "/mnt/me/hf"}}  # fmt: skip
+    (folder / "conversion_report.json").write_text(json.dumps(report))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "_name_or_path": "/home/me/secret/run"}))
+    plan = hub.plan_upload(folder, "owner/tiny", with_code=True)
+    sent = json.loads(plan["conversion_report.json"])
+    assert sent == {"source": "run", "target": "tiny", "notes": ["read x.pt"], "tensors": report["tensors"],
+                    "logits": {"reference": "hf"}}  # fmt: skip
+    assert json.loads(plan["config.json"])["_name_or_path"] == "run"
+
+
+@pytest.mark.parametrize("base, sent", [("/home/me/base", "base"), ("../base", "base"), ("owner/base", "owner/base")])
+def test_adapters_do_not_tell_where_their_base_lay(tmp_path, base, sent):
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base, "r": 2}))
+    card = f"---\nbase_model: {base}\ntags:\n- base_model:adapter:{base}\n---\nSee https://hf.co/a/b and/or {base}.\n"
+    (tmp_path / "README.md").write_text(card)
+    plan = hub.plan_adapter_upload(tmp_path)
+    read = {name: source if isinstance(source, bytes) else source.read_bytes() for name, source in plan.items()}
+    assert json.loads(read["adapter_config.json"]) == {"base_model_name_or_path": sent, "r": 2}
+    assert b"/home/me" not in read["README.md"] and b"../" not in read["README.md"]
+    assert b"See https://hf.co/a/b and/or " in read["README.md"]
+
+
 def test_incomplete_checkpoint_is_refused(folder):
     weights = folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])

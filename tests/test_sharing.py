@@ -15,8 +15,8 @@ from nemotron_h_hf.elastic.layout import Sizes, block_size, head_order, in_proj_
 from nemotron_h_hf.model import linear
 from nemotron_h_hf.model.budgets import Budget, budget_config, read_elastic
 from nemotron_h_hf.model.cost import cache_bytes, weight_bytes
-from nemotron_h_hf.model.saving import MANIFEST_NAME
 from nemotron_h_hf.model.manifest import check_manifest
+from nemotron_h_hf.model.saving import MANIFEST_NAME
 from nemotron_h_hf.model.slicing import cuts, prefix
 
 NARROW = {

@@ -13,6 +13,7 @@ from .model import cost
 from .model.budgets import EXPERT_FIELDS, SIZE_FIELDS, Budget, budget_config, read_elastic
 from .model.configuration_nemotron_h import NemotronHConfig
 from .model.loading import released_name
+from .model.reading import read_json
 
 LAYER_NAMES = {"M": "Mamba-2", "*": "attention", "-": "MLP", "E": "MoE"}
 
@@ -149,6 +150,8 @@ def _budget_facts(config: NemotronHConfig, budget: Budget, dtype: str) -> Budget
 
 
 def _load_config(name: str) -> NemotronHConfig:
+    if (path := Path(name) / "config.json").is_file():
+        read_json(path)
     fields, _ = NemotronHConfig.get_config_dict(name)
     if fields.get("model_type") != "nemotron_h":
         raise ValueError(f"model_type of {name} is {fields.get('model_type')!r}; allowed: 'nemotron_h'")

@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import string
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from .facts import LAYER_NAMES, Facts, describe, human_bytes, human_count, load_target
 from .model.configuration_nemotron_h import with_plain_limit
-from .resumable import with_plain_tokenizer_class
+from .model.reading import read_index, read_json
+from .resumable import TOKENIZER_FILES, with_plain_tokenizer_class
 from .whole_files import whole_file
 
+LOCAL_PATH = re.compile(
+    r"""(^|[\s"'(=:,`\[])((?:file:/|~|\.{1,2})?/(?!/)[^\s"'),;:`\]]+|[A-Za-z]:\\[^\s"'),;`]+)""", re.M
+)
 PACKAGE = Path(__file__).parent
 CARD_TEMPLATE = PACKAGE / "assets" / "model_card_template.md"
 AUTO_MAP = {
@@ -26,7 +33,15 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_nemotron_h.NemotronHForSequenceClassification",
 }
 """What config.json says so that `trust_remote_code=True` finds the classes in the files beside the weights."""
-PICKLES = (".pt", ".pth", ".bin", ".pkl", ".ckpt")
+BELONGS = (
+    "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "elastic_manifest.json",
+    "adapter_config.json", "adapter_model.safetensors", "preprocessor_config.json", "processor_config.json",
+    "image_processor_config.json", "video_preprocessor_config.json", "hf_quant_config.json", "conversion_report.json",
+    "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt", ".gitattributes",
+    "additional_chat_templates/*.jinja", *TOKENIZER_FILES,
+)  # fmt: skip
+"""What a model repository holds, as patterns; besides it the shards that the index names and the code that config.json names."""
+PATH_FIELDS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 
 
 def attach_code(folder: str | os.PathLike) -> list[str]:
@@ -93,36 +108,118 @@ def plan_upload(
     with_code: bool = False,
     overwrite_card: bool = False,
     license: str | None = None,
+    include: Iterable[str] = (),
 ) -> dict[str, Path | bytes]:
     """What an upload of `folder` holds: path in the repository -> the file, or the bytes that stand in for it.
 
-    Hidden files, caches, unfinished files and pickles stay behind. `ValueError` if weights are missing or damaged.
+    What a model repository holds is sent (`BELONGS`), anything else only if `include` names it, nothing through a link that
+    leads out of the folder. Paths of this machine in configurations and reports are shortened to their last name.
+
+    Raises:
+        ValueError: if weights are missing or damaged, a link leads out of the folder, or `include` names what is not there.
     """
     folder = Path(folder)
     _refuse_incomplete(folder)
-    plan: dict[str, Path | bytes] = {
-        path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if _belongs(path, folder)
-    }
+    plan = _files(folder, include)
     if overwrite_card or "README.md" not in plan:
         plan["README.md"] = model_card(folder, repo_id, with_code, license).encode()
     if "tokenizer_config.json" in plan:
-        plan["tokenizer_config.json"] = with_plain_tokenizer_class(_read_text(folder / "tokenizer_config.json"))
+        plan["tokenizer_config.json"] = with_plain_tokenizer_class(_text_of(plan["tokenizer_config.json"]))
     if with_code:
-        plan["config.json"] = with_auto_map(_read_text(folder / "config.json"))
+        plan["config.json"] = with_auto_map(_text_of(plan["config.json"]))
         plan.update({name: content for name, content in code_files().items() if _is_new(folder / name, content)})
     return plan
 
 
-def plan_adapter_upload(folder: str | os.PathLike) -> dict[str, Path | bytes]:
+def plan_adapter_upload(folder: str | os.PathLike, include: Iterable[str] = ()) -> dict[str, Path | bytes]:
     """What an upload of adapters holds, as `plan_upload`: their weights and configuration, tokenizer and card."""
     folder = Path(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise ValueError(f"{folder} has no {name}, nothing was sent")
-    plan: dict[str, Path | bytes] = {path.name: path for path in sorted(folder.iterdir()) if _belongs(path, folder)}
+    plan = _files(folder, include)
+    base = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if "README.md" in plan and _is_local(base):  # PEFT's own card names it
+        plan["README.md"] = _read_text(folder / "README.md").replace(base, Path(base).name).encode()
     if "tokenizer_config.json" in plan:
-        plan["tokenizer_config.json"] = with_plain_tokenizer_class(_read_text(folder / "tokenizer_config.json"))
+        plan["tokenizer_config.json"] = with_plain_tokenizer_class(_text_of(plan["tokenizer_config.json"]))
     return plan
+
+
+def left_behind(folder: str | os.PathLike, plan: Mapping[str, Path | bytes]) -> list[str]:
+    """Names in the folder that a plan does not send; a folder of which nothing is sent counts as one name."""
+    first = {name.split("/")[0] for name in plan}
+    return [path.name + "/" * path.is_dir() for path in sorted(Path(folder).iterdir()) if path.name not in first]
+
+
+def without_local_paths(name: str, text: str) -> str:
+    """A JSON file of a checkpoint as text, with the paths of this machine cut down to their last name."""
+    content = json.loads(text)
+    if name == "conversion_report.json":
+        shortened = _shorten_all(content)
+        for field in ("source", "target"):
+            if isinstance(shortened.get(field), str):
+                shortened[field] = Path(shortened[field]).name
+    else:
+        shortened = {
+            field: Path(value).name if field in PATH_FIELDS and _is_local(value) else value
+            for field, value in content.items()
+        }
+    return text if shortened == content else json.dumps(shortened, indent=2, ensure_ascii=False) + "\n"
+
+
+def _shorten_all(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _shorten_all(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_shorten_all(item) for item in value]
+    return LOCAL_PATH.sub(lambda match: match[1] + Path(match[2]).name, value) if isinstance(value, str) else value
+
+
+def _is_local(value: Any) -> bool:
+    """Whether a name of a model is a path here and no hub id (owner/name)."""
+    if not isinstance(value, str) or not value:
+        return False
+    return not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value) or value.startswith(".") or Path(value).exists()
+
+
+def _files(folder: Path, include: Iterable[str]) -> dict[str, Path | bytes]:
+    names = {path.relative_to(folder).as_posix() for pattern in BELONGS for path in folder.glob(pattern)}
+    names |= {Path(file).name for file in _shards(folder)} | _code_named_in(folder / "config.json")
+    for name in include:
+        if not (folder / name).is_file():
+            raise ValueError(f"include: got {name!r}, allowed are files of {folder}")
+        names.add(Path(name).as_posix())
+    plan: dict[str, Path | bytes] = {}
+    for name in sorted(name for name in names if (folder / name).is_file()):
+        if not (folder / name).resolve().is_relative_to(folder.resolve()):
+            raise ValueError(
+                f"{folder / name} is a link out of the folder, nothing was sent; put the file itself there"
+            )
+        plan[name] = folder / name
+        if name.endswith("config.json") or name == "conversion_report.json":
+            text = _read_text(folder / name)
+            if (shortened := without_local_paths(name, text)) != text:
+                plan[name] = shortened.encode()
+    return plan
+
+
+def _shards(folder: Path) -> list[str]:
+    index = folder / "model.safetensors.index.json"
+    return sorted(set(read_index(index).values())) if index.is_file() else []
+
+
+def _code_named_in(config: Path) -> set[str]:
+    """Files beside the weights that hold the classes of `auto_map`; with ours, all of ours."""
+    if not config.is_file():
+        return set()
+    classes = [
+        name
+        for value in read_json(config).get("auto_map", {}).values()
+        for name in (value if isinstance(value, list) else [value])
+    ]
+    files = {name.split(".")[0] + ".py" for name in classes if isinstance(name, str) and "--" not in name}
+    return files | set(code_files()) if files & set(code_files()) else files
 
 
 def upload(plan: dict[str, Path | bytes], repo_id: str, private: bool = False) -> str:
@@ -177,12 +274,6 @@ def _refuse_incomplete(folder: Path) -> None:
         raise ValueError(f"{folder} is not whole, nothing was sent; missing or damaged: {', '.join(broken)}")
 
 
-def _belongs(path: Path, folder: Path) -> bool:
-    parts = path.relative_to(folder).parts
-    hidden = any(part.startswith(".") or part == "__pycache__" for part in parts)
-    return path.is_file() and not hidden and path.suffix not in (*PICKLES, ".tmp")
-
-
 def _is_new(path: Path, content: bytes) -> bool:
     """Whether `content` is still to be written there; another file of that name is in the way."""
     if not path.exists():
@@ -190,6 +281,10 @@ def _is_new(path: Path, content: bytes) -> bool:
     if path.read_bytes() != content:
         raise ValueError(f"{path} exists with other content than this package's; remove or rename it")
     return False
+
+
+def _text_of(source: Path | bytes) -> str:
+    return source.decode() if isinstance(source, bytes) else _read_text(source)
 
 
 def _read_text(path: Path) -> str:

@@ -37,7 +37,10 @@ def find_device(name: str) -> torch.device:
     Raises:
         ValueError: for CUDA where there is none, and for kinds that cannot be measured.
     """
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: allowed are cuda and cpu") from None
     if device.type not in ("cuda", "cpu"):
         raise ValueError(f"--device {name}: allowed are cuda and cpu")
     if device.type == "cuda" and not torch.cuda.is_available():

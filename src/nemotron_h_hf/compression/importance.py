@@ -41,10 +41,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..inputs import open_tensors
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.slicing import Kept, everything
 from ..whole_files import whole_file
@@ -83,7 +83,7 @@ class WidthScores:
         """
         if not Path(path).exists():
             return cls.empty()
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"{path} is not a file of scores: its format is {metadata.get('format')!r}")

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..compression.depth import Removal, num_passes, remove_layers
 from ..compression.importance import WidthScores, accumulate
+from ..inputs import read_json
 from ..model.budgets import Budget
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
 from ..whole_files import write_json
@@ -147,8 +148,8 @@ def read_record(path: Path | None, mark: str) -> dict[str, Any]:
     """
     if path is None or not path.exists():
         return {}
-    record = json.loads(path.read_text())
-    if record["fingerprint"] != mark:
+    record = read_json(path)
+    if record.get("fingerprint") != mark:
         raise ValueError(f"{path} was measured on another model or other text; remove it to begin again")
     return record
 

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from ..inputs import open_tensors
 from ..model.budgets import Budget
 from ..model.loss import share_of_items
 from ..training.arguments import NemotronHTrainingArguments, parse_tokens, require
@@ -292,7 +292,7 @@ def load_router(routed: RoutedModel, path: Path) -> None:
     """
     if not path.is_file():
         raise ValueError(f"resume_from_checkpoint: {path} is missing, without the router the run cannot go on")
-    with safe_open(path, "pt") as file:
+    with open_tensors(path) as file:
         for name, value in _identity(routed.route).items():
             if (found := file.metadata().get(name)) != value:
                 raise ValueError(f"{name}: got {value}, allowed is what {path} was trained with, {found}")

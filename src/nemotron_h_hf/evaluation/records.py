@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..inputs import read_json
 from ..targets import is_empty
 from ..whole_files import write_json, write_text
 
@@ -24,7 +25,7 @@ def claim(folder: Path, name: str, content: dict) -> None:
     path = folder / name
     content = json.loads(json.dumps(content))
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         for field in dict.fromkeys([*before, *content]):
             if before.get(field) != content.get(field):
                 raise ValueError(

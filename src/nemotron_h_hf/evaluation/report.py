@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..inputs import read_json
 from . import harness, held_out, long_context
 from .records import Records
 
@@ -18,7 +18,7 @@ def collect(folder: Path, records: Records) -> dict:
         by_part.setdefault(part if part in ("bpb", "harness") else "long_context", []).append(row)
     results: dict = {}
     if rows := by_part.get("bpb"):
-        results["bpb"] = held_out.summarise(rows) | json.loads((folder / "bpb.json").read_text(encoding="utf-8"))
+        results["bpb"] = held_out.summarise(rows) | read_json(folder / "bpb.json")
     if rows := by_part.get("long_context"):
         results["long_context"] = long_context.summarise(rows)
     if rows := by_part.get("harness"):

@@ -24,7 +24,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 from transformers.utils import logging
 
-from .reading import read_header, read_index
+from .reading import read_header, read_index, read_json
 
 logger = logging.get_logger(__name__)
 
@@ -103,7 +103,9 @@ def module_names(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
 
 
 def check_index(folder: str | os.PathLike) -> None:
-    """Refuse an index of shards that is damaged or leads out of its folder; a hub id or a folder without one passes.
+    """Refuse a configuration that is no JSON, and an index of shards that is damaged or leads out of its folder.
+
+    A hub id, or a folder without them, passes.
 
     Raises:
         ValueError: naming the file.
@@ -111,6 +113,9 @@ def check_index(folder: str | os.PathLike) -> None:
     path = Path(folder) / "model.safetensors.index.json"
     if path.is_file():
         read_index(path)
+    for name in ("config.json", "generation_config.json"):
+        if (Path(folder) / name).is_file():
+            read_json(Path(folder) / name)
 
 
 def weight_files(folder: str | os.PathLike) -> list[str]:

@@ -14,12 +14,12 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 from transformers.utils import cached_file
 
 from .nested import HUB_ARGUMENTS, PIECE_BYTES, Stored, find_tensors
+from .reading import read_json
 from .saving import MANIFEST_NAME
 
 NAME = MANIFEST_NAME
@@ -68,7 +68,7 @@ def as_text(manifest: Mapping[str, Any]) -> str:
 def read_manifest(path: str | os.PathLike) -> dict[str, Any]:
     """A manifest from its file; `ValueError` names the file if it is none."""
     try:
-        manifest = json.loads(Path(path).read_text(encoding="utf-8"))
+        manifest = read_json(path)
         version, _, _ = manifest["version"], manifest["fingerprint"] + "", manifest["num_parameters"] + 0
         for entry in manifest["tensors"].values():
             entry["dtype"] + "", entry["shape"] + [], entry["sha256"] + ""

@@ -83,3 +83,9 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{twice} is there twice")
     return found
+
+
+def open_tensors(path: str | os.PathLike, device: str = "cpu") -> safe_open:
+    """safetensors' own reader of a file, after the checks of `read_header`; use it as a context manager."""
+    read_header(path)
+    return safe_open(path, framework="pt", device=device)

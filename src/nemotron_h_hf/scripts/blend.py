@@ -29,7 +29,6 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from nemotron_h_hf import EMBEDDED_MODEL
 from nemotron_h_hf.data.bad_data import left_out_lines
@@ -40,9 +39,10 @@ from nemotron_h_hf.data.phases import Phase, Span, check_keys, phases_from, reso
 from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source, sources_from
 from nemotron_h_hf.elastic.arguments import ElasticArguments
+from nemotron_h_hf.inputs import load_tokenizer, read_yaml
 from nemotron_h_hf.token_counts import parse_tokens
 from nemotron_h_hf.training.adapters import AdapterArguments
-from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, read_yaml
+from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments
 from nemotron_h_hf.training.data_arguments import (
     DataArguments,
     LongContextArguments,
@@ -76,7 +76,7 @@ class BlendArguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan, and what reading gave if that was asked for."""
     arguments = parse(argv)
-    config = read_yaml(arguments.config)
+    config = read_yaml(arguments.config, "config")
     place = f"config {arguments.config}" + ("" if arguments.records else " (without --records)")
     check_keys(place, config, names_of(RECORDS if arguments.records else TEXT))
     config |= {name: value for name, value in vars(arguments).items() if value is not None}
@@ -138,7 +138,7 @@ def read(sources: Sequence[Source], spans: Sequence[Span], num_tokens: int, tota
         raise ValueError(f"read is {num_tokens:,} tokens; more are needed so that each of {len(spans)} phases has one")
     phases = [Phase(span.weights, until=end) for span, end in zip(spans, ends)]
     name = config.get("tokenizer") or config.get("model") or EMBEDDED_MODEL
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = load_tokenizer(name)
     encode = document_encoder(tokenizer)
     if config["records"]:
         set_chat_template(tokenizer, config.get("chat_template"))

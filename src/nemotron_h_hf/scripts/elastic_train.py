@@ -24,7 +24,6 @@ found (with --eval_data: their held-out losses). Cut one out by `nemotron-h slic
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,6 +51,7 @@ from nemotron_h_hf.elastic.router import RouterSettings
 from nemotron_h_hf.elastic.targets import parse_target, targets_of
 from nemotron_h_hf.elastic.training import ROUTER_FILE, ElasticTrainer, save_router
 from nemotron_h_hf.hub import save_tokenizer, upload_folder
+from nemotron_h_hf.inputs import read_json
 from nemotron_h_hf.model.budgets import budget_config, read_elastic
 from nemotron_h_hf.model.cost import num_parameters, training_flops_per_token
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
@@ -140,7 +140,7 @@ def find_route(
     if elastic.metric == "latency":
         path = Path(elastic.latency_table or "")
         require(path.is_file(), "latency_table", elastic.latency_table, "a file that --measure_latency has written")
-        table = json.loads(path.read_text(encoding="utf-8"))
+        table = read_json(path)
     cost = ExpectedCost(config, axes, elastic.metric, layer_order, elastic.cost_context, elastic.cost_batch_size,
                         elastic.cost_dtype, table)  # fmt: skip
     settings = RouterSettings(

@@ -37,10 +37,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
@@ -53,6 +51,7 @@ from nemotron_h_hf.elastic.permuting import permute_checkpoint, permute_model
 from nemotron_h_hf.elastic.streaming import streamed
 from nemotron_h_hf.evaluation.held_out import end_token
 from nemotron_h_hf.evaluation.texts import read_texts
+from nemotron_h_hf.inputs import load_tokenizer, read_device, read_yaml
 from nemotron_h_hf.model.loading import weight_files
 from nemotron_h_hf.model.saving import WORK_NAME, saving
 from nemotron_h_hf.model.slicing import Kept
@@ -151,6 +150,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         arguments.depth_rows = min(8, arguments.rows)
     if not 0 <= arguments.depth_rows <= arguments.rows:
         raise ValueError(f"depth_rows: got {arguments.depth_rows}, allowed is 0 to rows={arguments.rows}")
+    read_device(arguments.device)
     return arguments
 
 
@@ -160,8 +160,8 @@ def read_budgets(named: Sequence[str], file: str | None) -> dict[str, dict[str, 
     Raises:
         ValueError: for what cannot be read, or a name given twice.
     """
-    found = {} if file is None else yaml.safe_load(Path(file).read_text(encoding="utf-8"))
-    if not isinstance(found, dict) or not all(isinstance(sizes, dict) for sizes in found.values()):
+    found = {} if file is None else read_yaml(file, "budgets")
+    if not all(isinstance(sizes, dict) for sizes in found.values()):
         raise ValueError(f"budgets: {file} is not a mapping of names to sizes")
     found = {str(name): sizes for name, sizes in found.items()}
     for text in named:
@@ -197,7 +197,7 @@ def whole_number(flag: str, text: str, size: str) -> int:
 
 def make_rows(arguments: argparse.Namespace, source: Path) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """Rows to score on, and held-out rows; documents in an order of the seed's."""
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = load_tokenizer(source)
     if arguments.calibration is None:
         kept, rest = split_documents(read_documents())
         texts, others = [document.text for document in kept], [document.text for document in rest]

@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
@@ -39,6 +39,7 @@ from nemotron_h_hf.evaluation import harness, held_out, long_context, report, te
 from nemotron_h_hf.evaluation.answering import greedy_answers
 from nemotron_h_hf.evaluation.harness import HarnessOptions, HarnessTask
 from nemotron_h_hf.evaluation.records import Records, check_folder, claim
+from nemotron_h_hf.inputs import load_tokenizer, read_device
 from nemotron_h_hf.model.loading import plain_parts
 from nemotron_h_hf.targets import writing
 from nemotron_h_hf.whole_files import whole_file, write_json
@@ -204,12 +205,13 @@ def as_harness_tasks(name: str) -> Sequence[HarnessTask]:
 def load(arguments: EvalArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model, ready on its device, and its tokenizer."""
     disable_progress_bar()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    device = None if arguments.device == "auto" else read_device(arguments.device)
+    tokenizer = load_tokenizer(arguments.model)
     if arguments.chat and not tokenizer.chat_template:
         raise ValueError(f"--chat: the tokenizer of {arguments.model} has no chat template")
-    spread = {"device_map": "auto"} if arguments.device == "auto" else {}
+    spread = {"device_map": "auto"} if device is None else {}
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, **spread)
-    return (model if spread else model.to(arguments.device)).eval(), tokenizer
+    return (model if device is None else model.to(device)).eval(), tokenizer
 
 
 def model_facts(model: PreTrainedModel, arguments: EvalArguments) -> dict:

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from nemotron_h_hf.conversion.sharded_run import export_run
+from nemotron_h_hf.inputs import finite
 from nemotron_h_hf.model.saving import saving
 from nemotron_h_hf.targets import is_made, note_made, stamps, writing
 from nemotron_h_hf.training.checkpoints import MARKER, check_whole, last_whole_checkpoint
@@ -61,7 +62,7 @@ def parse(argv: Sequence[str] | None) -> ExportArguments:
     parser.add_argument("source", metavar="SRC", type=Path, help="a run's folder, or one of its checkpoints")
     parser.add_argument("target", metavar="DST", type=Path, help="new folder")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (as in SRC, float32 in most runs)")
-    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="of the files of DST (5)")
+    parser.add_argument("--max-shard-gb", type=finite, default=5.0, help="of the files of DST (5)")
     arguments = ExportArguments(**vars(parser.parse_args(argv)))
     if not arguments.max_shard_gb > 0:
         raise ValueError(f"--max-shard-gb is {arguments.max_shard_gb}; it must be above 0")

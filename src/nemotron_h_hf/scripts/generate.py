@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TextStreamer, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL
+from nemotron_h_hf.inputs import finite, load_tokenizer, read_device
 
 DEFAULT_PROMPT = "def read_lines(path):"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -72,11 +73,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Load, generate, print."""
     arguments = parse(argv)
     disable_progress_bar()
+    device = read_device(arguments.device)
     set_seed(arguments.seed)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer = load_tokenizer(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
-    model = model.to(arguments.device).eval()
-    inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False).to(arguments.device)
+    model = model.to(device).eval()
+    inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False).to(device)
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError(f"--prompt {arguments.prompt!r} has no tokens; at least one is needed")
     streamer = TimedStreamer(tokenizer)
@@ -93,8 +95,8 @@ def parse(argv: Sequence[str] | None) -> GenerateArguments:
     parser.add_argument("--model", default=EMBEDDED_MODEL, help="checkpoint folder or hub id (the embedded model)")
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="text to continue; - reads it from standard input")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="stop after so many tokens (128)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token each time (0.7)")
-    parser.add_argument("--top-p", type=float, default=0.95, help="sample from this share of the probability (0.95)")
+    parser.add_argument("--temperature", type=finite, default=0.7, help="0 takes the likeliest token each time (0.7)")
+    parser.add_argument("--top-p", type=finite, default=0.95, help="sample from this share of the probability (0.95)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (auto: as stored)")
@@ -119,6 +121,8 @@ def check(arguments: GenerateArguments) -> None:
         raise ValueError(f"--temperature is {arguments.temperature}; it must be 0 (greedy) or more")
     if not 0 < arguments.top_p <= 1:
         raise ValueError(f"--top-p is {arguments.top_p}; it must be above 0 and at most 1")
+    if not 0 <= arguments.seed < 2**32:
+        raise ValueError(f"--seed is {arguments.seed}; it must be from 0 to {2**32 - 1}")
     if arguments.prompt_lookup < 0:
         raise ValueError(f"--prompt-lookup is {arguments.prompt_lookup}; it must be 0 (off) or more")
     if arguments.prompt_lookup and arguments.cache == "static":

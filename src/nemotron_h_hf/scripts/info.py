@@ -33,6 +33,7 @@ from nemotron_h_hf.facts import (
     load_target,
 )
 from nemotron_h_hf.headers import Contents
+from nemotron_h_hf.inputs import finite
 from nemotron_h_hf.model import manifest
 from nemotron_h_hf.model.cost import BYTES_PER_ELEMENT
 from nemotron_h_hf.model.loading import weight_files
@@ -86,7 +87,7 @@ def parse(argv: Sequence[str] | None) -> InfoArguments:
     )
     parser.add_argument("target", nargs="?", default=EMBEDDED_MODEL, help="checkpoint folder, hub id or preset")
     parser.add_argument("--context", type=int, default=8192, help="tokens per sequence for the memory figures (8192)")
-    parser.add_argument("--memory-gib", type=float, default=80.0, help="device memory to fit sequences in (80)")
+    parser.add_argument("--memory-gib", type=finite, default=80.0, help="device memory to fit sequences in (80)")
     parser.add_argument("--dtype", choices=tuple(BYTES_PER_ELEMENT), help="of weights and KV cache (as stored)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     parser.add_argument(

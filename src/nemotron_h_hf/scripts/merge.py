@@ -20,9 +20,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from nemotron_h_hf.hub import save_tokenizer
+from nemotron_h_hf.inputs import load_tokenizer
 from nemotron_h_hf.model.saving import saving
 from nemotron_h_hf.targets import is_made, note_made, stamps, writing
 
@@ -118,7 +119,7 @@ def give_dtypes(model: PreTrainedModel, dtypes: dict[str, torch.dtype], wanted: 
 def find_tokenizer(adapter: str, base: str) -> PreTrainedTokenizerBase:
     """The adapters' own tokenizer, if they have one, or the base's."""
     own = not Path(adapter).is_dir() or Path(adapter, "tokenizer_config.json").is_file()
-    return AutoTokenizer.from_pretrained(adapter if own else base)
+    return load_tokenizer(adapter if own else base)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemotron_h_hf.facts import human_bytes
-from nemotron_h_hf.hub import plan_adapter_upload, plan_upload, size_of, upload
+from nemotron_h_hf.hub import left_behind, plan_adapter_upload, plan_upload, size_of, upload
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class PushArguments:
     with_code: bool
     overwrite_card: bool
     license: str | None
+    include: list[str]
     dry_run: bool
 
 
@@ -37,14 +38,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Plan the upload, show it, and unless it is a dry run do it."""
     arguments = parse(argv)
     if Path(arguments.folder, "adapter_config.json").is_file():
-        plan = plan_adapter_upload(arguments.folder)
+        plan = plan_adapter_upload(arguments.folder, arguments.include)
     else:
         plan = plan_upload(
-            arguments.folder, arguments.repo_id, arguments.with_code, arguments.overwrite_card, arguments.license
+            arguments.folder,
+            arguments.repo_id,
+            arguments.with_code,
+            arguments.overwrite_card,
+            arguments.license,
+            arguments.include,
         )
     for name, source in plan.items():
         made = "  (written by this command)" if isinstance(source, bytes) else ""
         print(f"{human_bytes(size_of(source)):>12}  {name}{made}")
+    if behind := left_behind(arguments.folder, plan):
+        print(f"not sent: {', '.join(behind)} (--include NAME sends a file that no checkpoint needs)", file=sys.stderr)
     if arguments.dry_run:
         if "README.md" in plan:
             show_card(plan["README.md"])
@@ -67,6 +75,9 @@ def parse(argv: Sequence[str] | None) -> PushArguments:
     parser.add_argument("--with-code", action="store_true", help="carry the model code, for trust_remote_code=True")
     parser.add_argument("--overwrite-card", action="store_true", help="send a new card although the folder has one")
     parser.add_argument("--license", help="licence identifier for a new card's metadata, such as apache-2.0")
+    parser.add_argument(
+        "--include", action="append", default=[], metavar="NAME", help="send this file too; may be given several times"
+    )
     parser.add_argument("--dry-run", action="store_true", help="show what would be sent, and the card; send nothing")
     arguments = PushArguments(**vars(parser.parse_args(argv)))
     if not any(Path(arguments.folder, name).is_file() for name in ("config.json", "adapter_config.json")):

@@ -29,6 +29,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.data.stdlib_text import Document, corpus_digest, read_documents, split_documents
 from nemotron_h_hf.hub import save_tokenizer
+from nemotron_h_hf.inputs import read_json
 from nemotron_h_hf.targets import writing
 from nemotron_h_hf.training.bits_per_byte import bits_per_byte, xz_bits_per_byte
 from nemotron_h_hf.training.byte_bpe import train_tokenizer
@@ -132,7 +133,7 @@ def remember_arguments(arguments: TrainTinyArguments, settings: LoopSettings, fo
     """Write the arguments beside the state; refuse to resume with ones that would make it another run."""
     path, now = folder / "arguments.json", asdict(arguments)
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         for name in now.keys() - FREE_TO_CHANGE - {"max_tokens"}:
             if before[name] != now[name]:
                 raise ValueError(

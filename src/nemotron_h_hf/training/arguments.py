@@ -16,11 +16,11 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import json
+import math
 import sys
 from argparse import SUPPRESS, Action, ArgumentError, RawDescriptionHelpFormatter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
+from ..inputs import read_yaml
 from ..token_counts import parse_tokens
 
 logger = logging.get_logger(__name__)
@@ -236,9 +237,19 @@ def parse(
     known, unknown = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     if unknown:
         raise ValueError(_unknown(unknown[0], names))
-    given = [] if known.config is None else _as_flags(read_yaml(known.config), names, known.config)
+    given = [] if known.config is None else _as_flags(read_yaml(known.config, "config"), names, known.config)
     *filled, _ = parser.parse_args_into_dataclasses([*given, *argv], look_for_args_file=False)
+    for arguments in filled:
+        _require_numbers(arguments)
     return tuple(filled)
+
+
+def _require_numbers(arguments: Any) -> None:
+    """NaN passes every comparison with a limit, so it is refused here; infinity is allowed only as a field's default."""
+    for item in fields(arguments):
+        value = getattr(arguments, item.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            require(value == item.default, item.name, value, "a finite number")
 
 
 class _Formatter(RawDescriptionHelpFormatter):
@@ -264,19 +275,6 @@ class _Parser(HfArgumentParser):
             return super().parse_known_args(args, namespace)
         except ArgumentError as error:
             raise ValueError(str(error)) from None
-
-
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """The mapping in a YAML file."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config: {path} is not YAML: {error}") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ValueError(f"config: {path} holds a {type(content).__name__}; allowed is a mapping of names to values")
-    return content
 
 
 def installed_report() -> list[str]:

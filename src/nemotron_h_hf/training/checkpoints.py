@@ -6,7 +6,6 @@ left; it is never resumed from, and removed. A folder with the marker that lost 
 should hear of, so that is an error and not a step back. A folder with neither is somebody else's and left alone.
 """
 
-import json
 import os
 import re
 import shutil
@@ -18,6 +17,7 @@ from typing import Any
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import TrainingArguments
 
+from ..inputs import read_json
 from ..targets import writing
 from ..whole_files import write_json
 
@@ -61,7 +61,7 @@ def check_whole(folder: str | os.PathLike) -> dict[str, Any]:
     folder = Path(folder)
     if not (folder / MARKER).is_file():
         raise ValueError(f"{folder} is no whole checkpoint, {MARKER} is missing: writing it was interrupted")
-    marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+    marker = read_json(folder / MARKER)
     for name, size in marker["files"].items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:

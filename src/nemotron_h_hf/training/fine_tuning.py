@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from ..inputs import read_json
 from ..whole_files import write_json
 from .arguments import NemotronHTrainingArguments, require
 from .checkpoints import last_whole_checkpoint
@@ -55,7 +55,7 @@ def tell_held_out(trainer: NemotronHTrainer, when: str) -> None:
     loss = trainer.evaluate()["eval_loss"]
     if trainer.is_world_process_zero():
         path = Path(trainer.args.output_dir, "held_out.json")
-        losses = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        losses = read_json(path) if path.is_file() else {}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, losses | {when: loss})
         print(f"held-out loss {when}: {loss:.4f}", file=sys.stderr)

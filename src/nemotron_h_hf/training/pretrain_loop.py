@@ -15,7 +15,6 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -23,6 +22,8 @@ from tqdm import tqdm
 from nemotron_h_hf.training.monitor import forget_after
 from nemotron_h_hf.training.muon import Muon
 from nemotron_h_hf.whole_files import whole_file
+
+from ..inputs import open_tensors
 
 STATE_FILE = "state.safetensors"
 LOG_FILE = "log.jsonl"
@@ -173,7 +174,7 @@ def load_state(model: nn.Module, optimizers: list[torch.optim.Optimizer], folder
     if not path.is_file():
         return 0
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    with safe_open(path, framework="pt") as state, torch.no_grad():
+    with open_tensors(path) as state, torch.no_grad():
         names = set(state.keys())
         for name, parameter in model.named_parameters():
             if f"model.{name}" not in names or state.get_slice(f"model.{name}").get_shape() != list(parameter.shape):
@@ -190,7 +191,7 @@ def saved_step(folder: Path) -> int:
     """The step of the last save in `folder`, 0 when there is none."""
     if not (folder / STATE_FILE).is_file():
         return 0
-    with safe_open(folder / STATE_FILE, framework="pt") as state:
+    with open_tensors(folder / STATE_FILE) as state:
         return int(state.metadata()["step"])
 
 

@@ -8,9 +8,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from ..inputs import load_tokenizer as open_tokenizer
 from .arguments import ModelArguments, as_mapping, nearest
 from .fp8 import convert_to_fp8, print_fp8_modules
 from .one_copy import device_to_load_on
@@ -85,7 +86,7 @@ def load_tokenizer(arguments: ModelArguments, default: str, vocab_size: int) -> 
     """
     name = arguments.tokenizer or arguments.model or default
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = open_tokenizer(name)
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer: none found in {name!r}; name one by --tokenizer ({error})") from None
     if len(tokenizer) > vocab_size:

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..inputs import open_tensors, read_json
 from ..targets import is_empty
 from ..whole_files import whole_file, write_json
 from .losses import TopK, top_k
@@ -59,7 +60,7 @@ class TeacherCache:
         self.identity = _read_identity(self.folder)
         self._places: dict[int, tuple[Path, int]] = {}
         for path in sorted(self.folder.glob("rows-*.safetensors")):
-            with safe_open(path, "pt") as file:
+            with open_tensors(path) as file:
                 self._places |= {digest: (path, row) for row, digest in enumerate(file.get_tensor("digest").tolist())}
 
     def __len__(self) -> int:
@@ -199,7 +200,7 @@ def _start(folder: Path, identity: CacheIdentity) -> None:
 def _read_identity(folder: Path) -> CacheIdentity:
     path = folder / "cache.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         if content["format"] != FORMAT:
             raise ValueError(f"format {content['format']}, this version reads {FORMAT}")
         return CacheIdentity(**content)

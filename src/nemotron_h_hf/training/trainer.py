@@ -13,7 +13,6 @@ What it adds to transformers.Trainer, which does all the rest:
 
 from __future__ import annotations
 
-import json
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -32,6 +31,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import logging
 
+from ..inputs import read_json
 from ..token_counts import parse_tokens
 from ..whole_files import write_json
 from . import checkpoints
@@ -185,11 +185,11 @@ class NemotronHTrainer(Trainer):
                 f"{folder} was trained with, {marker['tokens_per_step']:,}"
             )
         self._first_step = marker["step"]
-        history = json.loads((folder / TRAINER_STATE_NAME).read_text(encoding="utf-8"))["log_history"]
+        history = read_json(folder / TRAINER_STATE_NAME)["log_history"]
         lines = [line for line in history if "loss" in line and line["step"] > self._first_step - STEPS_REMEMBERED]
         self._recent_losses.extend(line["loss"] for line in lines)
         if self.rows is not None:
-            self.rows.load_state_dict(json.loads((folder / DATA_STATE_FILE).read_text(encoding="utf-8")))
+            self.rows.load_state_dict(read_json(folder / DATA_STATE_FILE))
             self._first_row = self.rows.rows_yielded
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:

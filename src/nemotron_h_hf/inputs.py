@@ -1,0 +1,86 @@
+"""What a command is given, checked where it enters: numbers, devices, YAML files, tokenizers. Errors name file or value."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .model.reading import open_tensors, read_index, read_json
+
+__all__ = ["finite", "load_tokenizer", "open_tensors", "read_device", "read_index", "read_json", "read_yaml"]
+
+
+def finite(text: str) -> float:
+    """A number for argparse's `type`: neither NaN nor infinity, which every comparison with a limit lets pass or none."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is a finite number")
+    return number
+
+
+def read_device(name: str) -> torch.device:
+    """The device called `name`, on which a tensor can be made.
+
+    Raises:
+        ValueError: for a name that PyTorch does not know, or a device that this machine does not have.
+    """
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise ValueError("it holds no numbers")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError, ValueError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(
+            f"--device: got {name!r}, allowed are cpu, cuda, cuda:1, ... where there is one ({first})"
+        ) from None
+    return device
+
+
+def read_yaml(path: str | os.PathLike, name: str) -> dict[str, Any]:
+    """The mapping in a YAML or JSON file, {} if it is empty; `name` is the option that named the file.
+
+    Raises:
+        ValueError: naming option and file.
+    """
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+        TypeError,
+    ) as error:  # ValueError: no UTF-8, a date without sense
+        raise ValueError(f"{name}: {path} is not YAML: {error}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ValueError(f"{name}: {path} holds a {type(content).__name__}; allowed is a mapping of names to values")
+    return content
+
+
+def load_tokenizer(name: str | os.PathLike) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub id.
+
+    Raises:
+        ValueError: naming the file that is damaged, or the folder, whatever the tokenizers library says of it.
+        OSError: from the hub.
+    """
+    for path in sorted(Path(name).glob("*config.json")):
+        read_json(path)
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except OSError:
+        raise
+    except Exception as error:  # the tokenizers library raises Exception itself
+        raise ValueError(f"the tokenizer of {name} cannot be read: {type(error).__name__}: {error}") from error
