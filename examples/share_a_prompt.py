@@ -19,7 +19,7 @@ document = tokenizer(Path(__file__).read_text() * 4, return_tensors="pt").input_
 
 with tempfile.TemporaryDirectory() as folder, torch.no_grad():
     cache = HybridCache(model.config)
-    model(document, past_key_values=cache, logits_to_keep=1)
+    model(document, cache=cache, logits_to_keep=1)
     path = Path(folder) / "prompt.safetensors"
     cache.save(path)
     print(f"{document.shape[1]} tokens read; the saved state has {path.stat().st_size / 2**20:.1f} MiB")
@@ -27,5 +27,5 @@ with tempfile.TemporaryDirectory() as folder, torch.no_grad():
     prompt = HybridCache.load(path, model.config)
     for question in ("\n\ndef ", "\n\nclass ", "\n\nimport "):
         ids = torch.cat([document, tokenizer(question, return_tensors="pt").input_ids], dim=1)
-        text = model.generate(ids, past_key_values=prompt.fork(), max_new_tokens=12, do_sample=False)
+        text = model.generate(ids, cache=prompt.fork(), max_new_tokens=12, do_sample=False)
         print(repr(tokenizer.decode(text[0, document.shape[1] :])))

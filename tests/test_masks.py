@@ -297,7 +297,7 @@ def test_hard_masks_give_the_slice_its_gradients():
     inside = parent.model.layers[1].mixer.up_proj.weight.grad
     expected = small.model.layers[1].mixer.up_proj.weight.grad
     torch.testing.assert_close(inside[:52, :40], expected, rtol=1e-4, atol=1e-6)
-    assert inside.abs().sum() == inside[:52, :40].abs().sum()
+    assert inside.count_nonzero() == inside[:52, :40].count_nonzero()
     assert parent.model.layers[2].norm.weight.grad is None  # a bypassed layer
 
 

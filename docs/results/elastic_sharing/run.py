@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from transformers.utils import logging
 
-from nemotron_h_hf import NemotronHConfig, NemotronHElasticForCausalLM, NemotronHForCausalLM
+from nemotron_h_hf import HybridCache, NemotronHConfig, NemotronHElasticForCausalLM, NemotronHForCausalLM
 from nemotron_h_hf.model.budgets import budget_config, read_elastic
 from nemotron_h_hf.model.cost import num_parameters, weight_bytes
 
@@ -125,7 +125,7 @@ def measure_speed(folder: str, name: str, rounds: int, threads: int, prompt: int
     for _ in range(3):
         caches = {side: prefill(model, ids) for side, model in sides.items()}
         token, both = ids[:, :1], {side: (model, caches[side]) for side, model in sides.items()}
-        steps = in_turns(both, lambda pair: pair[0](token, past_key_values=pair[1]), tokens)  # noqa: B023
+        steps = in_turns(both, lambda pair: pair[0](token, cache=pair[1]), tokens)  # noqa: B023
         for side in sides:
             samples["decode"][side] += steps[side]
     difference = float((work(shared, ids) - work(separate, ids)).abs().max())
@@ -157,7 +157,9 @@ def in_turns(sides: dict, job, rounds: int) -> dict[str, list[dict[str, float]]]
 @torch.no_grad()
 def prefill(model, ids: torch.Tensor):
     """The cache of a prompt."""
-    return model(ids, use_cache=True, logits_to_keep=1).past_key_values
+    cache = HybridCache(model.config)
+    model(ids, cache=cache, logits_to_keep=1)
+    return cache
 
 
 @torch.no_grad()

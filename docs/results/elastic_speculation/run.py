@@ -24,7 +24,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from nemotron_h_hf import EMBEDDED_MODEL, NemotronHElasticForCausalLM, NemotronHForCausalLM
+from nemotron_h_hf import EMBEDDED_MODEL, HybridCache, NemotronHElasticForCausalLM, NemotronHForCausalLM
 from nemotron_h_hf.elastic.elasticize import elasticize
 from nemotron_h_hf.model.budgets import budget_config, read_elastic
 from nemotron_h_hf.model.cost import num_parameters
@@ -162,10 +162,11 @@ def decode(parent, drafts: dict, setting: tuple[str, int] | None, prompt: torch.
 def step_seconds(model, repeats: int = 60) -> float:
     """Median seconds of a pass over one token with a cache."""
     ids, times = torch.full((1, 1), 5), []
-    cache = model(ids.expand(1, 32), use_cache=True).past_key_values
+    cache = HybridCache(model.config)
+    model(ids.expand(1, 32), cache=cache)
     for _ in range(repeats):
         start = time.perf_counter()
-        model(ids, past_key_values=cache)
+        model(ids, cache=cache)
         times.append(time.perf_counter() - start)
     return statistics.median(times)
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from ..model.arguments import CACHE_NAME, cache_of
 from .sides import Shape, Sides, random_tokens, train_step
 
 MAX_LOGIT_ERROR = 1e-4  # absolute; logits of the random model are about 1
@@ -63,7 +64,7 @@ def cached_logits(model: nn.Module, ids: Tensor, num_prompt: int) -> Tensor:
     output = model(ids[:, :num_prompt], use_cache=True, logits_to_keep=1)
     logits = [output.logits]
     for place in range(num_prompt, ids.shape[1]):
-        output = model(ids[:, place, None], past_key_values=output.past_key_values, use_cache=True)
+        output = model(ids[:, place, None], **{CACHE_NAME: cache_of(output)}, use_cache=True)
         logits.append(output.logits)
     return torch.cat(logits, dim=1)
 

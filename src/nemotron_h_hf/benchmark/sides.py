@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.models.nemotron_h import NemotronHConfig as NativeConfig
 from transformers.models.nemotron_h import NemotronHForCausalLM as NativeForCausalLM
 
+from ..model.arguments import CACHE_NAME, cache_of
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.linear import project
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
@@ -113,13 +114,13 @@ def decode_jobs(sides: Sides, shape: Shape, context: int, num_steps: int) -> dic
 def decoder(model: nn.Module, ids: Tensor, num_steps: int) -> Callable[[], Tensor]:
     """`num_steps` tokens, one forward each, after the prompt `ids`; every call goes on where the last one ended."""
     with torch.no_grad():
-        cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+        cache = cache_of(model(ids, use_cache=True, logits_to_keep=1))
 
     def decode() -> Tensor:
         with torch.no_grad():
             for step in range(num_steps):
                 token = ids[:, step % ids.shape[1], None]
-                logits = model(token, past_key_values=cache, use_cache=True).logits
+                logits = model(token, **{CACHE_NAME: cache}, use_cache=True).logits
         return logits[0, -1]
 
     return decode

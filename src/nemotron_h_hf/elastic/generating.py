@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList, StopStringCriteria
 from transformers.utils import logging
 
+from ..model.arguments import CACHE_NAME, CACHE_NAMES, cache_of
 from ..model.budgets import Budget
 from ..model.cache import HybridCache
 from ..model.needs import Request
@@ -29,7 +30,7 @@ from .carrying import Carried, carry_cache, check_carry
 logger = logging.get_logger(__name__)
 
 # What has no one meaning for rows that several models make.
-REFUSED = ("streamer", "past_key_values", "inputs_embeds", "return_dict_in_generate", "output_scores", "output_logits")
+REFUSED = ("streamer", *CACHE_NAMES, "inputs_embeds", "return_dict_in_generate", "output_scores", "output_logits")
 REFUSED_IN_SCHEDULES = (*REFUSED, "assistant_model", "num_beams", "num_return_sequences", "stop_strings", "max_length",
                         "min_length", "min_new_tokens", "stopping_criteria", "max_time")  # fmt: skip
 
@@ -115,7 +116,7 @@ def generate_schedule(model: PreTrainedModel, inputs: Tensor | None, schedule: B
     if going:
         if schedule.carry_state:
             masks = torch.cat([mask, mask.new_ones(len(mask), texts.shape[1] - width)], dim=1)[going]
-            second = _carry(model, schedule, source, target, thought.past_key_values, texts[going], masks, going)
+            second = _carry(model, schedule, source, target, cache_of(thought), texts[going], masks, going)
         else:
             second = _join([prompts[row][mask[row].bool()] for row in going], [news[row] for row in going], pad)
         second = {**kwargs, **second, "max_new_tokens": total - min(len(news[row]) for row in going)}
@@ -164,10 +165,10 @@ def _carry(
         settings = {"attention_mask": mask, "logits_to_keep": 1}
         with torch.no_grad():
             exact = second(texts, use_cache=False, **settings).logits[:, -1]
-            taken = second(texts[:, num_tokens:], past_key_values=cache.fork(), **settings).logits[:, -1]
+            taken = second(texts[:, num_tokens:], cache=cache.fork(), **settings).logits[:, -1]
         schedule.carried.append(Carried.between(exact, taken, num_tokens))
         logger.warning(f"{source.name} -> {target.name}: {schedule.carried[-1]}")
-    return {"inputs": texts, "attention_mask": mask, "past_key_values": cache, "cache_implementation": None}
+    return {"inputs": texts, "attention_mask": mask, CACHE_NAME: cache, "cache_implementation": None}
 
 
 class _Until(StoppingCriteria):

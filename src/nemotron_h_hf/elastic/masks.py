@@ -33,6 +33,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
+from ..model.arguments import one_cache
 from ..model.budgets import Budget, budget_config
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.modeling_nemotron_h import NemotronHModel
@@ -194,7 +195,7 @@ def _masked_class(plain: type) -> type:
                 return super().forward(hidden_states, **kwargs)
             share = _share(elastic_masks, self.layer_idx)
             if isinstance(share, float) and share == 0:
-                _pass_by(self, hidden_states, kwargs.get("past_key_values"))
+                _pass_by(self, hidden_states, one_cache(kwargs.get("cache"), kwargs.get("past_key_values")))
                 return hidden_states
             with ExitStack() as stack:
                 for hook in _norm_hooks(self.norm, lambda: elastic_masks.hidden):

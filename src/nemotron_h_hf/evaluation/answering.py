@@ -1,7 +1,7 @@
 """Greedy answers to prompts that begin alike: what they share is computed once, its cache forked where they part.
 
 A prompt goes through the model once, in pieces; its logits are made for the last position only. Works with any causal
-language model of transformers that takes `past_key_values`; ours forks its hybrid cache, others are copied.
+language model of transformers that takes a cache; ours forks its hybrid cache, others are copied.
 
     prompts     A B C D x     A B C and then A B C D are computed once:
                 A B C D y     feed A B C, fork, answer z
@@ -19,6 +19,8 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
 from nemotron_h_hf import HybridCache
+
+from ..model.arguments import CACHE_NAME, cache_of
 
 PIECE = 16384  # tokens per forward; bounds the memory of models that do not split long inputs themselves
 
@@ -69,8 +71,8 @@ def _feed(model: PreTrainedModel, ids: Sequence[int], cache: Cache | None) -> tu
     """Logits (v) after the last of `ids`, and the cache with all of them in it."""
     for start in range(0, len(ids), PIECE):
         piece = torch.tensor([ids[start : start + PIECE]], device=model.device)
-        output = model(input_ids=piece, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = output.past_key_values
+        output = model(input_ids=piece, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1)
+        cache = cache_of(output)
     return output.logits[0, -1], cache
 
 

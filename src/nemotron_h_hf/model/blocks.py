@@ -1,7 +1,7 @@
 """One layer: x + mixer(norm(x)), where the mixer is Mamba-2, attention, an MLP or a mixture of experts.
 
-What a mixer needs beyond its input (cache, masks, padding, documents) is worked out once per forward in `NemotronHModel`
-and handed to all of them; each takes what it knows and ignores the rest.
+What a mixer needs beyond its input (cache, masks, padding, documents) is worked out once per forward in `NemotronHModel`,
+and each block gives its mixer what that kind takes.
 
     b batch, l length
 """
@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, StaticLayer
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .arguments import PASSED_TO_ATTENTION, one_cache, refuse_unknown
 from .configuration_nemotron_h import NemotronHConfig
 from .kernels import attends_in_triton
 from .linear import project
@@ -64,27 +65,25 @@ class NemotronHAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: Tensor | None = None,
-        padding: Padding | None = None,
-        seq_idx: Tensor | None = None,
         continues: bool = False,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> tuple[Tensor, Tensor | None]:
         """(b, l, hidden) -> (b, l, hidden) and, from the eager implementation, weights (b, heads, l, past + l).
         `continues` says that these are tokens after cached ones, all of them real, see `attend_after`."""
-        rows = hidden_states.shape[:-1]
+        refuse_unknown(self, kwargs, PASSED_TO_ATTENTION)
+        rows, cache = hidden_states.shape[:-1], one_cache(cache, past_key_values)
         query, key, value = (
             project(linear, hidden_states).view(*rows, -1, self.head_dim).transpose(1, 2)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
         )
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         implementation = self.config._attn_implementation
-        if self._decodes(query, attention_mask, past_key_values):
-            return project(
-                self.o_proj, self._decode(query, key, value, attention_mask, past_key_values).flatten(2)
-            ), None
+        if self._decodes(query, attention_mask, cache):
+            return project(self.o_proj, self._decode(query, key, value, attention_mask, cache).flatten(2)), None
         # with a mask (static caches) the general way would repeat keys and values for every query head, in memory
         grouped = query.device.type == "cpu" or attention_mask is not None
         if implementation == "sdpa" and rows[1] == 1 and grouped and not self.training:
@@ -221,11 +220,27 @@ class NemotronHBlock(GradientCheckpointingLayer):
     def gradient_checkpointing(self, value: bool) -> None:
         self._is_checkpointed = value
 
-    def forward(self, hidden_states: Tensor, **kwargs) -> Tensor:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache: Cache | None = None,
+        attention_mask: Tensor | None = None,
+        padding: Padding | None = None,
+        seq_idx: Tensor | None = None,
+        continues: bool = False,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> Tensor:
+        refuse_unknown(self, kwargs, PASSED_TO_ATTENTION)
+        cache, taken = one_cache(cache, past_key_values), {}
+        if self.block_type == "full_attention":
+            taken = {"cache": cache, "attention_mask": attention_mask, "continues": continues, **kwargs}
+        elif self.block_type == "linear_attention":
+            taken = {"cache": cache, "padding": padding, "seq_idx": seq_idx}
         residual, hidden_states = hidden_states, self.norm(hidden_states)
         if self.residual_in_fp32:
             residual, hidden_states = residual.float(), hidden_states.to(self.norm.weight.dtype)
-        output = self.mixer(hidden_states, **kwargs)
+        output = self.mixer(hidden_states, **taken)
         if self.block_type == "full_attention":
             output, _ = output
         return residual + output

@@ -6,7 +6,7 @@ those tokens fed into the recurrence, and `crop(-n)` replays all but the last n 
 prompt lookup and multi-token verification need.
 
     cache = HybridCache(model.config)                       # grows;  max_cache_len=4096 makes it static
-    model(**prompt, past_key_values=cache)
+    model(**prompt, cache=cache)                            # or past_key_values=, as in older transformers
     branch = cache.fork()                                   # continue many times from one prompt
     cache.save("prompt.safetensors"); HybridCache.load("prompt.safetensors", model.config)
 
@@ -27,6 +27,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer, StaticLayer
 
+from .arguments import CACHE_NAME
 from .ssd import conv_window, final_state
 
 try:
@@ -444,9 +445,7 @@ def adopt_cache(cache: Cache, config: PreTrainedConfig) -> Cache:
     if isinstance(cache, HybridCache):
         return cache
     if not isinstance(cache, Cache):
-        raise ValueError(
-            f"past_key_values={type(cache).__name__}: allowed is HybridCache or another transformers Cache"
-        )
+        raise ValueError(f"{CACHE_NAME}={type(cache).__name__}: allowed is HybridCache or another transformers Cache")
     if not cache.layers:
         cache.layers = hybrid_layers(config)
         cache.layer_class_to_replicate = None
@@ -491,7 +490,7 @@ def check_cache(cache: Cache, config: PreTrainedConfig, batch_size: int) -> None
     kinds = config.layers_block_type
     if len(cache.layers) != len(kinds):
         raise ValueError(
-            f"past_key_values has {len(cache.layers)} layers, the model has {len(kinds)}: a cache of another model"
+            f"{CACHE_NAME} has {len(cache.layers)} layers, the model has {len(kinds)}: a cache of another model"
         )
     kv_heads, kv_dim = config.num_key_value_heads, config.head_dim
     tensor_parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -513,14 +512,10 @@ def check_cache(cache: Cache, config: PreTrainedConfig, batch_size: int) -> None
         elif kind in ("mlp", "moe") and isinstance(layer, DummyLayer):
             continue
         else:
-            raise ValueError(
-                f"past_key_values.layers[{index}] is a {type(layer).__name__}, the model's layer is {kind}"
-            )
+            raise ValueError(f"{CACHE_NAME}.layers[{index}] is a {type(layer).__name__}, the model's layer is {kind}")
         if tuple(held) != needed:
             what = "another batch" if tuple(held)[1:] == needed[1:] else "another model"
-            raise ValueError(
-                f"past_key_values.layers[{index}] holds {tuple(held)}, {needed} is needed: a cache of {what}"
-            )
+            raise ValueError(f"{CACHE_NAME}.layers[{index}] holds {tuple(held)}, {needed} is needed: a cache of {what}")
 
 
 def _state_shapes(config: PreTrainedConfig) -> Iterator[tuple[tuple[int, int], tuple[int, int, int]]]:

@@ -83,7 +83,7 @@ class NemotronHConfig(PreTrainedConfig):
     """
 
     model_type = "nemotron_h"
-    keys_to_ignore_at_inference = ["past_key_values"]
+    keys_to_ignore_at_inference = ["cache", "past_key_values"]
     attribute_map = {"layer_types": "layers_block_type", **SYNONYMS}
     # Fields that may be a list -> the kind of layer that has them: one entry for each layer of that kind, in order.
     PER_LAYER_FIELDS = {

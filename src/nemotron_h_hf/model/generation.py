@@ -3,6 +3,7 @@
 b batch, l length
 """
 
+import functools
 import sys
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.generation import GenerationMode
 from transformers.masking_utils import create_causal_mask
 
+from .arguments import CACHE_NAME, name_cache, one_cache
 from .cache import HybridCache, adopt_cache, sequence_length
 from .configuration_nemotron_h import NemotronHConfig
 from .decode_graph import DecodeGraph, can_replay
@@ -28,6 +30,10 @@ class NemotronHGenerationMixin(GenerationMixin):
     _static_cache: HybridCache | None = None  # the last one that generate() made, for its next call
     _static_cache_use: tuple = ()  # what it can be used again for: rows, device, dtype, inference mode
     _previous_max_cache_length = 0  # of the longest static cache that generate() has made
+
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        return super().generate(*args, **name_cache(kwargs))
 
     def _prepare_model_inputs(self, inputs: Tensor | None, bos_token_id: Tensor | None, model_kwargs: dict):
         """As transformers', which stumbles over a prompt without tokens; `generate()` with no prompt starts from bos."""
@@ -47,12 +53,12 @@ class NemotronHGenerationMixin(GenerationMixin):
         if max_cache_length >= 2**31:
             raise ValueError(f"max_length={max_cache_length}: allowed is less than 2**31 tokens")
         kind = generation_config.cache_implementation
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(CACHE_NAME)
         if given is not None:
-            given = model_kwargs["past_key_values"] = adopt_cache(given, self.config)
+            given = model_kwargs[CACHE_NAME] = adopt_cache(given, self.config)
             if generation_mode == GenerationMode.ASSISTED_GENERATION and int(sequence_length(given)):
                 # transformers would feed the whole prompt, cached tokens included
-                raise ValueError("past_key_values is not empty: allowed in assisted generation is a new cache, or none")
+                raise ValueError(f"{CACHE_NAME} is not empty: allowed in assisted generation is a new cache, or none")
         elif kind not in (None, "dynamic", "dynamic_full", "offloaded", "static", "offloaded_static"):
             raise ValueError(f"cache_implementation={kind!r}: allowed are dynamic, offloaded, static, offloaded_static")
         elif generation_config.use_cache is not False:
@@ -65,7 +71,7 @@ class NemotronHGenerationMixin(GenerationMixin):
                 cache = HybridCache(self.config, length, offloading=kind in ("offloaded", "offloaded_static"))
             if generation_config.is_assistant:
                 cache.activate_past_recording()
-            model_kwargs["past_key_values"] = cache
+            model_kwargs[CACHE_NAME] = cache
             return
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
@@ -127,11 +133,11 @@ class NemotronHGenerationMixin(GenerationMixin):
         if next_sequence_length is not None and next_sequence_length < 1:
             length = input_ids.shape[1] if inputs_embeds is None else inputs_embeds.shape[1]
             raise ValueError(
-                f"past_key_values holds {length - next_sequence_length} tokens, the prompt has {length}: allowed is a "
+                f"{CACHE_NAME} holds {length - next_sequence_length} tokens, the prompt has {length}: allowed is a "
                 "prompt of all cached tokens and at least one more"
             )
         return super().prepare_inputs_for_generation(
-            input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **kwargs
+            input_ids, next_sequence_length=next_sequence_length, inputs_embeds=inputs_embeds, **name_cache(kwargs)
         )
 
     @staticmethod
@@ -139,7 +145,8 @@ class NemotronHGenerationMixin(GenerationMixin):
         config: NemotronHConfig,
         inputs_embeds: Tensor,
         attention_mask: Tensor | None,
-        past_key_values: Cache | None,
+        cache: Cache | None = None,
+        past_key_values: Cache | None = None,
         **_: object,
     ) -> dict[str, Tensor | None]:
         """Both masks of a forward, made outside a compiled step; padding only where there is some."""
@@ -147,7 +154,9 @@ class NemotronHGenerationMixin(GenerationMixin):
         attends = "full_attention" in config.layers_block_type
         padded = length > 1 and find_padding(attention_mask, length) is not None  # generate() adds real tokens only
         return {
-            "full_attention": create_causal_mask(config, inputs_embeds, attention_mask, past_key_values)
+            "full_attention": create_causal_mask(
+                config, inputs_embeds, attention_mask, one_cache(cache, past_key_values)
+            )
             if attends
             else None,
             "linear_attention": attention_mask[:, -length:] if padded else None,

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import initialization as init
 from transformers.cache_utils import Cache
 
+from .arguments import one_cache
 from .cache import MambaCacheLayer, read_states
 from .configuration_nemotron_h import NemotronHConfig
 from .convolution import convolve, convolve_step
@@ -66,14 +67,14 @@ class NemotronHMamba2Mixer(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         padding: Padding | None = None,
         seq_idx: Tensor | None = None,
-        **_: object,
+        past_key_values: Cache | None = None,
     ) -> Tensor:
         """hidden_states (b, l, hidden) -> (b, l, hidden); `seq_idx` (b, l) are document numbers of packed rows."""
-        projected = project(self.in_proj, hidden_states)
-        layer = None if past_key_values is None else past_key_values.layers[self.layer_idx]
+        projected, cache = project(self.in_proj, hidden_states), one_cache(cache, past_key_values)
+        layer = None if cache is None else cache.layers[self.layer_idx]
         if padding is not None:
             projected = padding.compact(projected).masked_fill(~padding.real[..., None], 0)
             seq_idx = None if seq_idx is None else padding.compact(seq_idx)

@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,23 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.modeling_outputs import (
+    MoeCausalLMOutputWithPast,
+    MoeModelOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .arguments import (
+    CACHE_NAME,
+    CACHE_NAMES,
+    PASSED_BY_CALLERS,
+    PASSED_TO_ATTENTION,
+    cache_of,
+    one_cache,
+    refuse_unknown,
+)
 from .blocks import NemotronHAttention, NemotronHBlock, NemotronHMTP, NemotronHRMSNorm, can_attend_after
 from .cache import HybridCache, adopt_cache, check_cache, leave_inference_mode, sequence_length
 from .configuration_nemotron_h import NemotronHConfig
@@ -62,7 +76,7 @@ class NemotronHPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["NemotronHBlock"]
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = list(CACHE_NAMES)
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -199,7 +213,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | dict | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         seq_idx: Tensor | None = None,
@@ -207,6 +221,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> MoeModelOutputWithPast:
         """Run the stack.
@@ -215,34 +230,46 @@ class NemotronHModel(NemotronHPreTrainedModel):
             input_ids, inputs_embeds: (b, l) or (b, l, hidden); exactly one of them.
             attention_mask: (b, past + l), 0 for padding, wherever it stands; or the masks that `create_masks_for_generate` made.
             position_ids: (b, l); the model has no position embedding, they only tell packed documents apart (by restarting).
-            past_key_values: a `HybridCache`, or an empty transformers cache, which is fitted to this model.
+            cache, past_key_values: a `HybridCache`, or an empty transformers cache, which is fitted to this model; two names
+                for one argument, the output has it under the one that the installed transformers uses.
             seq_idx: (b, l) document numbers of packed rows; wins over the next.
             cu_seq_lens_q, cu_seq_lens_k: (documents + 1) offsets of packed documents, as padding-free collators give them.
             max_length_q, max_length_k: their longest document (derived here; accepted from collators).
 
         Raises:
+            TypeError: for an argument that neither this forward nor the blocks know (see arguments.py).
             ValueError: for inputs that do not fit the model, the cache or each other.
         """
         if not torch.compiler.is_compiling():
             prepare_for_forks()
+        passed, cache = self._check_arguments(kwargs), one_cache(cache, past_key_values)
         batch_size, length = self._check_input(input_ids, inputs_embeds)
         if cu_seq_lens_k is not None and (cu_seq_lens_q is None or not torch.equal(cu_seq_lens_q, cu_seq_lens_k)):
             raise ValueError("cu_seq_lens_k differs from cu_seq_lens_q: queries and keys must be the same documents")
         masks_given = isinstance(attention_mask, dict)
         mask_2d = attention_mask.get("linear_attention") if masks_given else attention_mask
-        check_mask(mask_2d, batch_size, length, past_key_values)
+        check_mask(mask_2d, batch_size, length, cache)
         padding = find_padding(mask_2d, length)
         device = (input_ids if inputs_embeds is None else inputs_embeds).device
         documents = find_documents(batch_size, length, device, position_ids, seq_idx, cu_seq_lens_q, padding)
-        cache = self._cache(past_key_values, use_cache, batch_size, packed=documents is not None)
+        cache = self._cache(cache, use_cache, batch_size, packed=documents is not None)
         source = input_ids if inputs_embeds is None else inputs_embeds
         step = max(256, self.tokens_per_pass.get(device.type, 8192) // batch_size)
         if documents is None and self._may_split(mask_2d, kwargs) and length > step:  # traced lengths are not compared
-            hidden_states = self._run_in_parts(source, mask_2d, cache, step, kwargs)
+            hidden_states = self._run_in_parts(source, mask_2d, cache, step, passed)
         else:
             embeds = self.embeddings(source) if inputs_embeds is None else source
-            hidden_states = self._run(embeds, attention_mask, padding, documents, cache, kwargs)
-        return MoeModelOutputWithPast(last_hidden_state=hidden_states, past_key_values=cache)
+            hidden_states = self._run(embeds, attention_mask, padding, documents, cache, passed)
+        return MoeModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
+
+    def _check_arguments(self, kwargs: dict) -> dict:
+        """What of a forward's further arguments the blocks get; a subclass of them may name arguments of its own."""
+        passed = {name: value for name, value in kwargs.items() if name not in PASSED_BY_CALLERS}
+        if passed:
+            refuse_unknown(self, passed, signature(self.layers[0].forward).parameters)
+        if kwargs.get("is_causal") is False:
+            raise ValueError("is_causal=False: allowed is True, a Mamba layer reads its input in one direction")
+        return passed | {name: kwargs[name] for name in kwargs if name in PASSED_TO_ATTENTION}
 
     def _run(
         self,
@@ -262,7 +289,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
         for block in self.layers:
             hidden_states = block(
                 hidden_states,
-                past_key_values=cache,
+                cache=cache,
                 attention_mask=mask if block.block_type == "full_attention" else None,
                 padding=padding,
                 seq_idx=documents,
@@ -397,7 +424,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | dict | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -405,6 +432,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
         skip_logits: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         loss_from_hidden: Callable[[Tensor, nn.Module], Tensor] | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
         """Logits, and the next-token loss if there are labels. Arguments not listed are those of `NemotronHModel.forward`.
@@ -425,7 +453,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
             **kwargs,
@@ -456,10 +484,10 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
             loss=loss,
             aux_loss=aux_loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
+            **{CACHE_NAME: cache_of(outputs)},
         )
 
 
@@ -475,6 +503,22 @@ class NemotronHForSequenceClassification(GenericForSequenceClassification, Nemot
         self.model = NemotronHModel(config)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """As transformers', under both names of the cache; `labels` are (b) classes. Other arguments as `NemotronHModel`'s."""
+        named = {CACHE_NAME: one_cache(cache, past_key_values), "labels": labels, "use_cache": use_cache, **kwargs}
+        return super().forward(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **named)
 
 
 # transformers asks whether the words `@use_experts_implementation` stand in this file; the decorated class is in moe.py.

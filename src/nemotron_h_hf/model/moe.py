@@ -25,7 +25,7 @@ class NemotronHMLP(nn.Module):
         self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
         self.act_fn = squared_relu if config.mlp_hidden_act == "relu2" else ACT2FN[config.mlp_hidden_act]
 
-    def forward(self, hidden_states: Tensor, **_: object) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         return project(self.down_proj, self.act_fn(project(self.up_proj, hidden_states)))
 
 
@@ -136,7 +136,7 @@ class NemotronHMoE(nn.Module):
             self.fc1_latent_proj = nn.Linear(config.hidden_size, config.moe_latent_size, bias=config.mlp_bias)
             self.fc2_latent_proj = nn.Linear(config.moe_latent_size, config.hidden_size, bias=config.mlp_bias)
 
-    def forward(self, hidden_states: Tensor, **_: object) -> Tensor:
+    def forward(self, hidden_states: Tensor) -> Tensor:
         """(b, l, hidden) -> (b, l, hidden); the router sees the full hidden state, the latent experts a projection of it."""
         tokens = hidden_states.flatten(0, -2)
         _, weights, indices = self.gate(tokens)

@@ -141,7 +141,7 @@ def hybrid_cache_bytes(model: PreTrainedModel) -> Iterator[int]:
         while num_seen < context:
             piece = min(PIECE_TOKENS, context - num_seen)
             input_ids = torch.randint(model.config.vocab_size, (1, piece))
-            model(input_ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids, cache=cache, use_cache=True, logits_to_keep=1)
             num_seen += piece
         yield cache.memory_bytes()["total"]
 
