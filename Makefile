@@ -1,7 +1,6 @@
 # Everything a clone needs, with nothing but python3 and pip. `make help` lists the targets.
 PYTHON ?= python3
 VENV   ?= .venv
-OLDEST  = .venv-oldest
 KERNELS = .venv-kernels
 TOOLS   = .venv-tools
 PYTEST  = -m pytest -q -n auto --maxprocesses=8
@@ -9,9 +8,9 @@ PYTEST  = -m pytest -q -n auto --maxprocesses=8
 # One thread per process: the tests run in parallel, and threads fighting over cores are slower than none.
 export OMP_NUM_THREADS ?= 1
 # Tests and the demo use the embedded model, never the network.
-test test-slow test-oldest test-kernels test-tools test-gpu demo: export HF_HUB_OFFLINE = 1
+test test-slow test-range test-kernels test-tools test-gpu demo: export HF_HUB_OFFLINE = 1
 
-.PHONY: help install demo test test-slow test-oldest test-kernels test-tools test-gpu quality bench
+.PHONY: help install demo test test-slow test-range test-kernels test-tools test-gpu quality bench
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -27,8 +26,8 @@ test: $(VENV)/.installed  ## the tests (under 5 minutes)
 test-slow: $(VENV)/.installed  ## the slow tests: compilation, many processes, large files
 	$(VENV)/bin/python $(PYTEST) -m slow
 
-test-oldest: $(OLDEST)/.installed  ## the tests on transformers 5.17.0, the oldest supported (torch 2.13.0, as in constraints.txt)
-	$(OLDEST)/bin/python $(PYTEST)
+test-range: $(VENV)/.installed  ## generation, cache, files, remote code and Trainer on the oldest, pinned and newest transformers
+	$(VENV)/bin/python tests/transformers_range.py $(VERSIONS)
 
 test-kernels: $(KERNELS)/.installed  ## our Triton kernels and the packages' on CPU tensors, beside PyTorch (minutes, no GPU)
 	PYTHONPATH=$(KERNELS) TRITON_INTERPRET=1 $(VENV)/bin/python $(PYTEST) --timeout=900 \
@@ -51,13 +50,6 @@ bench: $(VENV)/.installed  ## speed on this CPU beside transformers' own model; 
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	@touch $@
-
-$(OLDEST)/.installed: pyproject.toml setup.py constraints.txt
-	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
-	sed -E '/^(transformers|tokenizers|huggingface-hub)==/d' constraints.txt > $(OLDEST)/constraints.txt
-	echo 'transformers==5.17.0' >> $(OLDEST)/constraints.txt
-	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check -c $(OLDEST)/constraints.txt -e '.[dev]'
 	@touch $@
 
 # A folder beside .venv, which stays without the packages. FORCE: their setup insists on CUDA otherwise.
