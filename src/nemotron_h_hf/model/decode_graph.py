@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, StaticLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from .arguments import CACHE_NAMES
 from .cache import GrowingLayer, HybridCache, MambaCacheLayer
 from .kernels import attends_in_triton
 
@@ -22,7 +23,6 @@ WARM_STEPS = 2  # ordinary steps before the capture: kernels are compiled there 
 LEAST_ROOM = 64  # tokens that a cache has room for when its graph is captured
 NO_LIMIT = 2**62
 NOT_CAPTURED = ("output_hidden_states", "output_attentions", "output_router_logits")
-CACHE_NAMES = ("cache", "past_key_values")  # since transformers 5.24, and before
 
 
 def can_replay(model: nn.Module) -> bool:
