@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from transformers import CompileConfig, PreTrainedConfig
 
-from ..model.arguments import CACHE_NAME
 from ..model.configuration_nemotron_h import NemotronHConfig
 from .caches import empty_cache
 from .gate import require
@@ -83,7 +82,7 @@ def _steps_error(side: Side, ids: Tensor, compiled: bool, room: int | None) -> f
     length = ids.shape[1]
     out = side.model.generate(
         ids,
-        **{CACHE_NAME: empty_cache(side, room or length + NUM_STEPS + 1, static=compiled)},
+        past_key_values=empty_cache(side, room or length + NUM_STEPS + 1, static=compiled),
         max_new_tokens=NUM_STEPS,
         output_logits=True,
         return_dict_in_generate=True,
