@@ -99,6 +99,8 @@ def convert(
             add_written(report, written)
             _verify(work, written, True, verify_logits, report)
             return report
+        if verify_output:
+            verify.check_source(found.folder, checkpoint)
         check_room(work.target, plan.num_bytes)
         journal = Journal(work.target, report.fingerprint)
         with _bar(plan, progress) as advance:
@@ -141,7 +143,6 @@ def _verify(
 ) -> None:
     """The checks that were asked for, before the target is made to look finished."""
     if verify_output:
-        verify.check_integrity(work.folder)
         verify.check_output(work.target, work.to, written.digests, work.plan, work.checkpoint)
         report.verified = True
     if verify_logits is not None:

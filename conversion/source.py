@@ -98,6 +98,22 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
         entry = self.entries[name]
         return TensorSpec(name, entry.dtype, entry.shape)
 
+    def check_records(self) -> None:
+        """Compare the bytes of all weights with the checksums of the zips that they lie in; reads them all.
+
+        Raises:
+            ValueError: naming the file and the record that is damaged.
+        """
+        pieces = [piece for entry in self.entries.values() for piece in (*entry.pieces, *entry.copies)]
+        offsets: dict[Path, set[int]] = {}
+        for stored in {piece.stored for piece in pieces}:
+            if isinstance(stored, Chunk):
+                torchzip.check_records(stored.path, stored.offset, stored.length)
+            elif stored.num_bytes:
+                offsets.setdefault(stored.path, set()).add(stored.offset)
+        for path, places in offsets.items():
+            torchzip.check_records(path, 0, path.stat().st_size, sorted(places))
+
     def __getitem__(self, name: str) -> Tensor:
         entry = self.entries[name]
         whole = torch.empty(entry.shape, dtype=entry.dtype)

@@ -15,7 +15,9 @@ import os
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -26,6 +28,7 @@ from . import unpickle
 from .unpickle import STORAGES, Extent, Storage
 
 MAX_PICKLE_BYTES = 2**30
+PIECE_BYTES = 2**20
 ALIGNMENT = 64
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
@@ -125,6 +128,33 @@ def read(path: Path, start: int = 0, length: int | None = None) -> TorchFile:
         return TorchFile(*unpickle.load(io.BytesIO(text), where, find_storage))
 
 
+def check_records(path: Path, start: int, length: int, offsets: Collection[int] | None = None) -> None:
+    """Compare records with the CRC-32 that the zip at these bytes of a file notes of each; reads them.
+
+    Args:
+        offsets: in the file; only records that hold one of them, None for all. Zips written without checksums (torch can)
+            note zero everywhere, and pass.
+
+    Raises:
+        ValueError: naming file and record.
+    """
+    where = f"{path} (bytes {start} to {start + length})"
+    with open(path, "rb") as file:
+        window = Window(file, start, length)
+        try:
+            archive = zipfile.ZipFile(window)
+            if not any(info.CRC for info in archive.infolist()):
+                return
+            for info in archive.infolist():
+                first = start + _data_start(window, info, where)
+                if offsets is None or any(first <= offset < first + info.file_size for offset in offsets):
+                    with archive.open(info) as record:
+                        while record.read(PIECE_BYTES):
+                            pass
+        except (zipfile.BadZipFile, OSError, EOFError, struct.error, NotImplementedError) as error:
+            raise ValueError(f"{where} is damaged: {error}") from None
+
+
 def is_whole(path: Path, start: int, length: int) -> bool:
     """Whether every record of a zip has the checksum that its directory notes; reads all of it."""
     with open(path, "rb") as file:
@@ -138,7 +168,10 @@ def _bytes(window: Window, info: zipfile.ZipInfo, where: str) -> bytes:
     if info.file_size > MAX_PICKLE_BYTES:
         raise ValueError(f"{where}: {info.filename} claims {info.file_size} bytes, at most {MAX_PICKLE_BYTES} are read")
     window.seek(_data_start(window, info, where))
-    return window.read(info.file_size)
+    data = window.read(info.file_size)
+    if info.CRC and zlib.crc32(data) != info.CRC:  # torch can write without checksums: then it is 0
+        raise ValueError(f"{where}: {info.filename} does not have the checksum that the zip notes")
+    return data
 
 
 def _data_start(window: Window, info: zipfile.ZipInfo, where: str) -> int:
@@ -148,6 +181,8 @@ def _data_start(window: Window, info: zipfile.ZipInfo, where: str) -> int:
     if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":
         raise ValueError(f"{where}: record {info.filename} has no header where the directory says")
     fields = _LOCAL_HEADER.unpack(header)
+    if window.read(fields[-2]) != info.orig_filename.encode():
+        raise ValueError(f"{where}: record {info.filename} has another name in its own header")
     start = info.header_offset + _LOCAL_HEADER.size + fields[-2] + fields[-1]
     if start + info.file_size > window.length:
         raise ValueError(f"{where}: record {info.filename} reaches beyond the end")

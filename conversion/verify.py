@@ -24,6 +24,17 @@ from .torch_dist import inside
 PROBE_TOKENS = 24
 
 
+def check_source(folder: Path, source: Checkpoint | MegatronCheckpoint) -> None:
+    """Compare a source with every checksum that it has: integrity.json, and those of the zips of Megatron's files.
+
+    Raises:
+        ValueError: naming the file that differs.
+    """
+    check_integrity(folder)
+    if isinstance(source, MegatronCheckpoint):
+        source.check_records()
+
+
 def check_integrity(folder: Path) -> None:
     """Compare a source's files with its integrity.json, which megatron-core 0.19 can write; without one, nothing.
 

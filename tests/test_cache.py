@@ -257,7 +257,7 @@ def test_bad_files(model, tmp_path):
     whole = path.read_bytes()
     for damaged in (whole[: len(whole) // 2], whole[:4], b"", b"\x00" * 64):
         path.write_bytes(damaged)
-        with pytest.raises(ValueError, match="damaged"):
+        with pytest.raises(ValueError, match="not a safetensors file|cut short|damaged"):
             HybridCache.load(path, model.config)
     model.config.to_json_file(path)
     with pytest.raises(ValueError, match="damaged|not a"):

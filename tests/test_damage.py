@@ -3,20 +3,24 @@
 import json
 import shutil
 import struct
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from nemotron_h_hf.conversion import torchzip
 from nemotron_h_hf.conversion.convert import convert
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
+from nemotron_h_hf import HybridCache
 from nemotron_h_hf.checkpoint import Checkpoint
 from nemotron_h_hf.headers import read_contents
 from nemotron_h_hf.model.nested import find_tensors
 from nemotron_h_hf.model.reading import read_header
+from nemotron_h_hf.training import checkpoints
 
 NORM = "backbone.layers.0.norm.weight"
 NORM_2 = "backbone.layers.1.norm.weight"
@@ -158,3 +162,90 @@ def test_a_tensor_in_two_shards(folder):
     shutil.copy(shards[0], shards[1])
     with pytest.raises(ValueError, match=rf"{shards[0].name}.* and in .*{shards[1].name}"):
         AutoModelForCausalLM.from_pretrained(folder)
+
+
+# Saved caches
+
+
+@pytest.fixture(scope="module")
+def cache_file(tmp_path_factory) -> Path:
+    model, path = tiny_model(), tmp_path_factory.mktemp("cache") / "cache.safetensors"
+    with torch.no_grad():
+        model(torch.arange(3, 14)[None], use_cache=True).past_key_values.save(path)
+    return path
+
+
+@pytest.mark.parametrize("damage", ["bit", "length", "integers", "infinity"])
+def test_damaged_caches(cache_file, tmp_path, damage):
+    path = tmp_path / "cache.safetensors"
+    header, data = split(cache_file)
+    name = next(name for name in header if name.endswith("ssm_state"))
+    if damage == "bit":
+        middle = len(data) // 2
+        data = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+    elif damage == "length":
+        header["__metadata__"]["length"] = "12"
+    else:  # a file of an older version, without a checksum
+        del header["__metadata__"]["sha256"]
+        if damage == "integers":
+            header[name]["dtype"] = "I32"
+        else:
+            begin = header[name]["data_offsets"][0]
+            data = data[:begin] + struct.pack("<f", float("inf")) + data[begin + 4 :]
+    write(path, header, data)
+    with pytest.raises(ValueError, match=r"cache\.safetensors"):
+        HybridCache.load(path, tiny_model().config)
+    assert HybridCache.load(cache_file, tiny_model().config).get_seq_length() == 11
+
+
+# Megatron's zips
+
+
+@pytest.mark.parametrize("layout", ["torch", "torch_dist"])
+def test_verify_compares_the_checksums_of_megatrons_zips(saved, tmp_path, layout):
+    """A bit in the middle of the largest tensor; Python's zipfile is the independent judge."""
+    convert(saved, tmp_path / "megatron", format=layout)
+    convert(tmp_path / "megatron", tmp_path / "good", verify_output=True)
+    file = max(
+        (tmp_path / "megatron").rglob("*.pt" if layout == "torch" else "*.distcp"), key=lambda f: f.stat().st_size
+    )
+    wanted = load_file(tmp_path / "good" / "model.safetensors")["lm_head.weight"].numpy().tobytes()
+    data = bytearray(file.read_bytes())
+    data[data.index(wanted) + len(wanted) // 2] ^= 0x40
+    file.write_bytes(data)
+    if layout == "torch":
+        assert zipfile.ZipFile(file).testzip() is not None
+    with pytest.raises(ValueError, match=rf"{file.name}.* is damaged: Bad CRC-32"):
+        convert(tmp_path / "megatron", tmp_path / "bad", verify_output=True)
+    assert not list((tmp_path / "bad").rglob("*.safetensors"))
+
+
+def test_zips_that_torch_wrote_without_checksums_pass(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.arange(100.0)}, tmp_path / "file.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    torchzip.check_records(tmp_path / "file.pt", 0, (tmp_path / "file.pt").stat().st_size)
+    assert torchzip.read(tmp_path / "file.pt").value["a"].shape == (100,)
+
+
+# Checkpoints of training
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "rng_state.pth", "model.safetensors", checkpoints.MARKER])
+def test_a_flipped_bit_in_a_training_checkpoint(tmp_path, file):
+    folder = tmp_path / "checkpoint-3"
+    checkpoints.begin(folder)
+    for name in ("optimizer.pt", "rng_state.pth", "model.safetensors"):
+        (folder / name).write_bytes(bytes(range(256)) * 40)
+    checkpoints.mark_whole(folder, {"step": 3, "tokens_per_step": 64})
+    assert checkpoints.check_whole(folder)["step"] == 3
+    data = (folder / file).read_bytes()
+    damaged = data.replace(b'"step": 3', b'"step": 4') if file == checkpoints.MARKER else data[:-9] + b"\0" + data[-8:]
+    assert damaged != data and len(damaged) == len(data)
+    (folder / file).write_bytes(damaged)
+    with pytest.raises(ValueError, match=f"{file}.* is damaged.*remove .*checkpoint-3"):
+        checkpoints.check_whole(folder)
+    if file != checkpoints.MARKER:
+        assert checkpoints.check_whole(folder, contents=False)["step"] == 3

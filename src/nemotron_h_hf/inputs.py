@@ -12,9 +12,19 @@ import torch
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .model.reading import open_tensors, read_index, read_json
+from .model.reading import open_tensors, read_checked, read_index, read_json, tensors_digest
 
-__all__ = ["finite", "load_tokenizer", "open_tensors", "read_device", "read_index", "read_json", "read_yaml"]
+__all__ = [
+    "finite",
+    "load_tokenizer",
+    "open_tensors",
+    "read_checked",
+    "read_device",
+    "read_index",
+    "read_json",
+    "read_yaml",
+    "tensors_digest",
+]
 
 
 def finite(text: str) -> float:

@@ -21,13 +21,14 @@ from itertools import repeat
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer, StaticLayer
 
 from .arguments import CACHE_NAME
+from .loading import is_finite
+from .reading import read_checked, tensors_digest
 from .ssd import conv_window, final_state
 
 try:
@@ -376,6 +377,7 @@ class HybridCache(Cache):
             shapes.append(type(layer).__name__)
         metadata = {"format": FILE_FORMAT, "length": str(length), "num_layers": json.dumps(len(shapes))}
         temporary = path.with_name(path.name + ".tmp")
+        metadata["sha256"] = tensors_digest(tensors, metadata)
         save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata)
         os.replace(temporary, path)
 
@@ -388,17 +390,19 @@ class HybridCache(Cache):
         Raises:
             ValueError: if the file is damaged, is no cache, or was written by another model.
         """
-        try:
-            file = safe_open(path, framework="pt", device=device)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or not a safetensors file: {error}") from None
-        with file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FILE_FORMAT:
-                raise ValueError(
-                    f"{path} is not a saved cache: its format is {metadata.get('format')!r}, not {FILE_FORMAT!r}"
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        tensors, metadata = read_checked(path, device)
+        if metadata.get("format") != FILE_FORMAT:
+            raise ValueError(
+                f"{path} is not a saved cache: its format is {metadata.get('format')!r}, not {FILE_FORMAT!r}"
+            )
+        length = metadata.get("length", "")
+        if not length.isdecimal() or not tensors:
+            raise ValueError(f"{path} is not a saved cache: length={length!r}, {len(tensors)} tensors")
+        for name, tensor in tensors.items():
+            if not tensor.is_floating_point() or not is_finite(tensor):
+                raise ValueError(f"{path} has {name} in {tensor.dtype}: allowed are finite floating-point numbers")
+            if name.endswith((".keys", ".values")) and (tensor.dim() != 4 or tensor.shape[2] != int(length)):
+                raise ValueError(f"{path} has {name} in shape {tuple(tensor.shape)}: allowed are {length} tokens")
         cache = cls(config, max_cache_len)
         expected = set()
         for index, layer in enumerate(cache.layers):
@@ -412,10 +416,10 @@ class HybridCache(Cache):
             if not set(names) <= set(tensors):
                 break
             if isinstance(layer, MambaCacheLayer):
-                layer.store(tensors[names[0]], tensors[names[1]], int(metadata["length"]))
+                layer.store(tensors[names[0]], tensors[names[1]], int(length))
             else:
                 cache.update(tensors[names[0]], tensors[names[1]], index)
-        if expected != set(tensors) or metadata["num_layers"] != str(len(cache.layers)):
+        if expected != set(tensors) or metadata.get("num_layers") != str(len(cache.layers)):
             raise ValueError(f"{path} was written by another model: its layers are not those of this configuration")
         check_cache(cache, config, batch_size=next(iter(tensors.values())).shape[0])
         return cache

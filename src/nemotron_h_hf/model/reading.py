@@ -5,12 +5,16 @@ then the data. https://github.com/huggingface/safetensors#format. Its own librar
 from the first byte of data to the last and fit shape and dtype; names that are given twice are looked for here.
 """
 
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 
@@ -89,3 +93,28 @@ def open_tensors(path: str | os.PathLike, device: str = "cpu") -> safe_open:
     """safetensors' own reader of a file, after the checks of `read_header`; use it as a context manager."""
     read_header(path)
     return safe_open(path, framework="pt", device=device)
+
+
+def tensors_digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, and over what is noted of them (but for `sha256`)."""
+    noted = {name: value for name, value in metadata.items() if name != "sha256"}
+    digest = hashlib.sha256(json.dumps(noted, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if len(flat):
+            digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def read_checked(path: str | os.PathLike, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors of a file and what is noted of them; with a `sha256` among the latter, that must be theirs.
+
+    Raises:
+        ValueError: naming the file, if it is damaged or has another checksum.
+    """
+    with open_tensors(path, device) as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    if "sha256" in metadata and metadata["sha256"] != tensors_digest(tensors, metadata):
+        raise ValueError(f"{path} is damaged: it has another checksum than when it was written")
+    return tensors, metadata

@@ -1,4 +1,4 @@
-"""Which checkpoint folders are whole: a marker, written last and flushed to the disk, lists their files and sizes.
+"""Which checkpoint folders are whole: a marker, written last and flushed to the disk, lists their files, sizes and checksums.
 
 transformers writes a dozen files into `checkpoint-N/` one after the other. First of all comes the file UNFINISHED, last of
 all the marker, and only then UNFINISHED goes. A folder that still has it and no marker is what a crash or a full disk
@@ -6,11 +6,14 @@ left; it is never resumed from, and removed. A folder with the marker that lost 
 should hear of, so that is an error and not a step back. A folder with neither is somebody else's and left alone.
 """
 
+import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from ..whole_files import write_json
 
 MARKER = "whole.json"
 UNFINISHED = "UNFINISHED"
+PIECE_BYTES = 4 * 2**20
 SPARE_BYTES = 64 * 2**20  # for the small files beside weights and optimizer
 
 
@@ -52,24 +56,60 @@ def whole_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
     return [folder for folder in _checkpoints(output_dir) if (folder / MARKER).is_file()]
 
 
-def check_whole(folder: str | os.PathLike) -> dict[str, Any]:
-    """What the marker says (`step` and whatever the trainer added), if all the files are there in full.
+def check_whole(folder: str | os.PathLike, contents: bool = True) -> dict[str, Any]:
+    """What the marker says (`step` and whatever the trainer added), if all the files are there as they were written.
+
+    Args:
+        contents: read the files and compare their checksums too. Markers of version 0.1 have sizes alone.
 
     Raises:
-        ValueError: naming the file that is missing or cut short, or for a folder without the marker.
+        ValueError: naming the file that is missing, cut short or changed, or for a folder without the marker.
     """
     folder = Path(folder)
     if not (folder / MARKER).is_file():
         raise ValueError(f"{folder} is no whole checkpoint, {MARKER} is missing: writing it was interrupted")
-    marker = read_json(folder / MARKER)
+    marker = _read_marker(folder / MARKER)
     for name, size in marker["files"].items():
         found = (folder / name).stat().st_size if (folder / name).is_file() else None
         if found != size:
             what = "is missing" if found is None else f"has {found} bytes"
-            raise ValueError(
-                f"{folder / name} {what}, it was written with {size}; remove {folder} to go on from the checkpoint before it"
-            )
+            raise ValueError(f"{folder / name} {what}, it was written with {size}; {_go_on(folder)}")
+    if contents and "sha256" in marker:
+        for name, found in _checksums(folder, marker["files"]).items():
+            if found != marker["sha256"].get(name):
+                raise ValueError(f"{folder / name} is damaged, its checksum is not that of {MARKER}; {_go_on(folder)}")
     return marker
+
+
+def _read_marker(path: Path) -> dict[str, Any]:
+    marker = read_json(path)
+    noted = marker.pop("marker_sha256", None)
+    if noted not in (None, _marker_checksum(marker)) or not isinstance(marker.get("files"), dict):
+        raise ValueError(f"{path} is damaged; {_go_on(path.parent)}")
+    return marker
+
+
+def _marker_checksum(marker: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(marker, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _go_on(folder: Path) -> str:
+    return f"remove {folder} to go on from the checkpoint before it"
+
+
+def _checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """SHA-256 of files, several at a time: hashing runs outside of Python's lock."""
+    names = list(names)
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return dict(zip(names, pool.map(lambda name: _checksum(folder / name), names)))
+
+
+def _checksum(path: Path) -> str:
+    digest = sha256()
+    with open(path, "rb", buffering=0) as file:
+        while piece := file.read(PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def begin(folder: str | os.PathLike) -> None:
@@ -83,7 +123,7 @@ def begin(folder: str | os.PathLike) -> None:
 
 
 def mark_whole(folder: str | os.PathLike, facts: Mapping[str, Any]) -> None:
-    """Flush every file of the folder to the disk, then write the marker with `facts` and the files' sizes.
+    """Flush every file of the folder to the disk, then write the marker with `facts`, sizes and checksums.
 
     Raises:
         OSError: if files of sharded weights or states are elsewhere.
@@ -94,7 +134,8 @@ def mark_whole(folder: str | os.PathLike, facts: Mapping[str, Any]) -> None:
     for path in files:
         _flush(path)
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-    write_json(folder / MARKER, {**facts, "files": sizes})
+    marker = {**facts, "files": sizes, "sha256": _checksums(folder, sizes)}
+    write_json(folder / MARKER, {**marker, "marker_sha256": _marker_checksum(marker)})
     (folder / UNFINISHED).unlink()
     _flush(folder)
     _flush(folder.parent)

@@ -23,7 +23,7 @@ from nemotron_h_hf.training.monitor import forget_after
 from nemotron_h_hf.training.muon import Muon
 from nemotron_h_hf.whole_files import whole_file
 
-from ..inputs import open_tensors
+from ..inputs import open_tensors, read_checked, tensors_digest
 
 STATE_FILE = "state.safetensors"
 LOG_FILE = "log.jsonl"
@@ -164,7 +164,8 @@ def save_state(model: nn.Module, optimizers: list[torch.optim.Optimizer], step: 
         for moment, value in moments.items():
             tensors[f"{moment}.{names[parameter]}"] = value.detach().cpu().clone()
     with whole_file(folder / STATE_FILE) as part:
-        save_file(tensors, part, metadata={"step": str(step)})
+        metadata = {"step": str(step)}
+        save_file(tensors, part, metadata={**metadata, "sha256": tensors_digest(tensors, metadata)})
 
 
 def load_state(model: nn.Module, optimizers: list[torch.optim.Optimizer], folder: Path) -> int:
@@ -174,17 +175,17 @@ def load_state(model: nn.Module, optimizers: list[torch.optim.Optimizer], folder
     if not path.is_file():
         return 0
     owner = {p: optimizer for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
-    with open_tensors(path) as state, torch.no_grad():
-        names = set(state.keys())
+    tensors, metadata = read_checked(path)
+    with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if f"model.{name}" not in names or state.get_slice(f"model.{name}").get_shape() != list(parameter.shape):
+            if f"model.{name}" not in tensors or tensors[f"model.{name}"].shape != parameter.shape:
                 raise ValueError(f"output_dir: {path} is of another model (at {name}); choose another folder")
-            parameter.copy_(state.get_tensor(f"model.{name}"))
+            parameter.copy_(tensors[f"model.{name}"])
             optimizer = owner[parameter]
             for moment in MOMENTS:
-                if f"{moment}.{name}" in names:
-                    optimizer.state[parameter][moment] = state.get_tensor(f"{moment}.{name}").to(parameter.device)
-        return int(state.metadata()["step"])
+                if f"{moment}.{name}" in tensors:
+                    optimizer.state[parameter][moment] = tensors[f"{moment}.{name}"].to(parameter.device)
+    return int(metadata["step"])
 
 
 def saved_step(folder: Path) -> int:

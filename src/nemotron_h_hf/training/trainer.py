@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, runtime_checkable
@@ -163,7 +164,7 @@ class NemotronHTrainer(Trainer):
             checkpoints.discard_unfinished(output_dir)
         self.accelerator.wait_for_everyone()
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = checkpoints.last_whole_checkpoint(output_dir)
+            resume_from_checkpoint = next(reversed(checkpoints.whole_checkpoints(output_dir)), None)  # checked below
         if resume_from_checkpoint:
             self._prepare_resume(Path(resume_from_checkpoint))
             if 0 < self.args.max_steps <= self._first_step:
@@ -177,7 +178,7 @@ class NemotronHTrainer(Trainer):
             self.monitor.close()
 
     def _prepare_resume(self, folder: Path) -> None:
-        marker = checkpoints.check_whole(folder)
+        marker = checkpoints.check_whole(folder, contents=self.is_world_process_zero())
         if marker["tokens_per_step"] != self.args.tokens_per_step:
             raise ValueError(
                 f"tokens per step: got {self.args.tokens_per_step:,} (per_device_train_batch_size x "
@@ -196,7 +197,8 @@ class NemotronHTrainer(Trainer):
         """As transformers'; then the settings of this run replace those of the checkpoint."""
         settings = [{name: v for name, v in group.items() if name != "params"} for group in self.optimizer.param_groups]
         peaks = list(self.lr_scheduler.base_lrs)
-        super()._load_optimizer_and_scheduler(checkpoint)
+        with _naming(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None or not isinstance(self.lr_scheduler, LambdaLR):
             return
         self.lr_scheduler.base_lrs = peaks
@@ -206,6 +208,10 @@ class NemotronHTrainer(Trainer):
             group.update(setting)
             group["lr"] = peak * factor(self.lr_scheduler.last_epoch)
         self.lr_scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _naming(checkpoint):
+            super()._load_rng_state(checkpoint)
 
     # Optimizer and schedule
 
@@ -430,3 +436,17 @@ class NemotronHTrainer(Trainer):
             value for state in self.optimizer.state.values() for value in state.values() if torch.is_tensor(value)
         ]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@contextmanager
+def _naming(checkpoint: str | None) -> Iterator[None]:
+    """What goes wrong with the states of optimizer, schedule and random numbers, with the folder that they are in."""
+    try:
+        yield
+    except Exception as error:  # of torch, pickle and zip alike
+        if checkpoint is None:
+            raise
+        raise ValueError(
+            f"the states in {checkpoint} cannot be read ({type(error).__name__}: {error}); remove it to go on from the one "
+            "before it"
+        ) from error
