@@ -1,11 +1,13 @@
 """The cache: whatever was cached, cropped, forked, reordered or saved, the logits are those of a fresh run."""
 
+import pickle
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import SHAPES, prompt, tiny_config, tiny_model
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import LinearAttentionLayer
 
 from nemotron_h_hf import HybridCache, NemotronHConfig
 from nemotron_h_hf.model import blocks
@@ -340,3 +342,15 @@ def test_the_first_row_as_a_view_leaves_the_memory():
     layer.keys, layer.values = layer.keys[:1], layer.values[:1]
     grown, _ = layer.update(more[:1], more[:1])
     assert torch.equal(grown, torch.cat([keys[:1], more[:1]], dim=2))
+
+
+def test_tools_that_ask_by_class_know_the_cache():
+    config = tiny_config("dense")
+    growing, static = HybridCache(config), HybridCache(config, 32)
+    assert isinstance(growing, DynamicCache) and not isinstance(growing, StaticCache)
+    assert isinstance(static, StaticCache) and not isinstance(static, DynamicCache)
+    for cache in (growing, static):
+        assert isinstance(cache, HybridCache) and type(cache.fork()) is type(cache)
+        assert type(pickle.loads(pickle.dumps(cache))) is type(cache)
+        mamba = [l for l, kind in zip(cache.layers, config.layers_block_type) if kind == "linear_attention"]
+        assert mamba and all(isinstance(layer, LinearAttentionLayer) for layer in mamba)

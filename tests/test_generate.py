@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tiny import native_twin, prompt, tiny_model
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, GenerationConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from nemotron_h_hf import HybridCache
@@ -48,9 +48,10 @@ def test_cache_implementations(model, kind):
         model.generate(ids, cache_implementation="quantized", **GREEDY)
 
 
-def test_static_caches_never_shrink():
+def test_static_caches_never_shrink(monkeypatch):
     """A compiled decode step is made for one length of cache; a shorter generation must not ask for another step."""
     model, ids, lengths = tiny_model("dense"), prompt(2, 11), []
+    monkeypatch.setattr(model, "_compiles", lambda _: True)
     for steps in (12, 3, 60):
         how = {**GREEDY, "max_new_tokens": steps, "cache_implementation": "static", "disable_compile": True}
         out = model.generate(ids, return_dict_in_generate=True, **how)
@@ -155,9 +156,10 @@ def test_bad_lengths(model):
 
 
 @pytest.mark.parametrize("shape", ["dense", "attention_free"])
-def test_static_cache_keeps_its_memory_from_call_to_call(shape):
+def test_static_cache_keeps_its_memory_from_call_to_call(shape, monkeypatch):
     """CUDA graphs are captured on addresses: a new cache for every call would be captured anew for every call."""
     model, addresses = tiny_model(shape), []
+    monkeypatch.setattr(model, "_compiles", lambda _: True)
     how = {**GREEDY, "cache_implementation": "static", "disable_compile": True}
     for length in (11, 5, 20):
         ids = prompt(2, length, seed=length)
@@ -188,13 +190,16 @@ def cache_tensors(cache) -> list:
 
 
 def test_lengths_of_static_caches_are_few():
-    model = tiny_model()
-    lengths = set()
+    model, asked, lengths = tiny_model(), GenerationConfig(compile_config=CompileConfig()), set()
+    asked.compile_config._compile_all_devices = True
     for needed in range(1, 5000):
         model._previous_max_cache_length = 0
-        length = model._static_length(needed, None)
+        length = model._static_length(needed, asked)
         assert needed <= length < max(needed + 64, 1.125 * needed + 1)
         lengths.add(length)
     assert len(lengths) < 45
     model._previous_max_cache_length = 0
-    assert model._static_length(10, 5003) == 5003  # what the caller asked for
+    asked.max_cache_len = 5003
+    assert model._static_length(10, asked) == 5003
+    for eager in (GenerationConfig(), GenerationConfig(compile_config=asked.compile_config, disable_compile=True)):
+        assert model._static_length(10, eager) == 10  # nothing is compiled: no more than is needed

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from tiny import NativeForCausalLM, prompt, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import logging
 
 from nemotron_h_hf import NemotronHForCausalLM, NemotronHForSequenceClassification, NemotronHModel
 
@@ -233,6 +234,8 @@ def test_base_weights_start_a_classifier_and_a_causal_model_says_what_is_missing
     base.save_pretrained(tmp_path)
     classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path, num_labels=2)
     assert_same_bits(classifier.model.state_dict(), base.state_dict())
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"NemotronHModel"', '"NemotronHForCausalLM"'))
     with pytest.raises(ValueError, match=r"lacks 1 tensors that its config asks for: lm_head\.weight"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
@@ -285,3 +288,17 @@ def test_load_state_dict_takes_what_save_pretrained_wrote(tmp_path, shape, max_s
     assert not left
     for name, tensor in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], tensor), name
+
+
+def test_a_save_of_the_bare_stack_gives_a_fresh_head(tmp_path, caplog):
+    model = tiny_model("dense")
+    model.model.save_pretrained(tmp_path)
+    logging.get_logger("transformers").propagate = True
+    try:
+        loaded = NemotronHForCausalLM.from_pretrained(tmp_path)
+    finally:
+        logging.get_logger("transformers").propagate = False
+    assert "lm_head.weight" in caplog.text and "newly initialized" in caplog.text
+    ids = prompt(2, 7)
+    assert torch.equal(loaded.model(ids).last_hidden_state, model.model(ids).last_hidden_state)
+    assert loaded.lm_head.weight.std() > 0

@@ -456,3 +456,15 @@ def test_dropout_only_in_training():
     assert torch.equal(model(ids).logits, model(ids).logits)
     model.train()
     assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_bf16_router_weights_route_as_in_fp32():
+    """transformers 5.24 holds the router's weight in fp32; ours keeps its dtype, and computes the same bits."""
+    gate = tiny_model("moe").bfloat16().model.layers[1].mixer.gate
+    assert gate.weight.dtype == torch.bfloat16 and gate.e_score_correction_bias.dtype == torch.float32
+    x = torch.randn(200, 48).bfloat16()
+    stored, wide = gate(x), copy.deepcopy(gate)
+    wide.weight.data = wide.weight.data.float()
+    expected = torch.nn.functional.linear(x.float(), wide.weight)
+    assert torch.equal(stored[0], expected) and stored[0].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(stored, wide(x)))

@@ -41,7 +41,7 @@ ids = tokenizer(sys.stdin.read(), return_tensors="pt").input_ids
 model = AutoModelForCausalLM.from_pretrained(folders[0], trust_remote_code=True)
 out["text"] = tokenizer.decode(model.generate(ids, max_new_tokens=24, do_sample=False)[0])
 cache = type(model(ids, use_cache=True).past_key_values).__name__
-assert cache == "HybridCache", cache
+assert cache == "DynamicHybridCache", cache
 
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM as Native
 native, info = Native.from_pretrained(folders[1], output_loading_info=True)

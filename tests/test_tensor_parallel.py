@@ -1,6 +1,7 @@
 """Weights in several places: split over two processes by the tensor-parallel plan, or offloaded to disk."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -115,3 +116,13 @@ def test_automatic_placement_keeps_blocks_whole(tmp_path):
     assert not any(name.startswith("model.layers.") and name.count(".") > 2 for name in model.hf_device_map)
     with torch.no_grad():
         torch.testing.assert_close(model(prompt()).logits, whole(prompt()).logits, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", ["dense", "attention_free", "moe", "latent"])
+def test_the_plan_names_only_what_is_there(shape):
+    model = tiny_model(shape)
+    names = [name for name, _ in [*model.named_modules(), *model.named_parameters()]]
+    for rule in model.tp_plan:
+        pattern = re.escape(rule).replace(r"\*", r"\d+")
+        assert any(re.fullmatch(pattern, name) for name in names), rule
+    assert any("in_proj" in rule for rule in model.tp_plan)

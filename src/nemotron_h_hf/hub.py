@@ -83,7 +83,9 @@ def model_card(folder: str | os.PathLike, repo_id: str, with_code: bool = False,
     facts = describe(repo_id, config, contents)
     dtypes = ", ".join(f"{dtype} ({human_count(count)})" for dtype, count in contents.elements_by_dtype().items())
     code_note = (
-        "The model code lies beside the weights; `trust_remote_code=True` runs it where the package is not installed."
+        "The model code lies beside the weights; `trust_remote_code=True` runs it where the package is not installed. "
+        "It runs on transformers 5.16 and newer; code that a version up to 0.1.0 pushed gives wrong text on 5.24, and must be "
+        "pushed again."
         if with_code
         else "Importing `nemotron_h_hf` is optional: transformers has a `nemotron_h` of its own."
     )

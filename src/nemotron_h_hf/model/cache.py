@@ -24,7 +24,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer, StaticLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionLayer,
+    StaticCache,
+    StaticLayer,
+)
 
 from .arguments import CACHE_NAME
 from .loading import is_finite
@@ -269,11 +277,16 @@ class HybridCache(Cache):
 
     max_cache_len: int | None = None  # in transformers 5.17 a property of the base class
 
+    def __new__(cls, config: PreTrainedConfig | None = None, max_cache_len: int | None = None, *args, **kwargs):
+        if cls is HybridCache:  # tools ask for transformers' classes: PEFT, ExecuTorch's exporter, generate() itself
+            cls = DynamicHybridCache if max_cache_len is None else StaticHybridCache
+        return super().__new__(cls)
+
     def __init__(self, config: PreTrainedConfig, max_cache_len: int | None = None, offloading: bool = False) -> None:
         if max_cache_len is not None and not 0 < max_cache_len < 2**31:
             raise ValueError(f"max_cache_len={max_cache_len}: allowed is None or a positive integer below 2**31")
         layers = hybrid_layers(config, max_cache_len)
-        super().__init__(layers=layers, offloading=offloading and torch.cuda.is_available())
+        Cache.__init__(self, layers=layers, offloading=offloading and torch.cuda.is_available())
         self.max_cache_len = max_cache_len
 
     def get_seq_length(self, layer_idx: int = 0) -> int | Tensor:
@@ -423,6 +436,14 @@ class HybridCache(Cache):
             raise ValueError(f"{path} was written by another model: its layers are not those of this configuration")
         check_cache(cache, config, batch_size=next(iter(tensors.values())).shape[0])
         return cache
+
+
+class DynamicHybridCache(HybridCache, DynamicCache):
+    """A `HybridCache` that grows; what `HybridCache(config)` makes."""
+
+
+class StaticHybridCache(HybridCache, StaticCache):
+    """A `HybridCache` with a fixed room; what `HybridCache(config, max_cache_len)` makes."""
 
 
 def _is_recorded() -> bool:

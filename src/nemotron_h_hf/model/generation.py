@@ -59,15 +59,17 @@ class NemotronHGenerationMixin(GenerationMixin):
             if generation_mode == GenerationMode.ASSISTED_GENERATION and int(sequence_length(given)):
                 # transformers would feed the whole prompt, cached tokens included
                 raise ValueError(f"{CACHE_NAME} is not empty: allowed in assisted generation is a new cache, or none")
+            if generation_config.prefill_chunk_size is not None and int(sequence_length(given)):
+                generation_config.prefill_chunk_size = None  # transformers 5.16 feeds cached tokens again in chunks
         elif kind not in (None, "dynamic", "dynamic_full", "offloaded", "static", "offloaded_static"):
             raise ValueError(f"cache_implementation={kind!r}: allowed are dynamic, offloaded, static, offloaded_static")
         elif generation_config.use_cache is not False:
             if kind == "static" and generation_mode in MODES_WITH_FIXED_ROWS and not generation_config.is_assistant:
                 rows = batch_size * (generation_config.num_return_sequences or 1)
-                cache = self._reusable_static_cache(rows, max_cache_length, generation_config.max_cache_len)
+                cache = self._reusable_static_cache(rows, self._static_length(max_cache_length, generation_config))
             else:
                 length = max_cache_length if kind in ("static", "offloaded_static") else None
-                length = length and self._static_length(length, generation_config.max_cache_len)
+                length = length and self._static_length(length, generation_config)
                 cache = HybridCache(self.config, length, offloading=kind in ("offloaded", "offloaded_static"))
             if generation_config.is_assistant:
                 cache.activate_past_recording()
@@ -92,20 +94,29 @@ class NemotronHGenerationMixin(GenerationMixin):
             return DecodeGraph(self.__call__)
         return super().get_compiled_call(compile_config)
 
-    def _static_length(self, needed: int, asked: int | None) -> int:
-        """Room of a static cache: what was asked for, or what is needed rounded up by an eighth at most, so that prompts
-        of many lengths share few sizes; never less than before, so that a compiled decode step stays valid."""
+    def _static_length(self, needed: int, generation_config: GenerationConfig) -> int:
+        """Room of a static cache: what was asked for, or what is needed. Where steps are compiled, that is rounded up by an
+        eighth at most, for prompts of many lengths to share few sizes, and never less than before, for a compiled step to
+        stay valid."""
+        asked = generation_config.max_cache_len
+        if not self._compiles(generation_config):
+            return max(needed, asked or 0)
         step = max(MIN_STATIC_STEP, 1 << max(0, needed.bit_length() - 4))
         rounded = asked if asked is not None and asked >= needed else min(-(-needed // step) * step, 2**31 - 1)
         self._previous_max_cache_length = max(rounded, self._previous_max_cache_length)
         return self._previous_max_cache_length
 
-    def _reusable_static_cache(self, rows: int, needed: int, asked: int | None) -> HybridCache:
+    def _compiles(self, generation_config: GenerationConfig) -> bool:
+        """Whether steps on a static cache run as a compiled or captured graph, by transformers' rule."""
+        config = generation_config.compile_config
+        everywhere = config is not None and config._compile_all_devices
+        return not generation_config.disable_compile and (self.device.type != "cpu" or everywhere)
+
+    def _reusable_static_cache(self, rows: int, length: int) -> HybridCache:
         """The static cache of the last `generate()`, emptied, if it fits and nobody holds it, else a new one.
 
         CUDA graphs are captured on the memory of one cache; another one's would have to be captured again.
         """
-        length = self._static_length(needed, asked)
         use = (rows, self.device, self.dtype, torch.is_inference_mode_enabled())
         kept, self._static_cache = self._static_cache, None
         fits = kept is not None and kept.max_cache_len == length and self._static_cache_use == use

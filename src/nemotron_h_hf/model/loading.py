@@ -228,6 +228,15 @@ def check_loaded(model: nn.Module, info: dict, path: str, new_on_load: tuple[str
         raise ValueError(f"{path} has NaN or infinity in {len(bad)} tensors: {_some(bad)}")
 
 
+def warn_of_fresh_head(model: nn.Module, info: dict) -> tuple[str, ...]:
+    """The head that a save of the bare stack cannot have, with a warning; from a language model's files it must not be missing."""
+    head = "lm_head.weight"
+    if head not in info["missing_keys"] or "NemotronHModel" not in (model.config.architectures or ()):
+        return ()
+    logger.warning(f"{head} is not in a checkpoint of NemotronHModel and is newly initialized: train it before use")
+    return (head,)
+
+
 def drop_absent_mtp(model: nn.Module, info: dict) -> None:
     """Take multi-token prediction out of a model whose checkpoint has none of it, whatever its config says.
 

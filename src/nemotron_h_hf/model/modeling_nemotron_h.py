@@ -7,6 +7,7 @@ Modules and parameters are named as in transformers' own `nemotron_h`, so adapte
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from inspect import signature
@@ -53,6 +54,7 @@ from .loading import (
     module_names,
     register_names,
     stored_dtypes,
+    warn_of_fresh_head,
     warn_of_other_readers,
 )
 from .loss import next_token_loss, share_of_items
@@ -126,7 +128,8 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         drop_absent_mtp(model, info)
         ignore = model._keys_to_ignore_on_load_unexpected or []
         accepted = {**info, "mismatched_keys": set()} if kwargs.get("ignore_mismatched_sizes") else info
-        check_loaded(model, accepted, str(pretrained_model_name_or_path), cls._new_on_load, ignore)
+        new = (*cls._new_on_load, *warn_of_fresh_head(model, info))
+        check_loaded(model, accepted, str(pretrained_model_name_or_path), new, ignore)
         if nested is not None:
             nested.report()
             info = {**info, "bytes_read": nested.bytes_read, "parent_bytes": nested.parent_bytes}
@@ -200,6 +203,8 @@ class NemotronHModel(NemotronHPreTrainedModel):
         )
         self.norm_f = NemotronHRMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.post_init()
+        here = {re.sub(r"\.\d+", ".*", name) for name, _ in [*self.named_modules(), *self.named_parameters()]}
+        self._tp_plan = {name: rule for name, rule in self._tp_plan.items() if name in here}
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings
