@@ -19,9 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
 MOVING = ("transformers", "tokenizers", "huggingface-hub")  # pins of these do not hold for another transformers
-TESTS = (
-    "arguments", "generate", "cache", "rollback", "loading", "remote_code", "trainer", "peft", "tensor_parallel",
-)  # fmt: skip
+TESTS = ("arguments", "generate", "cache", "loading", "remote_code", "trainer")
 
 
 def main(asked: list[str]) -> int:
