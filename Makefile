@@ -5,12 +5,16 @@ KERNELS = .venv-kernels
 TOOLS   = .venv-tools
 PYTEST  = -m pytest -q -n auto --maxprocesses=8
 
+# Of `make fuzz`.
+COUNT ?= 3000
+SEED  ?= 0
+
 # One thread per process: the tests run in parallel, and threads fighting over cores are slower than none.
 export OMP_NUM_THREADS ?= 1
 # Tests and the demo use the embedded model, never the network.
-test test-slow test-range test-kernels test-tools test-gpu demo: export HF_HUB_OFFLINE = 1
+test test-slow test-range test-kernels test-tools test-gpu fuzz demo: export HF_HUB_OFFLINE = 1
 
-.PHONY: help install demo test test-slow test-range test-kernels test-tools test-gpu quality bench
+.PHONY: help install demo test test-slow test-range test-kernels test-tools test-gpu fuzz quality bench
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -38,6 +42,9 @@ test-tools: $(TOOLS)/.installed  ## bitsandbytes (QLoRA) and Model-Optimizer on 
 
 test-gpu: $(VENV)/.installed  ## our Triton kernels compiled on a GPU, beside PyTorch; then their speed; writes docs/results
 	$(VENV)/bin/python tests/gpu_check.py --output docs/results/kernels_gpu.json
+
+fuzz: $(VENV)/.installed  ## mutate everything that is read, count what comes of it; seeded, minutes (COUNT=3000 SEED=0)
+	cd tests && ../$(VENV)/bin/python -W ignore -m fuzz --count $(COUNT) --seed $(SEED)
 
 quality: $(VENV)/.installed  ## lint and formatting, checked but not changed
 	$(VENV)/bin/ruff check src conversion tests examples setup.py

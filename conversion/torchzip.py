@@ -176,6 +176,8 @@ def _bytes(window: Window, info: zipfile.ZipInfo, where: str) -> bytes:
 
 def _data_start(window: Window, info: zipfile.ZipInfo, where: str) -> int:
     """Where a record's data begins in the window: after its local header, whose name and extra field vary in length."""
+    if info.header_offset < 0:
+        raise ValueError(f"{where}: record {info.filename} begins before the file")
     window.seek(info.header_offset)
     header = window.read(_LOCAL_HEADER.size)
     if len(header) < _LOCAL_HEADER.size or header[:4] != b"PK\x03\x04":

@@ -15,6 +15,7 @@ Widths are never derived from `expand` or `hidden_size`: the Mamba width is head
 import math
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
@@ -216,6 +217,8 @@ class NemotronHConfig(PreTrainedConfig):
             self.require_uniform("num_attention_heads")
             self.num_key_value_heads = self.num_attention_heads
         self.time_step_limit = _read_time_step_limit(self.time_step_limit)
+        _check_dtype(kwargs.get("torch_dtype") or self.dtype)
+        _check_token_ids(self)
         super().__post_init__(**kwargs)
         _validate(self)
 
@@ -392,6 +395,23 @@ def _read_layers(
     return layers
 
 
+def _check_token_ids(config: NemotronHConfig) -> None:
+    """Whole numbers; the ends of a text may be several."""
+    for field in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        value = getattr(config, field)
+        several = value if isinstance(value, list) and field == "eos_token_id" else [value]
+        if not all(it is None or (isinstance(it, int) and not isinstance(it, bool)) for it in several):
+            raise ValueError(f"{field}={value!r}: allowed is a token's number")
+
+
+def _check_dtype(dtype: Any) -> None:
+    """transformers looks a name up in torch, whatever it is the name of."""
+    known = dtype is None or isinstance(getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype,
+                                        torch.dtype)  # fmt: skip
+    if not known and dtype != "auto":
+        raise ValueError(f"dtype={dtype!r}: allowed are the names of PyTorch's dtypes, such as bfloat16")
+
+
 def _read_time_step_limit(value: Any) -> tuple[float, float]:
     """(low, high); null, absent, `Infinity`, "inf", {"__float__": "Infinity"} and LARGEST are all spellings found in files."""
     if value is None:
@@ -418,7 +438,7 @@ def _validate(config: NemotronHConfig) -> None:
         return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
     def is_number(value: Any) -> bool:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST  # NaN is not
 
     counts = ["vocab_size", "hidden_size", "max_position_embeddings", "num_key_value_heads", "head_dim",
               "ssm_state_size", "n_groups", "chunk_size"]  # fmt: skip
@@ -445,7 +465,11 @@ def _validate(config: NemotronHConfig) -> None:
         require(is_number(getattr(config, field)) and getattr(config, field) > 0, field, "a positive number")
     for field in ("attention_dropout", "hidden_dropout"):
         require(is_number(getattr(config, field)) and 0 <= getattr(config, field) < 1, field, "a number in [0, 1)")
-    require(config.mlp_hidden_act in ACT2FN, "mlp_hidden_act", f"one of {', '.join(sorted(ACT2FN))}")
+    require(
+        isinstance(config.mlp_hidden_act, str) and config.mlp_hidden_act in ACT2FN,
+        "mlp_hidden_act",
+        f"one of {', '.join(sorted(ACT2FN))}",
+    )
     require(config.mamba_hidden_act in ("silu", "swish"), "mamba_hidden_act", "'silu' (or its other name 'swish')")
     require(
         config.mamba_implementation in MAMBA_IMPLEMENTATIONS, "mamba_implementation",

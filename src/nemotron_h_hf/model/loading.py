@@ -32,6 +32,12 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 COMPUTED_WIDE = r"\.(A_log|D|dt_bias|gate\.weight|e_score_correction_bias|\w*norm(_f)?\.weight)$"
 """Names of tensors that are made fp32 where they are used, in whichever dtype they are stored."""
 
+EXPERT = re.compile(r"(.*\.mixer\.experts)\.(0|[1-9]\d*)\.(up_proj|down_proj)\.weight")
+EXPERT_EXAMPLE = "backbone.layers.1.mixer.experts.0.up_proj.weight"
+LIKE_AN_EXPERT = re.compile(
+    r"mixer.experts.*.(up_proj|down_proj).weight"
+)  # what transformers takes for one: . is any letter
+
 
 @dataclass(frozen=True)
 class Loading:
@@ -113,6 +119,8 @@ def check_index(folder: str | os.PathLike) -> None:
     path = Path(folder) / "model.safetensors.index.json"
     if path.is_file():
         read_index(path)
+        if "metadata" not in read_json(path):
+            raise ValueError(f"{path} has no metadata, which transformers asks for")
     for name in ("config.json", "generation_config.json"):
         if (Path(folder) / name).is_file():
             read_json(Path(folder) / name)
@@ -148,17 +156,30 @@ def check_files(files: Iterable[str], quantised: bool = False) -> None:
     first: dict[str, tuple[str, list[int]]] = {}
     half: dict[str, str] = {}
     seen: dict[str, str] = {}
+    experts: dict[str, set[int]] = {}
     for file in files:
         for name, entry in read_header(file).items():
             if name in seen:
                 raise ValueError(f"{name} is in {seen[name]} and in {file}: allowed is one of them")
             seen[name] = file
+            if LIKE_AN_EXPERT.search(name):
+                match = EXPERT.fullmatch(name)
+                if match is None:
+                    raise ValueError(f"{file} has {name}: allowed for an expert is a name such as {EXPERT_EXAMPLE}")
+                experts.setdefault(f"{match[1]}.*.{match[3]}", set()).add(int(match[2]))
             if not quantised:
                 _check_code(file, name, entry["dtype"], half)
             kind = re.sub(r"experts\.\d+\.", "experts.*.", name)
             if kind != name and entry["shape"] != first.setdefault(kind, (name, entry["shape"]))[1]:
                 other, shape = first[kind]
                 raise ValueError(f"{file} has {name} in shape {tuple(entry['shape'])}, but {other} in {tuple(shape)}")
+
+    for place, numbers in experts.items():
+        if numbers != set(range(len(numbers))):
+            raise ValueError(
+                f"{Path(file).parent} has {len(numbers)} of {place}, up to number {max(numbers)}: allowed are 0 to "
+                f"{len(numbers) - 1}"
+            )
 
 
 def _check_code(file: str, name: str, code: str, half: dict[str, str]) -> None:

@@ -41,11 +41,14 @@ def read_index(path: str | os.PathLike) -> dict[str, str]:
     Raises:
         ValueError: naming the index, if it has no such map, or one that leads out of its folder.
     """
-    weight_map = read_json(path).get("weight_map")
+    content = read_json(path)
+    weight_map = content.get("weight_map")
+    if not isinstance(content.get("metadata", {}), dict):
+        raise ValueError(f"{path} is not an index of shards, its metadata is {content['metadata']!r:.80}")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path} is not an index of shards, it has no weight_map")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or Path(file).name != file or "\0" in file:
             raise ValueError(
                 f"{path} names the shard {file!r} for {name}: a plain file name is allowed, without folders"
             )

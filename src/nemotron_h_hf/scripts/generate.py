@@ -115,6 +115,8 @@ def check(arguments: GenerateArguments) -> None:
     """`ValueError` naming the option that is out of range."""
     if not arguments.prompt:
         raise ValueError("--prompt is empty; give some text, or - and text on standard input")
+    if not arguments.prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in arguments.prompt):
+        raise ValueError("--prompt is not UTF-8")
     if arguments.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {arguments.max_new_tokens}; it must be 1 or more")
     if arguments.temperature < 0:

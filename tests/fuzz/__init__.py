@@ -1,0 +1,1 @@
+"""A seeded fuzzer of everything that is read: `make fuzz`."""
