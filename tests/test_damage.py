@@ -1,8 +1,11 @@
 """Damage that can be seen is an error that names the file, wherever the file is read."""
 
 import json
+import re
 import shutil
 import struct
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -15,7 +18,7 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
-from nemotron_h_hf import HybridCache
+from nemotron_h_hf import EMBEDDED_MODEL, HybridCache
 from nemotron_h_hf.checkpoint import Checkpoint
 from nemotron_h_hf.headers import read_contents
 from nemotron_h_hf.model.nested import find_tensors
@@ -249,3 +252,31 @@ def test_a_flipped_bit_in_a_training_checkpoint(tmp_path, file):
         checkpoints.check_whole(folder)
     if file != checkpoints.MARKER:
         assert checkpoints.check_whole(folder, contents=False)["step"] == 3
+
+
+# A full disk
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["convert", EMBEDDED_MODEL, "{}/mc"], r"/mc/release/__0_0\.distcp"),
+        (["convert", EMBEDDED_MODEL, "{}/mc", "--format", "torch"], r"/mc/release/mp_rank_00/model_optim_rng\.pt"),
+        pytest.param(
+            ["pretrain", "--sources", "{{a: {{path: {}/a.txt}}}}", "--output_dir", "{}/mc", "--max_steps", "1", "--use_cpu",
+             "--sequence_length", "64", "--per_device_train_batch_size", "1", "--save_strategy", "no", "--report_to", "none"],
+            "/mc/model could not be written", marks=pytest.mark.slow,
+        ),
+    ],
+)  # fmt: skip
+def test_a_file_that_cannot_grow_is_named(words, named, tmp_path):
+    """A limit on the size of files gives the same error in the same place as a full disk."""
+    (tmp_path / "a.txt").write_text("a text of some length, " * 500)
+    code = (
+        "import resource, signal, sys, nemotron_h_cli; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, 400_000)); sys.exit(nemotron_h_cli.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *(word.format(tmp_path) for word in words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    assert re.search(rf"nemotron-h {words[0]}: error: .*{named}", done.stderr.splitlines()[-1])

@@ -28,6 +28,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 try:
     import fcntl
 except ImportError:  # Windows: nothing is locked there
@@ -78,7 +80,8 @@ def saving(directory: str | os.PathLike) -> Iterator[Path]:
             staging = Path(tempfile.mkdtemp(prefix=STAGING_PREFIX, dir=target))
             stack.enter_context(locked(staging))  # tells that this process lives
         stack.callback(shutil.rmtree, staging, ignore_errors=True)
-        yield staging
+        with _named(target):
+            yield staging
         if files := staged(staging):
             for path in files:
                 flush(staging / path)
@@ -100,12 +103,26 @@ def whole_file(path: str | os.PathLike, only_writer: bool = False) -> Iterator[P
         part = path.with_name(path.name + PART_SUFFIX)
         part.unlink(missing_ok=True)
     try:
-        yield part
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with _named(path):
+            yield part
+            with open(part, "rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """A full disk says which file it was: Python's own error does not, and safetensors has one of another kind."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 @contextmanager
