@@ -12,9 +12,9 @@ SEED  ?= 0
 # One thread per process: the tests run in parallel, and threads fighting over cores are slower than none.
 export OMP_NUM_THREADS ?= 1
 # Tests and the demo use the embedded model, never the network.
-test test-slow test-range test-kernels test-tools test-gpu fuzz demo: export HF_HUB_OFFLINE = 1
+test test-slow test-range test-kernels test-kills test-tools test-gpu fuzz demo: export HF_HUB_OFFLINE = 1
 
-.PHONY: help install demo test test-slow test-range test-kernels test-tools test-gpu fuzz quality bench
+.PHONY: help install demo test test-slow test-range test-kernels test-kills test-tools test-gpu fuzz quality bench
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -32,6 +32,9 @@ test-slow: $(VENV)/.installed  ## the slow tests: compilation, many processes, l
 
 test-range: $(VENV)/.installed  ## generation, cache, files, remote code and Trainer on the oldest, pinned and newest transformers
 	$(VENV)/bin/python tests/transformers_range.py $(VERSIONS)
+
+test-kills: $(VENV)/.installed  ## every command that writes, killed at many moments, then started again (slow)
+	KILL_POINTS=$${KILL_POINTS:-60} $(VENV)/bin/python -m pytest -q -s --timeout=3600 -m 'kills or not slow' tests/test_kills.py tests/test_saving.py
 
 test-kernels: $(KERNELS)/.installed  ## our Triton kernels and the packages' on CPU tensors, beside PyTorch (minutes, no GPU)
 	PYTHONPATH=$(KERNELS) TRITON_INTERPRET=1 $(VENV)/bin/python $(PYTEST) --timeout=900 \

@@ -108,6 +108,17 @@ def module_names(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
     return renamed
 
 
+def check_config(folder: str | os.PathLike) -> None:
+    """Refuse a folder of weights without a configuration, for which transformers would take the default one.
+
+    Raises:
+        ValueError: naming the file.
+    """
+    path = Path(folder) / "config.json"
+    if path.parent.is_dir() and not path.is_file():
+        raise ValueError(f"{path} is missing: a save is under way, or was interrupted and has to be repeated")
+
+
 def check_index(folder: str | os.PathLike) -> None:
     """Refuse a configuration that is no JSON, and an index of shards that is damaged or leads out of its folder.
 

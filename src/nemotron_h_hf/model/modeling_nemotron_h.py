@@ -45,6 +45,7 @@ from .kernels import check_implementation
 from .linear import project
 from .loading import (
     Loading,
+    check_config,
     check_files,
     check_index,
     check_loaded,
@@ -111,7 +112,10 @@ class NemotronHPreTrainedModel(PreTrainedModel):
             raise ValueError("use_safetensors=False: allowed is safetensors alone, pickled weights can run code")
         manifest = nested = None
         if pretrained_model_name_or_path is not None:  # None comes with a configuration and a state_dict
-            check_index(os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or ""))
+            folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
+            check_index(folder)
+            if kwargs.get("config") is None:
+                check_config(folder)
             manifest = find_manifest(pretrained_model_name_or_path, kwargs)
         explicit = kwargs.get("dtype", kwargs.get("torch_dtype"))
         if budget is not None:
