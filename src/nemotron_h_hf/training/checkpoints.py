@@ -113,13 +113,18 @@ def _checksum(path: Path) -> str:
 
 
 def begin(folder: str | os.PathLike) -> None:
-    """Make the folder of a checkpoint that is to be written.
+    """Make the folder of a checkpoint that is to be written; it has its mark from the first moment on.
 
     Raises:
         FileExistsError: if there is one already.
     """
-    Path(folder).mkdir(parents=True)
-    (Path(folder) / UNFINISHED).touch()
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already")
+    made = _aside(folder)
+    made.mkdir(parents=True)
+    (made / UNFINISHED).touch()
+    os.rename(made, folder)
 
 
 def mark_whole(folder: str | os.PathLike, facts: Mapping[str, Any]) -> None:
@@ -142,12 +147,17 @@ def mark_whole(folder: str | os.PathLike, facts: Mapping[str, Any]) -> None:
 
 
 def discard_unfinished(output_dir: str | os.PathLike) -> list[Path]:
-    """Remove what interrupted writes left: unfinished checkpoints, and temporary folders beside them."""
-    unmarked = [folder for folder in _checkpoints(output_dir) if not (folder / MARKER).is_file()]
-    removed = [folder for folder in unmarked if (folder / UNFINISHED).is_file()]
-    removed += [path for path in Path(output_dir).glob(".checkpoint-*") if path.is_dir()]
-    for folder in removed:
-        shutil.rmtree(folder)
+    """Remove what interrupted writes and removals left: unfinished checkpoints, and folders that were put aside."""
+    for path in Path(output_dir).glob(".checkpoint-*"):
+        if path.is_dir():
+            shutil.rmtree(path)
+    removed = []
+    for folder in _checkpoints(output_dir):
+        if (folder / MARKER).is_file():
+            (folder / UNFINISHED).unlink(missing_ok=True)  # killed between the two
+        elif (folder / UNFINISHED).is_file() or not any(folder.iterdir()):
+            _remove(folder)
+            removed.append(folder)
     return removed
 
 
@@ -156,9 +166,7 @@ def discard_oldest(output_dir: str | os.PathLike, keep: int | None, never: str |
     folders = whole_checkpoints(output_dir)
     for folder in folders[: -keep if keep else 0]:
         if never is None or folder.resolve() != Path(never).resolve():
-            (folder / UNFINISHED).touch()
-            (folder / MARKER).unlink()  # from here on it is an unfinished one, wherever the removal is interrupted
-            shutil.rmtree(folder)
+            _remove(folder)
 
 
 def require_space(output_dir: str | os.PathLike, needed_bytes: int) -> None:
@@ -173,6 +181,20 @@ def require_space(output_dir: str | os.PathLike, needed_bytes: int) -> None:
             f"output_dir {output_dir} has {free / 2**20:,.0f} MiB free, the next checkpoint needs "
             f"{(needed_bytes + SPARE_BYTES) / 2**20:,.0f} MiB"
         )
+
+
+def _aside(folder: Path) -> Path:
+    """Where a checkpoint is made and removed: there it never counts, wherever that is interrupted."""
+    aside = folder.with_name(f".{folder.name}")
+    if aside.exists():
+        shutil.rmtree(aside)
+    return aside
+
+
+def _remove(folder: Path) -> None:
+    aside = _aside(folder)
+    os.rename(folder, aside)
+    shutil.rmtree(aside)
 
 
 def _require_shards(folder: Path) -> None:

@@ -29,7 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PrinterCallback, ProgressCallback, Trainer, default_data_collator
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, align_special_tokens
 from transformers.utils import logging
 
 from ..inputs import read_json
@@ -171,6 +171,8 @@ class NemotronHTrainer(Trainer):
                 logger.warning(f"{resume_from_checkpoint} is at step {self._first_step} of {self.args.max_steps}: done")
                 if not self.is_fsdp_enabled:
                     self._load_from_checkpoint(str(resume_from_checkpoint))
+                if self.processing_class is not None:
+                    align_special_tokens(self.model, self.processing_class)  # as training would have
                 return TrainOutput(self._first_step, float("nan"), {})
         try:
             return super().train(str(resume_from_checkpoint) if resume_from_checkpoint else None, **named)
