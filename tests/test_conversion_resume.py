@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,70 @@ def test_folders_of_others_are_left_alone(tmp_path, monkeypatch):
     convert(SUPER.path, target, **OPTIONS)
     with pytest.raises(ValueError, match="is not empty"):
         convert(SUPER.path, target, dtype="float32", **OPTIONS)
+
+
+@pytest.mark.parametrize("options", [{}, {"to": "megatron"}, {"to": "megatron", "format": "torch", "tp": 2}])
+def test_a_finished_conversion_is_already_there(tmp_path, options):
+    source, target = SUPER.path, tmp_path / "out"
+    if options:
+        convert(source, tmp_path / "hf")
+        source = tmp_path / "hf"
+    convert(source, target, **options)
+    before = {path: path.stat().st_mtime_ns for path in target.rglob("*") if path.is_file()}
+    report = convert(source, target, **options)
+    assert report.already_there and "is already there and whole" in report.summary()[0]
+    assert {path: path.stat().st_mtime_ns for path in target.rglob("*") if path.is_file()} == before
+    largest = max(before, key=lambda path: path.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    with pytest.raises(ValueError, match="does not hold what was written|checksum|CRC|damaged"):
+        convert(source, target, **options)
+
+
+@pytest.mark.parametrize("torn", ["", '{"finger', "null\n", "\0" * 40])
+def test_a_journal_without_its_first_line_begins_anew(tmp_path, torn):
+    target = tmp_path / "hf"
+    target.mkdir()
+    (target / "conversion_journal.jsonl").write_text(torn)
+    convert(SUPER.path, target, **OPTIONS)
+    assert_same(target, SUPER.expected())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "conversion_journal.jsonl").write_text(torn)
+    (tmp_path / "other" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty"):
+        convert(SUPER.path, tmp_path / "other", **OPTIONS)
+
+
+def test_into_the_source_is_refused(tmp_path):
+    source = tmp_path / "run"
+    shutil.copytree(SUPER.path, source)
+    for target, how in (
+        (source, "is"),
+        (source / "out", "lies inside"),
+        (tmp_path / "x" / ".." / "run", "is"),
+        (tmp_path, "holds"),
+    ):
+        with pytest.raises(ValueError, match=f"the target .* {how} the source"):
+            convert(source, target)
+    assert not (tmp_path / "x").exists() and not (source / "out").exists()
+
+
+def test_a_second_conversion_to_one_target_is_refused(tmp_path, monkeypatch):
+    """While the first one writes; in another thread, which counts as another run."""
+    real, met = MegatronCheckpoint.__getitem__, []
+
+    def read(self, name):
+        if not met:
+            met.append(None)
+            with ThreadPoolExecutor(1) as pool:
+                met[0] = pool.submit(convert, SUPER.path, tmp_path / "hf", **OPTIONS).exception()
+        return real(self, name)
+
+    monkeypatch.setattr(MegatronCheckpoint, "__getitem__", read)
+    convert(SUPER.path, tmp_path / "hf", **OPTIONS)
+    assert isinstance(met[0], BlockingIOError) and "another run is writing here" in str(met[0])
+    assert_same(tmp_path / "hf", SUPER.expected())
 
 
 def big_checkpoint(folder: Path, num_bytes: int) -> dict[str, torch.Tensor]:

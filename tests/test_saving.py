@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM as NativeForCausalLM
 
+from nemotron_h_cli import main
 from nemotron_h_hf import NemotronHForCausalLM
 from nemotron_h_hf.model.saving import LOCK_NAME, locked, saving, whole_file
 from nemotron_h_hf.targets import is_made, note_made, resolve_target, stamps, writing
@@ -251,6 +253,32 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("command", ["pretrain", "sft", "distill", "train-tiny", "eval"])
+def test_a_second_run_is_refused_and_removes_nothing(command, tmp_path, capsys):
+    (tmp_path / "data.jsonl").write_text('{"text": "a b c"}\n' * 9)
+    data = ["--data", str(tmp_path / "data.jsonl")]
+    more = {"pretrain": ["--sources", f"{{a: {{path: {data[1]}}}}}"], "train-tiny": [], "eval": ["--tasks", "bpb"]}
+    more = more.get(command, data) + (
+        [] if command in ("eval", "train-tiny") else ["--use_cpu", "--total_tokens", "1M"]
+    )
+    output = "--output" if command == "eval" else "--output-dir" if command == "train-tiny" else "--output_dir"
+    (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoint-3" / "UNFINISHED").touch()
+    with locked(tmp_path / "run"), ThreadPoolExecutor(1) as pool:  # another thread counts as another run
+        assert pool.submit(main, [command, output, str(tmp_path / "run"), *more]).result() == 1
+    assert "another run is writing here (process" in capsys.readouterr().err
+    assert (tmp_path / "run" / "checkpoint-3" / "UNFINISHED").is_file()
+
+
+@pytest.mark.parametrize("command", ["pretrain", "sft", "distill"])
+def test_a_run_does_not_write_into_its_model(command, tmp_path, capsys):
+    tiny_model().save_pretrained(tmp_path / "model")
+    data = ["--sources", "{a: {path: x.txt}}"] if command == "pretrain" else ["--data", "x.jsonl"]
+    way = ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "x" / ".." / "model" / "run")]
+    assert main([command, *way, *data, "--use_cpu", "--total_tokens", "1M"]) == 1
+    assert "lies inside the source" in capsys.readouterr().err and not (tmp_path / "x").exists()
 
 
 # Targets

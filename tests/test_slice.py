@@ -266,6 +266,25 @@ def test_folders_of_others_are_left_alone(tmp_path, monkeypatch):
         slice_checkpoint(source, "half", small)
 
 
+def test_a_finished_cut_is_already_there(tmp_path):
+    source, small = write_parent(tmp_path / "parent"), tmp_path / "small"
+    slice_checkpoint(source, "half", small)
+    before = contents(small)
+    assert slice_checkpoint(source, "half", small).already_there and contents(small) == before
+    with pytest.raises(ValueError, match="is not empty"):
+        slice_checkpoint(source, "mixed", small)
+    weights = (
+        small / "model.safetensors"
+        if (small / "model.safetensors").exists()
+        else next(small.glob("model-*.safetensors"))
+    )
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    with pytest.raises(ValueError, match="checksum"):
+        slice_checkpoint(source, "half", small)
+
+
 @pytest.mark.parametrize("budget, message", [
     ("6b", "budget='6b': allowed are 'full', 'half', 'mixed'"), ({"mamba_num_heads": 3}, "a multiple of 2"),
     ({"hidden_size": 64}, "at most the parent's 48"), ("0.01", "the smallest that this parent offers"),
