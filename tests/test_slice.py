@@ -40,7 +40,7 @@ def write_parent(folder: Path, shape: str = "dense", shard: str = "20KB", **more
         folder, max_shard_size=shard
     )
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
-        (folder / name).write_text(f"{{}} {name}")
+        (folder / name).write_text(json.dumps({"name": name}, indent=2) + "\n")
     (folder / "notes.txt").write_text("mine")
     return folder
 
@@ -311,7 +311,8 @@ def test_parents_that_are_damaged_or_changed(tmp_path):
     refused("lack lm_head.weight", {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"})
     (source / manifest.NAME).unlink()
     refused(
-        "NaN in 1 tensors, backbone.norm_f.weight", {**weights, "backbone.norm_f.weight": torch.full((48,), torch.nan)}
+        "NaN or infinity in 1 tensors, backbone.norm_f.weight",
+        {**weights, "backbone.norm_f.weight": torch.full((48,), torch.nan)},
     )
     os.truncate(source / "model.safetensors", 1000)
     with pytest.raises(ValueError, match="cut short"):

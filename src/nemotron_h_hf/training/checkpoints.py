@@ -116,10 +116,10 @@ def begin(folder: str | os.PathLike) -> None:
     """Make the folder of a checkpoint that is to be written; it has its mark from the first moment on.
 
     Raises:
-        FileExistsError: if there is one already.
+        FileExistsError: if there is one already that is not empty.
     """
     folder = Path(folder)
-    if folder.exists():
+    if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is there already")
     made = _aside(folder)
     made.mkdir(parents=True)
@@ -155,7 +155,7 @@ def discard_unfinished(output_dir: str | os.PathLike) -> list[Path]:
     for folder in _checkpoints(output_dir):
         if (folder / MARKER).is_file():
             (folder / UNFINISHED).unlink(missing_ok=True)  # killed between the two
-        elif (folder / UNFINISHED).is_file() or not any(folder.iterdir()):
+        elif (folder / UNFINISHED).is_file():
             _remove(folder)
             removed.append(folder)
     return removed
