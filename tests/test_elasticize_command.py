@@ -183,7 +183,7 @@ def test_budgets_come_from_files_and_flags(tmp_path):
     }
     assert read_choices(None) is None and read_budgets([], None) == {}
     path.write_text("- 6b\n")
-    with pytest.raises(ValueError, match="not a mapping"):
+    with pytest.raises(ValueError, match=r"budgets: .*budgets\.yaml holds a list; allowed is a mapping"):
         read_budgets([], str(path))
 
 

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "targets": {"model", "whole_files"},
     "inputs": {"model"},
     "checkpoint": {"model", "whole_files"},
-    "resumable": {"checkpoint", "targets", "whole_files"},
+    "resumable": {"checkpoint", "model", "targets", "whole_files"},
     "headers": {"model"},
     "token_counts": set(),
     "data": {"token_counts"},

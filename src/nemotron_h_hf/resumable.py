@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from .checkpoint import Checkpoint, Digest, ShardWriter, TensorSpec, byte_view, pieces, write_index
+from .model.reading import read_json
 from .targets import is_empty
 from .whole_files import whole_file, write_text
 
@@ -125,6 +126,7 @@ def copy_files(names: Sequence[str], source: Path, target: Path) -> list[str]:
     for name in found:
         with whole_file(target / name) as part:
             if name == "tokenizer_config.json":
+                read_json(source / name)  # names the file if it is none
                 part.write_bytes(with_plain_tokenizer_class((source / name).read_text(encoding="utf-8")))
             else:
                 shutil.copyfile(source / name, part)
