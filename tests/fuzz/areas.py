@@ -233,6 +233,7 @@ class Megatron(Area):
             "decoder",
             "argument",
             "vocab",
+            *NemotronHConfig().to_dict(),
         )
 
 
