@@ -2,7 +2,8 @@
 
 Runs tests/test_triton.py and tests/test_decode_graph.py compiled on the GPU instead of interpreted, then times each op at
 the shapes of an 8B layer in bf16: PyTorch, mamba_ssm and causal_conv1d where they are installed, ours. Nothing is timed
-whose result differs from PyTorch's in fp32. Exits with 1 where a test fails or an op of ours is wrong, with 2 where there is no GPU; it then writes nothing.
+whose result differs from PyTorch's in fp32. Exits with 1 where a test fails or an op of ours is wrong, with 2 where there is
+no GPU; it then writes nothing.
 """
 
 import argparse

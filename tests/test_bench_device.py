@@ -183,7 +183,7 @@ def test_suite_times_nothing_whose_gate_was_left_out(tmp_path, config, sides):
     run = make_suite(tmp_path, config)
     run.sides = dict(sides)
     for job in (
-        lambda: run.decode("ours", 1, 8, False),
+        lambda: run.decode("ours", 1, 8, "eager"),
         lambda: run.prefill(8, False),
         lambda: run.train(False, False),
     ):
@@ -191,12 +191,12 @@ def test_suite_times_nothing_whose_gate_was_left_out(tmp_path, config, sides):
             job()
     run.passed.add("model")
     with pytest.raises(RuntimeError, match="compiled ours"):
-        run.decode("ours", 1, 8, True)
+        run.decode("ours", 1, 8, "compiled")
 
 
 def test_suite_of_a_gpu_asks_for_all_that_the_targets_need(tmp_path, config):
     names = [step.name for step in make_suite(tmp_path, config).steps()]
-    assert names.index("decode, ours") < names.index("decode compiled, ours") < names.index("decode a batch, ours")
+    assert names.index("decode, ours") < names.index("decode a batch, ours") < names.index("decode compiled, ours")
     assert "training step, FP8" in names and "a long context" in names
     seconds = sum(step.seconds for step in make_suite(tmp_path, config).steps() if "native" not in step.name)
     assert seconds < 800  # estimates; what does not fit is left out at the end
@@ -225,7 +225,7 @@ def test_room_is_not_exceeded(sides):
 
 def test_every_token_is_clocked(sides):
     cache = caches.filled_cache(sides["ours"], jobs.one_row(sides["ours"], 9), 2, 32, static=False)
-    assert len(jobs.generate_steps(sides["ours"], cache, 2, 9, steps=3, compiled=False)) == 3 + jobs.WARM_STEPS + 1
+    assert len(jobs.generate_steps(sides["ours"], cache, 2, 9, steps=3, variant="eager")) == 3 + jobs.WARM_STEPS + 1
     assert int(cache.get_seq_length()) == 9 + 3 + jobs.WARM_STEPS + 1
 
 

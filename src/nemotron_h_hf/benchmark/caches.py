@@ -3,7 +3,7 @@
 What a step takes does not depend on what is in the cache, and one row of a long prompt takes seconds where a batch would
 take minutes. Keys and values of caches that grow lie in memory taken once (`RoomyLayer`), for all models: transformers' own
 growing layer copies everything it holds at every token, which would be most of what is timed, and ours keeps spare room,
-which would lower the largest batch.
+which would lower the largest batch (`RoomyGrowingLayer` keeps none).
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer
 
-from ..model.cache import HybridCache, MambaCacheLayer
+from ..model.cache import GrowingLayer, HybridCache, MambaCacheLayer
 from .models import Side
 
 PREFILL_TOKENS = 8192  # that go through a transformer at once; ours has its own such number
@@ -46,13 +46,37 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = (buffer[:, :, :end] for buffer in self.buffers)
 
 
+class RoomyGrowingLayer(GrowingLayer):
+    """The same for our own layer, which CUDA graphs of `generate()` write into."""
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if self.is_initialized:
+            return super().update(key_states, value_states, *args, **kwargs)
+        self.lazy_initialization(key_states, value_states)
+        b, heads, length, dim = key_states.shape
+        self.key_memory, self.value_memory = (s.new_zeros(b, heads, self.room, dim) for s in (key_states, value_states))
+        self.show(length)
+        self.keys.copy_(key_states)
+        self.values.copy_(value_states)
+        return self.keys, self.values
+
+    def skip(self, tokens: int) -> None:
+        """Count zeros as tokens, up to the room there is."""
+        self.show(min(self.keys.shape[-2] + tokens, self.room))
+
+
 def empty_cache(side: Side, room: int, static: bool) -> Cache:
     """A cache for up to `room` tokens: static for compiled steps, else one that grows in place."""
     config = side.model.config
     if static:
         return HybridCache(config, room) if side.name == "ours" else StaticCache(config=config, max_cache_len=room)
-    cache = HybridCache(config) if side.name == "ours" else DynamicCache(config=config)
-    cache.layers = [RoomyLayer(room) if isinstance(layer, DynamicLayer) else layer for layer in cache.layers]
+    ours = side.name == "ours"
+    cache, roomy = (HybridCache(config), RoomyGrowingLayer) if ours else (DynamicCache(config=config), RoomyLayer)
+    cache.layers = [roomy(room) if isinstance(layer, DynamicLayer) else layer for layer in cache.layers]
     return cache
 
 

@@ -1,7 +1,7 @@
 """The gate of a GPU benchmark: what is timed there must compute what transformers' own model computes from the same weights.
 
 Twice: a shallow slice in fp32, gradients included, where a mistake cannot hide in rounding; and the model that is timed,
-in the dtype that it is timed in, prefilled, continued step by step, and continued by the compiled step.
+in the dtype that it is timed in, prefilled, continued step by step, and continued by replayed or compiled steps.
 """
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import CompileConfig, PreTrainedConfig
 
 from ..model.configuration_nemotron_h import NemotronHConfig
+from ..model.decode_graph import can_replay
 from .caches import empty_cache
 from .gate import require
 from .models import Side, build_native, build_ours, depth_slice
@@ -16,7 +17,7 @@ from .models import Side, build_native, build_ours, depth_slice
 LIMITS = {torch.float32: 2e-3, torch.float16: 0.05, torch.bfloat16: 0.15}  # norm of the difference over the norm
 SLICE_LIMIT = 1e-3
 SLICE_LAYERS = 6
-NUM_STEPS = 4
+NUM_STEPS = 6  # more than generate() takes before it captures a graph
 
 
 def check_slice(config: NemotronHConfig, device: torch.device) -> dict[str, float]:
@@ -55,7 +56,9 @@ def check_model(ours: Side, native: Side | None) -> dict[str, float]:
         ValueError: for an error over the limit of its dtype.
     """
     ids = random_ids(ours.model, 2, _odd_length(ours.config))
-    errors = {"steps of generate() against one pass": _steps_error(ours, ids, compiled=False, room=None)}
+    errors = {"steps of generate() against one pass": _steps_error(ours, ids, "eager", room=None)}
+    if can_replay(ours.model):
+        errors["replayed steps of generate() against one pass"] = _steps_error(ours, ids, "graphs", room=None)
     if native is not None:
         last = (side.model(ids, use_cache=False).logits[:, -NUM_STEPS:] for side in (ours, native))
         errors["logits, ours against native"] = difference(*last)
@@ -66,7 +69,7 @@ def check_model(ours: Side, native: Side | None) -> dict[str, float]:
 def check_compiled(side: Side, rows: int, room: int) -> dict[str, float]:
     """The compiled steps of `generate()` against one pass, at the sizes that are timed, so that nothing compiles twice."""
     length = min(_odd_length(side.config), room - 2 * NUM_STEPS)
-    error = _steps_error(side, random_ids(side.model, rows, length), compiled=True, room=room)
+    error = _steps_error(side, random_ids(side.model, rows, length), "compiled", room=room)
     return _require_all({f"{side.name}: compiled steps of generate() against one pass": error}, side)
 
 
@@ -77,25 +80,26 @@ def _require_all(errors: dict[str, float], side: Side) -> dict[str, float]:
     return {f"{str(dtype).removeprefix('torch.')}: {name}": error for name, error in errors.items()}
 
 
-def _steps_error(side: Side, ids: Tensor, compiled: bool, room: int | None) -> float:
+def _steps_error(side: Side, ids: Tensor, variant: str, room: int | None) -> float:
     """Logits of the tokens that `generate()` makes, against one forward over all of them."""
     length = ids.shape[1]
     out = side.model.generate(
         ids,
-        past_key_values=empty_cache(side, room or length + NUM_STEPS + 1, static=compiled),
+        past_key_values=empty_cache(side, room or length + NUM_STEPS + 1, static=variant == "compiled"),
         max_new_tokens=NUM_STEPS,
         output_logits=True,
         return_dict_in_generate=True,
-        **greedy(compiled),
+        **greedy(variant),
     )
     full = side.model(out.sequences[:, :-1], use_cache=False).logits[:, length - 1 :]
     return difference(torch.stack(out.logits, dim=1), full)
 
 
-def greedy(compiled: bool) -> dict:
-    """Arguments of `generate()` that make it take the likeliest token, never stop, and compile its steps or not."""
-    arguments = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "disable_compile": not compiled}
-    if not compiled:
+def greedy(variant: str) -> dict:
+    """Arguments of `generate()` that make it take the likeliest token, never stop, and run its steps "eager", from CUDA
+    "graphs" where a model has them (its default), or "compiled"."""
+    arguments = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "disable_compile": variant == "eager"}
+    if variant != "compiled":
         return arguments
     config = CompileConfig()
     config._compile_all_devices = True  # transformers compiles on accelerators alone

@@ -19,7 +19,7 @@ from .summary import VERDICTS, table
 __all__ = ["PARTS", "DeviceArguments", "add_arguments", "run", "table"]
 
 PARTS = ("decode", "prefill", "throughput", "train", "memory")
-VARIANTS = ("eager", "compiled", "fp8")
+VARIANTS = ("eager", "graphs", "compiled", "fp8")
 CPU_BUDGET_GB = 4.0
 DEFAULT_CONTEXT = {"decode": 1024, "prefill": 65536, "throughput": 65536, "train": 8192, "memory": 65536}
 COUNTS = ("layers", "rows", "context", "tokens_out", "steps", "runs", "most_rows", "seconds")
@@ -180,7 +180,7 @@ def measure_side(arguments: DeviceArguments, bench: jobs.Bench, side: Side, jour
             yield jobs.memory(bench, side, context, arguments.whole)
         elif part == "train":
             for variant in sorted(arguments.variants, key=VARIANTS.index):  # FP8 changes the model, so it comes last
-                yield jobs.train(bench, side, context, compiled=variant != "eager", fp8=variant == "fp8")
+                yield jobs.train(bench, side, context, compiled=variant in ("compiled", "fp8"), fp8=variant == "fp8")
         for rows in arguments.rows if part in ("decode", "prefill") else ():
             bench.say(f"{part}, {side.name}: {rows} x {context:,}")
             if part == "prefill":
@@ -191,7 +191,7 @@ def measure_side(arguments: DeviceArguments, bench: jobs.Bench, side: Side, jour
                 if variant == "compiled":
                     errors = check_compiled(side, rows, jobs.decode_room(context, steps))
                     journal.note("correctness", {**journal.head.get("correctness", {}), **errors})
-                yield jobs.decode(bench, side, rows, context, steps, compiled=variant == "compiled")
+                yield jobs.decode(bench, side, rows, context, steps, variant)
 
 
 def measure_vllm(arguments: DeviceArguments, bench: jobs.Bench, config: NemotronHConfig) -> Iterator[Measurement]:

@@ -14,7 +14,7 @@ from transformers.cache_utils import Cache
 
 from .. import NemotronHForCausalLM
 from ..training.fp8 import convert_to_fp8
-from .caches import PREFILL_TOKENS, RoomyLayer, empty_cache, filled_cache, prefill
+from .caches import PREFILL_TOKENS, RoomyGrowingLayer, RoomyLayer, empty_cache, filled_cache, prefill
 from .device_gate import greedy, random_ids
 from .devices import Rates, give_memory_back, peak_flops, run_within, synchronize
 from .largest import largest_batch
@@ -60,15 +60,14 @@ class Clock(StoppingCriteria):
 
 
 def decode(
-    bench: Bench, side: Side, rows: int, context: int, steps: int, compiled: bool, row: Cache | None = None
+    bench: Bench, side: Side, rows: int, context: int, steps: int, variant: str, row: Cache | None = None
 ) -> Measurement:
     """Single tokens of a batch through plain `generate()`, after `context` tokens; a sample is one step.
 
     Args:
-        compiled: static cache and compiled step, on a GPU with CUDA graphs; else a cache that grows.
+        variant: "eager"; "graphs", which is what plain `generate()` does on a GPU; or "compiled", with a static cache.
         row: one row's cache after `context` tokens, if there is one already.
     """
-    variant = "compiled" if compiled else "eager"
     found = Measurement(
         "decode", side.name, variant, rows, context, floor_seconds=bench.floor(side.costs.decode(rows, context))
     )
@@ -76,11 +75,13 @@ def decode(
     found.predicted_bytes = run_bytes(side.config, rows, room, 1, name_of(bench.dtype))
 
     def fill() -> Cache:
-        return filled_cache(side, one_row(side, context) if row is None else row, rows, room, static=compiled)
+        return filled_cache(
+            side, one_row(side, context) if row is None else row, rows, room, static=variant == "compiled"
+        )
 
     cache, _, found.failure = run_within(fill, bench.device, bench.budget_bytes)
     if found.failure is None:
-        job = lambda: generate_steps(side, cache, rows, context, steps, compiled)  # noqa: E731
+        job = lambda: generate_steps(side, cache, rows, context, steps, variant)  # noqa: E731
         times, peak, found.failure = run_within(job, bench.device, bench.budget_bytes)
     if found.failure is None:
         found.seconds = [after - before for before, after in zip(times[WARM_STEPS:], times[WARM_STEPS + 1 :])]
@@ -90,7 +91,7 @@ def decode(
     return found
 
 
-def generate_steps(side: Side, cache: Cache, rows: int, context: int, steps: int, compiled: bool) -> list[float]:
+def generate_steps(side: Side, cache: Cache, rows: int, context: int, steps: int, variant: str) -> list[float]:
     """The clock after each of the tokens that `generate()` makes from a filled cache."""
     clock = Clock(side.device)
     side.model.generate(
@@ -98,7 +99,7 @@ def generate_steps(side: Side, cache: Cache, rows: int, context: int, steps: int
         past_key_values=cache,
         max_new_tokens=steps + WARM_STEPS + 1,
         stopping_criteria=StoppingCriteriaList([clock]),
-        **greedy(compiled),
+        **greedy(variant),
     )
     return clock.times
 
@@ -159,6 +160,7 @@ def throughput(bench: Bench, side: Side, tokens_in: int, tokens_out: int, steps:
         tokens_in + tokens_out // 2,
         max(room_for(tokens_in + tokens_out), decode_room(tokens_in + tokens_out // 2, steps)),
     )
+    variant = "graphs" if side.name == "ours" and bench.device.type == "cuda" else "eager"
     alone = prefill_prompts(replace(bench, num_runs=1), side, 1, tokens_in)
     row, _, found.failure = run_within(lambda: one_row(side, middle), bench.device, bench.budget_bytes)
     found.failure = found.failure or alone.failure
@@ -168,7 +170,7 @@ def throughput(bench: Bench, side: Side, tokens_in: int, tokens_out: int, steps:
     def fits(rows: int) -> bool:
         def job() -> None:
             cache = filled_cache(side, row, rows, room, static=False)
-            generate_steps(side, cache, rows, middle, 1, compiled=False)
+            generate_steps(side, cache, rows, middle, 1, variant)
             part = random_ids(side.model, 1, min(tokens_in, PREFILL_TOKENS))
             prefill(side.model, part, empty_cache(side, part.shape[1], static=False))
 
@@ -180,7 +182,7 @@ def throughput(bench: Bench, side: Side, tokens_in: int, tokens_out: int, steps:
     if not found.rows:
         found.failure = "out of memory: not one row fits"
         return found
-    decoded = decode(bench, side, found.rows, middle, steps, compiled=False, row=row)
+    decoded = decode(bench, side, found.rows, middle, steps, variant, row=row)
     found.failure, found.predicted_bytes, found.peak_bytes = (
         decoded.failure,
         decoded.predicted_bytes,
@@ -281,7 +283,7 @@ def pass_tokens(side: Side, rows: int, part: int) -> int:
 def skip_ahead(cache: Cache, tokens: int) -> None:
     """Count `tokens` more tokens as seen; their keys and values are whatever the memory holds (zeros)."""
     for layer in cache.layers:
-        if isinstance(layer, RoomyLayer):
+        if isinstance(layer, (RoomyLayer, RoomyGrowingLayer)):
             layer.skip(tokens)
 
 

@@ -79,7 +79,8 @@ def depth_slice(config: NemotronHConfig, layers: int) -> NemotronHConfig:
     fields = config.to_dict()
     for field in ("num_hidden_layers", "num_nextn_predict_layers", "mtp_hybrid_override_pattern", "architectures"):
         fields.pop(field, None)
-    return NemotronHConfig(**{**fields, "hybrid_override_pattern": chosen})
+    chosen_layers = {**fields, "hybrid_override_pattern": chosen}
+    return NemotronHConfig(**chosen_layers, mamba_implementation=config.mamba_implementation)
 
 
 def build_ours(

@@ -113,14 +113,12 @@ class Suite:
         yield Step("a long context", 20, self.long_context)
         for name, seconds in (("qwen2", 50), ("llama", 50)):
             yield Step(f"build {name}", 10, lambda name=name: self.build_peer(name))
-            yield Step(f"decode, {name}", 5, lambda name=name: self.decode(name, 1, self.sizes.small_context, False))
+            yield Step(f"decode, {name}", 5, lambda name=name: self.decode(name, 1, self.sizes.small_context, "eager"))
             yield Step(f"throughput, {name}", seconds, lambda name=name: self.throughput(name))
         if vllm_peer.installed():
             yield Step("throughput, vLLM", 120, self.vllm)
         if self.compiled:
-            yield Step("build ours and transformers' own again", 10, self.build)
-            yield Step("gate: compiled steps of transformers' own", 90, lambda: self.gate_compiled("native"))
-            yield Step("decode compiled, native", 10, lambda: self.decode("native", 1, self.sizes.small_context, True))
+            yield from self.compiled_steps()
 
     def training_steps(self) -> Iterator[Step]:
         yield Step("training step", 15, lambda: self.train(compiled=False, fp8=False))
@@ -128,19 +126,22 @@ class Suite:
             yield Step("training step, compiled", 40, lambda: self.train(compiled=True, fp8=False))
             yield Step("training step, FP8", 50, lambda: self.train(compiled=True, fp8=True))
 
+    def compiled_steps(self) -> Iterator[Step]:
+        context = self.sizes.small_context
+        yield Step("build ours and transformers' own again", 10, self.build)
+        for name in ("ours", "native"):
+            yield Step(f"gate: compiled steps, {name}", 90, lambda name=name: self.gate_compiled(name))
+            yield Step(f"decode compiled, {name}", 10, lambda name=name: self.decode(name, 1, context, "compiled"))
+
     def decode_steps(self) -> Iterator[Step]:
-        sizes = self.sizes
-        yield Step("decode, ours", 5, lambda: self.decode("ours", 1, sizes.small_context, False))
-        yield Step("decode, native", 20, lambda: self.decode("native", 1, sizes.small_context, False))
-        if self.compiled:
-            yield Step("gate: compiled steps", 80, lambda: self.gate_compiled("ours"))
-            yield Step("decode compiled, ours", 10, lambda: self.decode("ours", 1, sizes.small_context, True))
-        yield Step(
-            "decode a batch, ours", 15, lambda: self.decode("ours", sizes.large_rows, sizes.large_context, False)
-        )
-        if self.compiled:
-            job = lambda: self.decode("ours", sizes.large_rows, sizes.large_context, True)  # noqa: E731
-            yield Step("decode a batch compiled, ours", 90, job)
+        sizes, graphs = self.sizes, self.bench.device.type == "cuda"
+        yield Step("decode, ours", 5, lambda: self.decode("ours", 1, sizes.small_context, "eager"))
+        yield Step("decode, native", 10, lambda: self.decode("native", 1, sizes.small_context, "eager"))
+        if graphs:
+            yield Step("decode from graphs, ours", 5, lambda: self.decode("ours", 1, sizes.small_context, "graphs"))
+        variant = "graphs" if graphs else "eager"
+        batch = lambda: self.decode("ours", sizes.large_rows, sizes.large_context, variant)  # noqa: E731
+        yield Step("decode a batch, ours", 15, batch)
 
     def prefill_steps(self) -> Iterator[Step]:
         for length, whole, seconds in (
@@ -182,10 +183,10 @@ class Suite:
         if gate not in self.passed:
             raise RuntimeError(f"not timed: the gate '{gate}' was not passed")
 
-    def decode(self, name: str, rows: int, context: int, compiled: bool) -> None:
-        if compiled or name == "ours":
-            self.require_gate(f"compiled {name}" if compiled else "model")
-        self.keep(jobs.decode(self.bench, self.sides[name], rows, context, self.sizes.steps, compiled))
+    def decode(self, name: str, rows: int, context: int, variant: str) -> None:
+        if variant == "compiled" or name == "ours":
+            self.require_gate(f"compiled {name}" if variant == "compiled" else "model")
+        self.keep(jobs.decode(self.bench, self.sides[name], rows, context, self.sizes.steps, variant))
 
     def prefill(self, length: int, whole: bool) -> None:
         self.require_gate("model")

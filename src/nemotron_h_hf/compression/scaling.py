@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.cost import Tensor, checkpoint_tensors, forward_flops_per_token
-from ..model.loss import KEPT_LOGITS, LOGITS_PER_CHUNK
+from ..model.loss import CHUNKS_AT_ONCE, KEPT_LOGITS, LOGITS_PER_CHUNK
 from ..model.ssd import KEPT_TOKENS, SEGMENT_TOKENS
 
 PAPER_TOKENS_PER_STEP = 768 * 8192
@@ -165,7 +165,9 @@ def working_bytes(config: NemotronHConfig, plan: Plan, tokens: int | None = None
         + (mixer_bytes(config, plan, tokens) if kind == "linear_attention" else 0)
         for kind, width in _layers(config)
     ]
-    logits = min(tokens * config.vocab_size, LOGITS_PER_CHUNK) * (2 * plan.element_bytes + 3 * 4)
+    logits = min(tokens * config.vocab_size, LOGITS_PER_CHUNK * CHUNKS_AT_ONCE["cuda"]) * (
+        2 * plan.element_bytes + 3 * 4
+    )
     return max(*blocks, logits)
 
 

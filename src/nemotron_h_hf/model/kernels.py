@@ -253,6 +253,11 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def has_kernels_for(x: Tensor, implementation: str) -> bool:
+    """Whether a stretch of tokens would run on our kernels outside torch.compile, which does not look into them."""
+    return implementation in ("auto", "triton") and x.is_cuda and x.dtype in KERNEL_DTYPES and has_triton()
+
+
 def _ours(x: Tensor, implementation: str, obstacle: str | None = None) -> bool:
     """Whether this call runs on the Triton kernels of this folder."""
     if implementation == "auto":

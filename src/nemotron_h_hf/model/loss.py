@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from .ssd import under_func
 
 LOGITS_PER_CHUNK = 2**24  # 64 MiB in fp32
+CHUNKS_AT_ONCE = {"cuda": 8}  # fewer and larger: each adds its share to the gradient of lm_head, a pass over all of it
 KEPT_LOGITS = 2**26  # up to so many, all chunks are kept for the backward pass, beyond it they are made again
 
 
@@ -40,7 +41,7 @@ def next_token_loss(
     targets = F.pad(labels[:, 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
     targets = targets.to(hidden_states.device).flatten()
     hidden_states = hidden_states.flatten(0, -2)
-    step = max(1, LOGITS_PER_CHUNK // vocab_size)
+    step = max(1, LOGITS_PER_CHUNK * CHUNKS_AT_ONCE.get(hidden_states.device.type, 1) // vocab_size)
     recompute = torch.is_grad_enabled() and len(targets) * vocab_size > KEPT_LOGITS and not under_func()
     total = None
     for rows, row_targets in zip(hidden_states.split(step), targets.split(step)):

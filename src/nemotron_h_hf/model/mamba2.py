@@ -19,7 +19,7 @@ from .arguments import one_cache
 from .cache import MambaCacheLayer, read_states
 from .configuration_nemotron_h import NemotronHConfig
 from .convolution import convolve, convolve_step
-from .kernels import fuses_step, gated_norm, scan, scan_step, whole_step
+from .kernels import fuses_step, gated_norm, has_kernels_for, scan, scan_step, whole_step
 from .linear import project
 from .plain import is_plain
 from .rows import Padding
@@ -80,12 +80,23 @@ class NemotronHMamba2Mixer(nn.Module):
             seq_idx = None if seq_idx is None else padding.compact(seq_idx)
         if projected.shape[1] == 1 and layer is not None and layer.has_previous_state[0] and padding is None:
             mixed = self._step(projected[:, 0], layer)[:, None]
-        elif layer is None and torch.is_grad_enabled() and projected.requires_grad and not under_func():
-            mixed = checkpoint(self._mix, projected, padding, seq_idx, use_reentrant=False, preserve_rng_state=False)
+        elif has_kernels_for(projected, self.config.mamba_implementation) and torch.compiler.is_compiling():
+            mixed = self._untraced(projected, padding, seq_idx, layer)
         else:
-            mixed = self._mix(projected, padding, seq_idx, layer)
+            mixed = self._mix_recomputed(projected, padding, seq_idx, layer)
         output = project(self.out_proj, mixed)
         return output if padding is None else padding.restore(output)
+
+    def _mix_recomputed(
+        self, projected: Tensor, padding: Padding | None, seq_idx: Tensor | None, layer: MambaCacheLayer | None
+    ) -> Tensor:
+        """`_mix`, made again in the backward pass where there is one."""
+        if layer is None and torch.is_grad_enabled() and projected.requires_grad and not under_func():
+            return checkpoint(self._mix, projected, padding, seq_idx, use_reentrant=False, preserve_rng_state=False)
+        return self._mix(projected, padding, seq_idx, layer)
+
+    # torch.compile would trace the plain operations, which are slower than our kernels are untraced.
+    _untraced = torch.compiler.disable(_mix_recomputed)
 
     def _mix(
         self, projected: Tensor, padding: Padding | None, seq_idx: Tensor | None, layer: MambaCacheLayer | None = None
