@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nemotron_h_hf import HybridCache, NemotronHConfig, NemotronHForCausalLM, NemotronHModel
 from nemotron_h_hf.benchmark import models, work
-from nemotron_h_hf.benchmark.caches import empty_cache, prefill
+from nemotron_h_hf.benchmark.caches import RoomyGrowingLayer, empty_cache, prefill
 from nemotron_h_hf.benchmark.device_gate import random_ids
 from nemotron_h_hf.benchmark.largest import largest_batch
 from nemotron_h_hf.model import blocks, cost
@@ -126,7 +126,8 @@ def test_activations_are_those_alive_at_the_peak(pattern, dtype, rows, tokens, b
     with torch.no_grad():
         if before:
             model(ids[:, :before], past_key_values=cache, logits_to_keep=1)
-        held = [tensor for layer in cache.layers for tensor in getattr(layer, "buffers", ())] if before else []
+        roomy = [layer for layer in cache.layers if isinstance(layer, RoomyGrowingLayer)] if before else []
+        held = [memory for layer in roomy for memory in (layer.key_memory, layer.value_memory)]
         with Live([*model.parameters(), ids, *held]) as live:
             model(ids[:, before:], past_key_values=cache, logits_to_keep=1)
     kept = 0 if before else cache.memory_bytes()["total"]

@@ -178,6 +178,7 @@ def test_on_a_cpu_nothing_is_captured():
 def test_generate_replays_on_a_gpu(sample):
     """Plain `generate()`, the same text as without graphs; prompts of several lengths and rows."""
     model = tiny_model("dense").cuda()
+    model.set_mamba_implementation("triton")
     for rows in (1, 2):
         ids = prompt().cuda().repeat(rows, 1)
         texts = []

@@ -1,4 +1,5 @@
-"""One token per row, replayed from a CUDA graph: what plain `generate()` calls for every token after the first few on a GPU.
+"""One token per row, replayed from a CUDA graph: what plain `generate()` calls for every token after the first few on a GPU,
+where our Triton kernels are chosen (kernels.py).
 
 A step of the 8B is some five hundred launches, which Python issues more slowly than the GPU works them off. The graph is
 captured anew in each call of `generate()`, after `WARM_STEPS` ordinary steps. That takes about as long as one of those, and

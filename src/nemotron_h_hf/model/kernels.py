@@ -1,10 +1,12 @@
 """Chooses, per call, who computes an op of a Mamba layer: our Triton kernels, those of mamba_ssm and causal_conv1d, or `ssd.py`.
 
-"auto" takes ours (triton_*.py) for tensors on a GPU: they need nothing but PyTorch for CUDA, and docs/results/gpu has their
-speed next to the packages'. Where ours cannot do what a call asks the packages do, where they are installed, and else
-PyTorch, with one warning that says why. "torch" takes no kernels; "triton" insists on ours and "kernels" on the packages',
-and both raise where they cannot. On a CPU "auto" takes a whole token in numba_decode.py where Numba is installed. The other
-functions here have the signature and the result of their namesakes in `ssd.py`.
+"auto" takes the packages' kernels where the tensor is on a GPU, the package is installed and the kernel can do what this
+call asks; where it cannot, PyTorch does it, with one warning that says why. "torch" takes no kernels; "kernels" insists on
+the packages' and "triton" on ours (triton_*.py), which need nothing but PyTorch for CUDA; both raise where they cannot.
+Ours were right and fast on an H200 (docs/results/gpu), then rewritten to be faster, and in this form have run in Triton's
+interpreter alone: until they have run on a GPU, "auto" leaves them out (`AUTO_TAKES_OURS`). On a CPU "auto" takes a whole
+token in numba_decode.py where Numba is installed. The other functions here have the signature and the result of their
+namesakes in `ssd.py`.
 
 Only ops are replaced, never a module: the kernels that swallow `out_proj` are not used, because they read its weight
 past LoRA, quantised and FP8 layers.
@@ -41,6 +43,7 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 INSTALL = "pip install --no-build-isolation mamba-ssm causal-conv1d"
+AUTO_TAKES_OURS = False
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CONV_TAPS = (2, 3, 4)  # widths of causal_conv1d's kernels and of ours
 CONV_ALIGNMENT = 8  # channels; causal_conv1d loads this many at once, so that rows must start at multiples of it
@@ -241,7 +244,7 @@ def _numba_step() -> Callable | None:
 
 def attends_in_triton(x: Tensor, head_dim: int, implementation: str) -> bool:
     """Whether triton_attention.py takes the attention of one token per row: without gradients, on a GPU, unless told not to."""
-    if implementation not in ("auto", "triton") or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if not takes_ours(implementation) or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     runs = x.is_cuda or (implementation == "triton" and os.environ.get("TRITON_INTERPRET") == "1")
     return runs and x.dtype in KERNEL_DTYPES and head_dim <= MOST_HEAD_DIM and has_triton()
@@ -253,16 +256,22 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def takes_ours(implementation: str) -> bool:
+    """Whether our Triton kernels are asked for."""
+    return implementation == "triton" or (implementation == "auto" and AUTO_TAKES_OURS)
+
+
 def has_kernels_for(x: Tensor, implementation: str) -> bool:
     """Whether a stretch of tokens would run on our kernels outside torch.compile, which does not look into them."""
-    return implementation in ("auto", "triton") and x.is_cuda and x.dtype in KERNEL_DTYPES and has_triton()
+    return takes_ours(implementation) and x.is_cuda and x.dtype in KERNEL_DTYPES and has_triton()
 
 
 def _ours(x: Tensor, implementation: str, obstacle: str | None = None) -> bool:
     """Whether this call runs on the Triton kernels of this folder."""
     if implementation == "auto":
         traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or under_func()
-        return x.is_cuda and obstacle is None and x.dtype in KERNEL_DTYPES and not traced and has_triton()
+        fits = x.is_cuda and obstacle is None and x.dtype in KERNEL_DTYPES and not traced
+        return AUTO_TAKES_OURS and fits and has_triton()
     if implementation != "triton":
         return False
     check_implementation(implementation)

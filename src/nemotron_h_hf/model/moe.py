@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from transformers.integrations import use_experts_implementation
 
 from .configuration_nemotron_h import NemotronHConfig
-from .kernels import KERNEL_DTYPES, has_triton
+from .kernels import has_kernels_for
 from .linear import project
 from .ssd import no_autocast, times, under_func, wide
 
@@ -23,16 +23,16 @@ class NemotronHMLP(nn.Module):
         super().__init__()
         self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
         self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
-        self.act_fn = squared_relu if config.mlp_hidden_act == "relu2" else ACT2FN[config.mlp_hidden_act]
+        self.act_fn = SquaredReLU(config) if config.mlp_hidden_act == "relu2" else ACT2FN[config.mlp_hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         return project(self.down_proj, self.act_fn(project(self.up_proj, hidden_states)))
 
 
-def squared_relu(x: Tensor) -> Tensor:
-    """relu(x)^2: one kernel on a GPU, else with one new tensor where no gradient is needed."""
+def squared_relu(x: Tensor, implementation: str = "torch") -> Tensor:
+    """relu(x)^2: one kernel of ours on a GPU where those are asked for, else with one new tensor where no gradient is needed."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or under_func()
-    if x.is_cuda and x.numel() and x.dtype in KERNEL_DTYPES and type(x) is Tensor and not traced and has_triton():
+    if has_kernels_for(x, implementation) and x.numel() and type(x) is Tensor and not traced:
         from .triton_relu2 import squared_relu as fused  # Triton is imported only where it runs
 
         return fused(x)
@@ -43,8 +43,12 @@ def squared_relu(x: Tensor) -> Tensor:
 class SquaredReLU(nn.Module):
     """`squared_relu` as a module, on which hooks can be registered."""
 
+    def __init__(self, config: NemotronHConfig) -> None:
+        super().__init__()
+        self.config = config
+
     def forward(self, x: Tensor) -> Tensor:
-        return squared_relu(x)
+        return squared_relu(x, self.config.mamba_implementation)
 
 
 class NemotronHTopkRouter(nn.Module):
@@ -98,7 +102,7 @@ class NemotronHExperts(nn.Module):
         size = config.moe_latent_size or config.hidden_size
         self.up_proj = nn.Parameter(torch.empty(self.num_experts, config.moe_intermediate_size, size))
         self.down_proj = nn.Parameter(torch.empty(self.num_experts, size, config.moe_intermediate_size))
-        self.act_fn = SquaredReLU() if config.mlp_hidden_act == "relu2" else ACT2FN[config.mlp_hidden_act]
+        self.act_fn = SquaredReLU(config) if config.mlp_hidden_act == "relu2" else ACT2FN[config.mlp_hidden_act]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """(t, in), (t, k), (t, k) -> (t, in)."""
