@@ -57,7 +57,9 @@ def test_the_embedding_in_the_singular_without_a_head(tmp_path):
     assert torch.equal(loaded(ids).last_hidden_state, model(ids).last_hidden_state)
 
 
-@pytest.mark.parametrize(("most", "other"), [("BF16", "F32"), ("F32", "BF16"), ("F32", "F64"), ("F64", "F32")])
+@pytest.mark.parametrize(
+    ("most", "other"), [("BF16", "F32"), ("F32", "BF16"), ("F32", "F64"), ("F64", "F32"), ("BF16", "F16")]
+)
 def test_any_mix_of_stored_dtypes_runs_as_in_the_native_class(most, other, tmp_path):
     model, ids = tiny_model("dense"), prompt(2, 12)
     for place in PLACES:

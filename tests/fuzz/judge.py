@@ -2,7 +2,7 @@
 
 clear      refused with a ValueError or OSError of one line's worth that names a file or a value; exit status 1 or 2
 right      the same result as of the whole input, or the result that an independent reader gets
-silent     another result, without a word: the worst
+silent     another result, without a word: the worst (with a warning that names the tensor: clear)
 bare       an error of another kind, or one that names nothing
 hang       no answer in `SECONDS`
 """
@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import nemotron_h_cli
+from nemotron_h_hf.model import loading
 
 SECONDS = 60
 
@@ -39,8 +40,9 @@ class Refused(Exception):
 
 def judge(run: Callable[[], Any], expected: Any, names: tuple[str, ...]) -> Verdict:
     """Run it; `names`: a clear error holds one of these (file, folder, field)."""
+    warned: list[str] = []
     try:
-        with _clock(), _quiet():
+        with _clock(), _quiet(), _warned(warned):
             found = run()
     except Hang:
         return Verdict("hang", f"no answer in {SECONDS} s")
@@ -54,6 +56,8 @@ def judge(run: Callable[[], Any], expected: Any, names: tuple[str, ...]) -> Verd
         return Verdict("bare", f"{type(error).__name__}: {error} at {where.filename}:{where.lineno}")
     if found == expected:
         return Verdict("right", "")
+    if warned:
+        return Verdict("clear", warned[0])
     return Verdict("silent", f"{found!r:.200}")
 
 
@@ -71,6 +75,17 @@ def command(words: list[str]) -> int:
     if status not in (1, 2) or not lines:
         raise Refused(f"status {status}, said {lines[-1:]}: --debug shows where")
     raise Refused(lines[-1])
+
+
+@contextlib.contextmanager
+def _warned(said: list[str]) -> Iterator[None]:
+    """Collects what loading warns of: half precision of both kinds, which a damaged header can make of a whole one."""
+    before = loading.logger.warning
+    loading.logger.warning = lambda message, *_: said.append(message) if " in F16 and " in message else None
+    try:
+        yield
+    finally:
+        loading.logger.warning = before
 
 
 @contextlib.contextmanager

@@ -159,7 +159,7 @@ def check_files(files: Iterable[str], quantised: bool = False) -> None:
     """Refuse files that cannot be the weights of a model, before anything is read.
 
     They are damaged, have a tensor twice, numbers that are no floating point (which are no weights, unless they are
-    `quantised`), half precision of both kinds, or experts of one layer that differ in shape.
+    `quantised`), or experts of one layer that differ in shape.
 
     Raises:
         ValueError: naming the file or the tensors.
@@ -194,13 +194,16 @@ def check_files(files: Iterable[str], quantised: bool = False) -> None:
 
 
 def _check_code(file: str, name: str, code: str, half: dict[str, str]) -> None:
-    """`half`: the first tensor of F16 and of BF16. The same 16 bits are other numbers in the other one."""
+    """`half`: the first tensor of F16 and of BF16. Both in one checkpoint load, with a warning, as no reader can tell them from
+    a damaged header: the same 16 bits are other numbers in the other one."""
     if not re.fullmatch(r"B?F\d.*", code):
         raise ValueError(f"{file} has {name} in {code}: allowed for weights are {', '.join(DTYPES)} and 8-bit floats")
-    if code in ("F16", "BF16"):
-        half.setdefault(code, name)
+    if code in ("F16", "BF16") and code not in half:
+        half[code] = name
         if len(half) > 1:
-            raise ValueError(f"{file} has {half['F16']} in F16 and {half['BF16']} in BF16: allowed is one of them")
+            logger.warning(
+                f"{file} has {half['F16']} in F16 and {half['BF16']} in BF16; in most checkpoints it is one of them"
+            )
 
 
 def file_dtypes(files: Iterable[str]) -> dict[str, str]:
