@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, LinearAttentionLayer
 
+from ..model.arguments import CACHE_NAME
 from ..model.cache import GrowingLayer, HybridCache, MambaCacheLayer
 from .models import Side
 
@@ -84,7 +85,7 @@ def empty_cache(side: Side, room: int, static: bool) -> Cache:
 def prefill(model: nn.Module, ids: Tensor, cache: Cache, part: int = PREFILL_TOKENS) -> Tensor:
     """Feed a prompt (b, l) in parts; logits (b, vocab) of its last token."""
     for ids_part in ids.split(part, dim=1):
-        logits = model(ids_part, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(ids_part, **{CACHE_NAME: cache}, use_cache=True, logits_to_keep=1).logits
     return logits[:, -1]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CompileConfig, PreTrainedConfig
 
+from ..model.arguments import CACHE_NAME
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.decode_graph import can_replay
 from .caches import empty_cache
@@ -85,7 +86,7 @@ def _steps_error(side: Side, ids: Tensor, variant: str, room: int | None) -> flo
     length = ids.shape[1]
     out = side.model.generate(
         ids,
-        past_key_values=empty_cache(side, room or length + NUM_STEPS + 1, static=variant == "compiled"),
+        **{CACHE_NAME: empty_cache(side, room or length + NUM_STEPS + 1, static=variant == "compiled")},
         max_new_tokens=NUM_STEPS,
         output_logits=True,
         return_dict_in_generate=True,

@@ -13,6 +13,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache
 
 from .. import NemotronHForCausalLM
+from ..model.arguments import CACHE_NAME
 from ..training.fp8 import convert_to_fp8
 from .caches import PREFILL_TOKENS, RoomyGrowingLayer, RoomyLayer, empty_cache, filled_cache, prefill
 from .device_gate import greedy, random_ids
@@ -96,7 +97,7 @@ def generate_steps(side: Side, cache: Cache, rows: int, context: int, steps: int
     clock = Clock(side.device)
     side.model.generate(
         random_ids(side.model, rows, context + 1),
-        past_key_values=cache,
+        **{CACHE_NAME: cache},
         max_new_tokens=steps + WARM_STEPS + 1,
         stopping_criteria=StoppingCriteriaList([clock]),
         **greedy(variant),
@@ -259,7 +260,7 @@ def memory(bench: Bench, side: Side, context: int, whole: bool) -> Measurement:
             skip_ahead(cache, context - 2 * part)
         prefill(side.model, ids[:, -part:] if not whole else ids, cache)
         for _ in range(WARM_STEPS):
-            side.model(ids[:, :1], past_key_values=cache, use_cache=True)
+            side.model(ids[:, :1], **{CACHE_NAME: cache}, use_cache=True)
         synchronize(bench.device)
         return time.perf_counter() - start
 

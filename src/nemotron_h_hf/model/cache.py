@@ -37,6 +37,7 @@ from transformers.cache_utils import (
 from .arguments import CACHE_NAME
 from .loading import is_finite
 from .reading import read_checked, tensors_digest
+from .saving import whole_file
 from .ssd import conv_window, final_state
 
 try:
@@ -389,10 +390,9 @@ class HybridCache(Cache):
                 }
             shapes.append(type(layer).__name__)
         metadata = {"format": FILE_FORMAT, "length": str(length), "num_layers": json.dumps(len(shapes))}
-        temporary = path.with_name(path.name + ".tmp")
         metadata["sha256"] = tensors_digest(tensors, metadata)
-        save_file({name: t.contiguous() for name, t in tensors.items()}, temporary, metadata)
-        os.replace(temporary, path)
+        with whole_file(path) as part:
+            save_file({name: t.contiguous() for name, t in tensors.items()}, part, metadata)
 
     @classmethod
     def load(
