@@ -275,7 +275,7 @@ def test_another_folder_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(ValueError, match="is not empty and holds no evaluation"):
         command.main([*SMALL, "--output", str(tmp_path)])
-    with pytest.raises(ValueError, match="is a file; give a folder"):
+    with pytest.raises(ValueError, match="mine.txt is a file; a folder is allowed"):
         command.main([*SMALL, "--output", str(tmp_path / "mine.txt")])
 
 

@@ -88,20 +88,23 @@ def test_two_processes_compute_what_one_does(tmp_path):
     assert done.stdout.count("equal") == 2 * len(folders)
 
 
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float32, 1e-5), (torch.float64, 1e-13)])
 @pytest.mark.parametrize("shape", ["dense", "moe"])
-def test_offloaded_to_disk(shape, tmp_path):
-    whole = tiny_model(shape)
+def test_offloaded_to_disk(shape, dtype, limit, tmp_path):
+    """A hooked convolution is called as a module, which sums in another order."""
+    whole = tiny_model(shape).to(dtype)
     whole.save_pretrained(tmp_path / "model")
     num_layers = len(whole.model.layers)
     places = {f"model.layers.{index}": "disk" if index % 2 else "cpu" for index in range(num_layers)}
     places |= {"model.embeddings": "cpu", "model.norm_f": "cpu", "lm_head": "disk"}
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload"
+        tmp_path / "model", dtype=dtype, device_map=places, offload_folder=tmp_path / "offload"
     )
     assert all(p.is_meta for p in model.model.layers[1].parameters())
     ids = prompt(2, 15)
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, whole(ids).logits, rtol=0, atol=1e-6)
+        expected = whole(ids).logits
+        assert (model(ids).logits - expected).abs().max() < limit * expected.abs().max()
     new = {"max_new_tokens": 5, "do_sample": False}
     assert model.generate(ids, **new).tolist() == whole.generate(ids, **new).tolist()
 
@@ -115,7 +118,8 @@ def test_automatic_placement_keeps_blocks_whole(tmp_path):
     assert {"cpu", "disk"} <= {str(place) for place in model.hf_device_map.values()}
     assert not any(name.startswith("model.layers.") and name.count(".") > 2 for name in model.hf_device_map)
     with torch.no_grad():
-        torch.testing.assert_close(model(prompt()).logits, whole(prompt()).logits, rtol=0, atol=1e-6)
+        expected = whole(prompt()).logits
+        assert (model(prompt()).logits - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 @pytest.mark.parametrize("shape", ["dense", "attention_free", "moe", "latent"])

@@ -38,8 +38,6 @@ def claim(folder: Path, name: str, content: dict) -> None:
 
 def check_folder(folder: Path, marker: str) -> None:
     """Refuse a folder with files that no evaluation wrote."""
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output: {folder} is a file; give a folder")
     if folder.is_dir() and not is_empty(folder) and not (folder / marker).is_file():
         raise ValueError(f"output: {folder} is not empty and holds no evaluation; give another folder")
 

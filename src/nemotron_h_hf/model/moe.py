@@ -93,8 +93,8 @@ class NemotronHTopkRouter(nn.Module):
 
 
 @use_experts_implementation(has_gate=False)
-class NemotronHExperts(nn.Module):
-    """All routed experts of a layer: up_proj (e, width, in), down_proj (e, in, width)."""
+class _Experts(nn.Module):
+    """Routed experts, run as `config._experts_implementation` says."""
 
     def __init__(self, config: NemotronHConfig) -> None:
         super().__init__()
@@ -105,11 +105,10 @@ class NemotronHExperts(nn.Module):
         self.act_fn = SquaredReLU(config) if config.mlp_hidden_act == "relu2" else ACT2FN[config.mlp_hidden_act]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """(t, in), (t, k), (t, k) -> (t, in)."""
         return self.one_by_one(hidden_states, top_k_index, top_k_weights)
 
     def one_by_one(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """`forward` in its plain form: each expert runs once, on the tokens that chose it."""
+        """The plain form ("eager"): each expert runs once, on the tokens that chose it."""
         output = torch.zeros_like(hidden_states, dtype=top_k_weights.dtype)
         slots = top_k_index.flatten().argsort(stable=True)
         tokens = slots.div(top_k_index.shape[1], rounding_mode="floor")
@@ -125,6 +124,17 @@ class NemotronHExperts(nn.Module):
             weighted = hidden * top_k_weights.flatten()[slot, None]
             output.index_add_(0, chosen, weighted.to(output.dtype))
         return output.to(hidden_states.dtype)
+
+
+class NemotronHExperts(_Experts):
+    """All routed experts of a layer: up_proj (e, width, in), down_proj (e, in, width)."""
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(t, in), (t, k), (t, k) -> (t, in)."""
+        # PyTorch's grouped products have no float64
+        grouped = self.config._experts_implementation != "batched_mm"
+        run = self.one_by_one if grouped and hidden_states.dtype == torch.float64 else super().forward
+        return run(hidden_states, top_k_index, top_k_weights)
 
 
 class NemotronHMoE(nn.Module):
@@ -146,9 +156,7 @@ class NemotronHMoE(nn.Module):
         _, weights, indices = self.gate(tokens)
         if under_func() and _is_batched(indices):
             check_vmap(self.experts.config)
-        # PyTorch's grouped products have no float64
-        experts = self.experts.one_by_one if tokens.dtype == torch.float64 else self.experts
-        routed = experts(project(self.fc1_latent_proj, tokens), indices, weights)
+        routed = self.experts(project(self.fc1_latent_proj, tokens), indices, weights)
         routed = project(self.fc2_latent_proj, routed)
         return routed.view_as(hidden_states) + self.shared_experts(hidden_states)
 
