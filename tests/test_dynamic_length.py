@@ -54,13 +54,14 @@ class Logits(torch.nn.Module):
         return self.model(input_ids, use_cache=False).logits
 
 
-def test_an_exported_program_takes_any_length():
+@pytest.mark.parametrize("deferred", [False, True])
+def test_an_exported_program_takes_any_length(deferred):
     model = tiny_model("dense").requires_grad_(False)
     length = torch.export.Dim("length", min=16, max=4096)
     program = torch.export.export(
         Logits(model), (prompt(1, 64),), dynamic_shapes={"input_ids": {1: length}},
-        prefer_deferred_runtime_asserts_over_guards=True,
+        prefer_deferred_runtime_asserts_over_guards=deferred,
     )  # fmt: skip
-    for tokens in (33, 64, 200, 1100):
+    for tokens in (16, 33, 64, 200, 1100):
         ids = prompt(1, tokens)
         torch.testing.assert_close(program.module()(ids), model(ids, use_cache=False).logits, atol=2e-5, rtol=1e-4)

@@ -316,6 +316,8 @@ def _scan_segment(
     b, l, h, p = x.shape
     g, n = B.shape[2:]
     r, c = h // g, (l + q - 1) // q
+    if torch.compiler.is_exporting():  # one chunk would be a special case, a guard on the length
+        c = torch.sym_max(c, 2)
     pad = c * q - l
     if torch.compiler.is_compiling() or pad:  # a graph pads by nothing rather than ask
         x, dt, B, C = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) for t in (x, dt, B, C))
@@ -369,7 +371,11 @@ def _scan_segment(
     # 4. From the state that a chunk is given: y_i += exp(total_i) C_i . S, and the skip D x
     carried = (C @ given_states).transpose(2, 3).reshape(b, c, q, h, p)
     y = times(carried, torch.exp(from_start)[..., None]).add_(inside).addcmul_(x, wide(D)[:, None])
-    y = y.reshape(b, c * q, h, p)[:, :l]  # a copy with one head per group
+    y = y.reshape(b, c * q, h, p)  # a copy with one head per group
+    if torch.compiler.is_exporting():  # a slice would guard on the length
+        y = y.index_select(1, torch.arange(l, device=y.device))
+    else:
+        y = y[:, :l]
     return y, state.transpose(-1, -2).reshape(b, h, p, n)
 
 
@@ -382,9 +388,10 @@ def _states_of_chunks(state: Tensor, added: Tensor, survives: Tensor, r: int) ->
     b, c, g, n, width = added.shape
     entering = torch.cat([state[:, None], added], dim=1)  # before chunk 0, 1, ...: (b, c + 1, g, n, r*p)
     sources = entering.unflatten(-1, (r, width // r)).permute(0, 2, 4, 1, 3, 5).flatten(-2)  # (b, g, r, c + 1, n*p)
-    ends = survives.isinf()  # sums of -inf would be nan: documents are counted apart from the decay
-    total = F.pad(survives.masked_fill(ends, 0).cumsum(1), (0, 0, 1, 0)).mT  # (b, h, c + 1)
-    document = F.pad(ends.int().cumsum(1), (0, 0, 1, 0)).mT
+    survives = survives.mT.contiguous()  # (b, h, c)
+    survives = torch.cat([survives.new_zeros(b, survives.shape[1], 1), survives], dim=2)  # (b, h, c + 1)
+    ends = survives == -torch.inf  # sums of -inf would be nan: documents are counted apart from the decay
+    total, document = survives.masked_fill(ends, 0).cumsum(2), ends.int().cumsum(2)
     order = torch.arange(total.shape[-1], device=added.device)
     kept = (order[:, None] >= order) & (document[..., :, None] == document[..., None, :])  # (b, h, to, from)
     decay = (total[..., :, None] - total[..., None, :]).masked_fill(~kept, -torch.inf).exp()
