@@ -76,14 +76,14 @@ def test_from_a_parent_to_budgets_and_on_again(box, tmp_path, capsys):
 def test_a_missed_size_is_told(box, tmp_path, capsys):
     """A router that had no time stays where it began; one that had some comes to its target."""
     share = {}
-    for steps in ("1", "40"):
+    for steps in ("1", "80"):
         flags = ["--budgets", "{full: 1.0, half: 63%}", "--max_steps", steps, "--save_steps", steps,
                  "--router_warmup_steps", "1"]  # fmt: skip
         assert command(box, tmp_path / steps, *flags, "--seed", "3") == 0
         said = capsys.readouterr().err
         share[steps] = float(re.search(r"half: [\d,]+ parameters \(([\d.]+)%\)", said)[1])
         assert ("half: asked for 63.0% of the parent's parameters, got" in said) == (steps == "1")
-    assert abs(share["1"] / 63 - 1) > 0.05 > abs(share["40"] / 63 - 1)
+    assert abs(share["1"] / 63 - 1) > 0.05 > abs(share["80"] / 63 - 1)
 
 
 def test_by_memory_and_by_measured_time(box, tmp_path):

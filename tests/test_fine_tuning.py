@@ -18,8 +18,8 @@ from nemotron_h_hf.training.distillation import TeacherArguments
 
 ROWS = {
     "sft": lambda data, training, tokenizer: sft.make_rows(data, False, training, tokenizer),
-    "distill": lambda data, training, tokenizer: distill.make_rows(data, TeacherArguments(), training, tokenizer),
-    "elastic": elastic_train.make_rows,
+    "distill": lambda data, training, tokenizer: distill.make_rows(data, 0, TeacherArguments(), training, tokenizer),
+    "elastic": lambda data, training, tokenizer: elastic_train.make_rows(data, 0, training, tokenizer),
 }
 FLAGS = {
     "sft": [],

@@ -134,7 +134,9 @@ def test_subfolder_and_disk(tmp_path, parent):
         parent, budget="half", device_map=places, offload_folder=tmp_path / "off"
     )
     with torch.no_grad():
-        assert torch.equal(model(prompt()).logits, expected(prompt()).logits)
+        torch.testing.assert_close(
+            model(prompt()).logits, expected(prompt()).logits, rtol=1e-5, atol=1e-5
+        )  # offloaded layers: another order of sums
 
 
 def test_little_of_the_parent_is_read(parent):
