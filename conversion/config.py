@@ -81,8 +81,17 @@ def derive(checkpoint: MegatronCheckpoint, extra: str | Path | None = None) -> t
     `extra` is a preset's name or the path of a config.json (or its folder).
 
     Raises:
-        ValueError: when witnesses disagree, naming both, or when a field is unknown to all.
+        ValueError: when witnesses disagree, naming both, or when a field is unknown to all; it names the checkpoint.
     """
+    try:
+        return _derive(checkpoint, extra)
+    except ValueError as error:
+        if str(checkpoint.path) in str(error):
+            raise
+        raise ValueError(f"{checkpoint.path}: {error}") from None
+
+
+def _derive(checkpoint: MegatronCheckpoint, extra: str | Path | None) -> tuple[NemotronHConfig, list[str]]:
     args = checkpoint.args
     known: dict[str, Known] = {}
     _merge(known, from_tensors(checkpoint))

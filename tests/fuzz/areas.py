@@ -233,7 +233,6 @@ class Megatron(Area):
             "decoder",
             "argument",
             "vocab",
-            *NemotronHConfig().to_dict(),
         )
 
 

@@ -315,13 +315,9 @@ def _scan_segment(
     """`scan` of one segment. `document` (b) is the one that `state` belongs to, None for that of the first token."""
     b, l, h, p = x.shape
     g, n = B.shape[2:]
-    r, c = h // g, (l + q - 1) // q
-    if torch.compiler.is_exporting():  # one chunk would be a special case, a guard on the length
-        c = torch.sym_max(c, 2)
-    pad = c * q - l
-    if torch.compiler.is_compiling() or pad:  # a graph pads by nothing rather than ask
-        x, dt, B, C = (F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) for t in (x, dt, B, C))
-        seq_idx = None if seq_idx is None else torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, pad)], dim=1)
+    r, c = h // g, _num_chunks(l, q)
+    x, dt, B, C = (_padded(t, c * q - l) for t in (x, dt, B, C))
+    seq_idx = None if seq_idx is None else torch.cat([seq_idx, seq_idx[:, -1:].expand(-1, c * q - l)], dim=1)
     x, dt = wide(x).view(b, c, q, h, p), dt.view(b, c, q, h)
     B = wide(B).view(b, c, q, g, n).transpose(2, 3).contiguous()  # (b, c, g, q, n)
     C = wide(C).view(b, c, q, g, n).transpose(2, 3).contiguous()
@@ -357,11 +353,11 @@ def _scan_segment(
     added = B.transpose(-1, -2) @ columns  # (b, c, g, n, r*p)
 
     # 3. The recurrence over chunks
-    keep = torch.exp(survives).view(b, c, g, r, 1).expand(-1, -1, -1, -1, p).reshape(b, c, g, 1, r * p)
     state = state.view(b, g, r * p, n).transpose(-1, -2)  # (b, g, n, r*p)
     if torch.compiler.is_compiling():
         given_states, state = _states_of_chunks(state, added, survives, r)
     else:
+        keep = torch.exp(survives).view(b, c, g, r, 1).expand(-1, -1, -1, -1, p).reshape(b, c, g, 1, r * p)
         states = []
         for added_by_chunk, kept in zip(added.unbind(1), keep.unbind(1)):
             states.append(state)
@@ -372,11 +368,23 @@ def _scan_segment(
     carried = (C @ given_states).transpose(2, 3).reshape(b, c, q, h, p)
     y = times(carried, torch.exp(from_start)[..., None]).add_(inside).addcmul_(x, wide(D)[:, None])
     y = y.reshape(b, c * q, h, p)  # a copy with one head per group
-    if torch.compiler.is_exporting():  # a slice would guard on the length
-        y = y.index_select(1, torch.arange(l, device=y.device))
-    else:
-        y = y[:, :l]
-    return y, state.transpose(-1, -2).reshape(b, h, p, n)
+    return _first(y, l), state.transpose(-1, -2).reshape(b, h, p, n)
+
+
+def _num_chunks(l: int, q: int) -> int:
+    """Chunks of q tokens for l; of an exported program two at least, as one would be a special case, a guard on the length."""
+    chunks = (l + q - 1) // q
+    return torch.sym_max(chunks, 2) if torch.compiler.is_exporting() else chunks
+
+
+def _padded(t: Tensor, pad: int) -> Tensor:
+    """(b, l, ...) with `pad` zeros behind the tokens; a graph pads by nothing rather than ask how many."""
+    return F.pad(t, (0, 0) * (t.dim() - 2) + (0, pad)) if torch.compiler.is_compiling() or pad else t
+
+
+def _first(y: Tensor, l: int) -> Tensor:
+    """The first l tokens of (b, ..); a slice in an exported program would guard on the length."""
+    return y.index_select(1, torch.arange(l, device=y.device)) if torch.compiler.is_exporting() else y[:, :l]
 
 
 def _states_of_chunks(state: Tensor, added: Tensor, survives: Tensor, r: int) -> tuple[Tensor, Tensor]:
