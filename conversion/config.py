@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from nemotron_h_hf.inputs import read_json
 from nemotron_h_hf.model.configuration_nemotron_h import SYNONYMS, NemotronHConfig
 
-from .source import MegatronCheckpoint
+from .source import MegatronCheckpoint, naming
 
 # argument (and its other spellings) -> field of the configuration
 FIELDS = {
@@ -46,6 +46,7 @@ MOE_ONLY = {
     "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "moe_shared_expert_intermediate_size",
     "moe_latent_size", "routed_scaling_factor", "n_group", "topk_group",
 }  # fmt: skip
+FRACTIONS = {"layer_norm_epsilon", "routed_scaling_factor"}
 # argument -> the only values that the architecture has; anything else would be converted into another model
 REQUIRED = {
     "normalization": ("RMSNorm",),
@@ -83,12 +84,8 @@ def derive(checkpoint: MegatronCheckpoint, extra: str | Path | None = None) -> t
     Raises:
         ValueError: when witnesses disagree, naming both, or when a field is unknown to all; it names the checkpoint.
     """
-    try:
+    with naming(checkpoint.path):
         return _derive(checkpoint, extra)
-    except ValueError as error:
-        if str(checkpoint.path) in str(error):
-            raise
-        raise ValueError(f"{checkpoint.path}: {error}") from None
 
 
 def _derive(checkpoint: MegatronCheckpoint, extra: str | Path | None) -> tuple[NemotronHConfig, list[str]]:
@@ -251,6 +248,7 @@ def from_args(args: dict[str, Any], known: dict[str, Known]) -> dict[str, Known]
         value = args.get(argument)
         if value is None or (field in MOE_ONLY and not has_experts):
             continue
+        _check_number(argument, field, value)
         _merge(found, {field: Known(value, f"the argument {argument}")})
     if has_experts and "moe_intermediate_size" not in found and args.get("ffn_hidden_size") is not None:
         found["moe_intermediate_size"] = Known(args["ffn_hidden_size"], "the argument ffn_hidden_size")
@@ -264,6 +262,14 @@ def from_args(args: dict[str, Any], known: dict[str, Known]) -> dict[str, Known]
         raise ValueError(f"num_layers is {args['num_layers']} by the arguments, but the tensors have "
                          f"{len(known['hybrid_override_pattern'].value)} layers")  # fmt: skip
     return found | _patterns(args)
+
+
+def _check_number(argument: str, field: str, value: Any) -> None:
+    """Refuse what is no size, or no positive number where the field is not a count."""
+    kinds = (int, float) if field in FRACTIONS else (int,)
+    if type(value) not in kinds or value < 0 or (value == 0 and field not in MOE_ONLY):
+        allowed = "a positive number" if field in FRACTIONS else "a positive integer"
+        raise ValueError(f"the argument {argument} is {value!r}: allowed is {allowed}")
 
 
 def _patterns(args: dict[str, Any]) -> dict[str, Known]:

@@ -11,7 +11,7 @@ import yaml
 from nemotron_h_hf.inputs import read_json
 
 from . import legacy, torch_dist, torchzip
-from .source import MegatronCheckpoint
+from .source import MegatronCheckpoint, naming
 from .unpickle import StandIn
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -95,8 +95,11 @@ def read_megatron(path: str | Path) -> MegatronCheckpoint:
     found = find(path)
     if found.format == "hf":
         raise ValueError(f"{path} is a Hugging Face checkpoint, not a Megatron one")
-    if found.format == "torch":
-        return legacy.open_folder(found.folder)
+    with naming(found.folder):
+        return legacy.open_folder(found.folder) if found.format == "torch" else _open_distributed(found)
+
+
+def _open_distributed(found: Found) -> MegatronCheckpoint:
     table = torch_dist.read_metadata(found.folder)
     args, stand_ins = {}, []
     for read in (_args_from_yaml, _args_from_common, _args_from_objects):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +19,17 @@ from nemotron_h_hf.checkpoint import PIECE_BYTES, TensorSpec, read_into
 
 from . import torchzip
 from .unpickle import Extent
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """A ValueError of what is read from `path` names it, whatever found it."""
+    try:
+        yield
+    except ValueError as error:
+        if str(path) in str(error):
+            raise
+        raise ValueError(f"{path}: {error}") from None
 
 
 @dataclass(frozen=True)

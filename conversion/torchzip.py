@@ -151,7 +151,7 @@ def check_records(path: Path, start: int, length: int, offsets: Collection[int] 
                     with archive.open(info) as record:
                         while record.read(PIECE_BYTES):
                             pass
-        except (zipfile.BadZipFile, OSError, EOFError, struct.error, NotImplementedError) as error:
+        except (zipfile.BadZipFile, UnicodeDecodeError, OSError, EOFError, struct.error, NotImplementedError) as error:
             raise ValueError(f"{where} is damaged: {error}") from None
 
 

@@ -11,8 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from megatron_fixtures import FIXTURES
 from nemotron_h_hf.conversion import torchzip
 from nemotron_h_hf.conversion.convert import convert
+from nemotron_h_hf.conversion.source import naming
+from nemotron_h_hf.conversion.torch_dist import check_tiling
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tiny import tiny_model
@@ -284,3 +287,36 @@ def test_a_file_that_cannot_grow_is_named(words, named, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 1 and "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
     assert re.search(rf"nemotron-h {words[0]}: error: .*{named}", done.stderr.splitlines()[-1])
+
+
+@pytest.mark.parametrize(
+    ("line", "wrong", "said"),
+    [
+        ("kv_channels: 24", "kv_channels: '24'", "kv_channels is '24': allowed is a positive integer"),
+        ("kv_channels: 24", "kv_channels: 0", "kv_channels is 0: allowed is a positive integer"),
+        ("vocab_size: 229", "vocab_size: 2z9", "vocab_size is '2z9': allowed is a positive integer"),
+        ("vocab_size: 229", "vocab_size: 2.5", "vocab_size is 2.5: allowed is a positive integer"),
+        (
+            "layernorm_epsilon: 1.0e-05",
+            "layernorm_epsilon: 1.0e/05",
+            "layernorm_epsilon is '1.0e/05': allowed is a positive number",
+        ),
+    ],
+)
+def test_an_argument_that_is_no_number_is_named_with_its_checkpoint(line, wrong, said, tmp_path):
+    shutil.copytree(FIXTURES["dense_nemo2"].path, tmp_path / "run")
+    yaml = tmp_path / "run" / "context" / "model.yaml"
+    text = yaml.read_text()
+    assert line in text
+    yaml.write_text(text.replace(line, wrong))
+    with pytest.raises(ValueError, match=said) as error:
+        convert(tmp_path / "run", tmp_path / "out")
+    assert str(tmp_path / "run") in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_chunks_that_do_not_fit_name_the_checkpoint():
+    with pytest.raises(
+        ValueError, match=r"^some/folder: w: a chunk of \(2,\) at \(3,\) reaches beyond its shape \(4,\)"
+    ):
+        with naming(Path("some/folder")):
+            check_tiling("w", (4,), [((3,), (2,))])

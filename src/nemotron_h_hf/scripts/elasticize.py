@@ -68,6 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with writing(arguments.output, source) as output:
         made_from = {"command": "elasticize", "model": stamps(source), **vars(arguments), "output": None}
         if is_made(output, made_from):
+            shutil.rmtree(output / WORK_NAME, ignore_errors=True)  # of a run that was killed right before its end
             print(f"{output} is already there and whole")
             return 0
         with saving(output) as staging:
