@@ -50,8 +50,8 @@ fuzz: $(VENV)/.installed  ## mutate everything that is read, count what comes of
 	cd tests && ../$(VENV)/bin/python -W ignore -m fuzz --count $(COUNT) --seed $(SEED)
 
 quality: $(VENV)/.installed  ## lint and formatting, checked but not changed
-	$(VENV)/bin/ruff check src conversion tests examples setup.py
-	$(VENV)/bin/ruff format --check src conversion tests examples setup.py
+	$(VENV)/bin/ruff check src conversion tests examples experiments setup.py
+	$(VENV)/bin/ruff format --check src conversion tests examples experiments setup.py
 
 bench: $(VENV)/.installed  ## speed on this CPU beside transformers' own model; writes docs/results
 	$(VENV)/bin/nemotron-h bench cpu --output docs/results/bench_cpu --overwrite
