@@ -148,7 +148,7 @@ def test_order_of_imports_does_not_matter(imports):
 {imports}
 from tiny import tiny_model
 model = tiny_model()
-model.add_adapter(peft.LoraConfig(r=2, target_modules=["out_proj"]))
+peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["out_proj"]))
 print(sum("lora_A" in name for name, _ in model.named_parameters()))
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
