@@ -11,11 +11,11 @@ from tiny import tiny_config, tiny_model
 from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig as NativeConfig
 
 from nemotron_h_hf import NemotronHConfig
+from nemotron_h_hf.cost import cache_bytes, num_parameters, weight_bytes
+from nemotron_h_hf.elastic import needs
+from nemotron_h_hf.elastic.budgets import Budget, budget_config, read_elastic
 from nemotron_h_hf.elastic.expressible import nearest_expressible
-from nemotron_h_hf.model import needs
-from nemotron_h_hf.model.budgets import Budget, budget_config, read_elastic
-from nemotron_h_hf.model.cost import cache_bytes, num_parameters, weight_bytes
-from nemotron_h_hf.model.needs import Limit, _Combinations, _combinations, find_budget, predict_loss, rank_budgets
+from nemotron_h_hf.elastic.needs import Limit, _Combinations, _combinations, find_budget, predict_loss, rank_budgets
 from nemotron_h_hf.scripts import info
 
 ELASTIC = {

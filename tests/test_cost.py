@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from nemotron_h_hf import HybridCache, NemotronHConfig, NemotronHForCausalLM
-from nemotron_h_hf.model import cost
+from nemotron_h_hf import HybridCache, NemotronHConfig, NemotronHForCausalLM, cost
 from nemotron_h_hf.training.adapters import add_adapters, trained_adapters
 
 MIB = 2**20

@@ -25,8 +25,8 @@ from nemotron_h_hf import EMBEDDED_MODEL, HybridCache
 from nemotron_h_hf.checkpoint import Checkpoint
 from nemotron_h_hf.headers import read_contents
 from nemotron_h_hf.model import loading
-from nemotron_h_hf.model.nested import find_tensors
 from nemotron_h_hf.model.reading import read_header
+from nemotron_h_hf.model.stored import find_tensors
 from nemotron_h_hf.training import checkpoints
 
 NORM = "backbone.layers.0.norm.weight"

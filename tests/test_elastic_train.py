@@ -11,9 +11,9 @@ from tiny_run import read_metrics, write_texts
 from transformers import AutoTokenizer
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM
-from nemotron_h_hf.model.budgets import budget_config, read_elastic
-from nemotron_h_hf.model.cost import cache_bytes, num_parameters, weight_bytes
-from nemotron_h_hf.model.saving import MANIFEST_NAME
+from nemotron_h_hf.cost import cache_bytes, num_parameters, weight_bytes
+from nemotron_h_hf.elastic.budgets import budget_config, read_elastic
+from nemotron_h_hf.manifest import NAME as MANIFEST_NAME
 from nemotron_h_hf.scripts import elastic_train, plot
 
 CHOICES = {"hidden_size": [48, 32], "intermediate_size": [80, 48, 16], "mamba_num_heads": [8, 4]}

@@ -12,7 +12,9 @@ from tiny import tiny_config, tiny_model
 from tiny_run import make_arguments, make_rows, read_metrics, write_texts
 
 from nemotron_h_hf import NemotronHForCausalLM
+from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.elastic.axes import axes_of, masks_of
+from nemotron_h_hf.elastic.budgets import Budget, budget_config, read_elastic
 from nemotron_h_hf.elastic.curriculum import draw, shorter, stages_of
 from nemotron_h_hf.elastic.expected_cost import ExpectedCost, router_loss
 from nemotron_h_hf.elastic.finished import elastic_after, single_sizes
@@ -20,9 +22,7 @@ from nemotron_h_hf.elastic.masks import attach_masks
 from nemotron_h_hf.elastic.routed import Route, RoutedModel
 from nemotron_h_hf.elastic.router import Router, RouterSettings, budget_vector, choose
 from nemotron_h_hf.elastic.training import ROUTER_FILE, ElasticTrainer
-from nemotron_h_hf.model.budgets import Budget, budget_config, read_elastic
-from nemotron_h_hf.model.cost import num_parameters
-from nemotron_h_hf.model.slicing import cuts, prefix
+from nemotron_h_hf.slicing import cuts, prefix
 from nemotron_h_hf.training.finished import save_finished
 
 CHOICES = {"hidden_size": [48, 32], "intermediate_size": [80, 48], "mamba_num_heads": [8, 4], "layers": [3, 2]}

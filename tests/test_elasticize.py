@@ -13,17 +13,17 @@ from torch import nn
 from nemotron_h_hf import NemotronHElasticForCausalLM, NemotronHModel
 from nemotron_h_hf.checkpoint import Checkpoint
 from nemotron_h_hf.compression.importance import Importance, WidthScores, importance_order
+from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.elastic import measuring
+from nemotron_h_hf.elastic.budgets import Budget, budget_config, read_elastic
 from nemotron_h_hf.elastic.defaults import default_budgets, default_choices, default_depths, size_name
 from nemotron_h_hf.elastic.elasticize import elasticize
 from nemotron_h_hf.elastic.measuring import mean_loss
 from nemotron_h_hf.elastic.permuting import permute_checkpoint, permute_model
 from nemotron_h_hf.elastic.scores import write_scores
 from nemotron_h_hf.elastic.scores_plot import draw_scores
-from nemotron_h_hf.model.budgets import Budget, budget_config, read_elastic
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
-from nemotron_h_hf.model.cost import num_parameters
-from nemotron_h_hf.model.slicing import Kept, everything
+from nemotron_h_hf.slicing import Kept, everything
 
 MTP = {"num_nextn_predict_layers": 1, "mtp_layers_block_type": ["full_attention", "moe"]}
 BIASES = {"use_bias": True, "mlp_bias": True, "attention_bias": True}

@@ -12,9 +12,9 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausa
 
 from nemotron_h_cli import main
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig, NemotronHForCausalLM
-from nemotron_h_hf.model.budgets import budget_config, read_elastic
-from nemotron_h_hf.model.cost import num_parameters
-from nemotron_h_hf.model.manifest import NAME as MANIFEST
+from nemotron_h_hf.cost import num_parameters
+from nemotron_h_hf.elastic.budgets import budget_config, read_elastic
+from nemotron_h_hf.manifest import NAME as MANIFEST
 from nemotron_h_hf.model.moe import NemotronHMLP
 from nemotron_h_hf.scripts import elasticize as command
 from nemotron_h_hf.scripts.elasticize import packed, read_budgets, read_choices

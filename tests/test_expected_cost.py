@@ -9,11 +9,11 @@ from test_router import CHOICES, EXPERTS, LATENT, ORDER
 from tiny import tiny_config
 
 from nemotron_h_hf import NemotronHConfig
+from nemotron_h_hf.cost import cache_bytes, num_parameters, weight_bytes
 from nemotron_h_hf.elastic.axes import axes_of, budget_of, full, one_hot
+from nemotron_h_hf.elastic.budgets import budget_config
 from nemotron_h_hf.elastic.expected_cost import ExpectedCost, router_loss
 from nemotron_h_hf.elastic.latency import measure_latency
-from nemotron_h_hf.model.budgets import budget_config
-from nemotron_h_hf.model.cost import cache_bytes, num_parameters, weight_bytes
 
 MTP = {"num_nextn_predict_layers": 2, "mtp_hybrid_override_pattern": "*E"}
 

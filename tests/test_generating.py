@@ -10,8 +10,8 @@ from tokenizers.models import WordLevel
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from nemotron_h_hf import BudgetSchedule, HybridCache, NemotronHElasticForCausalLM
+from nemotron_h_hf.elastic.budgets import read_elastic
 from nemotron_h_hf.elastic.carrying import Carried, carry_cache
-from nemotron_h_hf.model.budgets import read_elastic
 
 BUDGETS = {
     "large": {},

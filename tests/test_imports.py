@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -20,15 +21,30 @@ MAY_IMPORT = {
     "checkpoint": {"model", "whole_files"},
     "resumable": {"checkpoint", "model", "targets", "whole_files"},
     "headers": {"model"},
+    "cost": {"model"},
+    "slicing": {"cost", "model"},
+    "manifest": {"model"},
     "token_counts": set(),
     "data": {"token_counts"},
-    "benchmark": {"public", "compression", "model", "training", "whole_files"},
+    "benchmark": {"public", "compression", "cost", "model", "training", "whole_files"},
     "training": {"inputs", "token_counts", "targets", "whole_files"},
-    "compression": {"inputs", "model", "checkpoint", "whole_files"},
-    "elastic": {"inputs", "compression", "model", "training", "checkpoint", "resumable", "targets", "whole_files"},
+    "compression": {"inputs", "model", "checkpoint", "cost", "slicing", "whole_files"},
+    "elastic": {
+        "inputs",
+        "compression",
+        "cost",
+        "model",
+        "training",
+        "checkpoint",
+        "manifest",
+        "resumable",
+        "slicing",
+        "targets",
+        "whole_files",
+    },
     "evaluation": {"inputs", "public", "compression", "model", "training", "targets", "whole_files"},
-    "facts": {"compression", "headers", "model"},
-    "hub": {"facts", "model", "resumable", "whole_files"},
+    "facts": {"compression", "cost", "elastic", "headers", "model"},
+    "hub": {"facts", "manifest", "model", "resumable", "whole_files"},
     "scripts": {
         "inputs",
         "public",
@@ -37,7 +53,10 @@ MAY_IMPORT = {
         "resumable",
         "targets",
         "conversion",
+        "cost",
         "headers",
+        "manifest",
+        "slicing",
         "token_counts",
         "whole_files",
         "benchmark",
@@ -58,6 +77,7 @@ THIRD_PARTY = {
     "checkpoint": {"torch", "safetensors"},
     "resumable": {"torch"},
     "headers": set(),
+    "cost": set(),
     "token_counts": set(),
     "whole_files": set(),
     "targets": set(),
@@ -91,6 +111,13 @@ def test_hub_folder_is_flat(path):
             assert node.level == 1 and node.module, ast.unparse(node)
             assert (path.parent / f"{node.module}.py").is_file(), ast.unparse(node)
     assert "TYPE_CHECKING" not in path.read_text()
+
+
+def test_hub_folder_does_not_know_elastic():
+    """What travels beside the weights is the architecture and what runs it."""
+    words = re.compile(r"budget|elastic|manifest|slicing|\bnested\b|\bcosts?\b", re.IGNORECASE)
+    texts = {path.name: path.read_text() for path in (PACKAGE / "model").glob("*.py")}
+    assert len(texts) > 20 and not {name: found[0] for name, text in texts.items() if (found := words.search(text))}
 
 
 def parts_of(path: Path) -> tuple[str, ...]:

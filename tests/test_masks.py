@@ -6,9 +6,9 @@ from tiny import native_twin, prompt, tiny_model
 from torch import nn
 
 from nemotron_h_hf import NemotronHForCausalLM
+from nemotron_h_hf.elastic.budgets import Budget, budget_config
 from nemotron_h_hf.elastic.masks import Masks, attach_masks, budget_masks
-from nemotron_h_hf.model.budgets import Budget, budget_config
-from nemotron_h_hf.model.slicing import cuts, prefix
+from nemotron_h_hf.slicing import cuts, prefix
 
 DENSE = {
     "hidden": {"hidden_size": 36},

@@ -17,10 +17,10 @@ from test_slicing import DENSE, EXPERTS, MTP, build, cut
 from tiny import prompt, tiny_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from nemotron_h_hf import NemotronHForCausalLM, NemotronHModel
-from nemotron_h_hf.model import manifest, nested
-from nemotron_h_hf.model.budgets import Budget
-from nemotron_h_hf.model.cost import num_parameters
+from nemotron_h_hf import NemotronHForCausalLM, NemotronHModel, manifest
+from nemotron_h_hf.cost import num_parameters
+from nemotron_h_hf.elastic import nested
+from nemotron_h_hf.elastic.budgets import Budget
 from nemotron_h_hf.model.loading import weight_files
 
 HALF = {"hidden_size": 32, "mamba_num_heads": 4}

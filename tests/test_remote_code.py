@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemotron_h_hf import EMBEDDED_MODEL, hub
 
 PROMPT = "def load(path):\n"
+ELASTIC = {"version": 1, "budgets": {"half": {"hidden_size": 32}}}
 
 # Run where the package cannot be imported: text and logits of every folder, then saved once more with its code.
 WITHOUT_PACKAGE = """
@@ -66,7 +67,8 @@ def folders(tmp_path_factory) -> list[Path]:
     shutil.copytree(EMBEDDED_MODEL, root / "embedded")
     for shape in ("dense", "moe"):
         tiny_model(shape).save_pretrained(root / shape)
-    folders = [root / name for name in ("embedded", "dense", "moe")]
+    tiny_model("dense", elastic=ELASTIC).save_pretrained(root / "parent")
+    folders = [root / name for name in ("embedded", "dense", "moe", "parent")]
     for folder in folders:
         hub.attach_code(folder)
     return folders
@@ -105,6 +107,9 @@ def test_saving_there_carries_the_code_and_the_released_names(folders, answer):
         assert set(hub.code_files()) <= {path.name for path in again.iterdir()}
         config = json.loads((again / "config.json").read_text())
         assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_nemotron_h.NemotronHForCausalLM"
+        assert config.get("elastic") == (
+            ELASTIC if folder.name == "parent" else None
+        )  # kept, though nobody there reads it
         first, second = load_file(folder / "model.safetensors"), load_file(again / "model.safetensors")
         assert first.keys() == second.keys()
         assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())

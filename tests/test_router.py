@@ -8,6 +8,7 @@ import torch
 from tiny import tiny_config
 
 from nemotron_h_hf.elastic.axes import DEPTH, axes_of, budget_of, full, kept_layers, masks_of, one_hot, prefixes
+from nemotron_h_hf.elastic.budgets import budget_config
 from nemotron_h_hf.elastic.masks import Masks, budget_masks
 from nemotron_h_hf.elastic.router import (
     Router,
@@ -18,7 +19,6 @@ from nemotron_h_hf.elastic.router import (
     generator_of,
     gumbel_noise,
 )
-from nemotron_h_hf.model.budgets import budget_config
 
 CHOICES = {
     "hidden_size": [48, 32], "intermediate_size": [80, 48, 16], "mamba_num_heads": [8, 4], "mamba_head_dim": [8, 5],

@@ -27,8 +27,8 @@ from nemotron_h_hf.compression.scaling import (
     tensor_parallel_traffic,
     working_bytes,
 )
+from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.model import loss
-from nemotron_h_hf.model.cost import num_parameters
 
 DTYPES = {"float32": 4, "bfloat16": 2}
 DOC = Path(__file__).parent.parent / "docs" / "scaling.md"

@@ -10,14 +10,14 @@ from tiny import prompt, tiny_model
 from torch import nn
 
 from nemotron_h_hf import NemotronHElasticForCausalLM, NemotronHForCausalLM
+from nemotron_h_hf.cost import cache_bytes, weight_bytes
 from nemotron_h_hf.elastic import sharing
+from nemotron_h_hf.elastic.budgets import Budget, budget_config, read_elastic
 from nemotron_h_hf.elastic.layout import Sizes, block_size, head_order, in_proj_order, nested
+from nemotron_h_hf.manifest import NAME as MANIFEST_NAME
+from nemotron_h_hf.manifest import check_manifest
 from nemotron_h_hf.model import linear
-from nemotron_h_hf.model.budgets import Budget, budget_config, read_elastic
-from nemotron_h_hf.model.cost import cache_bytes, weight_bytes
-from nemotron_h_hf.model.manifest import check_manifest
-from nemotron_h_hf.model.saving import MANIFEST_NAME
-from nemotron_h_hf.model.slicing import cuts, prefix
+from nemotron_h_hf.slicing import cuts, prefix
 
 NARROW = {
     "hidden_size": 32, "mamba_num_heads": 4, "num_attention_heads": 2, "intermediate_size": 40, "layers": [0, 1, 2, 3, 5, 6],

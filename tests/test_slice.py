@@ -21,12 +21,11 @@ from tiny import prompt, tiny_model
 from transformers import AutoModelForCausalLM
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM as NativeForCausalLM
 
-from nemotron_h_hf import NemotronHConfig
+from nemotron_h_hf import NemotronHConfig, manifest
 from nemotron_h_hf.elastic import cutting
+from nemotron_h_hf.elastic.budgets import Budget
 from nemotron_h_hf.elastic.cutting import slice_checkpoint
-from nemotron_h_hf.model import manifest
-from nemotron_h_hf.model.budgets import Budget
-from nemotron_h_hf.model.nested import PendingCut
+from nemotron_h_hf.elastic.nested import PendingCut
 from nemotron_h_hf.scripts import info
 from nemotron_h_hf.scripts import slice as command
 
@@ -224,7 +223,7 @@ def test_out_of_disk(tmp_path, monkeypatch):
 def test_killed_at_random_points(tmp_path):
     """`kill -9` at random moments, then let it finish: the same weights as without."""
     source = write_parent(tmp_path / "parent", shard="8KB")
-    code = "import sys; from nemotron_h_hf.elastic.cutting import slice_checkpoint; from nemotron_h_hf.model import nested\n"
+    code = "import sys; from nemotron_h_hf.elastic.cutting import slice_checkpoint; from nemotron_h_hf.elastic import nested\n"
     code += "import time; real = nested.PendingCut.read\n"
     code += (
         "nested.PendingCut.read = lambda self: (time.sleep(0.02), real(self))[1]\n"  # so that there is time to kill it

@@ -11,10 +11,10 @@ from tiny import prompt, tiny_config, tiny_model
 from torch import Tensor
 
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
-from nemotron_h_hf.model.budgets import Budget, budget_config
-from nemotron_h_hf.model.cost import checkpoint_tensors
+from nemotron_h_hf.cost import checkpoint_tensors
+from nemotron_h_hf.elastic.budgets import Budget, budget_config
 from nemotron_h_hf.model.loading import module_names
-from nemotron_h_hf.model.slicing import cuts, everything, kept_config, prefix, runs
+from nemotron_h_hf.slicing import cuts, everything, kept_config, prefix, runs
 
 DENSE = {"hidden_size": 32, "intermediate_size": (8, 40), "mamba_num_heads": (4, 8, 2), "mamba_head_dim": (4, 8, 3),
          "num_attention_heads": 2, "layers": (0, 1, 2, 3, 5, 6)}  # fmt: skip

@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tiny_order"))
 
 import text  # noqa: E402
 
+from nemotron_h_hf.cost import num_parameters  # noqa: E402
 from nemotron_h_hf.data.finetuning import one_round  # noqa: E402
 from nemotron_h_hf.data.records import encode_record  # noqa: E402
 from nemotron_h_hf.data.sources import Source  # noqa: E402
 from nemotron_h_hf.data.stdlib_text import as_jsonl  # noqa: E402
-from nemotron_h_hf.model.budgets import budget_config, read_elastic  # noqa: E402
-from nemotron_h_hf.model.cost import num_parameters  # noqa: E402
+from nemotron_h_hf.elastic.budgets import budget_config, read_elastic  # noqa: E402
 from nemotron_h_hf.scripts import elastic_train, elasticize, pretrain  # noqa: E402
 from nemotron_h_hf.scripts.train_tiny import save_checkpoint  # noqa: E402
 from nemotron_h_hf.training.bits_per_byte import bits_per_byte  # noqa: E402

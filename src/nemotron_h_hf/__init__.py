@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from .elastic.attach import attach
 from .model.cache import HybridCache
 from .model.configuration_nemotron_h import NemotronHConfig
 from .model.modeling_nemotron_h import NemotronHForCausalLM, NemotronHForSequenceClassification, NemotronHModel
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 # The small trained model that comes with the package.
 EMBEDDED_MODEL = str(Path(__file__).parent / "assets" / "nemotron-h-tiny")
 
+attach()
 AutoConfig.register("nemotron_h", NemotronHConfig, exist_ok=True)
 AutoModel.register(NemotronHConfig, NemotronHModel, exist_ok=True)
 AutoModelForCausalLM.register(NemotronHConfig, NemotronHForCausalLM, exist_ok=True)

@@ -8,9 +8,9 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from . import cost
+from .elastic.budgets import EXPERT_FIELDS, SIZE_FIELDS, Budget, budget_config, read_elastic
 from .headers import Contents, read_contents
-from .model import cost
-from .model.budgets import EXPERT_FIELDS, SIZE_FIELDS, Budget, budget_config, read_elastic
 from .model.configuration_nemotron_h import NemotronHConfig
 from .model.loading import released_name
 from .model.reading import read_json

@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 
 from .facts import LAYER_NAMES, Facts, describe, human_bytes, human_count, load_target
+from .manifest import NAME as MANIFEST_NAME
 from .model.configuration_nemotron_h import with_plain_limit
 from .model.reading import read_index, read_json
 from .resumable import TOKENIZER_FILES, with_plain_tokenizer_class
@@ -34,7 +35,7 @@ AUTO_MAP = {
 }
 """What config.json says so that `trust_remote_code=True` finds the classes in the files beside the weights."""
 BELONGS = (
-    "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", "elastic_manifest.json",
+    "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", MANIFEST_NAME,
     "adapter_config.json", "adapter_model.safetensors", "preprocessor_config.json", "processor_config.json",
     "image_processor_config.json", "video_preprocessor_config.json", "hf_quant_config.json", "conversion_report.json",
     "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt", ".gitattributes",

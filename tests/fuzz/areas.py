@@ -176,8 +176,9 @@ class Manifest(Area):
     """A folder with a manifest: the manifest itself, and any byte of the weights."""
 
     def prepare(self, folder: Path) -> None:
+        from nemotron_h_hf.manifest import checksum
         from nemotron_h_hf.model.loading import weight_files
-        from nemotron_h_hf.model.manifest import checksum, find_tensors
+        from nemotron_h_hf.model.stored import find_tensors
 
         tiny_model().save_pretrained(folder)
         stored = find_tensors(weight_files(folder))

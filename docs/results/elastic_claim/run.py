@@ -27,15 +27,15 @@ from matplotlib.figure import Figure
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from nemotron_h_hf import EMBEDDED_MODEL
+from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.data.finetuning import one_round
 from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.data.stdlib_text import corpus_digest, read_documents, split_documents
+from nemotron_h_hf.elastic.budgets import read_elastic
 from nemotron_h_hf.elastic.cutting import slice_checkpoint
 from nemotron_h_hf.elastic.elasticize import elasticize
 from nemotron_h_hf.hub import save_tokenizer
-from nemotron_h_hf.model.budgets import read_elastic
-from nemotron_h_hf.model.cost import num_parameters
 from nemotron_h_hf.scripts import distill, elastic_train
 
 FOLDER = Path(__file__).parent

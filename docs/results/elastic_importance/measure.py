@@ -27,12 +27,12 @@ from tqdm import tqdm
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM
 from nemotron_h_hf.compression.importance import Importance, importance_of, importance_order
+from nemotron_h_hf.elastic.budgets import Budget
 from nemotron_h_hf.elastic.masks import attach_masks, budget_masks
 from nemotron_h_hf.elastic.measuring import mean_loss, measure_width
 from nemotron_h_hf.elastic.permuting import permute_model
-from nemotron_h_hf.model.budgets import Budget
-from nemotron_h_hf.model.slicing import Kept, everything
 from nemotron_h_hf.scripts.elasticize import make_rows
+from nemotron_h_hf.slicing import Kept, everything
 
 FOLDER = Path(__file__).parent
 SIZES = {

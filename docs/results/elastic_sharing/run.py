@@ -26,8 +26,8 @@ import torch
 from transformers.utils import logging
 
 from nemotron_h_hf import HybridCache, NemotronHConfig, NemotronHElasticForCausalLM, NemotronHForCausalLM
-from nemotron_h_hf.model.budgets import budget_config, read_elastic
-from nemotron_h_hf.model.cost import num_parameters, weight_bytes
+from nemotron_h_hf.cost import num_parameters, weight_bytes
+from nemotron_h_hf.elastic.budgets import budget_config, read_elastic
 
 PARENT = {
     "vocab_size": 24576, "hidden_size": 1280, "hybrid_override_pattern": "M-M-M-M*-M-M-M-M*-", "intermediate_size": 5120,

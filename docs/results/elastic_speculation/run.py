@@ -25,9 +25,9 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from nemotron_h_hf import EMBEDDED_MODEL, HybridCache, NemotronHElasticForCausalLM, NemotronHForCausalLM
+from nemotron_h_hf.cost import num_parameters
+from nemotron_h_hf.elastic.budgets import budget_config, read_elastic
 from nemotron_h_hf.elastic.elasticize import elasticize
-from nemotron_h_hf.model.budgets import budget_config, read_elastic
-from nemotron_h_hf.model.cost import num_parameters
 
 PROMPTS = (
     "The function returns a list of", "Raise an exception if the", "This module provides", "The default value is",

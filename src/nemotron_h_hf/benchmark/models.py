@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, Qwen2C
 from transformers.models.nemotron_h import NemotronHConfig as NativeConfig
 from transformers.models.nemotron_h import NemotronHForCausalLM as NativeForCausalLM
 
-from ..model import cost
+from .. import cost
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
 from .sides import SEED, spread_weights

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedConfig
 
-from ..model import cost
+from .. import cost
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.ssd import CHUNK_TOKENS, SEGMENT_TOKENS
 

@@ -46,7 +46,7 @@ from torch import Tensor, nn
 
 from ..inputs import open_tensors
 from ..model.configuration_nemotron_h import NemotronHConfig
-from ..model.slicing import Kept, everything
+from ..slicing import Kept, everything
 from ..whole_files import whole_file
 
 FORMAT = "nemotron_h_hf.width_scores.v1"

@@ -16,8 +16,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ..cost import Tensor, checkpoint_tensors, forward_flops_per_token
 from ..model.configuration_nemotron_h import NemotronHConfig
-from ..model.cost import Tensor, checkpoint_tensors, forward_flops_per_token
 from ..model.loss import CHUNKS_AT_ONCE, KEPT_LOGITS, LOGITS_PER_CHUNK
 from ..model.ssd import KEPT_TOKENS, SEGMENT_TOKENS
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.budgets import EXPERT_FIELDS, SIZE_FIELDS, Budget, check_budget, num_groups
 from ..model.configuration_nemotron_h import NemotronHConfig
+from .budgets import EXPERT_FIELDS, SIZE_FIELDS, Budget, check_budget, num_groups
 from .masks import Masks
 
 DEPTH = "layers"

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..model.budgets import Budget, budget_config
 from ..model.cache import HybridCache, MambaCacheLayer, read_states
 from ..model.configuration_nemotron_h import NemotronHConfig
-from ..model.slicing import Kept, prefix
+from ..slicing import Kept, prefix
+from .budgets import Budget, budget_config
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@
 
 The parent is never built: each tensor of the small model is read from its rows in the parent's files, cut, written, and
 forgotten. Finished files are noted in a journal, so a run that was killed goes on; config.json comes last, so a folder that
-has one is whole. Beside the weights lie the tokenizer's files, the generation config, and the manifest (model/manifest.py).
+has one is whole. Beside the weights lie the tokenizer's files, the generation config, and the manifest (manifest.py).
 
 The residual is the largest difference between the logits of the small model, loaded from what was written, and those of the
 masked parent, in fp32 on `PROBE_TOKENS` random tokens. It needs the whole parent in memory, so by default it is only
@@ -25,20 +25,21 @@ import torch
 from huggingface_hub import snapshot_download
 from transformers import GenerationConfig
 
+from .. import manifest
 from ..checkpoint import Digest, ShardWriter, TensorSpec, plan_shards
-from ..model import manifest
-from ..model.budgets import Budget
+from ..cost import num_parameters
 from ..model.configuration_nemotron_h import NemotronHConfig
-from ..model.cost import num_parameters
 from ..model.loading import limits_of_other_readers, weight_files
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
-from ..model.needs import Request, find_budget
-from ..model.nested import Nested, PendingCut, find_tensors
+from ..model.stored import find_tensors
 from ..resumable import TOKENIZER_FILES, Journal, check_room, copy_files, write_shards
 from ..targets import writing
 from ..whole_files import write_text
+from .budgets import Budget
 from .expressible import nearest_expressible
 from .masks import attach_masks, budget_masks
+from .needs import Request, find_budget
+from .nested import Nested, PendingCut
 
 AUTO_VERIFY_BYTES = 2**30
 PROBE_TOKENS = 64
@@ -79,7 +80,7 @@ def slice_checkpoint(
 
     Args:
         parent: folder or hub id; it is only read.
-        budget: a name, fraction, need, sizes or `Budget` (model/needs.py).
+        budget: a name, fraction, need, sizes or `Budget` (needs.py).
         output: a new or empty folder, or that of the same cut interrupted.
         max_shard_bytes: of a file; None for as many files as large as the parent's largest.
         verify: measure the residual; None does so for a small parent.

@@ -10,9 +10,9 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 
-from ..model.budgets import FIELDS_OF_KIND, Budget, budget_config, num_groups
+from ..cost import num_parameters
 from ..model.configuration_nemotron_h import NemotronHConfig
-from ..model.cost import num_parameters
+from .budgets import FIELDS_OF_KIND, Budget, budget_config, num_groups
 
 EIGHTHS = (8, 7, 6, 5, 4)
 WIDTHS = 256  # shares of the widths that are tried

@@ -18,10 +18,10 @@ from typing import Any
 
 from ..compression.depth import Removal, layer_order
 from ..compression.importance import Importance, importance_of, importance_order
-from ..model.budgets import SIZE_FIELDS, Budget, Elastic, check_budget
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
-from ..model.slicing import Kept
+from ..slicing import Kept
+from .budgets import SIZE_FIELDS, Budget, Elastic, check_budget
 from .defaults import default_budgets, default_choices, default_depths
 from .measuring import Row, fingerprint, key_of, measure_depth, measure_losses, measure_width
 from .ordered import OrderedLinear

@@ -1,6 +1,6 @@
 """What a router's choice costs: parameters, memory or time, differentiable in its probabilities, and the loss made of it.
 
-Parameters and bytes come from the formulas of `model/cost.py` themselves, read on a configuration whose sizes are expected
+Parameters and bytes come from the formulas of `cost.py` themselves, read on a configuration whose sizes are expected
 values: a choice of one size on each axis so costs exactly what its model has (num_parameters, weight_bytes, cache_bytes).
 Between choices it is the mean over independent axes (but for MTP's joining matrix, whose two sides are one size).
 
@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model import cost
-from ..model.budgets import FIELDS_OF_KIND
+from .. import cost
 from ..model.configuration_nemotron_h import NemotronHConfig
 from .axes import DEPTH, Axis, Probabilities, full, kept_layers
+from .budgets import FIELDS_OF_KIND
 
 METRICS = ("parameters", "memory", "latency")
 DEAD_ZONE = 0.05

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-from ..model.budgets import Budget, budget_config, num_groups, sizes_of_kept
+from ..cost import num_parameters
 from ..model.configuration_nemotron_h import NemotronHConfig
-from ..model.cost import num_parameters
+from .budgets import Budget, budget_config, num_groups, sizes_of_kept
 
 
 def nearest_expressible(parent: NemotronHConfig, budget: Budget) -> Budget:

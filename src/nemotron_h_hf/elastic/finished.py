@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from transformers.utils import logging
 
-from ..model.budgets import Budget, Elastic, read_elastic
 from ..model.configuration_nemotron_h import NemotronHConfig
 from .axes import Axis, budget_of
+from .budgets import Budget, Elastic, read_elastic
 from .expected_cost import choices_of
 from .routed import Route
 

@@ -22,10 +22,10 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from transformers.utils import logging
 
 from ..model.arguments import CACHE_NAME, CACHE_NAMES, cache_of
-from ..model.budgets import Budget
 from ..model.cache import HybridCache
-from ..model.needs import Request
+from .budgets import Budget
 from .carrying import Carried, carry_cache, check_carry
+from .needs import Request
 
 logger = logging.get_logger(__name__)
 

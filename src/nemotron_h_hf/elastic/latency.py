@@ -20,9 +20,9 @@ from torch import nn
 from tqdm import tqdm
 
 from ..model.blocks import NemotronHBlock, NemotronHRMSNorm
-from ..model.budgets import FIELDS_OF_KIND
 from ..model.configuration_nemotron_h import NemotronHConfig
 from .axes import Axis
+from .budgets import FIELDS_OF_KIND
 from .expected_cost import choices_of
 
 

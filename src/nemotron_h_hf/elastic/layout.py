@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..model.budgets import budget_config, read_elastic
 from ..model.configuration_nemotron_h import NemotronHConfig
+from .budgets import budget_config, read_elastic
 
 
 class Sizes(NamedTuple):

@@ -34,10 +34,10 @@ import torch
 from torch import Tensor, nn
 
 from ..model.arguments import one_cache
-from ..model.budgets import Budget, budget_config
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.modeling_nemotron_h import NemotronHModel
-from ..model.slicing import prefix
+from ..slicing import prefix
+from .budgets import Budget, budget_config
 
 
 @dataclass

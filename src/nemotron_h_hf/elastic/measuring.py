@@ -20,9 +20,9 @@ from tqdm import tqdm
 from ..compression.depth import Removal, num_passes, remove_layers
 from ..compression.importance import WidthScores, accumulate
 from ..inputs import read_json
-from ..model.budgets import Budget
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
 from ..whole_files import write_json
+from .budgets import Budget
 from .masks import MaskedForward, Masks, attach_masks, budget_masks
 
 SAVE_EVERY_SECONDS = 60.0

@@ -8,13 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .. import manifest
 from ..checkpoint import TensorSpec, parse_size, save
-from ..model import manifest
-from ..model.cost import checkpoint_tensors
+from ..cost import checkpoint_tensors
 from ..model.loading import warn_of_other_readers, weight_files
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
-from ..model.nested import find_tensors
 from ..model.saving import save_whole
+from ..model.stored import find_tensors
 from ..whole_files import write_text
 from .ordered import OrderedLinear
 from .views import find, module_path, tensor_of

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..checkpoint import Checkpoint, Digest, TensorSpec, save
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.loading import released_name
-from ..model.slicing import Kept, cuts
+from ..slicing import Kept, cuts
 
 
 @torch.no_grad()

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from ..model.budgets import Budget
 from .axes import DEPTH, Axis, budget_of, masks_of
+from .budgets import Budget
 from .curriculum import Draw
 from .expected_cost import ExpectedCost, router_loss
 from .masks import attach_masks, budget_masks

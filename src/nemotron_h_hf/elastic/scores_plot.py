@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from ..compression.depth import Removal
-from ..model.slicing import Kept
+from ..slicing import Kept
 from .elasticize import Parent
 from .scores import AXES
 

@@ -31,14 +31,14 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from ..model.budgets import Budget, budget_config
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
-from ..model.needs import Request, find_budget, sizes_of
-from ..model.slicing import prefix
+from ..slicing import prefix
+from .budgets import Budget, budget_config
 from .expressible import nearest_expressible
 from .generating import BudgetSchedule, generate_by, generate_rows, generate_schedule
 from .layout import live_orders
+from .needs import Request, find_budget, sizes_of
 from .ordered import arranged, ordered
 from .ordinary import check_plain, write_ordinary
 from .views import Tie, tie_tensors
@@ -108,7 +108,7 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
         return found
 
     def find_budget(self, request: Request) -> Budget:
-        """The budget that is asked for (model/needs.py); bytes are those of this model's dtype."""
+        """The budget that is asked for (needs.py); bytes are those of this model's dtype."""
         return find_budget(self.config, request, str(self.dtype).removeprefix("torch."))
 
     def generate(

@@ -26,7 +26,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from ..inputs import open_tensors
-from ..model.budgets import Budget
 from ..model.loss import share_of_items
 from ..training.arguments import NemotronHTrainingArguments, parse_tokens, require
 from ..training.distillation import DistillationTrainer
@@ -34,6 +33,7 @@ from ..training.losses import IGNORE, DistillationLoss, LiveTeacher, TopK
 from ..training.schedule import Schedule
 from ..whole_files import whole_file
 from .axes import DEPTH
+from .budgets import Budget
 from .curriculum import Stage, draw, shorter, stage_at
 from .routed import ROUTER, Route, RoutedModel
 

@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from ..model.slicing import Kept, cuts
+from ..slicing import Kept, cuts
 from .ordered import OrderedLinear
 
 

@@ -544,7 +544,7 @@ def check_cache(cache: Cache, config: PreTrainedConfig, batch_size: int) -> None
 
 
 def _state_shapes(config: PreTrainedConfig) -> Iterator[tuple[tuple[int, int], tuple[int, int, int]]]:
-    """(d, k) and (h, p, n) of each Mamba layer. Reads each field once: that costs 3 us, and this runs at every token."""
+    """(d, k) and (h, p, n) of each Mamba layer. Reads each field once: that takes 3 us, and this runs at every token."""
     fields = (config.mamba_num_heads, config.mamba_head_dim)
     sizes = zip(*(repeat(size) if isinstance(size, int) else size for size in fields))
     g, n, taps = config.n_groups, config.ssm_state_size, config.conv_kernel

@@ -19,8 +19,6 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .budgets import read_elastic
-
 LETTER_TO_TYPE = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 TYPE_TO_LETTER = {name: letter for letter, name in LETTER_TO_TYPE.items()}
 LAYER_NAMES = {"linear_attention": "Mamba", "full_attention": "attention", "mlp": "MLP", "moe": "MoE"}  # for people
@@ -176,8 +174,6 @@ class NemotronHConfig(PreTrainedConfig):
     # multi-token prediction
     num_nextn_predict_layers: int = 0
     mtp_layers_block_type: list[str] | None = None
-    # smaller models nested in this one (budgets.py)
-    elastic: dict[str, Any] | None = None
     # everywhere
     layer_norm_epsilon: float = 1e-5
     initializer_range: float = 0.02
@@ -220,7 +216,7 @@ class NemotronHConfig(PreTrainedConfig):
         _check_dtype(kwargs.get("torch_dtype") or self.dtype)
         _check_token_ids(self)
         super().__post_init__(**kwargs)
-        _validate(self)
+        self.validate()
 
     def validate(self) -> None:
         """Check every field again; transformers calls it before saving."""
@@ -327,7 +323,6 @@ class NemotronHConfig(PreTrainedConfig):
             output["mtp_hybrid_override_pattern"] = self.mtp_hybrid_override_pattern
         output.pop("mamba_implementation", None)  # a choice for this machine, not a property of the model
         dropped = () if self.has_experts else MOE_FIELDS
-        dropped += () if self.elastic else ("elastic",)
         dropped += () if self.num_nextn_predict_layers else MTP_FIELDS
         return {key: value for key, value in output.items() if key not in dropped}
 
@@ -491,8 +486,6 @@ def _validate(config: NemotronHConfig) -> None:
         latent = config.moe_latent_size
         require(latent is None or is_count(latent), "moe_latent_size", "null or a positive integer")
         require(is_number(config.routed_scaling_factor), "routed_scaling_factor", "a number")
-    if config.elastic is not None:
-        read_elastic(config)
 
 
 # Released shapes (facts of the family: NVIDIA's provider code and model cards). Fields not named are the class defaults.

@@ -10,7 +10,7 @@ several dtypes are the exception, since a product needs one: see `stored_dtypes`
 import contextvars
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,9 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 COMPUTED_WIDE = r"\.(A_log|D|dt_bias|gate\.weight|e_score_correction_bias|\w*norm(_f)?\.weight)$"
 """Names of tensors that are made fp32 where they are used, in whichever dtype they are stored."""
 
+# Arguments of `from_pretrained` that say where the files are.
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
 EXPERT = re.compile(r"(.*\.mixer\.experts)\.(0|[1-9]\d*)\.(up_proj|down_proj)\.weight")
 EXPERT_EXAMPLE = "backbone.layers.1.mixer.experts.0.up_proj.weight"
 LIKE_AN_EXPERT = re.compile(
@@ -39,17 +42,19 @@ LIKE_AN_EXPERT = re.compile(
 )  # what transformers takes for one: . is any letter
 
 
+ReadWeights = Callable[[list[str]], Mapping[str, Any] | None]
+"""Safetensors files -> slices to load, with the methods of safetensors' own, by released name; None: the files as they are."""
+
+
 @dataclass(frozen=True)
 class Loading:
     """What `from_pretrained` was asked for: transformers does not hand it on to the place where files are read.
 
-    `keep_dtypes`: no dtype was given. `nested`: the small model to read (a `Nested`), if a budget was given. `manifest`:
-    the file beside the weights that says what they are, if there is one.
+    `keep_dtypes`: no dtype was given. `read_weights`: what reads the files instead of transformers, if it was given.
     """
 
     keep_dtypes: bool = False
-    nested: Any = None
-    manifest: str | None = None
+    read_weights: ReadWeights | None = None
 
 
 loading: contextvars.ContextVar[Loading] = contextvars.ContextVar("loading", default=Loading())  # noqa: B039 (frozen)
@@ -106,6 +111,14 @@ def module_names(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
                 renamed[merged] = own[merged].detach().clone()
             renamed[merged][int(match[2])] = tensor
     return renamed
+
+
+def check_folder(path: str | os.PathLike, arguments: Mapping[str, Any]) -> None:
+    """Refuse what `from_pretrained(path, **arguments)` would stumble over; a hub id passes."""
+    folder = os.path.join(path, arguments.get("subfolder") or "")
+    check_index(folder)
+    if arguments.get("config") is None:
+        check_config(folder)
 
 
 def check_config(folder: str | os.PathLike) -> None:

@@ -45,9 +45,9 @@ from .kernels import check_implementation
 from .linear import project
 from .loading import (
     Loading,
-    check_config,
+    ReadWeights,
     check_files,
-    check_index,
+    check_folder,
     check_loaded,
     drop_absent_mtp,
     file_dtypes,
@@ -60,15 +60,13 @@ from .loading import (
 )
 from .loss import next_token_loss, share_of_items
 from .mamba2 import NemotronHMamba2Mixer
-from .manifest import check_manifest, find_manifest
 from .moe import NemotronHTopkRouter, init_experts, load_balancing_loss
-from .needs import Request
-from .nested import empty_tensors, find_nested
 from .peft_support import allow_adapters_on_out_proj
 from .plain import is_watched
 from .rows import Padding, check_mask, find_documents, find_padding, flash_offsets
 from .saving import save_whole
 from .ssd import under_func
+from .stored import empty_tensors
 
 
 class NemotronHPreTrainedModel(PreTrainedModel):
@@ -95,33 +93,23 @@ class NemotronHPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path, *args, budget: Request | None = None, **kwargs
+        cls, pretrained_model_name_or_path, *args, read_weights: ReadWeights | None = None, **kwargs
     ) -> "NemotronHPreTrainedModel":
         """As transformers', with every tensor in the dtype it is stored in unless `dtype` is given.
 
         Args:
-            budget: of an elastic parent, load only this smaller model: a name ("6b"), a fraction (0.5, "50%"), a need
-                ("7GiB@32k"), sizes (a mapping) or a `Budget`; see needs.py. The parent is never built, and rows that are
-                cut away are not read: `output_loading_info=True` tells `bytes_read` and `parent_bytes`.
+            read_weights: given the checkpoint's files, may check them, and give the slices to load instead of all they hold.
 
         Raises:
-            ValueError: for files that are cut short or changed after their manifest, weights that do not fit the config,
-                NaN or infinity, pickled weights, or a budget that does not fit the parent.
+            ValueError: for files that are cut short, weights that do not fit the config, NaN or infinity, pickled weights.
         """
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors=False: allowed is safetensors alone, pickled weights can run code")
-        manifest = nested = None
         if pretrained_model_name_or_path is not None:  # None comes with a configuration and a state_dict
-            folder = os.path.join(pretrained_model_name_or_path, kwargs.get("subfolder") or "")
-            check_index(folder)
-            if kwargs.get("config") is None:
-                check_config(folder)
-            manifest = find_manifest(pretrained_model_name_or_path, kwargs)
+            check_folder(pretrained_model_name_or_path, kwargs)
         explicit = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        if budget is not None:
-            nested, kwargs = find_nested(cls.config_class, pretrained_model_name_or_path, budget, kwargs)
         with_info = kwargs.pop("output_loading_info", False)
-        token = loading.set(Loading(explicit in (None, "auto"), nested, manifest))
+        token = loading.set(Loading(explicit in (None, "auto"), read_weights))
         try:
             checked = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
             model, info = super().from_pretrained(pretrained_model_name_or_path, *args, **{**kwargs, **checked})
@@ -134,9 +122,6 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         accepted = {**info, "mismatched_keys": set()} if kwargs.get("ignore_mismatched_sizes") else info
         new = (*cls._new_on_load, *warn_of_fresh_head(model, info))
         check_loaded(model, accepted, str(pretrained_model_name_or_path), new, ignore)
-        if nested is not None:
-            nested.report()
-            info = {**info, "bytes_read": nested.bytes_read, "parent_bytes": nested.parent_bytes}
         return (model, info) if with_info else model
 
     @staticmethod
@@ -144,15 +129,14 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         files = [file for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
         check_files(files, load_config.hf_quantizer is not None)
         wanted = loading.get()
-        if wanted.manifest is not None:
-            check_manifest(wanted.manifest, files)
-        if wanted.nested is not None:
-            state_dict, checkpoint_files = wanted.nested.tensors(files), None
+        slices = None if wanted.read_weights is None else wanted.read_weights(files)
+        if slices is not None:
+            state_dict, checkpoint_files = slices, None
         elif files and load_config.device_map == {"": torch.device("meta")} and load_config.hf_quantizer is None:
             state_dict, checkpoint_files = empty_tensors(files), None
         if wanted.keep_dtypes and load_config.hf_quantizer is None:
-            cut = {} if wanted.nested is None else {name: pending.get_dtype() for name, pending in state_dict.items()}
-            plan = {**stored_dtypes(cut or file_dtypes(files), load_config.dtype), **load_config.dtype_plan}
+            codes = file_dtypes(files) if slices is None else {name: it.get_dtype() for name, it in slices.items()}
+            plan = {**stored_dtypes(codes, load_config.dtype), **load_config.dtype_plan}
             load_config = replace(load_config, dtype_plan=plan)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 

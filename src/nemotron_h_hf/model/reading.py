@@ -23,7 +23,7 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
     """The content of a JSON file, which has to be an object (or another `kind`).
 
     Raises:
-        ValueError: naming the file, if it is no JSON, no UTF-8, nested beyond reading or of another kind.
+        ValueError: naming the file, if it is no JSON, no UTF-8, too deep to read or of another kind.
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))

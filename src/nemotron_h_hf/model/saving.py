@@ -45,10 +45,12 @@ OWN_PART = re.compile(r"\.\d+-[0-9a-f]{8}\.part")
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
-MANIFEST_NAME = "elastic_manifest.json"  # manifest.py
 OWN_WEIGHTS = re.compile(r"model((-\d+)?-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 WAIT_SECONDS = 60.0  # for another save to move its files in
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
+
+DESCRIPTIONS: set[str] = set()
+"""Names of files that describe the weights, and go when those are replaced; whoever writes one adds its name."""
 
 _held: dict[tuple[str, int], list[int]] = {}  # (path of the lock, thread) -> descriptor, times it is held
 
@@ -56,7 +58,7 @@ _held: dict[tuple[str, int], list[int]] = {}  # (path of the lock, thread) -> de
 def save_whole(directory: str | os.PathLike, write: Callable[[str], None]) -> None:
     """Let `write` fill a folder, whose files then become those of `directory`, all or none of them.
 
-    Weights of an earlier save that are not part of this one are removed, and so is their manifest.
+    Weights of an earlier save that are not part of this one are removed, and so is what describes them (`DESCRIPTIONS`).
 
     Raises:
         OSError: if `directory` is a file or cannot be written, or the disk is full; it is then as it was.
@@ -127,7 +129,7 @@ def _named(path: Path) -> Iterator[None]:
 
 @contextmanager
 def locked(folder: str | os.PathLike, wait_seconds: float = 0.0, remove: bool = True) -> Iterator[Path]:
-    """Be the only process, and thread, that writes in a folder, which is made; whoever dies lets go. May be nested.
+    """Be the only process, and thread, that writes in a folder, which is made; whoever dies lets go. Who has it may take it again.
 
     Args:
         remove: take a folder away that was made here and is empty at the end.
@@ -254,7 +256,11 @@ def _stale(target: Path, files: list[Path]) -> list[Path]:
     names = sorted(
         (path.name for path in target.iterdir() if OWN_WEIGHTS.fullmatch(path.name)), key=_order, reverse=True
     )
-    return [target / name for name in [*names, MANIFEST_NAME] if Path(name) not in files and (target / name).exists()]
+    return [
+        target / name
+        for name in [*names, *sorted(DESCRIPTIONS)]
+        if Path(name) not in files and (target / name).exists()
+    ]
 
 
 def _order(path: str | Path) -> int:

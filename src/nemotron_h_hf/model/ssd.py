@@ -264,7 +264,7 @@ def scan_step(
 ) -> tuple[Tensor, Tensor]:
     """One token of `scan`: x (b, h, p), dt (b, h), B, C (b, g, n), state (b, h, p, n) -> y (b, h, p), new state, in fp32.
 
-    Without gradients an fp32 state is updated in place: new memory for it would cost more than the arithmetic.
+    Without gradients an fp32 state is updated in place: new memory for it would take longer than the arithmetic.
     """
     b, h, p = x.shape
     g, n = B.shape[1:]

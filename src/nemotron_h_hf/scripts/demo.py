@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, Llam
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL, HybridCache, NemotronHConfig
+from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.facts import human_bytes, human_count
-from nemotron_h_hf.model.cost import num_parameters
 
 CONTEXTS = (256, 1024, 4096, 16384)
 PIECE_TOKENS = 1024

@@ -40,13 +40,13 @@ from transformers.integrations import is_fsdp_enabled
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
+from nemotron_h_hf.cost import training_flops_per_token
 from nemotron_h_hf.data.bad_data import tell_left_out
 from nemotron_h_hf.data.finetuning import one_round, packed_blend, sources_and_phases
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.hub import save_tokenizer, upload_folder
-from nemotron_h_hf.model.cost import training_flops_per_token
 from nemotron_h_hf.targets import writing
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
 from nemotron_h_hf.training.checkpoints import writing_run

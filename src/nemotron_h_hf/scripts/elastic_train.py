@@ -34,6 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import NemotronHConfig
+from nemotron_h_hf.cost import num_parameters, training_flops_per_token
 from nemotron_h_hf.data.bad_data import tell_left_out
 from nemotron_h_hf.data.finetuning import one_round, packed_blend, sources_and_phases
 from nemotron_h_hf.data.packing import PackedRows
@@ -41,6 +42,7 @@ from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.elastic.arguments import ElasticArguments, TeacherArguments
 from nemotron_h_hf.elastic.axes import Axis, axes_of
+from nemotron_h_hf.elastic.budgets import budget_config, read_elastic
 from nemotron_h_hf.elastic.curriculum import stages_of
 from nemotron_h_hf.elastic.expected_cost import DEAD_ZONE, ExpectedCost
 from nemotron_h_hf.elastic.finished import elastic_after, single_sizes
@@ -52,8 +54,6 @@ from nemotron_h_hf.elastic.targets import parse_target, targets_of
 from nemotron_h_hf.elastic.training import ROUTER_FILE, ElasticTrainer, save_router
 from nemotron_h_hf.hub import save_tokenizer, upload_folder
 from nemotron_h_hf.inputs import read_json
-from nemotron_h_hf.model.budgets import budget_config, read_elastic
-from nemotron_h_hf.model.cost import num_parameters, training_flops_per_token
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
 from nemotron_h_hf.training.checkpoints import writing_run
 from nemotron_h_hf.training.data_arguments import DataArguments, RowArguments, set_chat_template

@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nemotron_h_hf import EMBEDDED_MODEL
+from nemotron_h_hf import EMBEDDED_MODEL, manifest
+from nemotron_h_hf.cost import BYTES_PER_ELEMENT
 from nemotron_h_hf.facts import (
     LAYER_NAMES,
     BudgetFacts,
@@ -34,8 +35,6 @@ from nemotron_h_hf.facts import (
 )
 from nemotron_h_hf.headers import Contents
 from nemotron_h_hf.inputs import finite
-from nemotron_h_hf.model import manifest
-from nemotron_h_hf.model.cost import BYTES_PER_ELEMENT
 from nemotron_h_hf.model.loading import weight_files
 
 COLOURS = {"M": "\033[36m", "*": "\033[31;1m", "-": "\033[90m", "E": "\033[33m"}

@@ -43,6 +43,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
 from nemotron_h_hf.conversion.sharded_run import export_run
+from nemotron_h_hf.cost import training_flops_per_token
 from nemotron_h_hf.data.bad_data import tell_left_out
 from nemotron_h_hf.data.blend import Blend
 from nemotron_h_hf.data.documents import document_encoder
@@ -50,7 +51,6 @@ from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.phases import Phase, check_windows, phases_from
 from nemotron_h_hf.data.sources import sources_from
 from nemotron_h_hf.hub import save_tokenizer, upload_folder
-from nemotron_h_hf.model.cost import training_flops_per_token
 from nemotron_h_hf.model.saving import saving
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
 from nemotron_h_hf.training.checkpoints import last_whole_checkpoint, writing_run

@@ -18,11 +18,11 @@ from typing import Any
 
 from transformers.utils import cached_file
 
-from .nested import HUB_ARGUMENTS, PIECE_BYTES, Stored, find_tensors
-from .reading import read_json
-from .saving import MANIFEST_NAME
+from .model.loading import HUB_ARGUMENTS
+from .model.reading import read_json
+from .model.stored import PIECE_BYTES, Stored, find_tensors
 
-NAME = MANIFEST_NAME
+NAME = "elastic_manifest.json"
 VERSION = 1
 EDGE_BYTES = 4096
 FULL_CHECK_BYTES = 256 * 2**20

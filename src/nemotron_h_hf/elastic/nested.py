@@ -11,33 +11,26 @@ and cut; beside the small tensor itself each thread holds `PIECE_BYTES`, or one 
 
 import math
 import os
-import re
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from ..cost import checkpoint_tensors
+from ..model.configuration_nemotron_h import NemotronHConfig
+from ..model.loading import DTYPES, HUB_ARGUMENTS, check_folder
+from ..model.stored import PIECE_BYTES, Stored, find_tensors, read_into
+from ..slicing import Cut, cuts, prefix, runs
 from .budgets import Budget, budget_config
-from .configuration_nemotron_h import NemotronHConfig
-from .cost import checkpoint_tensors
-from .loading import DTYPES, released_name
 from .needs import Request, find_budget
-from .reading import read_header
-from .slicing import Cut, cuts, prefix, runs
 
 logger = logging.get_logger(__name__)
 
-PIECE_BYTES = 4 * 2**20
-HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-PRECISION_ARGUMENTS = (
-    "dtype",
-    "torch_dtype",
-    "quantization_config",
-)  # those of the loading, not of the parent's config
+# Those of the loading, not of the parent's config.
+PRECISION_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
 
 
 def find_nested(
@@ -46,6 +39,7 @@ def find_nested(
     """The small model that a budget asks for, and the arguments of `from_pretrained` that load it."""
     if path is None:
         raise ValueError(f"budget={budget!r} without a checkpoint: allowed is a folder or hub id of the parent")
+    check_folder(path, arguments)
     config = arguments.get("config")
     if not isinstance(config, NemotronHConfig):
         left = ("config", *PRECISION_ARGUMENTS)
@@ -58,21 +52,6 @@ def find_nested(
     dtype = config.dtype if dtype in (None, "auto") else dtype
     nested = Nested(config, find_budget(config, budget, str(dtype or "bfloat16").removeprefix("torch.")))
     return nested, {**arguments, "config": nested.config}
-
-
-@dataclass(frozen=True)
-class Stored:
-    """Where a tensor lies: bytes from `offset` on in `file`; `dtype` is the format's code, such as BF16."""
-
-    file: str
-    offset: int
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the data."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 class Nested:
@@ -164,32 +143,12 @@ class PendingCut:
                     target = output[done : done + last - first]
                     whole = cut.columns is None
                     piece = target if whole else self.nested.piece((last - first, *shape[1:]), self.dtype)
-                    _read_into(file, self.stored.offset + first * row_bytes, piece)
+                    read_into(file, self.stored.offset + first * row_bytes, piece)
                     self.nested.count(piece.nbytes)
                     if not whole:
                         torch.index_select(piece, 1, cut.columns, out=target)
                     done += last - first
         return output
-
-
-def find_tensors(files: Iterable[str | os.PathLike]) -> dict[str, Stored]:
-    """The tensors of safetensors files under released names (`backbone.`, one matrix per expert)."""
-    found: dict[str, Stored] = {}
-    for file in map(str, files):
-        header = read_header(file)
-        data = os.path.getsize(file) - max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        for name, entry in header.items():
-            if entry["dtype"] not in DTYPES:
-                raise ValueError(f"{file} has {name} in {entry['dtype']}: allowed are {', '.join(DTYPES)}")
-            stored = Stored(file, data + entry["data_offsets"][0], entry["dtype"], tuple(entry["shape"]))
-            found |= _experts_apart(released_name(name), stored)
-    return found
-
-
-def empty_tensors(files: Iterable[str | os.PathLike]) -> dict[str, Tensor]:
-    """The tensors of safetensors files under released names, on the meta device: only headers are read."""
-    stored = find_tensors(files)
-    return {name: torch.empty(it.shape, dtype=DTYPES[it.dtype], device="meta") for name, it in stored.items()}
 
 
 def check_tensors(stored: dict[str, Stored], config: NemotronHConfig) -> None:
@@ -204,30 +163,3 @@ def check_tensors(stored: dict[str, Stored], config: NemotronHConfig) -> None:
             raise ValueError(f"{name} has shape {stored[name].shape}, the parent's config asks for {shape}")
     if left_over := sorted(set(stored) - set(wanted)):
         raise ValueError(f"the files have {left_over[0]}, for which the parent's config has no place")
-
-
-def _experts_apart(name: str, stored: Stored) -> dict[str, Stored]:
-    """A tensor that holds all experts (e, rows, columns) as one entry for each, as the released files have them."""
-    match = re.fullmatch(r"(.*\.experts)\.(up_proj|down_proj)", name)
-    if match is None:
-        return {name: stored}
-    num_experts, *shape = stored.shape
-    size = stored.num_bytes // num_experts
-    return {
-        f"{match[1]}.{expert}.{match[2]}.weight": Stored(
-            stored.file, stored.offset + expert * size, stored.dtype, tuple(shape)
-        )
-        for expert in range(num_experts)
-    }
-
-
-def _read_into(file, offset: int, tensor: Tensor) -> None:
-    """Fill a contiguous tensor with the bytes of an open file from `offset` on."""
-    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-    file.seek(offset)
-    done = 0
-    while done < len(view):
-        count = file.readinto(view[done:])
-        if not count:
-            raise ValueError(f"{file.name} was cut short while it was read: {len(view)} bytes at {offset} are needed")
-        done += count

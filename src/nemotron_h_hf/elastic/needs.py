@@ -24,9 +24,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .budgets import FIELDS_OF_KIND, SIZE_FIELDS, Budget, Elastic, budget_config, check_budget, read_elastic
-from .configuration_nemotron_h import NemotronHConfig
-from .cost import (
+from ..cost import (
     cache_bytes,
     checkpoint_tensors,
     layer_cache_bytes,
@@ -35,6 +33,8 @@ from .cost import (
     stored_bytes,
     weight_bytes,
 )
+from ..model.configuration_nemotron_h import NemotronHConfig
+from .budgets import FIELDS_OF_KIND, SIZE_FIELDS, Budget, Elastic, budget_config, check_budget, read_elastic
 
 logger = logging.get_logger(__name__)
 

@@ -23,6 +23,8 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..slicing import entry_without_sizes
+
 VERSION = 1
 EXPERT_FIELDS = ("n_routed_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size")
 FIELDS_OF_KIND = {
@@ -147,14 +149,6 @@ def budget_config(parent: PreTrainedConfig, budget: Budget) -> PreTrainedConfig:
     config._attn_implementation = parent._attn_implementation
     config.mamba_implementation = parent.mamba_implementation
     return config
-
-
-def entry_without_sizes(parent: PreTrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
-    """The parent's configuration with these of its layers and without budgets; its sizes are still the parent's."""
-    entry = parent.to_dict()
-    for derived in ("elastic", "hybrid_override_pattern", "num_hidden_layers"):
-        entry.pop(derived, None)
-    return {**entry, "layers_block_type": [parent.layers_block_type[index] for index in layers]}
 
 
 def sizes_of_kept(parent: PreTrainedConfig, budget: Budget, field: str) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from .configuration_nemotron_h import NemotronHConfig
+from .model.configuration_nemotron_h import NemotronHConfig
 
 BYTES_PER_ELEMENT = {
     "float64": 8,

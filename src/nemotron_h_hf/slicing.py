@@ -15,14 +15,13 @@ heads stay with their key/value head. Names are those of checkpoint files.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .budgets import entry_without_sizes
-from .configuration_nemotron_h import NemotronHConfig
 from .cost import checkpoint_tensors
+from .model.configuration_nemotron_h import NemotronHConfig
 
 # What the rows (and columns) of a tensor run over; None for an axis that is never cut. in_proj's rows are gate, x, B, C, dt.
 AXES: dict[str, tuple[str | None, ...]] = {
@@ -138,6 +137,14 @@ def kept_config(parent: NemotronHConfig, kept: Kept) -> NemotronHConfig:
         if found:
             entry[name] = found[0]
     return type(parent).from_dict(entry)
+
+
+def entry_without_sizes(parent: NemotronHConfig, layers: Sequence[int]) -> dict[str, Any]:
+    """The parent's configuration with these of its layers and without budgets; its sizes are still the parent's."""
+    entry = parent.to_dict()
+    for derived in ("elastic", "hybrid_override_pattern", "num_hidden_layers"):
+        entry.pop(derived, None)
+    return {**entry, "layers_block_type": [parent.layers_block_type[index] for index in layers]}
 
 
 def cuts(parent: NemotronHConfig, kept: Kept, child: NemotronHConfig | None = None) -> Iterator[Cut]:
