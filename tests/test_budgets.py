@@ -9,13 +9,14 @@ import pytest
 import torch
 from tiny import tiny_config, tiny_model
 from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig as NativeConfig
+from transformers.utils import logging
 
 from nemotron_h_hf import NemotronHConfig
 from nemotron_h_hf.cost import cache_bytes, num_parameters, weight_bytes
-from nemotron_h_hf.elastic import needs
-from nemotron_h_hf.elastic.budgets import Budget, budget_config, read_elastic
+from nemotron_h_hf.elastic.budgets import Budget, read_elastic
 from nemotron_h_hf.elastic.expressible import nearest_expressible
-from nemotron_h_hf.elastic.needs import Limit, _Combinations, _combinations, find_budget, predict_loss, rank_budgets
+from nemotron_h_hf.elastic.resolve import resolve
+from nemotron_h_hf.elastic.search import Limit, _Combinations, _combinations, predict_loss, rank_budgets
 from nemotron_h_hf.scripts import info
 
 ELASTIC = {
@@ -58,12 +59,12 @@ def test_survives_saving_and_stock_readers_ignore_it(tmp_path):
 
 
 def test_resolves_to_a_plain_configuration():
-    child = budget_config(parent(), find_budget(parent(), "half"))
+    child = resolve(parent(), resolve(parent(), "half").budget).config
     assert child.elastic is None and "elastic" not in child.to_dict()
     assert (child.hidden_size, child.mamba_num_heads, child.intermediate_size) == (32, 4, 80)
-    mixed = budget_config(parent(), Budget(name="x", layers=(0, 1, 3, 4), intermediate_size=(24, 8)))
+    mixed = resolve(parent(), Budget(name="x", layers=(0, 1, 3, 4), intermediate_size=(24, 8))).config
     assert (mixed.hybrid_override_pattern, mixed.intermediate_size) == ("M-*-", [24, 8])
-    same = budget_config(parent(), Budget(name="x", intermediate_size=(8, 8, 8)))
+    same = resolve(parent(), Budget(name="x", intermediate_size=(8, 8, 8))).config
     assert same.intermediate_size == 8  # what stock readers take
 
 
@@ -94,7 +95,7 @@ def test_a_budget_outside_of_its_parent_is_refused(entry, message):
         parent(budgets={"x": entry})
     if isinstance(entry, dict):
         with pytest.raises(ValueError, match=message.replace("'x'", "'custom'")):
-            find_budget(parent(), entry)
+            resolve(parent(), entry)
 
 
 @pytest.mark.parametrize(
@@ -129,25 +130,25 @@ def test_a_damaged_entry_is_refused(change, message):
 
 def test_by_name_mapping_and_json():
     config = parent()
-    assert find_budget(config, "half") == read_elastic(config).budgets["half"]
-    own = find_budget(config, {"hidden_size": 16, "layers": [0, 1]})
+    assert resolve(config, "half").budget == read_elastic(config).budgets["half"]
+    own = resolve(config, {"hidden_size": 16, "layers": [0, 1]}).budget
     assert own == Budget(name="custom", hidden_size=16, layers=(0, 1))
-    assert find_budget(config, '{"hidden_size": 16, "layers": [0, 1]}') == own
-    assert find_budget(config, own) is own
-    assert find_budget(tiny_config("dense"), {"hidden_size": 16}).hidden_size == 16  # any model has prefixes
+    assert resolve(config, '{"hidden_size": 16, "layers": [0, 1]}').budget == own
+    assert resolve(config, own).budget is own
+    assert resolve(tiny_config("dense"), {"hidden_size": 16}).budget.hidden_size == 16  # any model has prefixes
 
 
 @pytest.mark.parametrize("request_", ["6b", "7 apples", "50%%", "7GiB@", "-1", 0, 1.5, "0%", True, "{}}", "7iB"])
 def test_what_is_no_budget_is_refused(request_):
     with pytest.raises(ValueError, match="budget="):
-        find_budget(parent(), request_)
+        resolve(parent(), request_)
     with pytest.raises(ValueError, match="'full', 'half', 'mixed', a fraction such as"):
-        find_budget(parent(), "6b")
+        resolve(parent(), "6b")
 
 
 def test_without_budgets_in_the_configuration():
     with pytest.raises(ValueError, match="names no budgets"):
-        find_budget(tiny_config("dense"), "half")
+        resolve(tiny_config("dense"), "half")
 
 
 def brute_force(config: NemotronHConfig) -> list[tuple[Budget, int, float | None]]:
@@ -168,7 +169,7 @@ def brute_force(config: NemotronHConfig) -> list[tuple[Budget, int, float | None
         for name, size in sizes.items():
             loss += {**known[name], **{int(k): v for k, v in calibration[name].items()}}[size] - 1.5
         found.append((Budget(name="b", **{**sizes, "layers": layers}), loss))
-    return [(budget, num_parameters(budget_config(config, budget)), loss) for budget, loss in found]
+    return [(budget, num_parameters(resolve(config, budget).config), loss) for budget, loss in found]
 
 
 @pytest.mark.parametrize("request_, fraction", [(0.9, 0.9), ("60%", 0.6), ("0.5", 0.5), (1, 1.0), ("100%", 1.0)])
@@ -178,7 +179,7 @@ def test_a_fraction_gives_the_lowest_loss_that_fits(request_, fraction):
     fitting = [loss for _, count, loss in brute_force(config) if count <= limit and loss is not None]
     best = rank_budgets(config, request_, "float32", limit=1000)
     assert best[0].loss == pytest.approx(min(fitting))
-    assert all(candidate.num_parameters <= limit for candidate in best)
+    assert all(candidate.child.num_parameters <= limit for candidate in best)
     losses = [candidate.loss for candidate in best if candidate.loss is not None]
     assert losses == sorted(losses)
 
@@ -188,7 +189,7 @@ def test_a_fraction_gives_the_lowest_loss_that_fits(request_, fraction):
 def test_a_need_counts_weights_and_one_cache(text, most, num_tokens):
     config = parent()
     every = brute_force(config)
-    children = [(budget_config(config, budget), loss) for budget, _, loss in every]
+    children = [(resolve(config, budget).config, loss) for budget, _, loss in every]
     needs = [
         (weight_bytes(child, "float32") + cache_bytes(child, num_tokens, "float32"), loss) for child, loss in children
     ]
@@ -215,7 +216,7 @@ def test_sums_over_layers_are_the_exact_counts(shape):
         for combinations in found:
             amounts = combinations.amounts.flatten().tolist()
             for number in range(0, len(amounts), 7):
-                child = budget_config(config, combinations.budget(number))
+                child = resolve(config, combinations.budget(number)).config
                 exact = weight_bytes(child, "float32") + cache_bytes(child, 100, "float32")
                 assert amounts[number] == (exact if in_bytes else num_parameters(child)), combinations.budget(number)
 
@@ -226,8 +227,8 @@ def test_the_first_few_are_those_of_the_whole_list(calibration):
     every = rank_budgets(config, 0.7, "float32", limit=1000)
     for limit in (1, 5):
         few = rank_budgets(config, 0.7, "float32", limit=limit)
-        assert [(one.loss, one.num_parameters) for one in few] == [
-            (one.loss, one.num_parameters) for one in every[:limit]
+        assert [(one.loss, one.child.num_parameters) for one in few] == [
+            (one.loss, one.child.num_parameters) for one in every[:limit]
         ]
 
 
@@ -250,7 +251,7 @@ def test_without_calibration_what_keeps_most_comes_first():
     config = parent(calibration={}, budgets={"tiny": {"hidden_size": 8, "trained": True}})
     best = rank_budgets(config, 0.6, "float32", limit=3)
     assert best[0].budget.name == "tiny" and best[0].budget.trained  # trained goes before untrained
-    assert best[1].loss is None and best[1].num_parameters >= best[2].num_parameters
+    assert best[1].loss is None and best[1].child.num_parameters >= best[2].child.num_parameters
 
 
 def test_losses_between_calibrated_sizes_are_interpolated_and_beyond_them_unknown():
@@ -266,17 +267,17 @@ def test_losses_between_calibrated_sizes_are_interpolated_and_beyond_them_unknow
 def test_nothing_is_small_enough():
     smallest = min(count for _, count, _ in brute_force(parent()))
     with pytest.raises(ValueError, match=f"{smallest:,} parameters or more"):
-        find_budget(parent(), 0.01)
+        resolve(parent(), 0.01)
     with pytest.raises(ValueError, match="iB or more"):
-        find_budget(parent(), "1KiB@1k")
+        resolve(parent(), "1KiB@1k")
 
 
 def test_what_was_not_trained_is_said(caplog):
-    logger = needs.logger
+    logger = logging.get_logger(resolve.__module__)
     logger.warning_once.cache_clear()
     logger.addHandler(caplog.handler)
     try:
-        find_budget(parent(), 0.61)
+        resolve(parent(), 0.61)
     finally:
         logger.removeHandler(caplog.handler)
     assert "NOT trained" in caplog.text and "predicted" in caplog.text
@@ -292,18 +293,19 @@ def test_what_was_not_trained_is_said(caplog):
 def test_the_nearest_budget_with_one_size(sizes):
     config = tiny_config("dense")
     budget = Budget(name="x", **sizes)
-    nearest = nearest_expressible(config, budget)
-    child, wanted = budget_config(config, nearest), budget_config(config, budget)
+    asked = resolve(config, budget)
+    nearest = nearest_expressible(asked)
+    child, wanted = nearest.config, asked.config
     assert not any(isinstance(getattr(child, field), list) for field in config.PER_LAYER_FIELDS)
     assert num_parameters(child) <= num_parameters(wanted)
     NativeConfig(**child.to_dict())
     lists = [field for field, size in sizes.items() if isinstance(size, tuple)]
     if not lists:
-        assert nearest is budget
+        assert nearest is asked
     elif len(lists) == 1:  # one step more would be larger than what was asked for
         step = {"mamba_num_heads": 2}.get(lists[0], 1)
         larger = Budget(name="x", **{**sizes, lists[0]: getattr(child, lists[0]) + step})
-        assert num_parameters(budget_config(config, larger)) > num_parameters(wanted)
+        assert num_parameters(resolve(config, larger).config) > num_parameters(wanted)
 
 
 def test_info_shows_budgets_side_by_side(tmp_path, capsys):
@@ -312,7 +314,7 @@ def test_info_shows_budgets_side_by_side(tmp_path, capsys):
     text = capsys.readouterr().out
     lines = {line.split("  ")[1]: line.split() for line in text[text.index("budgets (") :].splitlines()[1:]}
     config = parent()
-    children = [budget_config(config, find_budget(config, name)) for name in ("full", "half", "mixed")]
+    children = [resolve(config, resolve(config, name).budget).config for name in ("full", "half", "mixed")]
     assert lines["parameters"][1:] == [f"{num_parameters(child):,}" for child in (config, *children)]
     assert lines["MLP width"][2:] == ["80", "80", "80", "8..80"]
     assert lines["trained"][1:] == ["yes", "yes", "no"]

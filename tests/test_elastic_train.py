@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM
 from nemotron_h_hf.cost import cache_bytes, num_parameters, weight_bytes
-from nemotron_h_hf.elastic.budgets import budget_config, read_elastic
+from nemotron_h_hf.elastic.budgets import read_elastic
+from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.manifest import NAME as MANIFEST_NAME
 from nemotron_h_hf.scripts import elastic_train, plot
 
@@ -95,7 +96,7 @@ def test_by_memory_and_by_measured_time(box, tmp_path):
     row = next(row for row in read_metrics(tmp_path / "b") if "loss" in row)
     assert row["target_half"] == pytest.approx(0.6) and row["size_full"] <= 1
     config = NemotronHForCausalLM.from_pretrained(tmp_path / "b" / "model").config
-    half = budget_config(config, read_elastic(config).budgets["half"])
+    half = resolve(config, read_elastic(config).budgets["half"]).config
     sizes = [weight_bytes(c) + 2 * cache_bytes(c, 100) for c in (config, half)]
     assert sizes[1] < sizes[0] and num_parameters(half) < num_parameters(config)
     with pytest.raises(ValueError, match="a new file, this one exists"):

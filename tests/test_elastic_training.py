@@ -14,15 +14,15 @@ from tiny_run import make_arguments, make_rows, read_metrics, write_texts
 from nemotron_h_hf import NemotronHForCausalLM
 from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.elastic.axes import axes_of, masks_of
-from nemotron_h_hf.elastic.budgets import Budget, budget_config, read_elastic
+from nemotron_h_hf.elastic.budgets import Budget, read_elastic
 from nemotron_h_hf.elastic.curriculum import draw, shorter, stages_of
 from nemotron_h_hf.elastic.expected_cost import ExpectedCost, router_loss
 from nemotron_h_hf.elastic.finished import elastic_after, single_sizes
 from nemotron_h_hf.elastic.masks import attach_masks
+from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.elastic.routed import Route, RoutedModel
 from nemotron_h_hf.elastic.router import Router, RouterSettings, budget_vector, choose
 from nemotron_h_hf.elastic.training import ROUTER_FILE, ElasticTrainer
-from nemotron_h_hf.slicing import cuts, prefix
 from nemotron_h_hf.training.finished import save_finished
 
 CHOICES = {"hidden_size": [48, 32], "intermediate_size": [80, 48], "mamba_num_heads": [8, 4], "layers": [3, 2]}
@@ -205,11 +205,11 @@ def test_evaluation_is_that_of_the_cut_models(texts, tmp_path):
     rows = [row for row, _ in zip(make_rows(texts), range(3), strict=False)]
     metrics = trainer.evaluate(rows)
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
-    budgets = trainer.routed.budgets()
-    assert budgets["all"] == Budget(name="all") and budgets["half"] != Budget(name="half")
+    children = trainer.routed.children()
+    assert children["all"].budget == Budget(name="all") and children["half"].budget != Budget(name="half")
     model = parent()
-    for name, budget in budgets.items():
-        small = cut_out(model, budget)
+    for name, child in children.items():
+        small = cut_out(model, child.budget)
         inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
         logits = small(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
         expected = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten())
@@ -219,13 +219,10 @@ def test_evaluation_is_that_of_the_cut_models(texts, tmp_path):
 
 def cut_out(model, budget):
     """The small model itself, from the names of a checkpoint."""
-    config = budget_config(model.config, budget)
-    layers = range(model.config.num_hidden_layers) if budget.layers is None else budget.layers
-    small = NemotronHForCausalLM(config).eval()
+    child = resolve(model.config, budget)
+    small = NemotronHForCausalLM(child.config).eval()
     source = {name.replace("model.", "backbone.", 1): value for name, value in model.state_dict().items()}
-    found = {
-        cut.name: cut.of(source[cut.source]) for cut in cuts(model.config, prefix(model.config, layers, config), config)
-    }
+    found = {cut.name: cut.of(source[cut.source]) for cut in child.cuts()}
     small.load_state_dict({name.replace("backbone.", "model.", 1): value for name, value in found.items()})
     return small
 
@@ -235,13 +232,13 @@ def test_choices_become_budgets_of_an_ordinary_parent(texts, tmp_path):
     trainer.train()
     model, routed = trainer.model, trainer.routed
     model.config.elastic = {"version": 1, "budgets": {"old": {}}}
-    budgets = {**routed.budgets(), "middle": routed.budget("middle", 0.8 * trainer.route.cost.full)}
+    children = {**routed.children(), "middle": routed.child("middle", 0.8 * trainer.route.cost.full)}
     singles = single_sizes(model.config, trainer.route.axes, trainer.route.layer_order)
     losses = {"hidden_size=32": 2.5, "layers=2": 2.4}
     assert set(singles) == {"hidden_size=32", "intermediate_size=48", "mamba_num_heads=4", "layers=2"}
     assert singles["layers=2"].layers == (0, 2)
     model.config.elastic = elastic_after(
-        model.config, trainer.route, budgets, {"all": 2.0, "half": 3.0}, losses
+        model.config, trainer.route, children, {"all": 2.0, "half": 3.0}, losses
     ).to_dict()
     model.save_pretrained(tmp_path / "model")
     again = NemotronHForCausalLM.from_pretrained(tmp_path / "model")
@@ -254,7 +251,7 @@ def test_choices_become_budgets_of_an_ordinary_parent(texts, tmp_path):
     routed.fix(None)
     ids = torch.randint(3, 97, (1, 9))
     assert_close(again(ids).logits, model.eval()(ids).logits, 0)
-    small = budget_config(again.config, elastic.budgets["half"])
+    small = resolve(again.config, elastic.budgets["half"]).config
     size = trainer.route.cost({f: torch.nn.functional.one_hot(z.argmax(-1), z.shape[-1]).float()
                                for f, z in routed.logits(trainer.route.targets["half"]).items()})  # fmt: skip
     assert num_parameters(small) == float(size)

@@ -15,11 +15,12 @@ from nemotron_h_hf.checkpoint import Checkpoint
 from nemotron_h_hf.compression.importance import Importance, WidthScores, importance_order
 from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.elastic import measuring
-from nemotron_h_hf.elastic.budgets import Budget, budget_config, read_elastic
+from nemotron_h_hf.elastic.budgets import Budget, read_elastic
 from nemotron_h_hf.elastic.defaults import default_budgets, default_choices, default_depths, size_name
 from nemotron_h_hf.elastic.elasticize import elasticize
 from nemotron_h_hf.elastic.measuring import mean_loss
 from nemotron_h_hf.elastic.permuting import permute_checkpoint, permute_model
+from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.elastic.scores import write_scores
 from nemotron_h_hf.elastic.scores_plot import draw_scores
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
@@ -167,7 +168,7 @@ def test_default_budgets_are_three_quarters_and_a_half():
     for shape in ("dense", "list", "moe", "latent"):
         config = tiny_config(shape, hidden_size=256, mamba_num_heads=16)
         budgets = default_budgets(config)
-        sizes = [num_parameters(budget_config(config, budget)) for budget in budgets]
+        sizes = [num_parameters(resolve(config, budget).config) for budget in budgets]
         for size, share in zip(sizes, (0.75, 0.5), strict=True):
             assert 0.9 * share < size / num_parameters(config) <= share
         assert [budget.name for budget in budgets] == [size_name(size) for size in sizes]

@@ -13,7 +13,8 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausa
 from nemotron_h_cli import main
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.cost import num_parameters
-from nemotron_h_hf.elastic.budgets import budget_config, read_elastic
+from nemotron_h_hf.elastic.budgets import read_elastic
+from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.manifest import NAME as MANIFEST
 from nemotron_h_hf.model.moe import NemotronHMLP
 from nemotron_h_hf.scripts import elasticize as command
@@ -74,7 +75,7 @@ def test_its_budgets_can_be_loaded(parent):
     assert set(elastic.calibration) == {"loss", "hidden_size", "layers"} and len(elastic.layer_order) == 7
     for name, budget in elastic.budgets.items():
         small = NemotronHForCausalLM.from_pretrained(parent, budget=name)
-        assert sum(weight.numel() for weight in small.parameters()) == num_parameters(budget_config(config, budget))
+        assert sum(weight.numel() for weight in small.parameters()) == num_parameters(resolve(config, budget).config)
     assert elastic.budgets["a"].layers == tuple(sorted(elastic.layer_order[1:]))
 
 

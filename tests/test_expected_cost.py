@@ -11,9 +11,9 @@ from tiny import tiny_config
 from nemotron_h_hf import NemotronHConfig
 from nemotron_h_hf.cost import cache_bytes, num_parameters, weight_bytes
 from nemotron_h_hf.elastic.axes import axes_of, budget_of, full, one_hot
-from nemotron_h_hf.elastic.budgets import budget_config
 from nemotron_h_hf.elastic.expected_cost import ExpectedCost, router_loss
 from nemotron_h_hf.elastic.latency import measure_latency
+from nemotron_h_hf.elastic.resolve import resolve
 
 MTP = {"num_nextn_predict_layers": 2, "mtp_hybrid_override_pattern": "*E"}
 
@@ -37,7 +37,7 @@ def test_one_hot_choices_cost_what_their_configuration_costs(shape, choices, per
     memory = ExpectedCost(config, axes, "memory", ORDER, context_tokens=1000, batch_size=3)
     assert parameters.full == num_parameters(config)
     for indices in random_indices(axes, 8):
-        small = budget_config(config, budget_of(config, axes, indices, "small", ORDER))
+        small = resolve(config, budget_of(config, axes, indices, "small", ORDER)).config
         chosen = one_hot(axes, indices)
         assert float(parameters(chosen)) == num_parameters(small)
         assert float(memory(chosen)) == weight_bytes(small) + 3 * cache_bytes(small, 1000)

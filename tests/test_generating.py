@@ -10,7 +10,6 @@ from tokenizers.models import WordLevel
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from nemotron_h_hf import BudgetSchedule, HybridCache, NemotronHElasticForCausalLM
-from nemotron_h_hf.elastic.budgets import read_elastic
 from nemotron_h_hf.elastic.carrying import Carried, carry_cache
 
 BUDGETS = {
@@ -196,11 +195,10 @@ def test_carrying_to_the_same_sizes_is_exact(parent):
 @pytest.mark.parametrize(("first", "then"), [("small", "large"), ("large", "small"), ("short", "large"), ("large", "short"),
                                              ("large", "no_attention")])  # fmt: skip
 def test_carried_states_are_cut_or_begin_at_zero(parent, first, then):
-    budgets = read_elastic(parent.config).budgets
-    source, target, ids = parent.submodel(first), parent.submodel(then), prompt(2, 9)
-    given = source(ids, use_cache=True).past_key_values
-    carried = carry_cache(given, parent.config, budgets[first], budgets[then])
-    layers = [budgets[name].layers or range(7) for name in (first, then)]
+    source, target = parent.resolve(first), parent.resolve(then)
+    given = parent.submodel_of(source)(prompt(2, 9), use_cache=True).past_key_values
+    carried = carry_cache(given, source, target)
+    layers = [source.layers, target.layers]
     for own, index in enumerate(layers[1]):
         layer = carried.layers[own]
         if parent.config.layers_block_type[index] != "linear_attention":
@@ -218,7 +216,7 @@ def test_carried_states_are_cut_or_begin_at_zero(parent, first, then):
         old = given.layers[list(layers[0]).index(index)].conv_states[0]
         assert torch.equal(conv[:, -64:], old[:, -64:])  # B and C
     assert int(carried.get_seq_length()) == 9
-    logits = target(prompt(2, 3, seed=4), past_key_values=carried).logits
+    logits = parent.submodel_of(target)(prompt(2, 3, seed=4), past_key_values=carried).logits
     assert logits.isfinite().all()
 
 
@@ -229,8 +227,7 @@ def test_carrying_changes_the_logits_and_says_by_how_much(parent, caplog):
     source = parent.submodel("small")
     cache = HybridCache(source.config)
     source(rows[:, :13], past_key_values=cache)
-    budgets = read_elastic(parent.config).budgets
-    cache = carry_cache(cache, parent.config, budgets["small"], budgets["large"])
+    cache = carry_cache(cache, parent.resolve("small"), parent.resolve("large"))
     taken = parent(rows[:, 13:14], past_key_values=cache).logits[0, -1]
     exact = parent(rows[:, :14]).logits[0, -1]
     assert carried.max_difference == pytest.approx(float((taken - exact).abs().max()), rel=1e-3)

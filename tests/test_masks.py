@@ -6,9 +6,9 @@ from tiny import native_twin, prompt, tiny_model
 from torch import nn
 
 from nemotron_h_hf import NemotronHForCausalLM
-from nemotron_h_hf.elastic.budgets import Budget, budget_config
-from nemotron_h_hf.elastic.masks import Masks, attach_masks, budget_masks
-from nemotron_h_hf.slicing import cuts, prefix
+from nemotron_h_hf.elastic.budgets import Budget
+from nemotron_h_hf.elastic.masks import Masks, attach_masks, child_masks
+from nemotron_h_hf.elastic.resolve import resolve
 
 DENSE = {
     "hidden": {"hidden_size": 36},
@@ -56,12 +56,9 @@ def parent_of(shape: str, **overrides) -> nn.Module:
 
 def cut_out(parent: nn.Module, budget: Budget) -> nn.Module:
     """The small model of a budget, by slicing the parent's tensors as they are saved."""
-    config = budget_config(parent.config, budget)
-    layers = range(parent.config.num_hidden_layers) if budget.layers is None else budget.layers
-    stored = saved_tensors(parent)
-    kept = prefix(parent.config, layers, config)
-    tensors = {cut.name: cut.of(stored[cut.source]) for cut in cuts(parent.config, kept, config)}
-    model = NemotronHForCausalLM(config).eval()
+    child, stored = resolve(parent.config, budget), saved_tensors(parent)
+    tensors = {cut.name: cut.of(stored[cut.source]) for cut in child.cuts()}
+    model = NemotronHForCausalLM(child.config).eval()
     model.load_state_dict(tensors)
     return model
 
@@ -86,7 +83,7 @@ def test_hard_masks_compute_what_the_slice_computes(shape, axis):
     ids = prompt(2, 19)
     whole, expected = parent(ids).logits, cut_out(parent, budget)(ids).logits
     masked = attach_masks(parent)
-    masked.masks = budget_masks(parent.config, budget)
+    masked.masks = child_masks(resolve(parent.config, budget))
     torch.testing.assert_close(parent(ids, use_cache=False).logits, expected, rtol=0, atol=1e-5)
     assert (whole - expected).abs().max() > 1e-2
     masked.masks = None
@@ -101,7 +98,7 @@ def test_hard_masks_compute_what_transformers_own_model_computes_from_the_slice(
     sizes = {**SMALL[shape]["all"], "mamba_num_heads": 6, "mamba_head_dim": 5}
     parent, budget = parent_of(shape, attention_bias=False), Budget(name="small", **sizes)  # native drops it
     expected = native_twin(cut_out(parent, budget))(prompt(2, 19)).logits
-    attach_masks(parent).masks = budget_masks(parent.config, budget)
+    attach_masks(parent).masks = child_masks(resolve(parent.config, budget))
     torch.testing.assert_close(parent(prompt(2, 19)).logits, expected, rtol=0, atol=1e-5)
 
 
@@ -112,7 +109,7 @@ def test_a_cache_and_prompts_in_parts_are_right_when_layers_are_bypassed(layers)
     parent, budget = parent_of("dense"), Budget(name="shallow", layers=layers)
     ids = prompt(1, 300)
     expected = cut_out(parent, budget)(ids).logits
-    attach_masks(parent).masks = budget_masks(parent.config, budget)
+    attach_masks(parent).masks = child_masks(resolve(parent.config, budget))
     first = parent(ids[:, :21], use_cache=True)
     second = parent(ids[:, 21:], past_key_values=first.past_key_values)
     torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), expected, rtol=0, atol=2e-5)
@@ -292,7 +289,7 @@ def test_hard_masks_give_the_slice_its_gradients():
     parent, budget = parent_of("dense"), Budget(name="small", **DENSE["all"])
     small, ids = cut_out(parent, budget), prompt(2, 17)
     small(ids, labels=ids).loss.backward()
-    attach_masks(parent).masks = budget_masks(parent.config, budget)
+    attach_masks(parent).masks = child_masks(resolve(parent.config, budget))
     parent(ids, labels=ids).loss.backward()
     inside = parent.model.layers[1].mixer.up_proj.weight.grad
     expected = small.model.layers[1].mixer.up_proj.weight.grad
@@ -307,7 +304,7 @@ def test_masked_bf16_is_as_near_as_the_slice():
     exact = cut_out(parent, budget)(prompt(2, 19)).logits
     parent.bfloat16()
     error = (cut_out(parent, budget).bfloat16()(prompt(2, 19)).logits - exact).abs().mean()
-    attach_masks(parent).masks = budget_masks(parent.config, budget)
+    attach_masks(parent).masks = child_masks(resolve(parent.config, budget))
     masked = parent(prompt(2, 19)).logits
     assert masked.dtype == torch.bfloat16 and (masked - exact).abs().mean() < 2 * error
 

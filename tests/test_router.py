@@ -8,8 +8,8 @@ import torch
 from tiny import tiny_config
 
 from nemotron_h_hf.elastic.axes import DEPTH, axes_of, budget_of, full, kept_layers, masks_of, one_hot, prefixes
-from nemotron_h_hf.elastic.budgets import budget_config
-from nemotron_h_hf.elastic.masks import Masks, budget_masks
+from nemotron_h_hf.elastic.masks import Masks, child_masks
+from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.elastic.router import (
     Router,
     RouterSettings,
@@ -60,10 +60,9 @@ def test_hard_choices_are_the_masks_of_their_budget(shape, choices, per_layer):
             axis.field: torch.randint(axis.num_choices, (axis.num_rows,), generator=generator).tolist() for axis in axes
         }
         budget = budget_of(config, axes, indices, "small", order)
-        budget_config(config, budget)
         masks = masks_of(config, axes, one_hot(axes, indices), order)
         layers = range(config.num_hidden_layers) if budget.layers is None else budget.layers
-        assert_same_masks(masks, budget_masks(config, budget), config, layers)
+        assert_same_masks(masks, child_masks(resolve(config, budget)), config, layers)
 
 
 def test_the_full_choice_is_the_parent_and_says_nothing():

@@ -12,12 +12,12 @@ from torch import nn
 from nemotron_h_hf import NemotronHElasticForCausalLM, NemotronHForCausalLM
 from nemotron_h_hf.cost import cache_bytes, weight_bytes
 from nemotron_h_hf.elastic import sharing
-from nemotron_h_hf.elastic.budgets import Budget, budget_config, read_elastic
+from nemotron_h_hf.elastic.budgets import Budget, read_elastic
 from nemotron_h_hf.elastic.layout import Sizes, block_size, head_order, in_proj_order, nested
+from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.manifest import NAME as MANIFEST_NAME
 from nemotron_h_hf.manifest import check_manifest
 from nemotron_h_hf.model import linear
-from nemotron_h_hf.slicing import cuts, prefix
 
 NARROW = {
     "hidden_size": 32, "mamba_num_heads": 4, "num_attention_heads": 2, "intermediate_size": 40, "layers": [0, 1, 2, 3, 5, 6],
@@ -66,10 +66,9 @@ def cut_out(model, name):
     """The ordinary small model, from ordinary weights."""
     config = model.config
     budget = read_elastic(config).budgets[name]
-    child = budget_config(config, budget)
-    kept = prefix(config, budget.layers or range(config.num_hidden_layers), child)
-    weights = {cut.name: cut.of(tensor_of(model, cut.source)) for cut in cuts(config, kept, child)}
-    small = NemotronHForCausalLM(child).eval()
+    child = resolve(config, budget)
+    weights = {cut.name: cut.of(tensor_of(model, cut.source)) for cut in child.cuts()}
+    small = NemotronHForCausalLM(child.config).eval()
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["backbone.embeddings.weight"]
     small.load_state_dict(weights)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from test_budgets import ELASTIC
-from test_nested import HALF, cut_model, load_file_all, same, write_manifest
+from test_child_files import HALF, cut_model, load_file_all, same, write_manifest
 from test_slicing import DENSE, EXPERTS, MTP
 from tiny import prompt, tiny_model
 from transformers import AutoModelForCausalLM
@@ -24,8 +24,8 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausa
 from nemotron_h_hf import NemotronHConfig, manifest
 from nemotron_h_hf.elastic import cutting
 from nemotron_h_hf.elastic.budgets import Budget
+from nemotron_h_hf.elastic.child_files import PendingCut
 from nemotron_h_hf.elastic.cutting import slice_checkpoint
-from nemotron_h_hf.elastic.nested import PendingCut
 from nemotron_h_hf.scripts import info
 from nemotron_h_hf.scripts import slice as command
 
@@ -223,11 +223,9 @@ def test_out_of_disk(tmp_path, monkeypatch):
 def test_killed_at_random_points(tmp_path):
     """`kill -9` at random moments, then let it finish: the same weights as without."""
     source = write_parent(tmp_path / "parent", shard="8KB")
-    code = "import sys; from nemotron_h_hf.elastic.cutting import slice_checkpoint; from nemotron_h_hf.elastic import nested\n"
-    code += "import time; real = nested.PendingCut.read\n"
-    code += (
-        "nested.PendingCut.read = lambda self: (time.sleep(0.02), real(self))[1]\n"  # so that there is time to kill it
-    )
+    code = "import sys; from nemotron_h_hf.elastic.cutting import slice_checkpoint; from nemotron_h_hf.elastic import child_files\n"
+    code += "import time; real = child_files.PendingCut.read\n"
+    code += "child_files.PendingCut.read = lambda self: (time.sleep(0.02), real(self))[1]\n"  # so that there is time to kill it
     code += "print('ready', flush=True); slice_checkpoint(sys.argv[1], 'half', sys.argv[2], verify=False)"
     chance, kills = random.Random(0), 0
     for _ in range(4):

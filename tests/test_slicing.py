@@ -12,9 +12,10 @@ from torch import Tensor
 
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.cost import checkpoint_tensors
-from nemotron_h_hf.elastic.budgets import Budget, budget_config
+from nemotron_h_hf.elastic.budgets import Budget
+from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.model.loading import module_names
-from nemotron_h_hf.slicing import cuts, everything, kept_config, prefix, runs
+from nemotron_h_hf.slicing import cuts, everything, kept_config, runs
 
 DENSE = {"hidden_size": 32, "intermediate_size": (8, 40), "mamba_num_heads": (4, 8, 2), "mamba_head_dim": (4, 8, 3),
          "num_attention_heads": 2, "layers": (0, 1, 2, 3, 5, 6)}  # fmt: skip
@@ -45,11 +46,8 @@ def build(config: NemotronHConfig, weights: dict[str, Tensor]) -> NemotronHForCa
 
 
 def cut(model: torch.nn.Module, budget: Budget) -> tuple[NemotronHConfig, dict[str, Tensor]]:
-    child = budget_config(model.config, budget)
-    layers = range(model.config.num_hidden_layers) if budget.layers is None else budget.layers
-    weights = released(model)
-    found = cuts(model.config, prefix(model.config, layers, child), child)
-    return child, {each.name: each.of(weights[each.source]) for each in found}
+    child, weights = resolve(model.config, budget), released(model)
+    return child.config, {each.name: each.of(weights[each.source]) for each in child.cuts()}
 
 
 def logits(model: torch.nn.Module) -> Tensor:

@@ -31,7 +31,8 @@ from nemotron_h_hf.data.finetuning import one_round  # noqa: E402
 from nemotron_h_hf.data.records import encode_record  # noqa: E402
 from nemotron_h_hf.data.sources import Source  # noqa: E402
 from nemotron_h_hf.data.stdlib_text import as_jsonl  # noqa: E402
-from nemotron_h_hf.elastic.budgets import budget_config, read_elastic  # noqa: E402
+from nemotron_h_hf.elastic.budgets import read_elastic  # noqa: E402
+from nemotron_h_hf.elastic.resolve import resolve  # noqa: E402
 from nemotron_h_hf.scripts import elastic_train, elasticize, pretrain  # noqa: E402
 from nemotron_h_hf.scripts.train_tiny import save_checkpoint  # noqa: E402
 from nemotron_h_hf.training.bits_per_byte import bits_per_byte  # noqa: E402
@@ -195,7 +196,7 @@ def sizes(arguments: argparse.Namespace) -> dict:
     found = {}
     for name, budget in read_elastic(config).budgets.items():
         model = AutoModelForCausalLM.from_pretrained(parent, dtype=torch.float32, budget=name)
-        found[name] = (model.to(arguments.device).eval(), num_parameters(budget_config(config, budget)))
+        found[name] = (model.to(arguments.device).eval(), num_parameters(resolve(config, budget).config))
     return found
 
 

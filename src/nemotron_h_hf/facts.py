@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import cost
-from .elastic.budgets import EXPERT_FIELDS, SIZE_FIELDS, Budget, budget_config, read_elastic
+from .elastic.budgets import EXPERT_FIELDS, SIZE_FIELDS, Budget, read_elastic
+from .elastic.child import Child, child_of
 from .headers import Contents, read_contents
 from .model.configuration_nemotron_h import NemotronHConfig
 from .model.loading import released_name
@@ -103,7 +104,7 @@ def describe_budgets(config: NemotronHConfig, dtype: str) -> list[BudgetFacts]:
     if not config.elastic:
         return []
     budgets = [Budget(name="(parent)"), *read_elastic(config).budgets.values()]
-    return [_budget_facts(config, budget, dtype) for budget in budgets]
+    return [_budget_facts(child_of(config, budget), dtype) for budget in budgets]
 
 
 def disagreements(config: NemotronHConfig, contents: Contents) -> list[str]:
@@ -140,13 +141,13 @@ def human_count(count: int) -> str:
     return str(count)
 
 
-def _budget_facts(config: NemotronHConfig, budget: Budget, dtype: str) -> BudgetFacts:
-    child = budget_config(config, budget)
-    kinds = set(child.layers_block_type)
-    absent = {field for field, kind in child.PER_LAYER_FIELDS.items() if kind not in kinds}
+def _budget_facts(child: Child, dtype: str) -> BudgetFacts:
+    config, budget = child.config, child.budget
+    kinds = set(config.layers_block_type)
+    absent = {field for field, kind in config.PER_LAYER_FIELDS.items() if kind not in kinds}
     absent |= set() if "moe" in kinds else set(EXPERT_FIELDS)
-    sizes = {field: getattr(child, field) for field in SIZE_FIELDS if field not in absent}
-    return BudgetFacts(sizes, describe(budget.name, child, None, dtype), budget.trained, budget.loss)
+    sizes = {field: getattr(config, field) for field in SIZE_FIELDS if field not in absent}
+    return BudgetFacts(sizes, describe(budget.name, config, None, dtype), budget.trained, budget.loss)
 
 
 def _load_config(name: str) -> NemotronHConfig:

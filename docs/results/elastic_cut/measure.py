@@ -30,8 +30,9 @@ from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.benchmark.memory import status_bytes
 from nemotron_h_hf.checkpoint import TensorSpec, save, write_text
 from nemotron_h_hf.cost import checkpoint_tensors, weight_bytes
-from nemotron_h_hf.elastic.budgets import Budget, budget_config
+from nemotron_h_hf.elastic.budgets import Budget
 from nemotron_h_hf.elastic.cutting import slice_checkpoint
+from nemotron_h_hf.elastic.resolve import resolve
 
 SIZES = {
     "vocab_size": 32768, "hidden_size": 1536, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128,
@@ -63,7 +64,7 @@ def main() -> None:
 def measure(folder: Path, gigabytes: float) -> dict:
     """All figures of one run."""
     config = generate(folder / "parent", gigabytes)
-    small = budget_config(config, Budget(name="small", **SMALL))
+    small = resolve(config, Budget(name="small", **SMALL)).config
     return {
         "command": f"python docs/results/elastic_cut/measure.py --gigabytes {gigabytes:g}",
         "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__},

@@ -28,9 +28,10 @@ from tqdm import tqdm
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM
 from nemotron_h_hf.compression.importance import Importance, importance_of, importance_order
 from nemotron_h_hf.elastic.budgets import Budget
-from nemotron_h_hf.elastic.masks import attach_masks, budget_masks
+from nemotron_h_hf.elastic.masks import attach_masks, child_masks
 from nemotron_h_hf.elastic.measuring import mean_loss, measure_width
 from nemotron_h_hf.elastic.permuting import permute_model
+from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.scripts.elasticize import make_rows
 from nemotron_h_hf.slicing import Kept, everything
 
@@ -95,7 +96,7 @@ def losses_in(model: NemotronHForCausalLM, order: Kept, budgets: list[Budget], h
     permute_model(parent, order)
     masked, losses = attach_masks(parent), {}
     for budget in budgets:
-        masked.masks = budget_masks(parent.config, budget)
+        masked.masks = child_masks(resolve(parent.config, budget))
         losses[budget.name] = round(mean_loss(parent, held_out, 8), 5)
     return losses
 

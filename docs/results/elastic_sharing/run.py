@@ -27,7 +27,8 @@ from transformers.utils import logging
 
 from nemotron_h_hf import HybridCache, NemotronHConfig, NemotronHElasticForCausalLM, NemotronHForCausalLM
 from nemotron_h_hf.cost import num_parameters, weight_bytes
-from nemotron_h_hf.elastic.budgets import budget_config, read_elastic
+from nemotron_h_hf.elastic.budgets import read_elastic
+from nemotron_h_hf.elastic.resolve import resolve
 
 PARENT = {
     "vocab_size": 24576, "hidden_size": 1280, "hybrid_override_pattern": "M-M-M-M*-M-M-M-M*-", "intermediate_size": 5120,
@@ -95,7 +96,7 @@ def measure_memory(folder: str, threads: int) -> dict:
         alive.append(parent.submodel(name))
         work(alive[-1])
         now = pss_bytes()
-        child = weight_bytes(budget_config(parent.config, budget), dtype)
+        child = weight_bytes(resolve(parent.config, budget).config, dtype)
         report["budgets"][name] = {
             "extra_bytes": now - before, "extra_share_of_parent_weights": round((now - before) / whole, 5),
             "own_weight_bytes": child, "extra_share_of_own_weights": round((now - before) / child, 5),

@@ -26,8 +26,9 @@ from transformers.utils import logging
 
 from nemotron_h_hf import EMBEDDED_MODEL, HybridCache, NemotronHElasticForCausalLM, NemotronHForCausalLM
 from nemotron_h_hf.cost import num_parameters
-from nemotron_h_hf.elastic.budgets import budget_config, read_elastic
+from nemotron_h_hf.elastic.budgets import read_elastic
 from nemotron_h_hf.elastic.elasticize import elasticize
+from nemotron_h_hf.elastic.resolve import resolve
 
 PROMPTS = (
     "The function returns a list of", "Raise an exception if the", "This module provides", "The default value is",
@@ -103,7 +104,7 @@ def measure(parent, names: list[str], prompts: list[torch.Tensor], arguments: ar
     costs = {name: step_seconds(model) for name, model in {"parent": parent, **drafts}.items()}
     table = [row(setting, ratios[setting], counts[setting], costs) for setting in settings]
     sizes = {
-        name: num_parameters(budget_config(parent.config, read_elastic(parent.config).budgets[name])) for name in names
+        name: num_parameters(resolve(parent.config, read_elastic(parent.config).budgets[name]).config) for name in names
     }
     for entry in table:
         print(json.dumps(entry), flush=True)

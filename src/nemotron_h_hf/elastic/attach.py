@@ -12,9 +12,9 @@ from ..manifest import NAME, check_manifest, find_manifest
 from ..model import saving
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.modeling_nemotron_h import NemotronHPreTrainedModel
-from .budgets import read_elastic
-from .needs import Request
-from .nested import find_nested
+from .budgets import check_elastic
+from .child_files import ChildFiles, find_child
+from .resolve import Request
 
 plain_validate = NemotronHConfig.validate
 plain_from_pretrained = NemotronHPreTrainedModel.from_pretrained.__func__
@@ -32,7 +32,7 @@ def validate(self: NemotronHConfig) -> None:
     """Check every field, and the budgets."""
     plain_validate(self)
     if self.elastic is not None:
-        read_elastic(self)
+        check_elastic(self)
 
 
 def from_pretrained(
@@ -46,27 +46,28 @@ def from_pretrained(
 
     Args:
         budget: of an elastic parent, load only this smaller model: a name ("6b"), a fraction (0.5, "50%"), a need
-            ("7GiB@32k"), sizes (a mapping) or a `Budget`; see needs.py. The parent is never built, and rows that are
+            ("7GiB@32k"), sizes (a mapping) or a `Budget`; see resolve.py. The parent is never built, and rows that are
             cut away are not read: `output_loading_info=True` tells `bytes_read` and `parent_bytes`.
 
     Raises:
         ValueError: for files that are cut short or changed after their manifest, weights that do not fit the config,
             NaN or infinity, pickled weights, or a budget that does not fit the parent.
     """
-    path, nested = pretrained_model_name_or_path, None
+    path, reader = pretrained_model_name_or_path, None
     manifest = None if path is None else find_manifest(path, kwargs)
     if budget is not None:
-        nested, kwargs = find_nested(cls.config_class, path, budget, kwargs)
+        child, kwargs = find_child(cls.config_class, path, budget, kwargs)
+        reader = ChildFiles(child)
 
     def read_weights(files: list[str]) -> Mapping[str, Any] | None:
         if manifest is not None:
             check_manifest(manifest, files)
-        return None if nested is None else nested.tensors(files)
+        return None if reader is None else reader.tensors(files)
 
     with_info = kwargs.pop("output_loading_info", False)
     given = {**kwargs, "read_weights": read_weights, "output_loading_info": True}
     model, info = plain_from_pretrained(cls, path, *args, **given)
-    if nested is not None:
-        nested.report()
-        info = {**info, "bytes_read": nested.bytes_read, "parent_bytes": nested.parent_bytes}
+    if reader is not None:
+        reader.report()
+        info = {**info, "bytes_read": reader.bytes_read, "parent_bytes": reader.parent_bytes}
     return (model, info) if with_info else model

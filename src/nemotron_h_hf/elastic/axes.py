@@ -157,9 +157,7 @@ def budget_of(
             found = [of[row] for of, row, layer in zip(axis.sizes, rows, layers) if layer in kept]
             if found:
                 sizes[axis.field] = found[0] if len(set(found)) == 1 else tuple(found)
-    budget = Budget(name=name, **sizes, **more)
-    check_budget(config, budget)
-    return budget
+    return Budget(name=name, **sizes, **more)
 
 
 def _axis(config: NemotronHConfig, field: str, sizes: Sequence[int], per_layer: bool) -> Axis:

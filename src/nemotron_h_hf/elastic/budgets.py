@@ -16,14 +16,13 @@ of each layer's neurons and experts, of the heads inside each Mamba group (and o
 each key/value head. `calibration` holds losses on held-out text with one thing changed: a size, or how many layers stay.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
-
-from ..slicing import entry_without_sizes
 
 VERSION = 1
 EXPERT_FIELDS = ("n_routed_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size")
@@ -74,6 +73,14 @@ class Budget:
         """The parent's layers that stay."""
         return tuple(range(parent.num_hidden_layers)) if self.layers is None else self.layers
 
+    def sizes(self) -> dict[str, Any]:
+        """What differs from the parent, for JSON."""
+        return {key: value for key, value in self.to_dict().items() if key not in ("trained", "loss")}
+
+    def describe(self) -> str:
+        """The sizes as JSON, for people."""
+        return json.dumps(self.sizes()) if self.sizes() else "the parent itself"
+
     def to_dict(self) -> dict[str, Any]:
         """The entry in the configuration: what is set, without the name."""
         entry = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items() if v is not None}
@@ -83,7 +90,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Elastic:
-    """What `config.elastic` says, read and checked."""
+    """What `config.elastic` says."""
 
     budgets: dict[str, Budget]
     choices: dict[str, tuple[int, ...]]
@@ -102,10 +109,10 @@ class Elastic:
 
 
 def read_elastic(config: PreTrainedConfig) -> Elastic:
-    """The budgets of a parent.
+    """The budgets of a parent. That they fit it was checked when the configuration was made (`check_elastic`).
 
     Raises:
-        ValueError: if it names none, or one that does not fit the parent: which, the value, and what is allowed.
+        ValueError: if it names none, or something that is no budget: which, the value, and what is allowed.
     """
     entry = config.elastic
     if not entry:
@@ -119,10 +126,8 @@ def read_elastic(config: PreTrainedConfig) -> Elastic:
         if not isinstance(entry.get(name, {}), Mapping):
             raise ValueError(f"elastic.{name}={entry[name]!r}: allowed is an object")
     budgets = {name: Budget.from_dict(name, sizes) for name, sizes in entry.get("budgets", {}).items()}
-    for budget in budgets.values():
-        check_budget(config, budget)
     for field, sizes in entry.get("choices", {}).items():
-        _check_choices(config, field, sizes)
+        _check_choices(field, sizes)
     choices = {field: tuple(sizes) for field, sizes in entry.get("choices", {}).items()}
     order = entry.get("layer_order", ())
     every = range(config.num_hidden_layers)
@@ -135,20 +140,12 @@ def read_elastic(config: PreTrainedConfig) -> Elastic:
     return Elastic(budgets, choices, tuple(order), calibration)
 
 
-def budget_config(parent: PreTrainedConfig, budget: Budget) -> PreTrainedConfig:
-    """The plain configuration of the small model: no budgets in it, lists of sizes only where they differ."""
-    check_budget(parent, budget)
-    entry = entry_without_sizes(parent, budget.kept_layers(parent))
-    for field in SIZE_FIELDS:
-        if field in parent.PER_LAYER_FIELDS:
-            sizes = sizes_of_kept(parent, budget, field)
-            entry[field] = (sizes[0] if len(set(sizes)) == 1 else list(sizes)) if sizes else _one(parent, budget, field)
-        elif (size := getattr(budget, field)) is not None:
-            entry[field] = size
-    config = type(parent).from_dict(entry)
-    config._attn_implementation = parent._attn_implementation
-    config.mamba_implementation = parent.mamba_implementation
-    return config
+def check_elastic(config: PreTrainedConfig) -> None:
+    """Raise a ValueError unless every budget and every choice that the configuration names fits it."""
+    elastic = read_elastic(config)
+    choices = (Budget(name=f"choices.{field}", **{field: size}) for field, of in elastic.choices.items() for size in of)
+    for budget in (*elastic.budgets.values(), *choices):
+        check_budget(config, budget)
 
 
 def sizes_of_kept(parent: PreTrainedConfig, budget: Budget, field: str) -> tuple[int, ...]:
@@ -214,14 +211,12 @@ def num_groups(config: PreTrainedConfig, field: str) -> int:
     return getattr(config, by[field]) if field in by else 1
 
 
-def _check_choices(parent: PreTrainedConfig, field: str, sizes: Any) -> None:
+def _check_choices(field: str, sizes: Any) -> None:
     if field not in SIZE_FIELDS:
         raise ValueError(f"elastic.choices.{field}: allowed are {', '.join(SIZE_FIELDS)}")
     counts = isinstance(sizes, Sequence) and len(sizes) > 0 and all(map(_is_count, sizes))
     if not counts or list(sizes) != sorted(set(sizes), reverse=True):
         raise ValueError(f"elastic.choices.{field}={sizes!r}: allowed are positive integers, the largest first")
-    for size in sizes:
-        check_budget(parent, Budget(name=f"choices.{field}", **{field: size}))
 
 
 def _check_calibration(calibration: Mapping[str, Any]) -> None:
@@ -244,9 +239,3 @@ def _is_loss(value: Any) -> bool:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _one(parent: PreTrainedConfig, budget: Budget, field: str) -> int:
-    """A size for a kind of layer that is gone from the stack; multi-token prediction may still have it."""
-    value = getattr(budget, field) or getattr(parent, field)
-    return value if isinstance(value, int) else max(value)

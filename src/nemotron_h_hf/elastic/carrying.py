@@ -17,8 +17,8 @@ from torch import Tensor
 
 from ..model.cache import HybridCache, MambaCacheLayer, read_states
 from ..model.configuration_nemotron_h import NemotronHConfig
-from ..slicing import Kept, prefix
-from .budgets import Budget, budget_config
+from ..slicing import Kept
+from .child import Child
 
 
 @dataclass(frozen=True)
@@ -47,14 +47,14 @@ class Carried:
         )
 
 
-def check_carry(parent: NemotronHConfig, source: Budget, target: Budget) -> None:
-    """Refuse to carry between two budgets whose attention layers do not allow it.
+def check_carry(source: Child, target: Child) -> None:
+    """Refuse to carry between two children whose attention layers do not allow it.
 
     Raises:
         ValueError: naming the layers.
     """
-    layers = [one.kept_layers(parent) for one in (source, target)]
-    lacking = [at for at in layers[1] if parent.layers_block_type[at] == "full_attention" and at not in layers[0]]
+    kinds = target.parent.layers_block_type
+    lacking = [at for at in target.layers if kinds[at] == "full_attention" and at not in source.layers]
     if lacking:
         raise ValueError(
             f"carry_state=True: budget {source.name!r} has no keys and values for the attention layers {lacking} of "
@@ -62,25 +62,23 @@ def check_carry(parent: NemotronHConfig, source: Budget, target: Budget) -> None
         )
 
 
-def carry_cache(cache: HybridCache, parent: NemotronHConfig, source: Budget, target: Budget) -> HybridCache:
+def carry_cache(cache: HybridCache, source: Child, target: Child) -> HybridCache:
     """The cache of `target` after the tokens that `source` has read into `cache`, which stays as it is.
 
     Raises:
         ValueError: see `check_carry`.
     """
-    check_carry(parent, source, target)
-    configs = [budget_config(parent, one) for one in (source, target)]
-    layers = [one.kept_layers(parent) for one in (source, target)]
-    kept = [prefix(parent, own, config) for own, config in zip(layers, configs)]
-    carried, num_tokens = HybridCache(configs[1]), int(cache.get_seq_length())
-    for own, index in enumerate(layers[1]):
-        given = cache.layers[layers[0].index(index)] if index in layers[0] else None
+    check_carry(source, target)
+    parent = target.parent
+    carried, num_tokens = HybridCache(target.config), int(cache.get_seq_length())
+    for own, index in enumerate(target.layers):
+        given = cache.layers[source.layers.index(index)] if index in source.layers else None
         if parent.layers_block_type[index] == "full_attention" and given.is_initialized:
             carried.update(given.keys[:, :, :num_tokens].clone(), given.values[:, :, :num_tokens].clone(), own)
         elif isinstance(given, MambaCacheLayer) and given.has_previous_state[0]:
-            states = _carry_states(read_states(given), parent, index, *kept)
+            states = _carry_states(read_states(given), parent, index, source.kept, target.kept)
             carried.layers[own].store(*states, num_tokens)
-    _fill_missing(carried, cache, configs[1], num_tokens)
+    _fill_missing(carried, cache, target.config, num_tokens)
     return carried
 
 

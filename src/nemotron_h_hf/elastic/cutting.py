@@ -36,10 +36,11 @@ from ..resumable import TOKENIZER_FILES, Journal, check_room, copy_files, write_
 from ..targets import writing
 from ..whole_files import write_text
 from .budgets import Budget
+from .child import Child
+from .child_files import ChildFiles, PendingCut
 from .expressible import nearest_expressible
-from .masks import attach_masks, budget_masks
-from .needs import Request, find_budget
-from .nested import Nested, PendingCut
+from .masks import attach_masks, child_masks
+from .resolve import Request, resolve
 
 AUTO_VERIFY_BYTES = 2**30
 PROBE_TOKENS = 64
@@ -80,7 +81,7 @@ def slice_checkpoint(
 
     Args:
         parent: folder or hub id; it is only read.
-        budget: a name, fraction, need, sizes or `Budget` (needs.py).
+        budget: a name, fraction, need, sizes or `Budget` (resolve.py).
         output: a new or empty folder, or that of the same cut interrupted.
         max_shard_bytes: of a file; None for as many files as large as the parent's largest.
         verify: measure the residual; None does so for a small parent.
@@ -113,13 +114,12 @@ def _slice(
 ) -> SliceReport:
     """The work; `target` is locked."""
     config = read_parent(source)
-    chosen = find_budget(config, budget, str(config.dtype or "bfloat16").removeprefix("torch."))
-    nearest = nearest_expressible(config, chosen)
+    child = resolve(config, budget)
+    nearest = nearest_expressible(child)
     if uniform:
-        chosen = nearest
-    nested = Nested(config, chosen)
-    files = weight_files(source)
-    pending = nested.tensors(files)
+        child = nearest
+    files, reader = weight_files(source), ChildFiles(child)
+    pending = reader.tensors(files)
     if (source / manifest.NAME).is_file():
         manifest.check_manifest(source / manifest.NAME, files)
     shards = plan_shards(([_spec(name, cut)] for name, cut in pending.items()), _shard_bytes(max_shard_bytes, files))
@@ -129,16 +129,16 @@ def _slice(
         "num_parameters": num_parameters(config),
         "fingerprint": manifest.fingerprint(find_tensors(files)),
     }
-    report = SliceReport(chosen, num_parameters(nested.config), origin["num_parameters"], nested.parent_bytes)
-    report.limits = limits_of_other_readers(nested.config)
-    if nearest is not chosen:
-        report.nearest, report.nearest_parameters = nearest, num_parameters(Nested(config, nearest).config)
-    if _finished_before(target, nested, origin, shards):
+    report = SliceReport(child.budget, child.num_parameters, origin["num_parameters"], reader.parent_bytes)
+    report.limits = limits_of_other_readers(child.config)
+    if nearest is not child:
+        report.nearest, report.nearest_parameters = nearest.budget, nearest.num_parameters
+    if _finished_before(target, child, origin, shards):
         report.files = report.files_kept = list(shards)
         report.already_there = True
         return report
     check_room(target, total)
-    journal = Journal(target, _fingerprint(origin, nested, shards), "slice")
+    journal = Journal(target, _fingerprint(origin, child, shards), "slice")
 
     def fill(writer: ShardWriter, specs: Sequence[TensorSpec]) -> None:
         for spec in specs:
@@ -151,10 +151,10 @@ def _slice(
         raise ValueError(
             f"{source} has NaN or infinity in {len(bad)} tensors, {bad[0]} first; config.json was not written"
         )
-    report.files, report.bytes_read, report.bytes_written = list(shards), nested.bytes_read, total
+    report.files, report.bytes_read, report.bytes_written = list(shards), reader.bytes_read, total
     if verify or (verify is None and 4 * report.parent_parameters <= AUTO_VERIFY_BYTES):
-        report.residual = measure_residual(source, config, target, nested)
-    _finish(source, target, nested, origin, digests, report)
+        report.residual = measure_residual(source, target, child)
+    _finish(source, target, child, origin, digests, report)
     journal.finish()
     return report
 
@@ -176,17 +176,17 @@ def read_parent(source: Path) -> NemotronHConfig:
 
 
 @torch.no_grad()
-def measure_residual(source: Path, config: NemotronHConfig, target: Path, nested: Nested) -> dict[str, Any]:
+def measure_residual(source: Path, target: Path, child: Child) -> dict[str, Any]:
     """How far the written model's logits are from the masked parent's; the parent is gone before the small one is loaded.
 
     Raises:
         ValueError: if that is more than rounding.
     """
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, config.vocab_size, (1, PROBE_TOKENS), generator=generator)
-    small = _load(target, nested.config)(ids, use_cache=False).logits
-    model = _load(source, config)
-    attach_masks(model).masks = budget_masks(config, nested.budget)
+    ids = torch.randint(3, child.config.vocab_size, (1, PROBE_TOKENS), generator=generator)
+    small = _load(target, child.config)(ids, use_cache=False).logits
+    model = _load(source, child.parent)
+    attach_masks(model).masks = child_masks(child)
     difference = (model(ids, use_cache=False).logits - small).abs().max().item()
     largest = small.abs().max().item()
     if not difference <= MAX_RELATIVE_RESIDUAL * largest:
@@ -220,14 +220,14 @@ def _shard_bytes(asked: int | None, files: Sequence[str]) -> int:
     return max(Path(file).stat().st_size for file in files) if len(files) > 1 else 2**62
 
 
-def _fingerprint(origin: dict[str, Any], nested: Nested, shards: dict[str, list[TensorSpec]]) -> str:
+def _fingerprint(origin: dict[str, Any], child: Child, shards: dict[str, list[TensorSpec]]) -> str:
     """What an interrupted run must have had in common with this one."""
-    kept = [nested.kept.layers, nested.config.to_json_string(use_diff=False)]
+    kept = [child.kept.layers, child.config.to_json_string(use_diff=False)]
     plan = [origin["fingerprint"], kept, {file: [spec.name for spec in specs] for file, specs in shards.items()}]
     return hashlib.sha256(json.dumps(plan).encode()).hexdigest()
 
 
-def _finished_before(target: Path, nested: Nested, origin: dict[str, Any], shards: dict[str, list[TensorSpec]]) -> bool:
+def _finished_before(target: Path, child: Child, origin: dict[str, Any], shards: dict[str, list[TensorSpec]]) -> bool:
     """Whether the same cut has ended in this folder.
 
     Raises:
@@ -237,10 +237,10 @@ def _finished_before(target: Path, nested: Nested, origin: dict[str, Any], shard
     if any(target.glob("*_journal.jsonl")) or not (path.is_file() and config.is_file()):
         return False
     noted = manifest.read_manifest(path)
-    wanted = {"name": nested.budget.name, **nested.budget.to_dict()}
+    wanted = {"name": child.budget.name, **child.budget.to_dict()}
     if noted.get("parent") != origin or noted.get("budget") != json.loads(json.dumps(wanted)):
         return False
-    if config.read_text(encoding="utf-8") != nested.config.to_json_string(use_diff=False):
+    if config.read_text(encoding="utf-8") != child.config.to_json_string(use_diff=False):
         return False
     files = [str(target / file) for file in shards]
     if sorted(files) != sorted(weight_files(target)):
@@ -250,16 +250,16 @@ def _finished_before(target: Path, nested: Nested, origin: dict[str, Any], shard
 
 
 def _finish(
-    source: Path, target: Path, nested: Nested, origin: dict[str, Any], digests: dict[str, Digest], report: SliceReport
+    source: Path, target: Path, child: Child, origin: dict[str, Any], digests: dict[str, Digest], report: SliceReport
 ) -> None:
     """What lies beside the weights, the configuration last."""
-    budget = {"name": nested.budget.name, **nested.budget.to_dict()}
+    budget = {"name": child.budget.name, **child.budget.to_dict()}
     stored = find_tensors(weight_files(target))
     more = {"budget": budget, "parent": origin, "residual": report.residual}
     found = manifest.make_manifest(stored, {name: digest.sha256 for name, digest in digests.items()}, **more)
     if found["num_parameters"] != report.num_parameters:
         raise ValueError(f"{target} holds {found['num_parameters']:,} parameters, its config {report.num_parameters:,}")
-    code = sorted(path.name for path in source.glob("*.py")) if "auto_map" in nested.config.to_dict() else []
+    code = sorted(path.name for path in source.glob("*.py")) if "auto_map" in child.config.to_dict() else []
     copy_files([*TOKENIZER_FILES, *code], source, target)
     write_text(target / manifest.NAME, manifest.as_text(found))
-    write_text(target / "config.json", nested.config.to_json_string(use_diff=False))
+    write_text(target / "config.json", child.config.to_json_string(use_diff=False))

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from ..cost import num_parameters
 from ..model.configuration_nemotron_h import NemotronHConfig
-from .budgets import FIELDS_OF_KIND, Budget, budget_config, num_groups
+from .budgets import FIELDS_OF_KIND, Budget, num_groups
+from .child import child_of
 
 EIGHTHS = (8, 7, 6, 5, 4)
 WIDTHS = 256  # shares of the widths that are tried
@@ -47,7 +48,7 @@ def default_budgets(config: NemotronHConfig, shares: Sequence[float] = (0.75, 0.
     """
 
     def size(width: int) -> int:
-        return num_parameters(budget_config(config, _scaled_budget(config, width / WIDTHS)))
+        return child_of(config, _scaled_budget(config, width / WIDTHS)).num_parameters
 
     parent, found = num_parameters(config), {}
     for share in shares:

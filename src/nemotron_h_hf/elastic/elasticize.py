@@ -22,6 +22,7 @@ from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
 from ..slicing import Kept
 from .budgets import SIZE_FIELDS, Budget, Elastic, check_budget
+from .child import Child, child_of
 from .defaults import default_budgets, default_choices, default_depths
 from .measuring import Row, fingerprint, key_of, measure_depth, measure_losses, measure_width
 from .ordered import OrderedLinear
@@ -92,11 +93,12 @@ def elasticize(
     else:
         model = reordered(order)
 
-    found = [resolve(config, name, sizes, least_first) for name, sizes in named.items()] or default_budgets(config)
+    found = [named_child(config, name, sizes, least_first) for name, sizes in named.items()]
+    found = found or [child_of(config, budget) for budget in default_budgets(config)]
     depths = default_depths(config, config.num_hidden_layers - num_removals) if removals else []
     changes = single_changes(config, choices, depths, least_first)
     losses = measure_losses(model, held_out, [*found, *changes], batch_size, *records["losses.json"])
-    measured = {budget.name: replace(budget, loss=losses[key_of(budget)]) for budget in found}
+    measured = {child.name: replace(child.budget, loss=losses[key_of(child.budget)]) for child in found}
     sizes = {field: tuple(found) for field, found in choices.items()}
     elastic = Elastic(measured, sizes, tuple(least_first), calibration_of(changes, losses))
     model.config.elastic = elastic.to_dict()
@@ -104,12 +106,12 @@ def elasticize(
     return Parent(importance, order, removals, elastic)
 
 
-def calibration_of(changes: Sequence[Budget], losses: Mapping[str, float]) -> dict[str, Any]:
+def calibration_of(changes: Sequence[Child], losses: Mapping[str, float]) -> dict[str, Any]:
     """The losses of the whole model and of single changes, as they stand in `config.elastic`."""
     calibration: dict[str, Any] = {"loss": losses[key_of(Budget(name="whole"))]}
-    for budget in changes:
-        field, size = budget.name.split("=")
-        calibration.setdefault(field, {})[size] = losses[key_of(budget)]
+    for child in changes:
+        field, size = child.name.split("=")
+        calibration.setdefault(field, {})[size] = losses[key_of(child.budget)]
     return calibration
 
 
@@ -153,11 +155,11 @@ def check_named(config: NemotronHConfig, named: Mapping[str, Mapping[str, Any]],
     for name, sizes in named.items():
         if "depth" in sizes and not num_removals:
             raise ValueError(f"depth={sizes['depth']} of budget {name!r}: the layers are not scored (depth_rows)")
-        resolve(config, name, sizes, range(config.num_hidden_layers))
+        named_child(config, name, sizes, range(config.num_hidden_layers))
 
 
-def resolve(config: NemotronHConfig, name: str, sizes: Mapping[str, Any], least_first: Sequence[int]) -> Budget:
-    """A budget from its sizes; `depth` layers stay, the least important ones go."""
+def named_child(config: NemotronHConfig, name: str, sizes: Mapping[str, Any], least_first: Sequence[int]) -> Child:
+    """A child from the sizes of a budget; `depth` layers stay, the least important ones go."""
     entry = dict(sizes)
     if "depth" in entry:
         depth, count = entry.pop("depth"), config.num_hidden_layers
@@ -167,9 +169,7 @@ def resolve(config: NemotronHConfig, name: str, sizes: Mapping[str, Any], least_
             raise ValueError(f"depth={depth!r} of budget {name!r}: allowed is 1 to {count}")
         if depth < count:
             entry["layers"] = sorted(least_first[count - depth :])
-    budget = Budget.from_dict(name, entry)
-    check_budget(config, budget)
-    return budget
+    return child_of(config, Budget.from_dict(name, entry))
 
 
 def read_choices(config: NemotronHConfig, choices: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
@@ -191,12 +191,12 @@ def read_choices(config: NemotronHConfig, choices: Mapping[str, Sequence[int]]) 
 
 def single_changes(
     config: NemotronHConfig, choices: Mapping[str, Sequence[int]], depths: Sequence[int], least_first: Sequence[int]
-) -> list[Budget]:
-    """The parent with one thing changed: a budget named "field=size" for every choice but the parent's own."""
+) -> list[Child]:
+    """The parent with one thing changed: a child named "field=size" for every choice but the parent's own."""
     changes = [
-        Budget(name=f"{field}={size}", **{field: size})
+        child_of(config, Budget(name=f"{field}={size}", **{field: size}))
         for field, sizes in choices.items()
         for size in sizes
         if size != getattr(config, field)
     ]
-    return changes + [resolve(config, f"layers={depth}", {"depth": depth}, least_first) for depth in depths]
+    return changes + [named_child(config, f"layers={depth}", {"depth": depth}, least_first) for depth in depths]

@@ -11,32 +11,34 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-from ..cost import num_parameters
-from ..model.configuration_nemotron_h import NemotronHConfig
-from .budgets import Budget, budget_config, num_groups, sizes_of_kept
+from .budgets import num_groups, sizes_of_kept
+from .child import Child, child_of
 
 
-def nearest_expressible(parent: NemotronHConfig, budget: Budget) -> Budget:
-    """`budget` with one size in the place of each list; itself if it has none."""
-    nearest = budget
-    for field in parent.PER_LAYER_FIELDS:
-        child = budget_config(parent, nearest)
-        if isinstance(getattr(child, field), list):
-            count_of = partial(_parameters, parent, nearest, field)
-            for sizes in _allowed(parent, nearest, field):
-                if fitting := bisect_right(sizes, num_parameters(child), key=count_of):
-                    nearest = replace(nearest, **{field: sizes[fitting - 1]})
+def nearest_expressible(child: Child) -> Child:
+    """The child with one size in the place of each list; itself if it has none."""
+    nearest = child
+    for field in child.parent.PER_LAYER_FIELDS:
+        if isinstance(getattr(nearest.config, field), list):
+            for sizes in _allowed(nearest, field):
+                if fitting := bisect_right(sizes, nearest.num_parameters, key=partial(_parameters, nearest, field)):
+                    nearest = _with_size(nearest, field, sizes[fitting - 1])
                     break
-    return nearest if nearest is budget else replace(nearest, trained=False, loss=None)
+    return nearest
 
 
-def _parameters(parent: NemotronHConfig, budget: Budget, field: str, size: int) -> int:
-    return num_parameters(budget_config(parent, replace(budget, **{field: size})))
+def _with_size(child: Child, field: str, size: int) -> Child:
+    return child_of(child.parent, replace(child.budget, trained=False, loss=None, **{field: size}))
 
 
-def _allowed(parent: NemotronHConfig, budget: Budget, field: str) -> Iterator[Sequence[int]]:
+def _parameters(child: Child, field: str, size: int) -> int:
+    return _with_size(child, field, size).num_parameters
+
+
+def _allowed(child: Child, field: str) -> Iterator[Sequence[int]]:
     """Single sizes that every kept layer has room for, ascending: the parent's choices, and all."""
-    largest = min(sizes_of_kept(parent, replace(budget, **{field: None}), field))
+    parent = child.parent
+    largest = min(sizes_of_kept(parent, replace(child.budget, **{field: None}), field))
     step = num_groups(parent, field)
     chosen = (parent.elastic or {}).get("choices", {}).get(field, [])
     yield sorted(size for size in chosen if size <= largest)

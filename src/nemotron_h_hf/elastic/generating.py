@@ -23,9 +23,9 @@ from transformers.utils import logging
 
 from ..model.arguments import CACHE_NAME, CACHE_NAMES, cache_of
 from ..model.cache import HybridCache
-from .budgets import Budget
 from .carrying import Carried, carry_cache, check_carry
-from .needs import Request
+from .child import Child
+from .resolve import Request
 
 logger = logging.get_logger(__name__)
 
@@ -67,14 +67,14 @@ class BudgetSchedule:
             raise ValueError(f"after={self.after}: allowed is a positive number of tokens")
 
 
-def generate_by(model: PreTrainedModel, budget: Request, inputs: Tensor | None, kwargs: dict[str, Any]) -> Any:
-    """As transformers', by a nested model under its parent's `generation_config`."""
-    child = model.submodel(budget)
-    own, child.generation_config = child.generation_config, copy.deepcopy(model.generation_config)
+def generate_by(model: PreTrainedModel, child: Child, inputs: Tensor | None, kwargs: dict[str, Any]) -> Any:
+    """As transformers', by a child under its parent's `generation_config`."""
+    small = model.submodel_of(child)
+    own, small.generation_config = small.generation_config, copy.deepcopy(model.generation_config)
     try:
-        return child.generate(inputs, **kwargs)
+        return small.generate(inputs, **kwargs)
     finally:
-        child.generation_config = own
+        small.generation_config = own
 
 
 def generate_rows(model: PreTrainedModel, inputs: Tensor | None, budgets: Sequence, kwargs: dict[str, Any]) -> Tensor:
@@ -103,9 +103,9 @@ def generate_schedule(model: PreTrainedModel, inputs: Tensor | None, schedule: B
     pad, eos, total = _pad(model, kwargs), _eos(model, kwargs), _max_new_tokens(model, kwargs)
     if mask is None:  # as transformers guesses it
         mask = torch.ones_like(prompts) if pad in eos else (prompts != pad).long()
-    source, target = model.find_budget(schedule.first), model.find_budget(schedule.then)
+    source, target = model.resolve(schedule.first), model.resolve(schedule.then)
     if schedule.carry_state:
-        _check_carried_rows(model, schedule, source, target, len(prompts))
+        _check_carried_rows(schedule, source, target, len(prompts))
     until = _Until(schedule.at, kwargs.get("tokenizer"))
     first = {**kwargs, "attention_mask": mask, "max_new_tokens": min(total, schedule.after or total), "use_cache": True,
              "stopping_criteria": StoppingCriteriaList([until] if until.criteria else [])}  # fmt: skip
@@ -127,11 +127,9 @@ def generate_schedule(model: PreTrainedModel, inputs: Tensor | None, schedule: B
     return _stack([torch.cat(pair) for pair in zip(prompts, news)], pad)
 
 
-def _check_carried_rows(
-    model: PreTrainedModel, schedule: BudgetSchedule, source: Budget, target: Budget, num_rows: int
-) -> None:
+def _check_carried_rows(schedule: BudgetSchedule, source: Child, target: Child, num_rows: int) -> None:
     """Before anything is written, refuse what could not be taken over."""
-    check_carry(model.config, source, target)
+    check_carry(source, target)
     if schedule.at is not None and num_rows > 1:
         raise ValueError(
             f"carry_state=True with at={schedule.at!r} for {num_rows} rows: allowed is one row, as rows switch at different "
@@ -150,8 +148,8 @@ def _join(prompts: list[Tensor], news: list[Tensor], pad: int) -> dict[str, Tens
 def _carry(
     model: PreTrainedModel,
     schedule: BudgetSchedule,
-    source: Budget,
-    target: Budget,
+    source: Child,
+    target: Child,
     cache: HybridCache,
     texts: Tensor,
     mask: Tensor,
@@ -159,9 +157,9 @@ def _carry(
 ) -> dict[str, Any]:
     """What the second model reads with the first one's cache, of the rows that go on; the effect goes into the schedule."""
     cache.batch_select_indices(torch.tensor(rows, device=texts.device))
-    cache = carry_cache(cache, model.config, source, target)
+    cache = carry_cache(cache, source, target)
     if schedule.measure:
-        second, num_tokens = model.submodel(target), int(cache.get_seq_length())
+        second, num_tokens = model.submodel_of(target), int(cache.get_seq_length())
         settings = {"attention_mask": mask, "logits_to_keep": 1}
         with torch.no_grad():
             exact = second(texts, use_cache=False, **settings).logits[:, -1]

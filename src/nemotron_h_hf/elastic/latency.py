@@ -22,7 +22,8 @@ from tqdm import tqdm
 from ..model.blocks import NemotronHBlock, NemotronHRMSNorm
 from ..model.configuration_nemotron_h import NemotronHConfig
 from .axes import Axis
-from .budgets import FIELDS_OF_KIND
+from .budgets import FIELDS_OF_KIND, Budget
+from .child import child_of
 from .expected_cost import choices_of
 
 
@@ -52,7 +53,7 @@ def measure_latency(
     ]
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for kind, sizes in tqdm(combinations, desc="measuring", unit="size"):
-        small = with_sizes(config, dict(zip(("hidden_size", *kinds[kind]), sizes)), kind)
+        small = one_layer(config, dict(zip(("hidden_size", *kinds[kind]), sizes)), kind)
         module = (Outside(small) if kind == "outside" else NemotronHBlock(small, 0, kind)).to(device, dtype).eval()
         x = torch.randn(batch_size, sequence_length, small.hidden_size, device=device, dtype=dtype)
         seconds[kind].append(best_time(partial(module, x), repeats, torch.device(device)))
@@ -80,15 +81,11 @@ def best_time(run: Callable[[], object], repeats: int, device: torch.device) -> 
     return best
 
 
-def with_sizes(config: NemotronHConfig, sizes: dict[str, int], kind: str) -> NemotronHConfig:
-    """The configuration with these sizes and a single layer."""
-    entry = config.to_dict()
-    for field in ("elastic", "hybrid_override_pattern", "num_hidden_layers"):
-        entry.pop(field, None)
-    layers = [kind] if kind != "outside" else ["mlp"]
-    small = type(config).from_dict({**entry, **sizes, "layers_block_type": layers, "num_nextn_predict_layers": 0})
-    small._attn_implementation = config._attn_implementation or "sdpa"
-    small.mamba_implementation = config.mamba_implementation
+def one_layer(parent: NemotronHConfig, sizes: dict[str, int], kind: str) -> NemotronHConfig:
+    """The configuration with these sizes and a single layer of a kind, any if it is for what is outside of the layers."""
+    index = 0 if kind == "outside" else parent.layers_block_type.index(kind)
+    small = child_of(parent, Budget(name=kind, layers=(index,), **sizes)).config
+    small._attn_implementation = parent._attn_implementation or "sdpa"
     return small
 
 

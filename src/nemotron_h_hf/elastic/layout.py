@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from ..model.configuration_nemotron_h import NemotronHConfig
-from .budgets import budget_config, read_elastic
+from .budgets import read_elastic
+from .child import child_of
 
 
 class Sizes(NamedTuple):
@@ -119,9 +120,9 @@ def _mamba_sizes(config: NemotronHConfig) -> dict[int, list[Sizes]]:
     """Mamba layer -> what each of the budgets keeps of it."""
     found: dict[int, list[Sizes]] = {}
     for budget in read_elastic(config).budgets.values() if config.elastic else ():
-        child = budget_config(config, budget)
-        for own, index in enumerate(budget.kept_layers(config)):
-            if child.layers_block_type[own] == "linear_attention":
-                heads = child.size("mamba_num_heads", own) // config.n_groups
-                found.setdefault(index, []).append(Sizes(heads, child.size("mamba_head_dim", own)))
+        child = child_of(config, budget)
+        for own, index in enumerate(child.layers):
+            if config.layers_block_type[index] == "linear_attention":
+                heads = child.config.size("mamba_num_heads", own) // config.n_groups
+                found.setdefault(index, []).append(Sizes(heads, child.config.size("mamba_head_dim", own)))
     return found

@@ -1,7 +1,7 @@
 """Masked forward: the parent computes what one of its nested models would, exactly, and differentiably in the masks.
 
     masked = attach_masks(model)                               # from outside: the model file knows nothing of masks
-    masked.masks = budget_masks(model.config, budget)          # hard; soft ones, with gradients, are made by a router
+    masked.masks = child_masks(resolve(model.config, budget))  # hard; soft ones, with gradients, are made by a router
     logits = model(input_ids).logits                           # those of the model that `cuts` would cut out
     masked.masks = None                                        # the parent again
     masked.remove()
@@ -36,8 +36,7 @@ from torch import Tensor, nn
 from ..model.arguments import one_cache
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.modeling_nemotron_h import NemotronHModel
-from ..slicing import prefix
-from .budgets import Budget, budget_config
+from .child import Child
 
 
 @dataclass
@@ -58,14 +57,9 @@ class Masks:
     shared_neurons: dict[int, Tensor] = field(default_factory=dict)  # (s)
 
 
-def budget_masks(config: NemotronHConfig, budget: Budget, device: torch.device | str | None = None) -> Masks:
-    """The hard masks of a budget of a parent, fp32, on `device` (`layers` on the CPU); none where all of an axis stays.
-
-    Raises:
-        ValueError: if the budget does not fit the parent.
-    """
-    layers = budget.kept_layers(config)
-    kept = prefix(config, layers, budget_config(config, budget))
+def child_masks(child: Child, device: torch.device | str | None = None) -> Masks:
+    """The hard masks of a child, fp32, on `device` (`layers` on the CPU); none where all of an axis stays."""
+    config, layers, kept = child.parent, child.layers, child.kept
     masks = Masks(_hard(config.hidden_size, kept.hidden, device))
     if len(layers) < config.num_hidden_layers:
         masks.layers = _hard(config.num_hidden_layers, torch.tensor(layers), None)

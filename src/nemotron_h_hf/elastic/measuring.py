@@ -23,7 +23,8 @@ from ..inputs import read_json
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
 from ..whole_files import write_json
 from .budgets import Budget
-from .masks import MaskedForward, Masks, attach_masks, budget_masks
+from .child import Child, child_of
+from .masks import MaskedForward, Masks, attach_masks, child_masks
 
 SAVE_EVERY_SECONDS = 60.0
 MAX_LOGITS = 2**27  # in a batch whose logits are compared: 512 MiB in fp32, several times
@@ -81,20 +82,21 @@ def measure_depth(
 
 
 def measure_losses(
-    model: NemotronHForCausalLM, rows: Sequence[Row], budgets: Sequence[Budget], batch_size: int, path: Path | None,
+    model: NemotronHForCausalLM, rows: Sequence[Row], children: Sequence[Child], batch_size: int, path: Path | None,
     mark: str,
 ) -> dict[str, float]:  # fmt: skip
-    """Mean loss per token (nats) of the whole model and of each budget, by `key_of`, going on where the file stands."""
+    """Mean loss per token (nats) of the whole model and of each child, by `key_of`, going on where the file stands."""
     losses = read_record(path, mark).get("losses", {})
     masked = attach_masks(model)
     try:
-        with tqdm([Budget(name="whole"), *budgets], unit="size", desc="losses") as bar:
-            for budget in bar:
-                if key_of(budget) not in losses:
-                    masked.masks = budget_masks(model.config, budget, model.device)
-                    losses[key_of(budget)] = round(mean_loss(model, rows, batch_size), 6)
+        with tqdm([child_of(model.config, Budget(name="whole")), *children], unit="size", desc="losses") as bar:
+            for child in bar:
+                key = key_of(child.budget)
+                if key not in losses:
+                    masked.masks = child_masks(child, model.device)
+                    losses[key] = round(mean_loss(model, rows, batch_size), 6)
                     write_record(path, mark, losses=losses)
-                bar.set_postfix_str(f"{budget.name} {losses[key_of(budget)]:.4f}")
+                bar.set_postfix_str(f"{child.name} {losses[key]:.4f}")
     finally:
         masked.remove()
     return losses
@@ -137,7 +139,7 @@ def batches_of(rows: Sequence[Row], batch_size: int) -> Iterator[dict[str, Tenso
 
 def key_of(budget: Budget) -> str:
     """A budget by its sizes, whatever it is called."""
-    return json.dumps({name: v for name, v in budget.to_dict().items() if name not in ("trained", "loss")})
+    return json.dumps(budget.sizes())
 
 
 def read_record(path: Path | None, mark: str) -> dict[str, Any]:

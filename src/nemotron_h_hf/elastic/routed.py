@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 
 from .axes import DEPTH, Axis, budget_of, masks_of
 from .budgets import Budget
+from .child import Child, child_of
 from .curriculum import Draw
 from .expected_cost import ExpectedCost, router_loss
-from .masks import attach_masks, budget_masks
+from .masks import attach_masks, child_masks
 from .router import Router, RouterSettings, argmax_indices, budget_vector, choose
 
 ROUTER = "elastic_router"
@@ -60,11 +61,11 @@ class RoutedModel:
         and scale."""
         self._draw = (draw, progress)
 
-    def fix(self, budget: Budget | None) -> None:
-        """The next forwards run this budget, with hard masks."""
+    def fix(self, child: Child | None) -> None:
+        """The next forwards run this child, with hard masks; with None the parent."""
         self._draw = self.router_loss = None
         device = next(self.model.parameters()).device
-        self.masked.masks = None if budget is None else budget_masks(self.model.config, budget, device)
+        self.masked.masks = None if child is None else child_masks(child, device)
 
     def remove(self) -> None:
         """Give the model back without router and masks."""
@@ -73,20 +74,21 @@ class RoutedModel:
         delattr(self.model, ROUTER)
         self.model._keys_to_ignore_on_save = set()
 
-    def budgets(self) -> dict[str, Budget]:
+    def children(self) -> dict[str, Child]:
         """The most likely choices for every target; the parent is the parent whatever the router says of it."""
-        return {name: self.budget(name, target) for name, target in self.route.targets.items()}
+        return {name: self.child(name, target) for name, target in self.route.targets.items()}
 
-    def budget(self, name: str, target: float) -> Budget:
+    def child(self, name: str, target: float) -> Child:
         """The most likely choice for any target in the trained range.
 
         Raises:
             ValueError: for a target that is larger or smaller than all that are trained.
         """
         if target >= self.route.cost.full:
-            return Budget(name=name)
+            return child_of(self.model.config, Budget(name=name))
         indices = argmax_indices(self.logits(target))
-        return budget_of(self.model.config, self.route.axes, indices, name, self.route.layer_order)
+        budget = budget_of(self.model.config, self.route.axes, indices, name, self.route.layer_order)
+        return child_of(self.model.config, budget)
 
     @torch.no_grad()
     def logits(self, target: float) -> dict[str, Tensor]:

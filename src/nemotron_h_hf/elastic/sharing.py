@@ -33,14 +33,14 @@ from transformers.utils import logging
 
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
-from ..slicing import prefix
-from .budgets import Budget, budget_config
+from .budgets import Budget
+from .child import Child
 from .expressible import nearest_expressible
 from .generating import BudgetSchedule, generate_by, generate_rows, generate_schedule
 from .layout import live_orders
-from .needs import Request, find_budget, sizes_of
 from .ordered import arranged, ordered
 from .ordinary import check_plain, write_ordinary
+from .resolve import Request, resolve
 from .views import Tie, tie_tensors
 
 logger = logging.get_logger(__name__)
@@ -58,7 +58,7 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
         lay_out(self)
         self._submodels: WeakValueDictionary[Budget, NemotronHElasticForCausalLM] = WeakValueDictionary()
         self._ties: list[Tie] = []  # of a submodel, as is this:
-        self._cut_from: tuple[NemotronHConfig, Budget] | None = None
+        self._cut_from: Child | None = None
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "NemotronHElasticForCausalLM":
@@ -93,23 +93,25 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
         """The complete model of a budget, without gradients; the same object as long as somebody holds it.
 
         Args:
-            budget: a name, a fraction, a need or sizes, as for `find_budget`.
+            budget: a name, a fraction, a need or sizes, as for `resolve`.
 
         Raises:
             ValueError: for an unknown budget, or a parent whose weights cannot be viewed (see `from_model`).
         """
-        budget = self.find_budget(budget)
-        config = budget_config(self.config, budget)
-        if _same_sizes(config, self.config):
+        return self.submodel_of(self.resolve(budget))
+
+    def submodel_of(self, child: Child) -> "NemotronHElasticForCausalLM":
+        """As `submodel`, of a budget that was resolved before."""
+        if child.is_whole():
             return self
-        found = self._submodels.get(budget)
+        found = self._submodels.get(child.budget)
         if found is None or not all(tie.check() for tie in found._ties):
-            found = self._submodels[budget] = self._make_submodel(budget, config)
+            found = self._submodels[child.budget] = self._make_submodel(child)
         return found
 
-    def find_budget(self, request: Request) -> Budget:
-        """The budget that is asked for (needs.py); bytes are those of this model's dtype."""
-        return find_budget(self.config, request, str(self.dtype).removeprefix("torch."))
+    def resolve(self, request: Request) -> Child:
+        """The child that is asked for (resolve.py); bytes are those of this model's dtype."""
+        return resolve(self.config, request, self.dtype)
 
     def generate(
         self,
@@ -132,7 +134,7 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
             return generate_rows(self, inputs, budget, kwargs)
         if isinstance(budget, BudgetSchedule):
             return generate_schedule(self, inputs, budget, kwargs)
-        return generate_by(self, budget, inputs, kwargs)
+        return generate_by(self, self.resolve(budget), inputs, kwargs)
 
     def save_pretrained(
         self,
@@ -151,10 +153,9 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
             raise ValueError("push_to_hub=True: allowed is False; save, then upload the folder with `nemotron-h push`")
         write_ordinary(self, save_directory, state_dict, max_shard_size)
         if self._cut_from is not None:
-            parent, budget = self._cut_from
-            nearest = nearest_expressible(parent, budget)
-            if nearest is not budget:
-                logger.warning(f"the nearest budget that those readers express: {sizes_of(nearest)}")
+            nearest = nearest_expressible(self._cut_from)
+            if nearest is not self._cut_from:
+                logger.warning(f"the nearest budget that those readers express: {nearest.budget.describe()}")
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
         """As the ordinary model's."""
@@ -169,23 +170,23 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
             sizes["views" if tie.kept is None else "copies"] += tie.tensor().nbytes
         return sizes
 
-    def _make_submodel(self, budget: Budget, config: NemotronHConfig) -> "NemotronHElasticForCausalLM":
+    def _make_submodel(self, child: Child) -> "NemotronHElasticForCausalLM":
         check_plain(self)
         with torch.device("meta"):
-            child = type(self)(config)
-        child._ties = tie_tensors(self, child, prefix(self.config, budget.kept_layers(self.config), config))
-        child._cut_from = self.config, budget
-        child.generation_config = copy.deepcopy(self.generation_config)  # drafting changes it
-        child.name_or_path = self.name_or_path
-        large = [tie for tie in child._ties if tie.kept is not None and tie.tensor().dim() == 2]
+            small = type(self)(child.config)
+        small._ties = tie_tensors(self, small, child)
+        small._cut_from = child
+        small.generation_config = copy.deepcopy(self.generation_config)  # drafting changes it
+        small.name_or_path = self.name_or_path
+        large = [tie for tie in small._ties if tie.kept is not None and tie.tensor().dim() == 2]
         if large:
             size = sum(tie.tensor().nbytes for tie in large) / 2**20
             logger.warning(
-                f"budget {budget.name!r}: {len(large)} matrices ({size:.1f} MiB) are copies, as what it keeps of them is "
+                f"budget {child.name!r}: {len(large)} matrices ({size:.1f} MiB) are copies, as what it keeps of them is "
                 f"no prefix beside the parent's other budgets: {large[0].path}{', ...' * (len(large) > 1)}"
             )
-        child.model.register_forward_pre_hook(lambda _module, _args: _check_ties(child._ties))
-        return child.eval()
+        small.model.register_forward_pre_hook(lambda _module, _args: _check_ties(small._ties))
+        return small.eval()
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
@@ -230,8 +231,3 @@ def _check_ties(ties: list[Tie]) -> None:
             )
         if tie.tensor().requires_grad:
             raise ValueError(f"{tie.path}.requires_grad=True: a submodel's weights are its parent's; train the parent")
-
-
-def _same_sizes(config: NemotronHConfig, other: NemotronHConfig) -> bool:
-    ours, theirs = ({k: v for k, v in c.to_dict().items() if k != "elastic"} for c in (config, other))
-    return ours == theirs

@@ -33,7 +33,7 @@ from ..training.losses import IGNORE, DistillationLoss, LiveTeacher, TopK
 from ..training.schedule import Schedule
 from ..whole_files import whole_file
 from .axes import DEPTH
-from .budgets import Budget
+from .child import Child
 from .curriculum import Stage, draw, shorter, stage_at
 from .routed import ROUTER, Route, RoutedModel
 
@@ -210,15 +210,15 @@ class ElasticTrainer(DistillationTrainer):
         eval_dataset: Any = None,
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
-        budgets: Mapping[str, Budget] | None = None,
+        children: Mapping[str, Child] | None = None,
     ) -> dict[str, float]:
-        """As transformers', once for each budget (by default the router's present choices), with hard masks.
+        """As transformers', once for each child (by default the router's present choices), with hard masks.
 
         eval_BUDGET_loss is the loss that is trained; eval_BUDGET_cross_entropy and eval_BUDGET_kl are its parts.
         """
         metrics: dict[str, float] = {}
-        for name, budget in (self.routed.budgets() if budgets is None else budgets).items():
-            self.routed.fix(budget)
+        for name, child in (self.routed.children() if children is None else children).items():
+            self.routed.fix(child)
             self._held_out.zero_()
             prefix = f"{metric_key_prefix}_{name}"
             metrics |= super().evaluate(eval_dataset, ignore_keys, prefix)

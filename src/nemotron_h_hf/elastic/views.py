@@ -11,7 +11,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from ..slicing import Kept, cuts
+from .child import Child
 from .ordered import OrderedLinear
 
 
@@ -64,18 +64,18 @@ class Tie:
         return True
 
 
-def tie_tensors(parent: nn.Module, child: nn.Module, kept: Kept) -> list[Tie]:
+def tie_tensors(parent: nn.Module, small: nn.Module, child: Child) -> list[Tie]:
     """Give a submodel on the meta device its tensors; where each of them comes from."""
     ties = []
-    for path, group in groupby(cuts(parent.config, kept, child.config), key=lambda cut: module_path(cut.name)):
+    for path, group in groupby(child.cuts(), key=lambda cut: module_path(cut.name)):
         cut, *others = group
-        own, name = find(child, path)
+        own, name = find(small, path)
         source, _ = find(parent, module_path(cut.source))
         indices = [cut.rows, cut.columns]
         if path.endswith(("experts.up_proj", "experts.down_proj")):
             numbers = [int(re.search(r"experts\.(\d+)\.", one.source)[1]) for one in (cut, *others)]
             indices = [torch.tensor(numbers, device="cpu"), *indices]
-        tied = child.lm_head if child.config.tie_word_embeddings and own is child.model.embeddings else None
+        tied = small.lm_head if small.config.tie_word_embeddings and own is small.model.embeddings else None
         ties.append(_tie_one(path, own, source, name, indices[: tensor_of(own, name).dim()], tied))
     return ties
 

@@ -42,7 +42,7 @@ from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.elastic.arguments import ElasticArguments, TeacherArguments
 from nemotron_h_hf.elastic.axes import Axis, axes_of
-from nemotron_h_hf.elastic.budgets import budget_config, read_elastic
+from nemotron_h_hf.elastic.budgets import read_elastic
 from nemotron_h_hf.elastic.curriculum import stages_of
 from nemotron_h_hf.elastic.expected_cost import DEAD_ZONE, ExpectedCost
 from nemotron_h_hf.elastic.finished import elastic_after, single_sizes
@@ -216,22 +216,22 @@ def finish(
     """Budgets of the router's choices and for `more` targets, their held-out losses, and the parent as an ordinary checkpoint."""
     require_trained(trainer)
     model, route, routed = trainer.model, trainer.route, trainer.routed
-    budgets = routed.budgets() | {name: routed.budget(name, target) for name, target in more.items()}
+    children = routed.children() | {name: routed.child(name, target) for name, target in more.items()}
     missed = missed_targets(trainer)
     losses: dict[str, float] = {}
     singles: dict[str, float] = {}
     if trainer.eval_dataset:
-        losses = held_out_losses(trainer, budgets)
+        losses = held_out_losses(trainer, children)
         if calibrate:
             singles = held_out_losses(trainer, single_sizes(model.config, route.axes, route.layer_order))
-    model.config.elastic = elastic_after(model.config, route, budgets, losses, singles).to_dict()
+    model.config.elastic = elastic_after(model.config, route, children, losses, singles).to_dict()
     folder = Path(trainer.args.output_dir)
     save_router(routed, folder / ROUTER_FILE, write=trainer.is_world_process_zero())
     if save_finished(trainer, folder / "model"):
         save_tokenizer(tokenizer, folder / "model")
         write_manifest(folder / "model")
-        for name, budget in budgets.items():
-            count = num_parameters(budget_config(model.config, budget))
+        for name, child in children.items():
+            count = child.num_parameters
             loss = f", held-out loss {losses[name]:.4f}" if name in losses else ""
             print(f"{name}: {count:,} parameters ({count / num_parameters(model.config):.1%}){loss}", file=sys.stderr)
         for line in missed:
@@ -253,10 +253,10 @@ def missed_targets(trainer: ElasticTrainer) -> list[str]:
     return lines
 
 
-def held_out_losses(trainer: ElasticTrainer, budgets: Mapping) -> dict[str, float]:
+def held_out_losses(trainer: ElasticTrainer, children: Mapping) -> dict[str, float]:
     """Name -> cross-entropy on the held-out rows."""
-    metrics = trainer.evaluate(budgets=budgets)
-    return {name: metrics[f"eval_{name}_cross_entropy"] for name in budgets}
+    metrics = trainer.evaluate(children=children)
+    return {name: metrics[f"eval_{name}_cross_entropy"] for name in children}
 
 
 if __name__ == "__main__":

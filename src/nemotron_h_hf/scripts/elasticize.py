@@ -268,7 +268,7 @@ def as_text(output: Path, parent: Parent) -> Iterator[str]:
     elastic = parent.elastic
     yield f"{output} holds the parent, loss {elastic.calibration['loss']:.4f} on held-out text, and in it"
     for name, budget in elastic.budgets.items():
-        sizes = ", ".join(f"{f}={v}" for f, v in budget.to_dict().items() if f not in ("loss", "trained"))
+        sizes = ", ".join(f"{f}={v}" for f, v in budget.sizes().items())
         yield f"  {name:<10}loss {budget.loss:.4f}, not trained yet: {sizes}"
 
 

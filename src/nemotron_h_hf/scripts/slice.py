@@ -25,7 +25,7 @@ from tqdm import tqdm
 from nemotron_h_hf.benchmark.memory import can_measure, status_bytes
 from nemotron_h_hf.checkpoint import parse_size
 from nemotron_h_hf.elastic.cutting import SliceReport, local_folder, read_parent, slice_checkpoint
-from nemotron_h_hf.elastic.needs import rank_budgets
+from nemotron_h_hf.elastic.search import rank_budgets
 from nemotron_h_hf.facts import human_bytes
 
 
@@ -47,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     if arguments.candidates is not None:
         config = read_parent(local_folder(arguments.parent))
-        dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
-        for candidate in rank_budgets(config, arguments.budget, dtype, arguments.candidates):
+        for candidate in rank_budgets(config, arguments.budget, limit=arguments.candidates):
             print(f"{candidate.budget.name}: {candidate.describe()}\n    {candidate.budget.to_dict()}")
         return 0
     with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty(), desc="slice") as bar:

@@ -19,9 +19,10 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceCl
 
 from nemotron_h_hf import NemotronHForCausalLM, NemotronHModel, manifest
 from nemotron_h_hf.cost import num_parameters
-from nemotron_h_hf.elastic import nested
+from nemotron_h_hf.elastic import child_files
 from nemotron_h_hf.elastic.budgets import Budget
 from nemotron_h_hf.model.loading import weight_files
+from nemotron_h_hf.model.stored import find_tensors
 
 HALF = {"hidden_size": 32, "mamba_num_heads": 4}
 
@@ -151,7 +152,7 @@ def test_little_of_the_parent_is_read(parent):
 
 
 def test_columns_are_cut_in_pieces(parent, monkeypatch):
-    monkeypatch.setattr(nested, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(child_files, "PIECE_BYTES", 1000)
     same(AutoModelForCausalLM.from_pretrained(parent, budget="half"), cut_model("dense", HALF))
 
 
@@ -205,7 +206,7 @@ def test_files_that_are_not_the_parents(tmp_path, parent):
 
 
 def write_manifest(folder: Path) -> Path:
-    stored = nested.find_tensors(weight_files(folder))
+    stored = find_tensors(weight_files(folder))
     found = manifest.make_manifest(stored, {name: manifest.checksum(entry) for name, entry in stored.items()})
     path = folder / manifest.NAME
     path.write_text(manifest.as_text(found))

@@ -1,11 +1,10 @@
-"""Reads one nested model out of its parent's files: the parent is never built, and little of what is cut away is read.
+"""Reads a child out of its parent's files: the parent is never built, and little of what is cut away is read.
 
 transformers loads a mapping from names to lazy slices; here each slice is a `PendingCut`, which reads its tensor when it is
 indexed. Rows that are cut away are not read. Columns lie across the whole file, so rows are read whole, a piece at a time,
 and cut; beside the small tensor itself each thread holds `PIECE_BYTES`, or one row if that is more.
 
-    nested = Nested(parent_config, budget)
-    pending = nested.tensors(["model-00001-of-00002.safetensors", ...])     name -> PendingCut, in released names
+    pending = ChildFiles(child).tensors(["model-00001-of-00002.safetensors", ...])     name -> PendingCut, in released names
     tensor = pending["lm_head.weight"][...]
 """
 
@@ -23,9 +22,9 @@ from ..cost import checkpoint_tensors
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.loading import DTYPES, HUB_ARGUMENTS, check_folder
 from ..model.stored import PIECE_BYTES, Stored, find_tensors, read_into
-from ..slicing import Cut, cuts, prefix, runs
-from .budgets import Budget, budget_config
-from .needs import Request, find_budget
+from ..slicing import Cut, runs
+from .child import Child
+from .resolve import Request, resolve
 
 logger = logging.get_logger(__name__)
 
@@ -33,10 +32,10 @@ logger = logging.get_logger(__name__)
 PRECISION_ARGUMENTS = ("dtype", "torch_dtype", "quantization_config")
 
 
-def find_nested(
+def find_child(
     config_class: type[NemotronHConfig], path: str | os.PathLike | None, budget: Request, arguments: dict[str, Any]
-) -> tuple["Nested", dict[str, Any]]:
-    """The small model that a budget asks for, and the arguments of `from_pretrained` that load it."""
+) -> tuple[Child, dict[str, Any]]:
+    """The child that a budget asks for, and the arguments of `from_pretrained` that load it."""
     if path is None:
         raise ValueError(f"budget={budget!r} without a checkpoint: allowed is a folder or hub id of the parent")
     check_folder(path, arguments)
@@ -49,27 +48,24 @@ def find_nested(
         arguments = {**rest, **{name: value for name, value in arguments.items() if name in again}}
         config = loaded
     dtype = arguments.get("dtype", arguments.get("torch_dtype"))
-    dtype = config.dtype if dtype in (None, "auto") else dtype
-    nested = Nested(config, find_budget(config, budget, str(dtype or "bfloat16").removeprefix("torch.")))
-    return nested, {**arguments, "config": nested.config}
+    child = resolve(config, budget, None if dtype == "auto" else dtype)
+    return child, {**arguments, "config": child.config}
 
 
-class Nested:
-    """The small model of one budget: its configuration, and its tensors in the parent's files.
+class ChildFiles:
+    """A child's tensors in its parent's files.
 
     Raises:
-        ValueError: for a budget that does not fit, quantised weights, or files that are not the parent's.
+        ValueError: for quantised weights, or files that are not the parent's.
     """
 
-    def __init__(self, parent: NemotronHConfig, budget: Budget) -> None:
-        if "quantization_config" in parent.to_dict():
+    def __init__(self, child: Child) -> None:
+        if "quantization_config" in child.parent.to_dict():
             raise ValueError(
-                f"budget={budget.name!r} of quantised weights: allowed is a parent in its own precision; cut first, "
+                f"budget={child.name!r} of quantised weights: allowed is a parent in its own precision; cut first, "
                 "quantise the small model after"
             )
-        self.parent, self.budget = parent, budget
-        self.config = budget_config(parent, budget)
-        self.kept = prefix(parent, budget.kept_layers(parent), self.config)
+        self.child = child
         self.bytes_read = 0
         self.parent_bytes = 0
         self._lock = threading.Lock()
@@ -78,11 +74,9 @@ class Nested:
     def tensors(self, files: Iterable[str | os.PathLike]) -> dict[str, "PendingCut"]:
         """Every tensor of the small model by its released name, in the order of its depth; nothing is read yet."""
         stored = find_tensors(files)
-        check_tensors(stored, self.parent)
+        check_tensors(stored, self.child.parent)
         self.parent_bytes = sum(entry.num_bytes for entry in stored.values())
-        return {
-            cut.name: PendingCut(self, stored[cut.source], cut) for cut in cuts(self.parent, self.kept, self.config)
-        }
+        return {cut.name: PendingCut(self, stored[cut.source], cut) for cut in self.child.cuts()}
 
     def piece(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor to read into, in the memory of this thread's last one: making them anew would leave holes in the heap."""
@@ -94,7 +88,7 @@ class Nested:
     def report(self) -> None:
         """Say how much of the parent was read."""
         logger.info(
-            f"budget {self.budget.name!r}: read {self.bytes_read:,} of the parent's {self.parent_bytes:,} bytes of weights"
+            f"budget {self.child.name!r}: read {self.bytes_read:,} of the parent's {self.parent_bytes:,} bytes of weights"
         )
 
     def count(self, num_bytes: int) -> None:
@@ -112,8 +106,8 @@ class _Own(threading.local):
 class PendingCut:
     """One tensor of the small model, read each time it is indexed; the methods are those of a slice of safetensors."""
 
-    def __init__(self, nested: Nested, stored: Stored, cut: Cut) -> None:
-        self.nested, self.stored, self.cut = nested, stored, cut
+    def __init__(self, files: ChildFiles, stored: Stored, cut: Cut) -> None:
+        self.files, self.stored, self.cut = files, stored, cut
 
     def get_shape(self) -> list[int]:
         return list(self.cut.shape)
@@ -142,9 +136,9 @@ class PendingCut:
                     last = min(first + most_rows, stop)
                     target = output[done : done + last - first]
                     whole = cut.columns is None
-                    piece = target if whole else self.nested.piece((last - first, *shape[1:]), self.dtype)
+                    piece = target if whole else self.files.piece((last - first, *shape[1:]), self.dtype)
                     read_into(file, self.stored.offset + first * row_bytes, piece)
-                    self.nested.count(piece.nbytes)
+                    self.files.count(piece.nbytes)
                     if not whole:
                         torch.index_select(piece, 1, cut.columns, out=target)
                     done += last - first

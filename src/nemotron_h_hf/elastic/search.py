@@ -1,28 +1,21 @@
-"""Finding a budget: by name, by fraction of the parent, or by need, solved over the sizes that the parent allows.
+"""The children of a parent that fit a fraction of its parameters, or so many bytes, the best first.
 
-    find_budget(config, "6b")          a name in config.elastic
-    find_budget(config, 0.5)           at most half of the parent's parameters; also "0.5" and "50%"
-    find_budget(config, "7GiB@32k")    weights and the cache of one sequence of 32 * 1024 tokens in at most 7 GiB
-    find_budget(config, {"hidden_size": 3072, "layers": [0, 1, 2]})        sizes of one's own, or a `Budget`
-
-A fraction or a need is solved over the named budgets and all combinations of `elastic.choices`, with the least important
-layers of `elastic.layer_order` left out. What fits is ranked by loss: the measured one of a named budget, else a prediction,
+Searched are the named budgets and all combinations of `elastic.choices`, with the least important layers of
+`elastic.layer_order` left out. What fits is ranked by loss: the measured one of a named budget, else a prediction,
 the parent's loss plus what each single change cost on the calibration text. That sum ignores how changes act together, and
 a combination that was never trained can be far worse than it says; every candidate tells whether it was trained.
 """
 
 import copy
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 from ..cost import (
     cache_bytes,
@@ -34,16 +27,13 @@ from ..cost import (
     weight_bytes,
 )
 from ..model.configuration_nemotron_h import NemotronHConfig
-from .budgets import FIELDS_OF_KIND, SIZE_FIELDS, Budget, Elastic, budget_config, check_budget, read_elastic
-
-logger = logging.get_logger(__name__)
+from .budgets import FIELDS_OF_KIND, SIZE_FIELDS, Budget, Elastic, read_elastic
+from .child import Child, child_of
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
          "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 TOKEN_UNITS = {"": 1, "k": 2**10, "m": 2**20}
 FORMS = 'a fraction such as 0.5 or "50%", or a need such as "7GiB@32k"'
-
-Request = str | float | Mapping[str, Any] | Budget
 
 
 class Limit(NamedTuple):
@@ -56,17 +46,21 @@ class Limit(NamedTuple):
 
 @dataclass(frozen=True)
 class Candidate:
-    """A budget that fits. `num_bytes` are weights and one sequence's cache at the asked context (0 tokens for a fraction).
+    """A child that fits. `num_bytes` are weights and one sequence's cache at the asked context (0 tokens for a fraction).
 
     `loss` is in nats per token on the calibration text, None if nothing is known; `measured` says that it belongs to this
     budget and is not a sum over single changes.
     """
 
-    budget: Budget
-    num_parameters: int
+    child: Child
     num_bytes: int
     loss: float | None
     measured: bool
+
+    @property
+    def budget(self) -> Budget:
+        """The child's."""
+        return self.child.budget
 
     def describe(self) -> str:
         """One line for people."""
@@ -74,50 +68,28 @@ class Candidate:
         if self.loss is not None:
             known += " measured" if self.measured else " predicted (a sum over single changes)"
         trained = "trained" if self.budget.trained else "NOT trained"
-        size = f"{self.num_parameters:,} parameters, {_bytes(self.num_bytes)}"
+        size = f"{self.child.num_parameters:,} parameters, {_bytes(self.num_bytes)}"
         return f"{size}; {known}; {trained}"
 
 
-def find_budget(config: NemotronHConfig, request: Request, dtype: str = "bfloat16") -> Budget:
-    """The budget that is asked for; of several that fit, the one with the lowest loss.
+def rank_budgets(
+    config: NemotronHConfig, request: str | float, dtype: torch.dtype | str | None = None, limit: int = 10
+) -> list[Candidate]:
+    """The children that fit a fraction or a need, the best first, at most `limit` of them.
 
     Args:
-        config: the parent's.
-        dtype: of the weights and the KV cache, for needs in bytes.
-
-    Raises:
-        ValueError: for a name, form or size that is not allowed, or when nothing is small enough.
-    """
-    if isinstance(request, str) and request.lstrip().startswith("{"):
-        request = _read_json(request)
-    if isinstance(request, Mapping):
-        request = Budget.from_dict(request.get("name", "custom"), {k: v for k, v in request.items() if k != "name"})
-    if isinstance(request, Budget):
-        check_budget(config, request)
-        return request
-    elastic = read_elastic(config)
-    if isinstance(request, str) and request in elastic.budgets:
-        return elastic.budgets[request]
-    best = rank_budgets(config, request, dtype, limit=1)[0]
-    say = logger.info if best.budget.trained else logger.warning_once
-    say(f"budget={request!r}: {best.describe()}; {sizes_of(best.budget)}")
-    return best.budget
-
-
-def rank_budgets(
-    config: NemotronHConfig, request: str | float, dtype: str = "bfloat16", limit: int = 10
-) -> list[Candidate]:
-    """The budgets that fit a fraction or a need, the best first, at most `limit` of them.
+        dtype: of the weights and the KV cache, for needs in bytes; default the parent's, else bfloat16.
 
     Raises:
         ValueError: if the form is not known, or nothing is small enough.
     """
-    elastic = read_elastic(config)
+    elastic, dtype = read_elastic(config), str(dtype or config.dtype or "bfloat16").removeprefix("torch.")
     wanted = read_limit(config, request, list(elastic.budgets))
     count = limit + len(elastic.budgets)  # a combination may be what a budget is already
+    named = [child_of(config, budget) for budget in elastic.budgets.values()]
     found = [
-        (budget, _amount(config, budget, wanted, dtype), budget.loss or predict_loss(config, elastic, budget))
-        for budget in elastic.budgets.values()
+        (it.budget, _amount(it, wanted, dtype), it.budget.loss or predict_loss(config, elastic, it.budget))
+        for it in named
     ]
     smallest = min((amount for _, amount, _ in found), default=math.inf)
     found = [one for one in found if one[1] <= wanted.most]
@@ -130,12 +102,12 @@ def rank_budgets(
         )
     candidates, seen = [], []
     for budget, _, loss in sorted(found, key=_rank)[:count]:
-        child = budget_config(config, budget)
-        resolved = (budget.kept_layers(config), child.to_dict())
+        child = child_of(config, budget)
+        resolved = (child.layers, child.config.to_dict())
         if resolved not in seen:
             seen.append(resolved)
-            num_bytes = weight_bytes(child, dtype) + cache_bytes(child, wanted.num_tokens, dtype)
-            candidates.append(Candidate(budget, num_parameters(child), num_bytes, loss, budget.loss is not None))
+            num_bytes = _bytes_of(child, wanted.num_tokens, dtype)
+            candidates.append(Candidate(child, num_bytes, loss, budget.loss is not None))
     return candidates[:limit]
 
 
@@ -175,13 +147,6 @@ def _added_loss(config: NemotronHConfig, elastic: Elastic, field: str, size: int
         known[whole] = base
     alone = _interpolate(known, size) if isinstance(size, int) and base is not None else None
     return math.inf if alone is None else alone - base
-
-
-def _read_json(text: str) -> dict[str, Any]:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"budget={text!r}: allowed is JSON with the sizes of a budget; {error}") from None
 
 
 class _Combinations(NamedTuple):
@@ -249,12 +214,14 @@ def _combinations(
         yield _Combinations(name, hidden_size, tables, depths, amounts, losses)
 
 
-def _amount(config: NemotronHConfig, budget: Budget, wanted: Limit, dtype: str) -> int:
-    """What is limited, of one budget."""
-    child = budget_config(config, budget)
-    if not wanted.in_bytes:
-        return num_parameters(child)
-    return weight_bytes(child, dtype) + cache_bytes(child, wanted.num_tokens, dtype)
+def _amount(child: Child, wanted: Limit, dtype: str) -> int:
+    """What is limited, of one child."""
+    return _bytes_of(child, wanted.num_tokens, dtype) if wanted.in_bytes else child.num_parameters
+
+
+def _bytes_of(child: Child, num_tokens: int, dtype: str) -> int:
+    """Weights, and the cache of one sequence."""
+    return weight_bytes(child.config, dtype) + cache_bytes(child.config, num_tokens, dtype)
 
 
 def _options(config: NemotronHConfig, elastic: Elastic, field: str) -> list[int | None]:
@@ -280,7 +247,7 @@ def _one_of_each(config: NemotronHConfig) -> tuple[NemotronHConfig, list[int]]:
     first = {key: index for index, key in reversed(list(enumerate(alike)))}
     layers = tuple(sorted(first.values()))
     places = [layers.index(first[key]) for key in alike]
-    return budget_config(config, Budget(name="one of each", layers=layers)), places
+    return child_of(config, Budget(name="one of each", layers=layers)).config, places
 
 
 def _costs(config: NemotronHConfig, wanted: Limit, dtype: str) -> dict[int | str | None, int]:
@@ -316,12 +283,6 @@ def _interpolate(known: Mapping[int, float], size: int) -> float | None:
         return None
     share = 0.0 if below == above else (size - below) / (above - below)
     return known[below] + share * (known[above] - known[below])
-
-
-def sizes_of(budget: Budget) -> str:
-    """What a budget names, as JSON for people."""
-    entry = {key: value for key, value in budget.to_dict().items() if key not in ("trained", "loss")}
-    return json.dumps(entry) if entry else "the parent itself"
 
 
 def _human(wanted: Limit, amount: float) -> str:

@@ -1,0 +1,83 @@
+"""A budget of a parent, resolved: the small model's configuration, and which of the parent's layers and indices it keeps.
+
+    child = resolve(parent_config, "6b")        # any form of a budget, see resolve.py
+    model = NemotronHForCausalLM(child.config)
+    for cut in child.cuts(): ...                # its tensors, and where in the parent's they come from
+
+Masks, cuts, loaders, views and counts all take this object: a budget is checked when it becomes one, and nowhere after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from ..cost import num_parameters
+from ..model.configuration_nemotron_h import NemotronHConfig
+from ..slicing import Cut, Kept, cuts, entry_without_sizes, prefix
+from .budgets import SIZE_FIELDS, Budget, check_budget, sizes_of_kept
+
+
+@dataclass(frozen=True, eq=False)
+class Child:
+    """One nested model of `parent`; `config` is plain: no budgets in it, lists of sizes only where they differ."""
+
+    parent: NemotronHConfig
+    budget: Budget
+    config: NemotronHConfig
+
+    @property
+    def name(self) -> str:
+        """The budget's."""
+        return self.budget.name
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The parent's layers that stay."""
+        return self.budget.kept_layers(self.parent)
+
+    @cached_property
+    def kept(self) -> Kept:
+        """The parent's indices that stay: the first of everything, inside its group where there are groups."""
+        return prefix(self.parent, self.layers, self.config)
+
+    @property
+    def num_parameters(self) -> int:
+        """Stored elements of the small model."""
+        return num_parameters(self.config)
+
+    def is_whole(self) -> bool:
+        """Whether this is the parent itself."""
+        ours, theirs = self.config.to_dict(), self.parent.to_dict()
+        return ours == {name: value for name, value in theirs.items() if name != "elastic"}
+
+    def cuts(self) -> Iterator[Cut]:
+        """Every tensor of the small model in the order of its depth, with where it comes from."""
+        return cuts(self.parent, self.kept, self.config)
+
+
+def child_of(parent: NemotronHConfig, budget: Budget) -> Child:
+    """The child of a `Budget`.
+
+    Raises:
+        ValueError: unless the budget lies inside the parent.
+    """
+    check_budget(parent, budget)
+    entry = entry_without_sizes(parent, budget.kept_layers(parent))
+    for field in SIZE_FIELDS:
+        if field in parent.PER_LAYER_FIELDS:
+            sizes = sizes_of_kept(parent, budget, field)
+            entry[field] = (sizes[0] if len(set(sizes)) == 1 else list(sizes)) if sizes else _one(parent, budget, field)
+        elif (size := getattr(budget, field)) is not None:
+            entry[field] = size
+    config = type(parent).from_dict(entry)
+    config._attn_implementation = parent._attn_implementation
+    config.mamba_implementation = parent.mamba_implementation
+    return Child(parent, budget, config)
+
+
+def _one(parent: NemotronHConfig, budget: Budget, field: str) -> int:
+    """A size for a kind of layer that is gone from the stack; multi-token prediction may still have it."""
+    value = getattr(budget, field) or getattr(parent, field)
+    return value if isinstance(value, int) else max(value)
