@@ -34,14 +34,14 @@ test-range: $(VENV)/.installed  ## generation, cache, files, remote code and Tra
 	$(VENV)/bin/python tests/transformers_range.py $(VERSIONS)
 
 test-kills: $(VENV)/.installed  ## every command that writes, killed at many moments, then started again (slow)
-	KILL_POINTS=$${KILL_POINTS:-60} $(VENV)/bin/python -m pytest -q -s --timeout=3600 -m 'kills or not slow' tests/test_kills.py tests/test_saving.py
+	KILL_POINTS=$${KILL_POINTS:-60} $(VENV)/bin/python -m pytest -q -s --timeout=3600 -m 'kills or not slow' tests/house/test_kills.py tests/model/test_saving.py
 
 test-kernels: $(KERNELS)/.installed  ## our Triton kernels and the packages' on CPU tensors, beside PyTorch (minutes, no GPU)
 	PYTHONPATH=$(KERNELS) TRITON_INTERPRET=1 $(VENV)/bin/python $(PYTEST) --timeout=900 \
-		tests/test_kernels.py tests/test_triton.py tests/test_decode_graph.py tests/test_triton_on_paper.py
+		tests/model/test_kernels.py tests/model/test_triton.py tests/model/test_decode_graph.py tests/model/test_triton_on_paper.py
 
 test-tools: $(TOOLS)/.installed  ## bitsandbytes (QLoRA) and Model-Optimizer on a CPU
-	PYTHONPATH=$(TOOLS) $(VENV)/bin/python $(PYTEST) tests/test_quantisers.py
+	PYTHONPATH=$(TOOLS) $(VENV)/bin/python $(PYTEST) tests/house/test_quantisers.py
 
 test-gpu: $(VENV)/.installed  ## our Triton kernels compiled on a GPU, beside PyTorch; then their speed; writes docs/results
 	$(VENV)/bin/python tests/gpu_check.py --output docs/results/kernels_gpu.json

@@ -1,6 +1,6 @@
 """The check of our Triton kernels that takes a GPU: `make test-gpu`, or `python tests/gpu_check.py --output FILE.json`.
 
-Runs tests/test_triton.py and tests/test_decode_graph.py compiled on the GPU instead of interpreted, then times each op at
+Runs tests/model/test_triton.py and tests/model/test_decode_graph.py compiled on the GPU instead of interpreted, then times each op at
 the shapes of an 8B layer in bf16: PyTorch, mamba_ssm and causal_conv1d where they are installed, ours. Nothing is timed
 whose result differs from PyTorch's in fp32. Exits with 1 where a test fails or an op of ours is wrong, with 2 where there is
 no GPU; it then writes nothing.
@@ -41,8 +41,8 @@ def main() -> int:
         "pytest",
         "-q",
         "--timeout=900",
-        "tests/test_triton.py",
-        "tests/test_decode_graph.py",
+        "tests/model/test_triton.py",
+        "tests/model/test_decode_graph.py",
     ]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     passed = subprocess.run(tests, cwd=ROOT, env=environment).returncode == 0

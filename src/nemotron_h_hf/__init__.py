@@ -24,8 +24,8 @@ AutoModelForSequenceClassification.register(NemotronHConfig, NemotronHForSequenc
 
 # Public names that are imported when they are first asked for -> the module that has them.
 LATER = {
-    "BudgetSchedule": "nemotron_h_hf.elastic.generating",
-    "NemotronHElasticForCausalLM": "nemotron_h_hf.elastic.sharing",
+    "BudgetSchedule": "nemotron_h_hf.elastic.live.generating",
+    "NemotronHElasticForCausalLM": "nemotron_h_hf.elastic.live.parent",
 }
 
 

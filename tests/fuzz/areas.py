@@ -29,7 +29,7 @@ from tiny_run import make_trainer, write_texts  # noqa: E402
 from nemotron_h_hf import EMBEDDED_MODEL, HybridCache, NemotronHConfig, NemotronHForCausalLM  # noqa: E402
 from nemotron_h_hf.data.bad_data import BadData  # noqa: E402
 from nemotron_h_hf.data.readers import reader_of  # noqa: E402
-from nemotron_h_hf.elastic.ordinary import write_manifest  # noqa: E402
+from nemotron_h_hf.elastic.live.saving import write_manifest  # noqa: E402
 from nemotron_h_hf.inputs import load_tokenizer  # noqa: E402
 from nemotron_h_hf.model.configuration_nemotron_h import SYNONYMS  # noqa: E402
 

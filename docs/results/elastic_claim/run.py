@@ -33,8 +33,8 @@ from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.data.stdlib_text import corpus_digest, read_documents, split_documents
 from nemotron_h_hf.elastic.budgets import read_elastic
-from nemotron_h_hf.elastic.cutting import slice_checkpoint
-from nemotron_h_hf.elastic.elasticize import elasticize
+from nemotron_h_hf.elastic.cut.cutting import slice_checkpoint
+from nemotron_h_hf.elastic.prepare.elasticize import elasticize
 from nemotron_h_hf.hub import save_tokenizer
 from nemotron_h_hf.scripts import distill, elastic_train
 

@@ -31,7 +31,7 @@ from nemotron_h_hf.benchmark.memory import status_bytes
 from nemotron_h_hf.checkpoint import TensorSpec, save, write_text
 from nemotron_h_hf.cost import checkpoint_tensors, weight_bytes
 from nemotron_h_hf.elastic.budgets import Budget
-from nemotron_h_hf.elastic.cutting import slice_checkpoint
+from nemotron_h_hf.elastic.cut.cutting import slice_checkpoint
 from nemotron_h_hf.elastic.resolve import resolve
 
 SIZES = {

@@ -29,8 +29,8 @@ from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM
 from nemotron_h_hf.compression.importance import Importance, importance_of, importance_order
 from nemotron_h_hf.elastic.budgets import Budget
 from nemotron_h_hf.elastic.masks import attach_masks, child_masks
-from nemotron_h_hf.elastic.measuring import mean_loss, measure_width
-from nemotron_h_hf.elastic.permuting import permute_model
+from nemotron_h_hf.elastic.prepare.measuring import mean_loss, measure_width
+from nemotron_h_hf.elastic.prepare.permuting import permute_model
 from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.scripts.elasticize import make_rows
 from nemotron_h_hf.slicing import Kept, everything

@@ -27,7 +27,7 @@ from transformers.utils import logging
 from nemotron_h_hf import EMBEDDED_MODEL, HybridCache, NemotronHElasticForCausalLM, NemotronHForCausalLM
 from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.elastic.budgets import read_elastic
-from nemotron_h_hf.elastic.elasticize import elasticize
+from nemotron_h_hf.elastic.prepare.elasticize import elasticize
 from nemotron_h_hf.elastic.resolve import resolve
 
 PROMPTS = (

@@ -2,7 +2,7 @@
 
 Works for Nemotron-H and for the Llama- and Qwen2-shaped models beside it. Weights, keys and values count in the dtype of
 the run, recurrent states in fp32. `run_bytes` and `prefill_activation_bytes` are compared with measured peaks in
-tests/test_bench_work.py.
+tests/benchmark/test_bench_work.py.
 
     b rows, t tokens of one pass over all rows, L tokens before and in it, s bytes of an element
     d hidden, i heads x head_dim of Mamba, c what the convolution sees, h its heads, w MLP width

@@ -1,7 +1,7 @@
 """What training costs one of many GPUs: bytes of states and activations, bytes sent, under FSDP2 and tensor parallelism.
 
 Nothing is allocated: all follows from the configuration. The formulas count what this model and torch really do, and
-tests/test_scaling.py compares them with small runs; docs/scaling.md says which, and what is assumed. Dense models only.
+tests/compression/test_scaling.py compares them with small runs; docs/scaling.md says which, and what is assumed. Dense models only.
 `scaling_table.py` prints the tables of docs/scaling.md.
 
     D data-parallel ranks (FSDP2 shards over them), T tensor-parallel ranks, D T GPUs; t tokens in one pass of a rank

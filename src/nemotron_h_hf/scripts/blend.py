@@ -38,7 +38,7 @@ from nemotron_h_hf.data.finetuning import sources_and_phases
 from nemotron_h_hf.data.phases import Phase, Span, check_keys, phases_from, resolve_phases
 from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source, sources_from
-from nemotron_h_hf.elastic.arguments import ElasticArguments
+from nemotron_h_hf.elastic.train.arguments import ElasticArguments
 from nemotron_h_hf.inputs import load_tokenizer, read_yaml
 from nemotron_h_hf.token_counts import parse_tokens
 from nemotron_h_hf.training.adapters import AdapterArguments

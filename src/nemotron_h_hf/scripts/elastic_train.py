@@ -40,18 +40,18 @@ from nemotron_h_hf.data.finetuning import one_round, packed_blend, sources_and_p
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
-from nemotron_h_hf.elastic.arguments import ElasticArguments, TeacherArguments
-from nemotron_h_hf.elastic.axes import Axis, axes_of
 from nemotron_h_hf.elastic.budgets import read_elastic
-from nemotron_h_hf.elastic.curriculum import stages_of
-from nemotron_h_hf.elastic.expected_cost import DEAD_ZONE, ExpectedCost
-from nemotron_h_hf.elastic.finished import elastic_after, single_sizes
-from nemotron_h_hf.elastic.latency import measure_latency
-from nemotron_h_hf.elastic.ordinary import write_manifest
-from nemotron_h_hf.elastic.routed import Route
-from nemotron_h_hf.elastic.router import RouterSettings
-from nemotron_h_hf.elastic.targets import parse_target, targets_of
-from nemotron_h_hf.elastic.training import ROUTER_FILE, ElasticTrainer, save_router
+from nemotron_h_hf.elastic.live.saving import write_manifest
+from nemotron_h_hf.elastic.train.arguments import ElasticArguments, TeacherArguments
+from nemotron_h_hf.elastic.train.choices import Axis, axes_of
+from nemotron_h_hf.elastic.train.cost import DEAD_ZONE, ExpectedCost
+from nemotron_h_hf.elastic.train.curriculum import stages_of
+from nemotron_h_hf.elastic.train.finished import elastic_after, single_sizes
+from nemotron_h_hf.elastic.train.latency import measure_latency
+from nemotron_h_hf.elastic.train.routed import Route
+from nemotron_h_hf.elastic.train.router import RouterSettings
+from nemotron_h_hf.elastic.train.targets import parse_target, targets_of
+from nemotron_h_hf.elastic.train.trainer import ROUTER_FILE, ElasticTrainer, save_router
 from nemotron_h_hf.hub import save_tokenizer, upload_folder
 from nemotron_h_hf.inputs import read_json
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require

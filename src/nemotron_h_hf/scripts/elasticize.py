@@ -44,11 +44,11 @@ from transformers.utils.logging import disable_progress_bar
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.stdlib_text import read_documents, split_documents
-from nemotron_h_hf.elastic.cutting import local_folder
-from nemotron_h_hf.elastic.elasticize import Parent, elasticize
-from nemotron_h_hf.elastic.ordinary import write_manifest
-from nemotron_h_hf.elastic.permuting import permute_checkpoint, permute_model
-from nemotron_h_hf.elastic.streaming import streamed
+from nemotron_h_hf.elastic.cut.cutting import local_folder
+from nemotron_h_hf.elastic.live.saving import write_manifest
+from nemotron_h_hf.elastic.prepare.elasticize import Parent, elasticize
+from nemotron_h_hf.elastic.prepare.permuting import permute_checkpoint, permute_model
+from nemotron_h_hf.elastic.prepare.streaming import streamed
 from nemotron_h_hf.evaluation.held_out import end_token
 from nemotron_h_hf.evaluation.texts import read_texts
 from nemotron_h_hf.inputs import load_tokenizer, read_device, read_yaml
@@ -251,14 +251,14 @@ def write_rest(config: NemotronHConfig, parent: Parent, checksums: dict[str, str
 
 def write_importance(folder: Path, parent: Parent) -> None:
     """Scores as JSON, and a plot for each axis where matplotlib is installed."""
-    from nemotron_h_hf.elastic.scores import write_scores
+    from nemotron_h_hf.elastic.prepare.scores import write_scores
 
     folder.mkdir()
     write_scores(folder / "scores.json", parent.importance, parent.removals)
     if importlib.util.find_spec("matplotlib") is None:
         print("no plots: pip install 'nemotron-h-hf[plot]'", file=sys.stderr)
         return
-    from nemotron_h_hf.elastic.scores_plot import draw_scores
+    from nemotron_h_hf.elastic.prepare.scores_plot import draw_scores
 
     draw_scores(folder, parent)
 

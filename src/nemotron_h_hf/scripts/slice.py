@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from nemotron_h_hf.benchmark.memory import can_measure, status_bytes
 from nemotron_h_hf.checkpoint import parse_size
-from nemotron_h_hf.elastic.cutting import SliceReport, local_folder, read_parent, slice_checkpoint
+from nemotron_h_hf.elastic.cut.cutting import SliceReport, local_folder, read_parent, slice_checkpoint
 from nemotron_h_hf.elastic.search import rank_budgets
 from nemotron_h_hf.facts import human_bytes
 

@@ -1,0 +1,1 @@
+"""Cuts one nested model out of the files of its parent."""

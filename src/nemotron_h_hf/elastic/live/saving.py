@@ -1,0 +1,115 @@
+"""From the live layout back to an ordinary checkpoint, a tensor at a time; and which models can be laid out at all."""
+
+import copy
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ... import manifest
+from ...checkpoint import TensorSpec, parse_size, save
+from ...cost import checkpoint_tensors
+from ...model.loading import warn_of_other_readers, weight_files
+from ...model.modeling_nemotron_h import NemotronHForCausalLM
+from ...model.saving import save_whole
+from ...model.stored import find_tensors
+from ...whole_files import write_text
+from .ordered_linear import OrderedLinear
+from .views import find, module_path, tensor_of
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_plain(model: nn.Module) -> None:
+    """Refuse a model whose weights are not plain tensors, all in one place and all named by its configuration.
+
+    Raises:
+        ValueError: naming the tensor and what to do.
+    """
+    if not isinstance(model, NemotronHForCausalLM):
+        raise ValueError(
+            f"model is a {type(model).__name__}: allowed is a NemotronHForCausalLM; merge adapters first (merge_and_unload)"
+        )
+    expected = {module_path(name) for name in checkpoint_names(model)}
+    expected |= {"lm_head.weight"} if model.config.tie_word_embeddings else set()
+    devices = set()
+    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+        if name not in expected and not name.endswith(".blocks"):
+            raise ValueError(
+                f"{name} is no weight that the configuration names: adapters must be merged first (merge_and_unload), and "
+                "quantised weights cannot be viewed; load the parent in bfloat16"
+            )
+        plain = type(weight) in (nn.Parameter, Tensor) and (weight.dtype in DTYPES or name.endswith(".blocks"))
+        if not plain or type(weight.data) is not Tensor:
+            raise ValueError(
+                f"{name} is a {type(weight.data).__name__} of {weight.dtype}: allowed are plain tensors of "
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}; quantised or sharded weights cannot "
+                "be viewed, load the parent in bfloat16 on one device"
+            )
+        devices.add(weight.device)
+    if len(devices) > 1 and "meta" in {device.type for device in devices}:
+        raise ValueError("some weights are offloaded: allowed is a model that is wholly in memory")
+    if len(devices) > 1:
+        raise ValueError(f"the weights are on {', '.join(sorted(map(str, devices)))}: allowed is one device")
+
+
+def write_ordinary(
+    model: NemotronHForCausalLM,
+    directory: str | os.PathLike,
+    state_dict: Mapping[str, Tensor] | None,
+    max_shard_size: int | str,
+) -> None:
+    """Write the configuration and the weights in released names; those of `state_dict` (names of our modules) if given."""
+    check_plain(model)
+    warn_of_other_readers(model.config)
+    names = list(checkpoint_names(model))
+    tensors = ((name, ordinary_tensor(model, name, state_dict)) for name in names)
+    specs = [
+        TensorSpec(name, tensor_of(*find(model, module_path(name))).dtype, shape)
+        for name, shape in zip(names, _shapes(model))
+    ]
+
+    def write(folder: str) -> None:
+        config = copy.deepcopy(model.config)
+        config.architectures, config.dtype = ["NemotronHForCausalLM"], model.dtype
+        config.save_pretrained(folder)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(folder)
+        digests = save(Path(folder), specs, tensors, parse_size(max_shard_size))
+        write_manifest(folder, {name: digest.sha256 for name, digest in digests.items()})
+
+    save_whole(directory, write)
+
+
+def write_manifest(folder: str | os.PathLike, sha256: Mapping[str, str] | None = None) -> None:
+    """Write the manifest of a folder's weights beside them; `sha256` by released name, None to read the files for it."""
+    stored = find_tensors(weight_files(folder))
+    if sha256 is None:
+        sha256 = {name: manifest.checksum(entry) for name, entry in stored.items()}
+    write_text(Path(folder) / manifest.NAME, manifest.as_text(manifest.make_manifest(stored, sha256)))
+
+
+def checkpoint_names(model: NemotronHForCausalLM) -> Iterator[str]:
+    """Released names of all tensors of a model, one for each expert."""
+    for tensor in checkpoint_tensors(model.config):
+        yield from (tensor.name.format(e=copy) for copy in range(tensor.copies))
+
+
+def ordinary_tensor(model: nn.Module, name: str, state_dict: Mapping[str, Tensor] | None = None) -> Tensor:
+    """One tensor of a checkpoint, by its released name, on the CPU and contiguous."""
+    path = module_path(name)
+    module, own = find(model, path)
+    if state_dict is not None:
+        tensor = state_dict[path]
+    else:
+        tensor = module.ordinary(own) if isinstance(module, OrderedLinear) else tensor_of(module, own).detach()
+    if path.endswith(("experts.up_proj", "experts.down_proj")):
+        tensor = tensor[int(name.split("experts.")[1].split(".")[0])]
+    return tensor.cpu().contiguous()
+
+
+def _shapes(model: NemotronHForCausalLM) -> Iterator[tuple[int, ...]]:
+    for tensor in checkpoint_tensors(model.config):
+        yield from (tensor.shape for _ in range(tensor.copies))

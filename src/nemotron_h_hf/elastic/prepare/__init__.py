@@ -1,0 +1,1 @@
+"""Makes a parent: scores, weights in their order, the loss of every budget."""

@@ -1,0 +1,78 @@
+"""A parent's weights in another order: the same function, with what matters most in front.
+
+Memory: one tensor and its copy; of a live model's experts, those of one layer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoint import Checkpoint, Digest, TensorSpec, save
+from ...model.configuration_nemotron_h import NemotronHConfig
+from ...model.loading import released_name
+from ...slicing import Kept, cuts
+
+
+@torch.no_grad()
+def permute_model(model: nn.Module, order: Kept) -> None:
+    """Put the weights of a NemotronHForCausalLM, in place, in the order of `order`, which holds all indices."""
+    state = model.state_dict(keep_vars=True)
+    stacked: dict[str, Tensor] = {}
+    for cut in cuts(model.config, order):
+        expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(up_proj|down_proj)\.weight", _module_name(cut.name))
+        if expert is None:
+            target = state[_module_name(cut.name)]
+            target.copy_(cut.of(target))
+            continue
+        name, number = f"{expert[1]}.{expert[3]}", int(expert[2])
+        source = re.search(r"\.experts\.(\d+)\.", cut.source)
+        experts = state[name]
+        if name not in stacked:
+            stacked[name] = torch.empty_like(experts)
+        stacked[name][number] = cut.of(experts[int(source[1])])
+        if number + 1 == len(experts):  # the layer's last: none of the old ones is needed any more
+            experts.copy_(stacked.pop(name))
+
+
+def permute_checkpoint(
+    source: Path,
+    config: NemotronHConfig,
+    order: Kept,
+    output: Path,
+    progress: Callable[[int], object] = lambda num_bytes: None,
+) -> dict[str, Digest]:
+    """Write the weights of the checkpoint `source` to the folder `output` in the order of `order`, in their own dtypes.
+
+    `progress` hears of the bytes of each tensor.
+
+    Raises:
+        ValueError: naming the tensor, if the files are not those of `config`, or if `output` has weights already.
+    """
+    stored = Checkpoint(source)
+    names = {released_name(name): name for name in stored}
+    planned = list(cuts(config, order))
+    for cut in planned:
+        if cut.source not in names:
+            raise ValueError(f"{source} lacks {cut.source}, which its config asks for")
+        if (shape := stored.spec(names[cut.source]).shape) != cut.shape:
+            raise ValueError(f"{source} has {cut.source} in shape {shape}, its config asks for {cut.shape}")
+    if left_over := sorted(set(names) - {cut.source for cut in planned}):
+        raise ValueError(f"{source} has {left_over[0]}, for which its config has no place")
+    specs = [TensorSpec(cut.name, stored.spec(names[cut.source]).dtype, cut.shape) for cut in planned]
+
+    def reordered() -> Iterator[tuple[str, Tensor]]:
+        for cut in planned:
+            tensor = cut.of(stored[names[cut.source]])
+            yield cut.name, tensor
+            progress(tensor.nbytes)
+
+    return save(output, specs, reordered())
+
+
+def _module_name(name: str) -> str:
+    return re.sub(r"^backbone\.", "model.", name)

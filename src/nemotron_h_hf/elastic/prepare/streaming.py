@@ -1,0 +1,84 @@
+"""A model whose layers are read from its checkpoint each time they run: one of them is in memory at a time.
+
+For measuring a model that is larger than the memory. Embeddings, norms and head stay; the mixer of a layer is read before
+it runs and let go after it, one that is bypassed is not read. A forward reads the file once, so larger batches read less.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoint import Checkpoint
+from ...model.configuration_nemotron_h import NemotronHConfig
+from ...model.modeling_nemotron_h import NemotronHForCausalLM
+from ..live.views import module_path
+
+STACKED = ("experts.up_proj", "experts.down_proj")  # one tensor here, a matrix for each expert in files
+
+
+def streamed(
+    config: NemotronHConfig, folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> NemotronHForCausalLM:
+    """The model of a folder of released names, to run without gradients. Multi-token prediction, which no forward runs, stays out.
+
+    Args:
+        dtype: of the weights; None for that of each tensor in the file.
+        device: where they run.
+
+    Raises:
+        ValueError: naming the tensor or file, if the files are not those of `config`.
+    """
+    with torch.device("meta"):
+        model = NemotronHForCausalLM(config)
+    stored = Checkpoint(folder)
+    places = {name: module_path(name) for name in stored}
+
+    def read(module: nn.Module, prefix: str) -> None:
+        own = dict([*module.named_parameters(), *module.named_buffers()])
+        found: dict[str, Tensor] = {}
+        missing = set(own)
+        experts = {place: set(range(len(own[place]))) for place in own if place.endswith(STACKED)}
+        for name in (name for name, place in places.items() if place.startswith(prefix)):
+            place = places[name].removeprefix(prefix)
+            expert = re.search(r"\.experts\.(\d+)\.", name)  # its matrix is a part of that of all experts
+            shape = () if place not in own else own[place].shape[1:] if expert else own[place].shape
+            if stored.spec(name).shape != tuple(shape):
+                raise ValueError(
+                    f"{folder} has {name} in shape {stored.spec(name).shape}, its config asks for {tuple(shape)}"
+                )
+            kind = own[place].dtype if place in dict(module.named_buffers()) else dtype or stored.spec(name).dtype
+            tensor = stored[name].to(device, kind)
+            if expert is None:
+                found[place] = tensor
+                missing.discard(place)
+                continue
+            if place not in found:
+                found[place] = torch.empty(own[place].shape, dtype=kind, device=device)
+            found[place][int(expert[1])] = tensor
+            experts[place].discard(int(expert[1]))
+            if not experts[place]:
+                missing.discard(place)
+        if missing:
+            raise ValueError(f"{folder} lacks {prefix}{min(missing)} or a part of it, which its config asks for")
+        module.load_state_dict(found, assign=True)
+
+    for index, block in enumerate(model.model.layers):
+        prefix = f"model.layers.{index}."
+        read(block.norm, f"{prefix}norm.")
+        block.mixer.register_forward_pre_hook(lambda mixer, _, prefix=prefix: read(mixer, f"{prefix}mixer."))
+        block.mixer.register_forward_hook(_let_go, always_call=True)
+    read(model.model.embeddings, "model.embeddings.")
+    read(model.model.norm_f, "model.norm_f.")
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embeddings.weight
+    else:
+        read(model.lm_head, "lm_head.")
+    return model.requires_grad_(False).eval()
+
+
+def _let_go(mixer: nn.Module, *_: object) -> None:
+    mixer.to("meta")

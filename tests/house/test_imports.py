@@ -1,0 +1,141 @@
+"""Who may import whom: the table of CONTRIBUTING.md, checked on the source without running it."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "src" / "nemotron_h_hf"
+
+# part -> the other parts of ours that it may import; `public` is what `import nemotron_h_hf` gives
+MAY_IMPORT = {
+    "model": set(),
+    "whole_files": {"model"},
+    "targets": {"model", "whole_files"},
+    "inputs": {"model"},
+    "checkpoint": {"model", "whole_files"},
+    "resumable": {"checkpoint", "model", "targets", "whole_files"},
+    "headers": {"model"},
+    "cost": {"model"},
+    "slicing": {"cost", "model"},
+    "manifest": {"model"},
+    "token_counts": set(),
+    "data": {"token_counts"},
+    "benchmark": {"public", "compression", "cost", "model", "training", "whole_files"},
+    "training": {"inputs", "token_counts", "targets", "whole_files"},
+    "compression": {"inputs", "model", "checkpoint", "cost", "slicing", "whole_files"},
+    "elastic": {
+        "inputs",
+        "compression",
+        "cost",
+        "model",
+        "training",
+        "checkpoint",
+        "manifest",
+        "resumable",
+        "slicing",
+        "targets",
+        "whole_files",
+    },
+    "evaluation": {"inputs", "public", "compression", "model", "training", "targets", "whole_files"},
+    "facts": {"compression", "cost", "elastic", "headers", "model"},
+    "hub": {"facts", "manifest", "model", "resumable", "whole_files"},
+    "scripts": {
+        "inputs",
+        "public",
+        "model",
+        "checkpoint",
+        "resumable",
+        "targets",
+        "conversion",
+        "cost",
+        "headers",
+        "manifest",
+        "slicing",
+        "token_counts",
+        "whole_files",
+        "benchmark",
+        "data",
+        "training",
+        "compression",
+        "elastic",
+        "evaluation",
+        "facts",
+        "hub",
+    },
+    "conversion": {"inputs", "checkpoint", "resumable", "model", "targets", "whole_files"},
+    "nemotron_h_cli": set(),
+}
+# part -> packages beside the standard library that it may import, where that is limited
+THIRD_PARTY = {
+    "model": {"torch", "transformers", "safetensors", "mamba_ssm", "causal_conv1d", "triton", "numba", "numpy", "peft"},
+    "checkpoint": {"torch", "safetensors"},
+    "resumable": {"torch"},
+    "headers": set(),
+    "cost": set(),
+    "token_counts": set(),
+    "whole_files": set(),
+    "targets": set(),
+    "inputs": {"torch", "transformers", "yaml"},
+    "nemotron_h_cli": set(),
+}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE or path.name != "__init__.py")
+FILES += [PACKAGE.parent / "nemotron_h_cli.py", *sorted((ROOT / "conversion").glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_follow_the_table(path):
+    here = parts_of(path)
+    modules = [name.split(".") for name in imported_names(path)]
+    ours = [names[1:3] for names in modules if names[0] == "nemotron_h_hf"]
+    for first, *rest in ours:
+        part = first if first in MAY_IMPORT else "public"
+        if part == here[0] == "scripts":
+            assert rest == [here[1]], f"a script imports another script, {rest}"
+        elif part != here[0]:
+            assert part in MAY_IMPORT[here[0]], f"{here[0]} may not import {first}"
+    packages = {names[0] for names in modules} - {"nemotron_h_hf"} - sys.stdlib_module_names
+    assert packages <= THIRD_PARTY.get(here[0], packages)
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "model").glob("[a-z]*.py")), ids=lambda path: path.name)
+def test_hub_folder_is_flat(path):
+    """transformers' loader of remote code follows nothing but `from .name import x` to a file beside it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1 and node.module, ast.unparse(node)
+            assert (path.parent / f"{node.module}.py").is_file(), ast.unparse(node)
+    assert "TYPE_CHECKING" not in path.read_text()
+
+
+def test_hub_folder_does_not_know_elastic():
+    """What travels beside the weights is the architecture and what runs it."""
+    words = re.compile(r"budget|elastic|manifest|slicing|\bnested\b|\bcosts?\b", re.IGNORECASE)
+    texts = {path.name: path.read_text() for path in (PACKAGE / "model").glob("*.py")}
+    assert len(texts) > 20 and not {name: found[0] for name, text in texts.items() if (found := words.search(text))}
+
+
+def parts_of(path: Path) -> tuple[str, ...]:
+    """scripts/info.py -> ("scripts", "info"), inside the package; the command line is a part of its own."""
+    base = next(base for base in (PACKAGE, PACKAGE.parent, ROOT) if path.is_relative_to(base))
+    return path.relative_to(base).with_suffix("").parts
+
+
+def imported_names(path: Path) -> list[str]:
+    """Absolute dotted names that a file imports, wherever in it; `from a import b` gives a.b."""
+    installed = path.is_relative_to(PACKAGE.parent)  # conversion/ lies beside src and is installed inside the package
+    package = path.relative_to(PACKAGE.parent).parts if installed else ("nemotron_h_hf", *path.relative_to(ROOT).parts)
+    names = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level] if node.level else ()
+            module = [*base, *([node.module] if node.module else [])]
+            names += [".".join([*module, alias.name]) for alias in node.names]
+    return names
