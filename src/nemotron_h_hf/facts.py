@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import cost
-from .elastic.budgets import EXPERT_FIELDS, SIZE_FIELDS, Budget, read_elastic
+from .elastic.budgets import FIELDS_OF_KIND, SIZE_FIELDS, Budget, read_elastic
 from .elastic.child import Child, child_of
 from .headers import Contents, read_contents
 from .model.configuration_nemotron_h import NemotronHConfig
@@ -144,8 +144,8 @@ def human_count(count: int) -> str:
 def _budget_facts(child: Child, dtype: str) -> BudgetFacts:
     config, budget = child.config, child.budget
     kinds = set(config.layers_block_type)
-    absent = {field for field, kind in config.PER_LAYER_FIELDS.items() if kind not in kinds}
-    absent |= set() if "moe" in kinds else set(EXPERT_FIELDS)
+    absent = {field for kind, fields in FIELDS_OF_KIND.items() if kind not in kinds for field in fields}
+    absent |= set() if "moe" in kinds else {"num_experts_per_tok"}
     sizes = {field: getattr(config, field) for field in SIZE_FIELDS if field not in absent}
     return BudgetFacts(sizes, describe(budget.name, config, None, dtype), budget.trained, budget.loss)
 

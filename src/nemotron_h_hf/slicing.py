@@ -8,7 +8,7 @@ pruning (any indices) and reordering (all indices, in another order). It is exac
 norm, so the same number stays in every group; a head's channels share only scalars, so each head may keep its own; query
 heads stay with their key/value head. Names are those of checkpoint files.
 
-    d hidden, f neurons, i = heads x head_dim, h heads, g groups x state, a query heads x head_dim, k key/value heads x
+    d hidden, f neurons, i = heads x head_dim, h heads, g groups x state, k key/value heads x head_dim, a query heads x
     head_dim, e experts, w an expert's neurons, s the shared expert's neurons, l latent
 """
 
@@ -33,8 +33,8 @@ AXES: dict[str, tuple[str | None, ...]] = {
     "mixer.A_log": ("h",), "mixer.D": ("h",), "mixer.dt_bias": ("h",), "mixer.norm.weight": ("i",),
     "mixer.out_proj.weight": ("d", "i"), "mixer.out_proj.bias": ("d",),
     "mixer.q_proj.weight": ("a", "d"), "mixer.q_proj.bias": ("a",),
-    "mixer.k_proj.weight": (None, "d"), "mixer.k_proj.bias": (None,),
-    "mixer.v_proj.weight": (None, "d"), "mixer.v_proj.bias": (None,),
+    "mixer.k_proj.weight": ("k", "d"), "mixer.k_proj.bias": ("k",),
+    "mixer.v_proj.weight": ("k", "d"), "mixer.v_proj.bias": ("k",),
     "mixer.o_proj.weight": ("d", "a"), "mixer.o_proj.bias": ("d",),
     "mixer.up_proj.weight": ("f", "d"), "mixer.up_proj.bias": ("f",),
     "mixer.down_proj.weight": ("d", "f"), "mixer.down_proj.bias": ("d",),
@@ -52,7 +52,7 @@ class Kept:
     """What stays, as indices (int64) in the parent. The mappings are by the parent's layer; MTP layers follow the stack.
 
     hidden (d); neurons (f); heads (h), as many from each Mamba group, group by group; channels (h, p) of each kept head;
-    query_heads, as many of each key/value head, in the order of those; experts (e), as many of each expert group;
+    key_value_heads (k); query_heads, as many of each key/value head, in the order of those; experts (e), as many of each expert group;
     expert_neurons (e, w) of each kept expert; shared_neurons (s).
     """
 
@@ -61,6 +61,7 @@ class Kept:
     neurons: Mapping[int, Tensor] = field(default_factory=dict)
     heads: Mapping[int, Tensor] = field(default_factory=dict)
     channels: Mapping[int, Tensor] = field(default_factory=dict)
+    key_value_heads: Mapping[int, Tensor] = field(default_factory=dict)
     query_heads: Mapping[int, Tensor] = field(default_factory=dict)
     experts: Mapping[int, Tensor] = field(default_factory=dict)
     expert_neurons: Mapping[int, Tensor] = field(default_factory=dict)
@@ -92,8 +93,9 @@ def everything(config: NemotronHConfig) -> Kept:
 
 def prefix(parent: NemotronHConfig, layers: Sequence[int], child: NemotronHConfig) -> Kept:
     """The first of everything, inside its group where there are groups, in the sizes of `child`, whose layers are `layers`."""
-    kept: dict[str, dict[int, Tensor]] = {name: {} for name in ("neurons", "heads", "channels", "query_heads", "experts",
-                                                                "expert_neurons", "shared_neurons")}  # fmt: skip
+    kept: dict[str, dict[int, Tensor]] = {name: {} for name in ("neurons", "heads", "channels", "key_value_heads",
+                                                                "query_heads", "experts", "expert_neurons",
+                                                                "shared_neurons")}  # fmt: skip
     for index, own, kind in _layer_pairs(parent, layers, child):
         if kind == "mlp":
             kept["neurons"][index] = torch.arange(child.size("intermediate_size", own))
@@ -102,8 +104,10 @@ def prefix(parent: NemotronHConfig, layers: Sequence[int], child: NemotronHConfi
             heads = kept["heads"][index] = first_of_each_group(*sizes, parent.n_groups)
             kept["channels"][index] = torch.arange(child.size("mamba_head_dim", own)).expand(len(heads), -1)
         elif kind == "full_attention":
-            sizes = (config.size("num_attention_heads", at) for config, at in ((parent, index), (child, own)))
-            kept["query_heads"][index] = first_of_each_group(*sizes, parent.num_key_value_heads)
+            size, groups = child.size("num_attention_heads", own), child.num_key_value_heads
+            heads = torch.arange(parent.size("num_attention_heads", index)).view(parent.num_key_value_heads, -1)
+            kept["key_value_heads"][index] = torch.arange(groups)
+            kept["query_heads"][index] = heads[:groups, : size // groups].flatten()
         else:
             experts = first_of_each_group(parent.n_routed_experts, child.n_routed_experts, parent.n_group)
             kept["experts"][index] = experts
@@ -129,11 +133,12 @@ def kept_config(parent: NemotronHConfig, kept: Kept) -> NemotronHConfig:
     per_layer = {"intermediate_size": sizes(kept.neurons), "mamba_num_heads": sizes(kept.heads),
                  "mamba_head_dim": sizes(kept.channels, 1), "num_attention_heads": sizes(kept.query_heads)}  # fmt: skip
     entry |= {name: (found[0] if len(set(found)) == 1 else found) for name, found in per_layer.items() if found}
-    alike = {"n_routed_experts": sizes(kept.experts), "moe_intermediate_size": sizes(kept.expert_neurons, 1),
+    alike = {"num_key_value_heads": sizes(kept.key_value_heads), "n_routed_experts": sizes(kept.experts),
+             "moe_intermediate_size": sizes(kept.expert_neurons, 1),
              "moe_shared_expert_intermediate_size": sizes(kept.shared_neurons)}  # fmt: skip
     for name, found in alike.items():
         if len(set(found)) > 1:
-            raise ValueError(f"{name}={found}: allowed is one size for every MoE layer")
+            raise ValueError(f"{name}={found}: allowed is one size for every layer")
         if found:
             entry[name] = found[0]
     return type(parent).from_dict(entry)
@@ -224,8 +229,9 @@ def _indices(
         return simple[letters][index]
     if letters == "w":
         return kept.expert_neurons[index][expert]
-    if letters == "a":
-        return (kept.query_heads[index][:, None] * parent.head_dim + torch.arange(parent.head_dim)).flatten()
+    if letters in "ak":
+        heads = kept.query_heads if letters == "a" else kept.key_value_heads
+        return (heads[index][:, None] * parent.head_dim + torch.arange(parent.head_dim)).flatten()
     return _mamba_indices(parent, kept, letters, index)
 
 

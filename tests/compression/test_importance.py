@@ -140,12 +140,16 @@ def test_orders_stay_inside_their_groups():
     assert order.hidden.tolist() == sorted(range(48), key=lambda i: -found.hidden[i])
     for values, indices, groups in (
         (found.heads[2], order.heads[2], 2),
-        (found.query_heads[3], order.query_heads[3], 2),
         (found.experts[4], order.experts[4], 4),
     ):
         size = len(values) // groups
         expected = [sorted(range(g * size, (g + 1) * size), key=lambda i: -values[i]) for g in range(groups)]
         assert indices.view(groups, size).tolist() == expected
+    totals = found.query_heads[3].view(2, 2).square().sum(1)
+    groups = sorted((0, 1), key=lambda g: -totals[g])
+    assert order.key_value_heads[3].tolist() == groups
+    expected = [h for g in groups for h in sorted((2 * g, 2 * g + 1), key=lambda h: -found.query_heads[3][h])]
+    assert order.query_heads[3].tolist() == expected
     for row, head in enumerate(order.heads[2].tolist()):
         assert order.channels[2][row].tolist() == sorted(range(8), key=lambda c: -found.channels[2][head, c])
     for row, expert in enumerate(order.experts[4].tolist()):

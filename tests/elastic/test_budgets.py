@@ -74,6 +74,13 @@ def test_resolves_to_a_plain_configuration():
         ({"hidden_size": 64}, "hidden_size=64 of budget 'x': allowed is at most the parent's 48"),
         ({"mamba_num_heads": 3}, "mamba_num_heads=3 of budget 'x': allowed is a multiple of 2"),
         ({"num_attention_heads": 3}, "num_attention_heads=3 of budget 'x': allowed is a multiple of 2"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 of budget 'x': allowed is at most the parent's 2"),
+        ({"num_key_value_heads": [1]}, "num_key_value_heads"),
+        (
+            {"num_key_value_heads": 1, "num_attention_heads": 3},
+            "num_attention_heads=3 of .*: allowed is at most the parent's 2",
+        ),
+        ({"num_experts_per_tok": 1}, "the parent has no experts"),
         ({"intermediate_size": [8, 8]}, "allowed is one size, or one for each of 3 layers"),
         ({"intermediate_size": [8, 8, 81]}, "allowed is at most the parent's 80"),
         ({"hidden_size": 0}, "hidden_size=0 of budget 'x': allowed is a positive integer"),
@@ -203,7 +210,7 @@ def test_a_need_counts_weights_and_one_cache(text, most, num_tokens):
 def test_sums_over_layers_are_the_exact_counts(shape):
     """With experts and multi-token prediction, every combination's count is that of its configuration."""
     choices = {"hidden_size": [40], "n_routed_experts": [4], "moe_intermediate_size": [16], "mamba_head_dim": [4],
-               "num_attention_heads": [2], "moe_shared_expert_intermediate_size": [24]}  # fmt: skip
+               "num_attention_heads": [2], "num_key_value_heads": [1], "moe_shared_expert_intermediate_size": [24]}  # fmt: skip
     elastic = {"version": 1, "budgets": {}, "choices": choices, "layer_order": [5, 4, 3, 2, 1, 0]}
     mtp = {"num_nextn_predict_layers": 2, "mtp_hybrid_override_pattern": "*E"}
     config = tiny_config(
@@ -212,7 +219,7 @@ def test_sums_over_layers_are_the_exact_counts(shape):
     for in_bytes in (False, True):
         wanted = Limit(0, in_bytes, 100)
         found = list(_combinations(config, read_elastic(config), wanted, "float32", "x"))
-        assert sum(combinations.amounts.numel() for combinations in found) == 2**6 * 6
+        assert sum(combinations.amounts.numel() for combinations in found) == 2**7 * 6
         for combinations in found:
             amounts = combinations.amounts.flatten().tolist()
             for number in range(0, len(amounts), 7):

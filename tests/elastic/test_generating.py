@@ -220,6 +220,19 @@ def test_carried_states_are_cut_or_begin_at_zero(parent, first, then):
     assert logits.isfinite().all()
 
 
+def test_key_value_heads_are_carried_where_the_source_has_them():
+    """Where nothing below attention differs, what it reads of the cache is the large model's own."""
+    budgets = {"large": {"layers": [3, 6]}, "small": {"layers": [3, 6], "num_key_value_heads": 1}}
+    parent = NemotronHElasticForCausalLM.from_model(tiny_model("dense", elastic={"version": 1, "budgets": budgets}))
+    large, small, ids = parent.resolve("large"), parent.resolve("small"), prompt(2, 9)
+    given = parent.submodel_of(large)(ids, use_cache=True).past_key_values
+    model, last = parent.submodel_of(small), prompt(2, 2, seed=4)
+    found = model(last, past_key_values=carry_cache(given, large, small)).logits
+    torch.testing.assert_close(found, model(torch.cat([ids, last], 1)).logits[:, -2:], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match="'small' has 1 key/value heads, 'large' 2"):
+        carry_cache(given, small, large)
+
+
 def test_carrying_changes_the_logits_and_says_by_how_much(parent, caplog):
     schedule, ids = BudgetSchedule("small", "large", after=5, carry_state=True), prompt(1, 9)
     rows = greedy(parent, ids, 8, budget=schedule)

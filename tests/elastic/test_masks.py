@@ -19,6 +19,8 @@ DENSE = {
     "head channels": {"mamba_head_dim": 5},
     "head channels of each layer": {"mamba_head_dim": (8, 3, 5)},
     "query heads": {"num_attention_heads": 2},
+    "key/value heads": {"num_key_value_heads": 1},
+    "key/value and query heads": {"num_key_value_heads": 1, "num_attention_heads": 1},
     "depth": {"layers": (0, 1, 2, 3, 5)},
     "no attention": {"layers": (0, 1, 2, 4, 5, 6)},
     "all": {
@@ -33,6 +35,8 @@ LIST = {
 EXPERTS = {
     "hidden": {"hidden_size": 36},
     "experts": {"n_routed_experts": 4},
+    "experts per token": {"num_experts_per_tok": 2},
+    "experts, and fewer per token": {"n_routed_experts": 2, "num_experts_per_tok": 1},
     "expert neurons": {"moe_intermediate_size": 16},
     "shared neurons": {"moe_shared_expert_intermediate_size": 24},
     "depth": {"layers": (0, 1, 2, 3, 5)},
@@ -41,7 +45,12 @@ EXPERTS = {
         "moe_shared_expert_intermediate_size": 24, "num_attention_heads": 2, "layers": (1, 2, 3, 4, 5),
     },
 }  # fmt: skip
-LATENT = {**EXPERTS, "experts": {"n_routed_experts": 8}, "all": {**EXPERTS["all"], "n_routed_experts": 8}}
+LATENT = {
+    **EXPERTS,
+    "experts": {"n_routed_experts": 8},
+    "experts, and fewer per token": {"n_routed_experts": 8, "num_experts_per_tok": 1},
+    "all": {**EXPERTS["all"], "n_routed_experts": 8},
+}
 SMALL = {"dense": DENSE, "list": LIST, "moe": EXPERTS, "latent": LATENT}
 BIASED = {"use_bias": True, "mlp_bias": True, "attention_bias": True}
 WIDE_GROUPS = {"n_routed_experts": 16, "n_group": 4, "topk_group": 2}

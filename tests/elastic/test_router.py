@@ -31,7 +31,7 @@ from nemotron_h_hf.elastic.train.router import (
 
 CHOICES = {
     "hidden_size": [48, 32], "intermediate_size": [80, 48, 16], "mamba_num_heads": [8, 4], "mamba_head_dim": [8, 5],
-    "num_attention_heads": [4, 2], "layers": [7, 6, 4],
+    "num_attention_heads": [4, 2], "num_key_value_heads": [1], "layers": [7, 6, 4],
 }  # fmt: skip
 EXPERTS = {"hidden_size": [32], "n_routed_experts": [4], "moe_intermediate_size": [8], "mamba_num_heads": [4],
            "moe_shared_expert_intermediate_size": [24, 16]}  # fmt: skip
@@ -120,7 +120,7 @@ def test_logits_are_the_formula_of_the_paper():
     logits = router(u)
     assert {field: tuple(z.shape) for field, z in logits.items()} == {
         "hidden_size": (1, 2), "intermediate_size": (3, 3), "mamba_num_heads": (1, 2), "mamba_head_dim": (1, 2),
-        "num_attention_heads": (1, 2), "layers": (1, 3),
+        "num_key_value_heads": (1, 2), "num_attention_heads": (1, 2), "layers": (1, 3),
     }  # fmt: skip
     first, _, last = router.networks["intermediate_size"]
     assert first.weight.shape == (256, 3) and first.weight.std().item() == pytest.approx(0.1, rel=0.2)

@@ -36,6 +36,7 @@ BUDGETS = {
     "attention_free": {"all": {"hidden_size": 32, "mamba_num_heads": 4, "layers": [0, 1, 2]}},
     "moe": {
         "experts": {"n_routed_experts": 4},
+        "per_token": {"num_experts_per_tok": 2},
         "inside": {"moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 24},
         "all": {"n_routed_experts": 6, "moe_intermediate_size": 16, "hidden_size": 32, "mamba_num_heads": 6},
     },
@@ -46,6 +47,12 @@ CHANNELS = {
     "middle": {"mamba_num_heads": 4, "mamba_head_dim": 4},
     "large": {"mamba_num_heads": 6, "mamba_head_dim": 6},
     "crossing": {"mamba_num_heads": 8, "mamba_head_dim": 2},
+}
+ATTENTION = {
+    "both": {"num_key_value_heads": 1, "num_attention_heads": 1},
+    "queries": {"num_attention_heads": 4},
+    "fewer": {"num_key_value_heads": 2, "num_attention_heads": 2},
+    "crossing": {"num_key_value_heads": 2, "num_attention_heads": 4},
 }
 
 
@@ -116,6 +123,15 @@ def test_submodel_is_the_cut_model(shape, name):
 @pytest.mark.parametrize("name", CHANNELS)
 def test_channels_of_heads(name):
     parent, ordinary = parent_of("dense", CHANNELS)
+    small, ids = parent.submodel(name), prompt(2, 21)
+    torch.testing.assert_close(small(ids).logits, cut_out(ordinary, name)(ids).logits, rtol=0, atol=1e-5)
+    assert bool(matrices_copied(small)) == (name == "crossing")
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_key_value_heads(name):
+    """Also with a bias; a budget that does not lie inside the next larger one has copies."""
+    parent, ordinary = parent_of("dense", ATTENTION, num_attention_heads=8, num_key_value_heads=4, attention_bias=True)
     small, ids = parent.submodel(name), prompt(2, 21)
     torch.testing.assert_close(small(ids).logits, cut_out(ordinary, name)(ids).logits, rtol=0, atol=1e-5)
     assert bool(matrices_copied(small)) == (name == "crossing")

@@ -9,6 +9,8 @@ import torch
 from reference import reference_logits
 from tiny import prompt, tiny_config, tiny_model
 from torch import Tensor
+from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig as NativeConfig
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM as NativeForCausalLM
 
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.cost import checkpoint_tensors
@@ -140,6 +142,9 @@ def test_reordering_everything_computes_the_same(shape, more):
         groups = indices.view(num_groups, -1)
         return torch.cat([group[torch.randperm(len(group), generator=generator)] for group in groups])
 
+    def in_groups(heads: Tensor) -> Tensor:  # those of the last key/value head first
+        return heads.view(config.num_key_value_heads, -1).flip(0).flatten()
+
     whole = everything(config)
     kept = replace(
         whole,
@@ -147,7 +152,8 @@ def test_reordering_everything_computes_the_same(shape, more):
         neurons={i: shuffled(each) for i, each in whole.neurons.items()},
         heads={i: shuffled(each, config.n_groups) for i, each in whole.heads.items()},
         channels={i: torch.stack([shuffled(row) for row in each]) for i, each in whole.channels.items()},
-        query_heads={i: shuffled(each, config.num_key_value_heads) for i, each in whole.query_heads.items()},
+        key_value_heads={i: each.flip(0) for i, each in whole.key_value_heads.items()},
+        query_heads={i: shuffled(in_groups(each), config.num_key_value_heads) for i, each in whole.query_heads.items()},
         experts={i: shuffled(each, config.n_group) for i, each in whole.experts.items()},
         expert_neurons={i: torch.stack([shuffled(row) for row in each]) for i, each in whole.expert_neurons.items()},
         shared_neurons={i: shuffled(each) for i, each in whole.shared_neurons.items()},
@@ -157,6 +163,48 @@ def test_reordering_everything_computes_the_same(shape, more):
     assert any(not torch.equal(tensor, weights[name]) for name, tensor in reordered.items())
     difference = (logits(build(kept_config(config, kept), reordered)) - logits(model)).abs().max()
     assert difference < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sizes", [{"num_key_value_heads": 2}, {"num_key_value_heads": 2, "num_attention_heads": 2}])
+def test_fewer_key_value_heads_in_transformers_own_model(sizes, tmp_path):
+    """Its model with weights cut by hand: the first key/value heads, and the first query heads of each of those."""
+    parent = tiny_model("dense", num_attention_heads=8, num_key_value_heads=4)
+    query = [head * 16 + i for head in ([0, 1, 2, 3] if len(sizes) == 1 else [0, 2]) for i in range(16)]
+    weights = {name: tensor.clone() for name, tensor in parent.state_dict().items()}
+    for name, tensor in weights.items():
+        if name.endswith(("k_proj.weight", "v_proj.weight")):
+            weights[name] = tensor[:32]
+        elif name.endswith("q_proj.weight"):
+            weights[name] = tensor[query]
+        elif name.endswith("o_proj.weight"):
+            weights[name] = tensor[:, query]
+    expected = native(parent.config, weights, num_attention_heads=len(query) // 16, num_key_value_heads=2)
+    parent.save_pretrained(tmp_path)
+    small = NemotronHForCausalLM.from_pretrained(tmp_path, budget=sizes)
+    assert (small.config.num_key_value_heads, small.config.num_attention_heads) == (2, len(query) // 16)
+    torch.testing.assert_close(logits(small), expected(prompt(2, 24), use_cache=False).logits, rtol=0, atol=1e-5)
+    assert (logits(small) - logits(parent)).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_fewer_experts_per_token_in_transformers_own_model(tmp_path):
+    parent = tiny_model("moe")
+    parent.save_pretrained(tmp_path)
+    small = NemotronHForCausalLM.from_pretrained(tmp_path, budget={"num_experts_per_tok": 2})
+    expected = native(parent.config, parent.state_dict(), num_experts_per_tok=2)(prompt(2, 24), use_cache=False).logits
+    torch.testing.assert_close(logits(small), expected, rtol=0, atol=1e-5)
+    assert (logits(small) - logits(parent)).abs().max() > 1e-2
+
+
+def native(config: NemotronHConfig, weights: dict[str, Tensor], **sizes: int) -> torch.nn.Module:
+    """transformers' own model of this configuration with other sizes."""
+    model = NativeForCausalLM(NativeConfig(**{**config.to_dict(), **sizes})).eval()
+    model.load_state_dict(weights)
+    for layer in model.model.layers:
+        if layer.block_type == "linear_attention":
+            layer.mixer.time_step_limit = (0.0, float("inf"))
+    return model
 
 
 def test_heads_of_the_wrong_group_compute_something_else():

@@ -152,13 +152,18 @@ def importance_order(config: NemotronHConfig, importance: Importance) -> Kept:
     kept = everything(config)
     orders: dict[str, dict[int, Tensor]] = {
         name: dict(getattr(kept, name))
-        for name in ("neurons", "heads", "channels", "query_heads", "experts", "expert_neurons", "shared_neurons")
-    }
+        for name in ("neurons", "heads", "channels", "key_value_heads", "query_heads", "experts", "expert_neurons",
+                     "shared_neurons")
+    }  # fmt: skip
     for name in ("neurons", "shared_neurons"):
         orders[name] |= {index: _descending(values) for index, values in getattr(importance, name).items()}
-    for name, num_groups in (("query_heads", config.num_key_value_heads), ("experts", config.n_group)):
-        found = getattr(importance, name)
-        orders[name] |= {index: descending_in_groups(values, num_groups) for index, values in found.items()}
+    orders["experts"] |= {
+        index: descending_in_groups(values, config.n_group) for index, values in importance.experts.items()
+    }
+    for index, values in importance.query_heads.items():
+        groups = values.view(config.num_key_value_heads, -1)
+        order = orders["key_value_heads"][index] = _descending(groups.norm(dim=1))
+        orders["query_heads"][index] = descending_in_groups(values, len(groups)).view_as(groups)[order].flatten()
     for index, values in importance.heads.items():
         heads = orders["heads"][index] = descending_in_groups(values, config.n_groups)
         orders["channels"][index] = _descending(importance.channels[index])[heads]

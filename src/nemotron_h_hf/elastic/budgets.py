@@ -12,8 +12,10 @@
 
 A budget's sizes are those of the small model: one number for all kept layers of a kind, or a list with one for each of
 them. What it does not name is as in the parent. In the parent's weights every budget is a prefix: of the hidden channels,
-of each layer's neurons and experts, of the heads inside each Mamba group (and of their channels) and of the query heads of
-each key/value head. `calibration` holds losses on held-out text with one thing changed: a size, or how many layers stay.
+of each layer's neurons and experts, of the heads inside each Mamba group (and of their channels), of the key/value heads and of
+the query heads of each. Where `num_key_value_heads` is named and `num_attention_heads` is not, each key/value head that
+stays keeps all of its query heads; in `choices`, `num_attention_heads` counts as if all key/value heads stayed.
+`calibration` holds losses on held-out text with one thing changed: a size, or how many layers stay.
 """
 
 import json
@@ -25,17 +27,18 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 VERSION = 1
-EXPERT_FIELDS = ("n_routed_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size")
+EXPERT_SIZES = ("n_routed_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size")
 FIELDS_OF_KIND = {
     "mlp": ("intermediate_size",),
     "linear_attention": ("mamba_num_heads", "mamba_head_dim"),
-    "full_attention": ("num_attention_heads",),
-    "moe": EXPERT_FIELDS,
+    "full_attention": ("num_key_value_heads", "num_attention_heads"),
+    "moe": EXPERT_SIZES,
 }
 """Kind of layer -> the sizes that it has beside hidden_size."""
-SIZE_FIELDS = (
-    "hidden_size", "intermediate_size", "mamba_num_heads", "mamba_head_dim", "num_attention_heads", *EXPERT_FIELDS,
-)  # fmt: skip
+CHOICE_FIELDS = ("hidden_size", *(field for fields in FIELDS_OF_KIND.values() for field in fields))
+"""What may be chosen: everything that changes the number of parameters."""
+EXPERT_FIELDS = (*EXPERT_SIZES, "num_experts_per_tok")
+SIZE_FIELDS = (*CHOICE_FIELDS, "num_experts_per_tok")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,10 +55,12 @@ class Budget:
     intermediate_size: int | tuple[int, ...] | None = None
     mamba_num_heads: int | tuple[int, ...] | None = None
     mamba_head_dim: int | tuple[int, ...] | None = None
+    num_key_value_heads: int | None = None
     num_attention_heads: int | tuple[int, ...] | None = None
     n_routed_experts: int | None = None
     moe_intermediate_size: int | None = None
     moe_shared_expert_intermediate_size: int | None = None
+    num_experts_per_tok: int | None = None
     trained: bool = False
     loss: float | None = None
 
@@ -154,8 +159,20 @@ def sizes_of_kept(parent: PreTrainedConfig, budget: Budget, field: str) -> tuple
     kept = [index for index in budget.kept_layers(parent) if parent.layers_block_type[index] == kind]
     value = getattr(budget, field)
     if value is None:
-        return tuple(parent.size(field, index) for index in kept)
+        sizes = tuple(parent.size(field, index) for index in kept)
+        return heads_left(parent, sizes, budget.num_key_value_heads) if field == "num_attention_heads" else sizes
     return (value,) * len(kept) if isinstance(value, int) else value
+
+
+def heads_left(parent: PreTrainedConfig, num_attention_heads: Any, num_key_value_heads: int | None) -> Any:
+    """Query heads (a number, or several) that so many key/value heads have, if all of the parent's have the ones given."""
+    if num_key_value_heads is None or num_attention_heads is None:
+        return num_attention_heads
+    if isinstance(num_attention_heads, (list, tuple)):
+        return type(num_attention_heads)(
+            heads_left(parent, number, num_key_value_heads) for number in num_attention_heads
+        )
+    return num_attention_heads * num_key_value_heads // parent.num_key_value_heads
 
 
 def check_budget(parent: PreTrainedConfig, budget: Budget) -> None:
@@ -197,11 +214,12 @@ def check_budget(parent: PreTrainedConfig, budget: Budget) -> None:
         fits = all(size <= most for size, most in zip(sizes, largest))
         require(fits, field, f"at most the parent's {', '.join(map(str, sorted(set(largest))))}")
         multiple = num_groups(parent, field)
+        if field == "num_attention_heads" and budget.num_key_value_heads is not None:
+            multiple = budget.num_key_value_heads
         require(all(size % multiple == 0 for size in sizes), field, f"a multiple of {multiple}")
         if field == "n_routed_experts":
-            require(
-                value >= parent.num_experts_per_tok, field, f"at least num_experts_per_tok={parent.num_experts_per_tok}"
-            )
+            least = budget.num_experts_per_tok if _is_count(budget.num_experts_per_tok) else parent.num_experts_per_tok
+            require(value >= least, field, f"at least num_experts_per_tok={least}")
             require(value >= 2 * parent.n_group or parent.n_group == 1, field, "two experts or more in each group")
 
 
@@ -212,8 +230,8 @@ def num_groups(config: PreTrainedConfig, field: str) -> int:
 
 
 def _check_choices(field: str, sizes: Any) -> None:
-    if field not in SIZE_FIELDS:
-        raise ValueError(f"elastic.choices.{field}: allowed are {', '.join(SIZE_FIELDS)}")
+    if field not in CHOICE_FIELDS:
+        raise ValueError(f"elastic.choices.{field}: allowed are {', '.join(CHOICE_FIELDS)}")
     counts = isinstance(sizes, Sequence) and len(sizes) > 0 and all(map(_is_count, sizes))
     if not counts or list(sizes) != sorted(set(sizes), reverse=True):
         raise ValueError(f"elastic.choices.{field}={sizes!r}: allowed are positive integers, the largest first")

@@ -16,7 +16,7 @@ from functools import cached_property
 from ..cost import num_parameters
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..slicing import Cut, Kept, cuts, entry_without_sizes, prefix
-from .budgets import SIZE_FIELDS, Budget, check_budget, sizes_of_kept
+from .budgets import SIZE_FIELDS, Budget, check_budget, heads_left, sizes_of_kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,5 +79,8 @@ def child_of(parent: NemotronHConfig, budget: Budget) -> Child:
 
 def _one(parent: NemotronHConfig, budget: Budget, field: str) -> int:
     """A size for a kind of layer that is gone from the stack; multi-token prediction may still have it."""
-    value = getattr(budget, field) or getattr(parent, field)
+    value = getattr(budget, field)
+    if value is None:
+        whole = getattr(parent, field)
+        value = heads_left(parent, whole, budget.num_key_value_heads) if field == "num_attention_heads" else whole
     return value if isinstance(value, int) else max(value)

@@ -13,6 +13,7 @@ What a mask multiplies:
     channels        y * silu(gate), the input of a Mamba layer's gated norm
     query_heads     the input of o_proj
     experts         the weights of the chosen experts; an expert whose mask is 0 is never chosen
+    experts_per_token      no mask: how many experts each token is sent to
     layers          the mixer's output; a layer whose entry is 0 is not run at all
 
 A norm over d of D channels divides by the root mean square of those d. With a mask m of mean f, norm(x m / sqrt(f)) has
@@ -55,12 +56,15 @@ class Masks:
     experts: dict[int, Tensor] = field(default_factory=dict)  # (e)
     expert_neurons: dict[int, Tensor] = field(default_factory=dict)  # (w)
     shared_neurons: dict[int, Tensor] = field(default_factory=dict)  # (s)
+    experts_per_token: int | None = None  # in every layer
 
 
 def child_masks(child: Child, device: torch.device | str | None = None) -> Masks:
     """The hard masks of a child, fp32, on `device` (`layers` on the CPU); none where all of an axis stays."""
     config, layers, kept = child.parent, child.layers, child.kept
     masks = Masks(_hard(config.hidden_size, kept.hidden, device))
+    if child.config.num_experts_per_tok != config.num_experts_per_tok:
+        masks.experts_per_token = child.config.num_experts_per_tok
     if len(layers) < config.num_hidden_layers:
         masks.layers = _hard(config.num_hidden_layers, torch.tensor(layers), None)
     for index in layers:
@@ -159,6 +163,9 @@ def check_masks(config: NemotronHConfig, masks: Masks) -> None:
 
     require("hidden", masks.hidden, config.hidden_size)
     require("layers", masks.layers, config.num_hidden_layers)
+    if masks.experts_per_token is not None and not 0 < masks.experts_per_token <= config.num_experts_per_tok:
+        allowed = f"1 to {config.num_experts_per_tok}"
+        raise ValueError(f"experts_per_token={masks.experts_per_token}: allowed is {allowed}, what the model has")
     shapes: dict[str, tuple[str, Callable[[int], tuple[int, ...]]]] = {
         "neurons": ("mlp", lambda i: (config.size("intermediate_size", i),)),
         "channels": ("linear_attention", lambda i: (config.size("mamba_num_heads", i), config.size("mamba_head_dim", i))),
@@ -243,6 +250,9 @@ def _mixer_masked(block: nn.Module, masks: Masks) -> Iterator[None]:
             stack.enter_context(mixer.experts.act_fn.register_forward_hook(partial(_times_output, mask)))
         if (mask := masks.experts.get(index)) is not None:
             stack.enter_context(_experts_left_out(mixer.gate, mask))
+        if masks.experts_per_token is not None and block.block_type == "moe":
+            stack.callback(setattr, mixer.gate, "top_k", mixer.gate.top_k)
+            mixer.gate.top_k = masks.experts_per_token
         yield
 
 

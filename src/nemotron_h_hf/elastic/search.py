@@ -27,7 +27,7 @@ from ..cost import (
     weight_bytes,
 )
 from ..model.configuration_nemotron_h import NemotronHConfig
-from .budgets import FIELDS_OF_KIND, SIZE_FIELDS, Budget, Elastic, read_elastic
+from .budgets import FIELDS_OF_KIND, SIZE_FIELDS, Budget, Elastic, heads_left, read_elastic
 from .child import Child, child_of
 
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
@@ -131,7 +131,11 @@ def predict_loss(config: NemotronHConfig, elastic: Elastic, budget: Budget) -> f
     base = elastic.calibration.get("loss")
     if base is None:
         return None
-    added = [_added_loss(config, elastic, field, getattr(budget, field)) for field in SIZE_FIELDS]
+    sizes = {field: getattr(budget, field) for field in SIZE_FIELDS}
+    if budget.num_key_value_heads is not None and isinstance(budget.num_attention_heads, int):
+        whole = budget.num_attention_heads * config.num_key_value_heads // budget.num_key_value_heads
+        sizes["num_attention_heads"] = whole  # as it is counted in the choices
+    added = [_added_loss(config, elastic, field, size) for field, size in sizes.items()]
     loss = base + _added_loss(config, elastic, "layers", len(budget.kept_layers(config))) + sum(added)
     return loss if math.isfinite(loss) else None
 
@@ -204,10 +208,13 @@ def _combinations(
                 table, costs, added = [], [], []
                 for sizes in product(*(_options(config, elastic, field) for field in FIELDS_OF_KIND[kind])):
                     fields = dict(zip(FIELDS_OF_KIND[kind], sizes))
-                    cost = _costs(_with(short, hidden_size=hidden_size, **fields), wanted, dtype)
-                    table.append(fields)
-                    costs.append([cost.get(kind, 0) + sum(cost[i] for i in layers) for layers in kept])
                     added.append(sum(_added_loss(config, elastic, field, size) for field, size in fields.items()))
+                    if kind == "full_attention":
+                        heads, groups = fields["num_attention_heads"], fields["num_key_value_heads"]
+                        fields["num_attention_heads"] = heads_left(config, heads, groups)
+                    table.append(fields)
+                    cost = _costs(_with(short, hidden_size=hidden_size, **fields), wanted, dtype)
+                    costs.append([cost.get(kind, 0) + sum(cost[i] for i in layers) for layers in kept])
                 amounts = (amounts[:, None] + torch.tensor(costs)).flatten(0, 1)
                 losses = (losses[:, None] + torch.tensor(added, dtype=torch.float64)[:, None]).flatten(0, 1)
                 tables.append(table)
@@ -265,6 +272,9 @@ def _costs(config: NemotronHConfig, wanted: Limit, dtype: str) -> dict[int | str
 def _with(config: NemotronHConfig, **sizes: int | None) -> NemotronHConfig:
     """A configuration for formulas alone: other sizes, which were checked when the choices were read."""
     changed = copy.copy(config)
+    if sizes.get("num_attention_heads") is None:
+        heads = heads_left(config, config.num_attention_heads, sizes.get("num_key_value_heads"))
+        sizes = {**sizes, "num_attention_heads": heads}
     vars(changed).update({field: size for field, size in sizes.items() if size is not None})
     return changed
 

@@ -42,8 +42,9 @@ RESET = "\033[0m"
 MAX_PROBLEMS_SHOWN = 10
 SIZE_LABELS = {
     "hidden_size": "hidden", "intermediate_size": "MLP width", "mamba_num_heads": "Mamba heads",
-    "mamba_head_dim": "Mamba channels per head", "num_attention_heads": "query heads", "n_routed_experts": "experts",
-    "moe_intermediate_size": "expert width", "moe_shared_expert_intermediate_size": "shared expert width",
+    "mamba_head_dim": "Mamba channels per head", "num_key_value_heads": "key/value heads", "num_attention_heads": "query heads",
+    "n_routed_experts": "experts", "num_experts_per_tok": "experts per token", "moe_intermediate_size": "expert width",
+    "moe_shared_expert_intermediate_size": "shared expert width",
 }  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def _allowed(child: Child, field: str) -> Iterator[Sequence[int]]:
     """Single sizes that every kept layer has room for, ascending: the parent's choices, and all."""
     parent = child.parent
     largest = min(sizes_of_kept(parent, replace(child.budget, **{field: None}), field))
-    step = num_groups(parent, field)
+    step = num_groups(child.config, field)
     chosen = (parent.elastic or {}).get("choices", {}).get(field, [])
-    yield sorted(size for size in chosen if size <= largest)
+    yield sorted(size for size in chosen if size <= largest and size % step == 0)
     yield range(step, largest + 1, step)

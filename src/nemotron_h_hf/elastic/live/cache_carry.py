@@ -1,8 +1,7 @@
 """Taking over what one nested model has read: its cache in the shape of another nested model of the same parent.
 
-Keys and values have one shape in all of them. States are cut where the other model has fewer heads or channels, and begin
-at zero where it has more, or a Mamba layer more. Attention has no such empty state, so a model with more attention layers
-cannot take over a cache.
+States are cut where the other model has fewer heads or channels, and begin at zero where it has more, or a Mamba layer
+more. Attention has no such empty state, so a model with more attention layers or key/value heads cannot take over a cache.
 
 This is an approximation: the layers below computed something else. `Carried` says how far the next token is from
 an exact second reading; the published figure is 0.9 to 0.96 cosine and a small loss in accuracy (arXiv 2605.07182).
@@ -53,7 +52,12 @@ def check_carry(source: Child, target: Child) -> None:
     Raises:
         ValueError: naming the layers.
     """
-    kinds = target.parent.layers_block_type
+    kinds, heads = target.parent.layers_block_type, target.config.num_key_value_heads
+    if heads > source.config.num_key_value_heads:
+        raise ValueError(
+            f"carry_state=True: budget {source.name!r} has {source.config.num_key_value_heads} key/value heads, "
+            f"{target.name!r} {heads}: allowed is a budget with as many or more, or carry_state=False"
+        )
     lacking = [at for at in target.layers if kinds[at] == "full_attention" and at not in source.layers]
     if lacking:
         raise ValueError(
@@ -74,7 +78,9 @@ def carry_cache(cache: HybridCache, source: Child, target: Child) -> HybridCache
     for own, index in enumerate(target.layers):
         given = cache.layers[source.layers.index(index)] if index in source.layers else None
         if parent.layers_block_type[index] == "full_attention" and given.is_initialized:
-            carried.update(given.keys[:, :, :num_tokens].clone(), given.values[:, :, :num_tokens].clone(), own)
+            heads = target.config.num_key_value_heads
+            read = (tensor[:, :heads, :num_tokens].clone() for tensor in (given.keys, given.values))
+            carried.update(*read, own)
         elif isinstance(given, MambaCacheLayer) and given.has_previous_state[0]:
             states = _carry_states(read_states(given), parent, index, source.kept, target.kept)
             carried.layers[own].store(*states, num_tokens)

@@ -6,7 +6,8 @@ any number of heads per group is a prefix. Where budgets cut the channels of hea
 first, then what the next one adds, as long as each holds the one before; a budget outside that chain gets copies.
 
     in_proj    dt of all heads | B, C | gate and x, by (first budget that has them, head in its group, gate or x, group, channel)
-    out_proj   columns likewise; q_proj rows and o_proj columns by (head of its key/value head, key/value head, channel)
+    out_proj   columns likewise
+    q_proj     by (first budget that has them, head of its key/value head, key/value head, channel); o_proj's columns likewise
 
 An order is an int64 tensor: at each place of the live tensor, the index in the ordinary one.
 
@@ -26,10 +27,10 @@ from ..child import child_of
 
 
 class Sizes(NamedTuple):
-    """What a budget keeps of a Mamba layer."""
+    """What a budget keeps of a Mamba layer, or of an attention layer, whose groups are its key/value heads."""
 
     heads: int  # of each group
-    channels: int  # of each head
+    channels: int  # of each head; in attention the channels of all key/value heads
 
 
 class Order(NamedTuple):
@@ -42,7 +43,7 @@ class Order(NamedTuple):
 
 def live_orders(config: NemotronHConfig) -> dict[str, Order]:
     """Name of each Linear that lies in an order of its own -> that order, for the layers of the stack."""
-    budgets = _mamba_sizes(config)
+    budgets = _sizes_of_budgets(config)
     orders: dict[str, Order] = {}
     for index, kind in enumerate(config.layers_block_type):
         prefix = f"model.layers.{index}.mixer."
@@ -57,16 +58,17 @@ def live_orders(config: NemotronHConfig) -> dict[str, Order]:
             orders[prefix + "out_proj"] = Order(None, head_order(chain, config.n_groups))
         elif kind == "full_attention":
             groups = config.num_key_value_heads
-            heads = Sizes(config.size("num_attention_heads", index) // groups, config.head_dim)
-            order = head_order([heads], groups)
+            heads = Sizes(config.size("num_attention_heads", index) // groups, groups * config.head_dim)
+            order = query_order(nested([heads, *budgets.get(index, ())]), groups)
             orders[prefix + "q_proj"], orders[prefix + "o_proj"] = Order(order), Order(None, order)
     return orders
 
 
 def nested(sizes: Iterable[Sizes]) -> list[Sizes]:
-    """The sizes that each hold the one before, smallest first. Of two that do not fit, the larger stays."""
+    """The sizes that each hold the one before, smallest first. Of two that do not fit, the larger stays, or the one of
+    longer heads."""
     chain: list[Sizes] = []
-    for size in sorted(set(sizes), key=lambda size: size.heads * size.channels, reverse=True):
+    for size in sorted(set(sizes), key=lambda size: (size.heads * size.channels, size.channels), reverse=True):
         if not chain or (size.heads <= chain[-1].heads and size.channels <= chain[-1].channels):
             chain.append(size)
     return chain[::-1]
@@ -74,7 +76,14 @@ def nested(sizes: Iterable[Sizes]) -> list[Sizes]:
 
 def head_order(chain: list[Sizes], num_groups: int) -> Tensor:
     """Order of (heads x channels) rows: (r * g * p)."""
-    return torch.cat([heads.flatten() for heads in _pieces(chain, num_groups)])
+    return torch.cat([heads.flatten() for heads in _pieces(chain, _by_head(chain[-1], num_groups))])
+
+
+def query_order(chain: list[Sizes], num_groups: int) -> Tensor:
+    """Order of attention's (query heads x channels) rows: (r * g * p)."""
+    whole = chain[-1]
+    index = _by_head(Sizes(whole.heads, whole.channels // num_groups), num_groups)
+    return torch.cat([heads.flatten() for heads in _pieces(chain, index.flatten(1).unsqueeze(1))])
 
 
 def in_proj_order(chain: list[Sizes], num_groups: int, state_rows: int) -> Tensor:
@@ -86,7 +95,7 @@ def in_proj_order(chain: list[Sizes], num_groups: int, state_rows: int) -> Tenso
         torch.arange(after, after + whole.heads * num_groups, device="cpu"),
         torch.arange(2 * inner, after, device="cpu"),
     ]
-    for heads in _pieces(chain, num_groups):
+    for heads in _pieces(chain, _by_head(whole, num_groups)):
         parts.append(torch.stack([heads, inner + heads], dim=1).flatten())  # gate and x of a head's group side by side
     return torch.cat(parts)
 
@@ -102,11 +111,14 @@ def block_size(places: Tensor) -> int:
     return math.gcd(len(places), *starts.tolist(), *places[starts].tolist())
 
 
-def _pieces(chain: list[Sizes], num_groups: int) -> Iterable[Tensor]:
-    """Ordinary indices (r, g, p) of what each size of the chain adds to the one before: longer heads, then more heads."""
-    whole = chain[-1]
+def _by_head(whole: Sizes, num_groups: int) -> Tensor:
+    """(r, g, p): the ordinary index of each channel; files have them group by group."""
     index = torch.arange(whole.heads * whole.channels * num_groups, device="cpu")
-    index = index.view(num_groups, whole.heads, whole.channels).transpose(0, 1)  # (r, g, p)
+    return index.view(num_groups, whole.heads, whole.channels).transpose(0, 1)
+
+
+def _pieces(chain: list[Sizes], index: Tensor) -> Iterable[Tensor]:
+    """Of `index` (r, g, p), what each size of the chain adds to the one before: longer heads, then more heads."""
     before = Sizes(0, 0)
     for size in chain:
         if before.heads and size.channels > before.channels:
@@ -116,8 +128,8 @@ def _pieces(chain: list[Sizes], num_groups: int) -> Iterable[Tensor]:
         before = size
 
 
-def _mamba_sizes(config: NemotronHConfig) -> dict[int, list[Sizes]]:
-    """Mamba layer -> what each of the budgets keeps of it."""
+def _sizes_of_budgets(config: NemotronHConfig) -> dict[int, list[Sizes]]:
+    """Mamba or attention layer -> what each of the budgets keeps of it."""
     found: dict[int, list[Sizes]] = {}
     for budget in read_elastic(config).budgets.values() if config.elastic else ():
         child = child_of(config, budget)
@@ -125,4 +137,8 @@ def _mamba_sizes(config: NemotronHConfig) -> dict[int, list[Sizes]]:
             if config.layers_block_type[index] == "linear_attention":
                 heads = child.config.size("mamba_num_heads", own) // config.n_groups
                 found.setdefault(index, []).append(Sizes(heads, child.config.size("mamba_head_dim", own)))
+            elif config.layers_block_type[index] == "full_attention":
+                groups = child.config.num_key_value_heads
+                heads = child.config.size("num_attention_heads", own) // groups
+                found.setdefault(index, []).append(Sizes(heads, groups * config.head_dim))
     return found

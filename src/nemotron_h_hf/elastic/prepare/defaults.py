@@ -1,8 +1,9 @@
 """Sizes and budgets for a parent when nobody named any: eighths of its widths, and models of 3/4 and 1/2 of its parameters.
 
 Widths are rounded to what hardware likes (multiples of 64 in models of full size) and to what the groups need. A default
-budget takes the same share of every width, all layers, all query heads and all routed experts: at equal size, narrower
+budget takes the same share of every width, all layers, all heads of attention and all routed experts: at equal size, narrower
 models lose less than shallower ones (Nemotron Elastic, Minitron-SSM), and attention is too small to be worth cutting.
+Key/value heads are few and are no default choice.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def default_choices(config: NemotronHConfig) -> dict[str, list[int]]:
     """Sizes of each axis that the model has, the parent's own first; none where the parent's own differ by layer."""
     choices = {}
     for field in ("hidden_size", *(f for kind, fields in FIELDS_OF_KIND.items() if kind in config.layers_block_type
-                                   for f in fields)):  # fmt: skip
+                                   for f in fields if f != "num_key_value_heads")):  # fmt: skip
         whole = getattr(config, field)
         if isinstance(whole, int):
             sizes = {scaled(config, field, whole, eighths / 8) for eighths in EIGHTHS}

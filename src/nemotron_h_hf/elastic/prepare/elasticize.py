@@ -21,7 +21,7 @@ from ...compression.importance import Importance, importance_of, importance_orde
 from ...model.configuration_nemotron_h import NemotronHConfig
 from ...model.modeling_nemotron_h import NemotronHForCausalLM
 from ...slicing import Kept
-from ..budgets import SIZE_FIELDS, Budget, Elastic, check_budget
+from ..budgets import CHOICE_FIELDS, Budget, Elastic, check_budget
 from ..child import Child, child_of
 from ..live.ordered_linear import OrderedLinear
 from .defaults import default_budgets, default_choices, default_depths
@@ -180,8 +180,8 @@ def read_choices(config: NemotronHConfig, choices: Mapping[str, Sequence[int]]) 
     """
     found = {}
     for field, sizes in choices.items():
-        if field not in SIZE_FIELDS:
-            raise ValueError(f"choices: got {field!r}, allowed are {', '.join(SIZE_FIELDS)}")
+        if field not in CHOICE_FIELDS:
+            raise ValueError(f"choices: got {field!r}, allowed are {', '.join(CHOICE_FIELDS)}")
         whole = getattr(config, field)
         found[field] = sorted({*sizes, *([whole] if isinstance(whole, int) else [])}, reverse=True)
         for size in found[field]:

@@ -5,7 +5,8 @@ A choice is a distribution over an axis's sizes, one row for all layers or one p
 Masks are the mean of the sizes' prefixes, sum_i pi_i I_i (Nemotron Elastic, arXiv 2511.16664, eq. 51), inside each group
 where there are groups. The axis `layers` says how many layers stay; the first of `layer_order` go first.
 
-    r rows (1, or a layer each), c choices, D hidden, L layers, f neurons, h Mamba heads, p head channels, a query heads
+    r rows (1, or a layer each), c choices, D hidden, L layers, f neurons, h Mamba heads, p head channels, a query heads,
+    k key/value heads
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -15,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ...model.configuration_nemotron_h import NemotronHConfig
-from ..budgets import EXPERT_FIELDS, SIZE_FIELDS, Budget, check_budget, num_groups
+from ..budgets import CHOICE_FIELDS, FIELDS_OF_KIND, Budget, check_budget, heads_left, num_groups
 from ..masks import Masks
 
 DEPTH = "layers"
-FIELDS = (*SIZE_FIELDS, DEPTH)
+FIELDS = (*CHOICE_FIELDS, DEPTH)
 Probabilities = Mapping[str, Tensor]
 """Field -> (r, c), rows that sum to 1."""
 
@@ -95,8 +96,9 @@ def masks_of(
     masks = Masks()
     heads: dict[int, Tensor] = {}
     channels: dict[int, Tensor] = {}
+    key_value_heads: dict[int, Tensor] = {}
     places = {"intermediate_size": masks.neurons, "mamba_num_heads": heads, "mamba_head_dim": channels,
-              "num_attention_heads": masks.query_heads, "n_routed_experts": masks.experts,
+              "num_key_value_heads": key_value_heads, "num_attention_heads": masks.query_heads, "n_routed_experts": masks.experts,
               "moe_intermediate_size": masks.expert_neurons,
               "moe_shared_expert_intermediate_size": masks.shared_neurons}  # fmt: skip
     for axis in axes:
@@ -116,6 +118,9 @@ def masks_of(
             for size, mask in zip(sizes, (heads.get(layer), channels.get(layer)))
         )
         masks.channels[layer] = of_heads[:, None] * of_channels  # (h, p)
+    for layer, mask in key_value_heads.items():
+        mask = mask.repeat_interleave(config.size("num_attention_heads", layer) // len(mask))  # (k) -> (a)
+        masks.query_heads[layer] = masks.query_heads[layer] * mask if layer in masks.query_heads else mask
     return masks
 
 
@@ -157,11 +162,15 @@ def budget_of(
             found = [of[row] for of, row, layer in zip(axis.sizes, rows, layers) if layer in kept]
             if found:
                 sizes[axis.field] = found[0] if len(set(found)) == 1 else tuple(found)
+    if "num_attention_heads" in sizes:
+        sizes["num_attention_heads"] = heads_left(
+            config, sizes["num_attention_heads"], sizes.get("num_key_value_heads")
+        )
     return Budget(name=name, **sizes, **more)
 
 
 def _axis(config: NemotronHConfig, field: str, sizes: Sequence[int], per_layer: bool) -> Axis:
-    kind = config.PER_LAYER_FIELDS.get(field, "moe" if field in EXPERT_FIELDS else None)
+    kind = next((kind for kind, fields in FIELDS_OF_KIND.items() if field in fields), None)
     layers = tuple(index for index, found in enumerate(config.layers_block_type) if found == kind)
     if kind is not None and not layers:
         raise ValueError(f"choices.{field}: the model has no {kind} layer, allowed is no such choice")

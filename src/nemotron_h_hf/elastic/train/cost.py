@@ -12,7 +12,7 @@ Between choices it is the mean over independent axes (but for MTP's joining matr
 
 import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ... import cost
 from ...model.configuration_nemotron_h import NemotronHConfig
-from ..budgets import FIELDS_OF_KIND
+from ..budgets import FIELDS_OF_KIND, heads_left
 from .choices import DEPTH, Axis, Probabilities, full, kept_layers
 
 METRICS = ("parameters", "memory", "latency")
@@ -98,6 +98,9 @@ def expected_config(config: NemotronHConfig, axes: Sequence[Axis], probabilities
             sizes = axis.expected(probabilities[axis.field])
             one = axis.field not in config.PER_LAYER_FIELDS
             vars(expected)[axis.field] = sizes[0] if one else list(sizes)  # past the checks, which want integers
+    if any(axis.field == "num_key_value_heads" for axis in axes):
+        heads = heads_left(config, expected.num_attention_heads, expected.num_key_value_heads)
+        vars(expected)["num_attention_heads"] = heads
     return expected
 
 
@@ -115,6 +118,11 @@ def check_latency(config: NemotronHConfig, axes: Sequence[Axis], table: Mapping[
         )
     if missing := {*config.layers_block_type, "outside"} - set(table["seconds"]):
         raise ValueError(f"latency: its table has no times of {min(missing)}")
+
+
+def timed_fields(kind: str, choices: Collection[str]) -> tuple[str, ...]:
+    """The dimensions that a kind of layer has in a table of times, behind hidden_size; key/value heads only if chosen."""
+    return tuple(field for field in FIELDS_OF_KIND[kind] if field != "num_key_value_heads" or field in choices)
 
 
 def choices_of(axes: Sequence[Axis]) -> dict[str, list[int]]:
@@ -180,5 +188,5 @@ def _seconds(
 
     total = mean(seconds["outside"], ("hidden_size",))
     for layer, kind in enumerate(config.layers_block_type):
-        total = total + shares[layer] * mean(seconds[kind], ("hidden_size", *FIELDS_OF_KIND[kind]), layer)
+        total = total + shares[layer] * mean(seconds[kind], ("hidden_size", *timed_fields(kind, by_field)), layer)
     return total

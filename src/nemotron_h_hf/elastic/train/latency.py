@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from ...model.blocks import NemotronHBlock, NemotronHRMSNorm
 from ...model.configuration_nemotron_h import NemotronHConfig
-from ..budgets import FIELDS_OF_KIND, Budget
+from ..budgets import Budget, heads_left
 from ..child import child_of
 from .choices import Axis
-from .cost import choices_of
+from .cost import choices_of, timed_fields
 
 
 def measure_latency(
@@ -43,7 +43,7 @@ def measure_latency(
     """
     config.require_uniform(*config.PER_LAYER_FIELDS)
     choices = choices_of(axes)
-    kinds = {kind: FIELDS_OF_KIND[kind] for kind in dict.fromkeys(config.layers_block_type)} | {"outside": ()}
+    kinds = {kind: timed_fields(kind, choices) for kind in dict.fromkeys(config.layers_block_type)} | {"outside": ()}
     combinations = [
         (kind, sizes)
         for kind, own in kinds.items()
@@ -83,6 +83,9 @@ def best_time(run: Callable[[], object], repeats: int, device: torch.device) -> 
 
 def one_layer(parent: NemotronHConfig, sizes: dict[str, int], kind: str) -> NemotronHConfig:
     """The configuration with these sizes and a single layer of a kind, any if it is for what is outside of the layers."""
+    if "num_attention_heads" in sizes:
+        heads = heads_left(parent, sizes["num_attention_heads"], sizes.get("num_key_value_heads"))
+        sizes = {**sizes, "num_attention_heads": heads}
     index = 0 if kind == "outside" else parent.layers_block_type.index(kind)
     small = child_of(parent, Budget(name=kind, layers=(index,), **sizes)).config
     small._attn_implementation = parent._attn_implementation or "sdpa"
