@@ -1,7 +1,7 @@
 """The model in the box: an elastic parent with three sizes, from nothing, with `pretrain`, `elasticize` and `elastic-train`.
 
     python experiments/tiny_order/text.py                                         # under Python 3.11.7
-    python docs/results/sft/make_data.py --output .carry/docstrings
+    python experiments/sft/make_data.py --output .carry/docstrings
     python experiments/tiny_box/run.py probe --output runs/box --device cuda      # speeds of a few settings
     python experiments/tiny_box/run.py train --output runs/box --device cuda --pretrain_tokens 60M --elastic_tokens 30M
     python experiments/tiny_box/run.py measure --output runs/box                  # card.json: every size
@@ -60,7 +60,7 @@ def main() -> int:
     add = parser.add_argument
     add("step", choices=("probe", "train", "measure"))
     add("--text", type=Path, default=Path(".carry/stdlib.jsonl.xz"), help="of tiny_order/text.py")
-    add("--docstrings", type=Path, default=Path(".carry/docstrings"), help="of docs/results/sft/make_data.py")
+    add("--docstrings", type=Path, default=Path(".carry/docstrings"), help="of experiments/sft/make_data.py")
     add("--output", type=Path, default=Path("runs/box"))
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--mamba", default="auto", help="who computes the Mamba layers (auto)")

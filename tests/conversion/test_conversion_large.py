@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-MEASURE = Path(__file__).parents[2] / "docs" / "results" / "conversion" / "measure.py"
+MEASURE = Path(__file__).parents[2] / "experiments" / "conversion" / "measure.py"
 
 
 @pytest.mark.slow

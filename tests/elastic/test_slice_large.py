@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-MEASURE = Path(__file__).parents[2] / "docs" / "results" / "elastic_cut" / "measure.py"
+MEASURE = Path(__file__).parents[2] / "experiments" / "elastic_cut" / "measure.py"
 ROOM_BYTES = 64 * 2**20  # pieces, threads and the allocator's leftovers
 
 

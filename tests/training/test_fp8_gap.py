@@ -11,7 +11,7 @@ from torch import nn
 from nemotron_h_hf.data.stdlib_text import Document
 from nemotron_h_hf.training.fp8 import converted_modules
 
-PATH = Path(__file__).parents[2] / "docs" / "results" / "fp8" / "gap.py"
+PATH = Path(__file__).parents[2] / "experiments" / "fp8" / "gap.py"
 
 
 @pytest.fixture(scope="module")

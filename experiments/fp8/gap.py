@@ -1,9 +1,9 @@
 """How much loss FP8 costs: train the model in the box's shape in BF16 and in FP8 from the same seeds, and draw the gap.
 
-    python docs/results/fp8/gap.py train --precision bf16 --seeds 0 1 2 --threads 1    # stops and resumes at any moment
-    python docs/results/fp8/gap.py train --precision fp8 --seeds 0 1 2 --threads 1
-    python docs/results/fp8/gap.py plot            # gap.png and gap.json from the logs beside this file
-    python docs/results/fp8/gap.py speed           # speed.json: tokens per second of each way to compute
+    python experiments/fp8/gap.py train --precision bf16 --seeds 0 1 2 --threads 1    # stops and resumes at any moment
+    python experiments/fp8/gap.py train --precision fp8 --seeds 0 1 2 --threads 1
+    python experiments/fp8/gap.py plot            # gap.png and gap.json from the logs beside this file
+    python experiments/fp8/gap.py speed           # speed.json: tokens per second of each way to compute
 
 Text, tokenizer, shape and settings are those of `nemotron-h train-tiny`. A seed decides initial weights and batches, so
 that two runs of one seed differ in arithmetic alone.
@@ -48,7 +48,7 @@ from nemotron_h_hf.training.fp8 import convert_to_fp8, converted_modules, print_
 from nemotron_h_hf.training.pretrain_loop import LOG_FILE, LoopSettings, make_optimizers, train, train_step
 from nemotron_h_hf.whole_files import write_json
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[2] / "docs" / "results" / "fp8"
 PRECISIONS = ("bf16", "fp8", "fp8_all", "fp32")
 MAX_TOKENS = 2442 * 2048  # the first whole number of steps past 5 million
 SMOOTH_LINES = 20  # log lines averaged, each the mean of 10 steps

@@ -1,6 +1,6 @@
 """Nested speculation: the parent checks what a model inside it drafts. Acceptance and speed beside plain decoding, in one run.
 
-    python docs/results/elastic_speculation/run.py [--parent FOLDER] [--drafts NAME ...] [--draft-tokens 1 2 4 8]
+    python experiments/elastic_speculation/run.py [--parent FOLDER] [--drafts NAME ...] [--draft-tokens 1 2 4 8]
                                                    [--new-tokens 64] [--rounds 3] [--threads 1] [--output NAME.json]
 
 Without a parent the model in the box is made one: its weights put in order, nothing trained. For each prompt and round the
@@ -29,6 +29,8 @@ from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.elastic.budgets import read_elastic
 from nemotron_h_hf.elastic.prepare.elasticize import elasticize
 from nemotron_h_hf.elastic.resolve import resolve
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "elastic_speculation"
 
 PROMPTS = (
     "The function returns a list of", "Raise an exception if the", "This module provides", "The default value is",
@@ -62,12 +64,12 @@ def main() -> None:
     prompts = [tokenizer(text, return_tensors="pt").input_ids for text in PROMPTS]
     results = measure(parent, names, prompts, arguments)
     report = {
-        "command": "python docs/results/elastic_speculation/run.py" + command_of(arguments), "prompts": PROMPTS,
+        "command": "python experiments/elastic_speculation/run.py" + command_of(arguments), "prompts": PROMPTS,
         "parent": arguments.parent or "the model in the box, elasticised and not trained",
         "parent_parameters": num_parameters(parent.config), "dtype": "float32", **vars(arguments),
         "torch": torch.__version__, "cpu": cpu_name(), **results,
     }  # fmt: skip
-    Path(__file__).with_name(arguments.output).write_text(json.dumps(report, indent=2) + "\n")
+    (RESULTS / arguments.output).write_text(json.dumps(report, indent=2) + "\n")
 
 
 def load(folder: str | None) -> tuple[NemotronHElasticForCausalLM, object]:

@@ -1,6 +1,6 @@
 """What int8 weights cost the model in the box: bits per byte of its held-out files, in fp32 and with int8 weights.
 
-    python docs/results/int8/loss.py        # loss.json beside this file; checkpoints and samples under runs/int8
+    python experiments/int8/loss.py        # loss.json beside this file; checkpoints and samples under runs/int8
 
 Weights are quantised by torchao when they are loaded, one scale per row, and multiplied by int8.py; `nemotron-h eval` then
 reads what was saved, as it would any checkpoint.
@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 from nemotron_h_hf import EMBEDDED_MODEL
 from nemotron_h_hf.hub import save_tokenizer
 from nemotron_h_hf.scripts import eval as eval_command
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "int8"
 
 RUNS = Path("runs/int8")
 WAYS = {"fp32": None, "int8": {}, "int8 with lm_head": {"modules_to_not_convert": []}}
@@ -35,7 +37,7 @@ def main() -> None:
         size = sum(file.stat().st_size for file in (folder / "model").glob("*.safetensors"))
         found[way] = {"bits_per_byte": found[way]["bits_per_byte"], "checkpoint_bytes": size}
     text = json.dumps(found, indent=1)
-    (Path(__file__).parent / "loss.json").write_text(text + "\n", encoding="utf-8")
+    (RESULTS / "loss.json").write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

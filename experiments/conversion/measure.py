@@ -1,6 +1,6 @@
 """Memory and speed of converting a large checkpoint, beside copying the same bytes on the same disk in the same run.
 
-    python docs/results/conversion/measure.py --gigabytes 4 --folder /path/with/room --out docs/results/conversion
+    python experiments/conversion/measure.py --gigabytes 4 --folder /path/with/room --out docs/results/conversion
 
 It generates a checkpoint, converts it to Megatron and back, and copies it, each in a process of its own. Before each the
 source is dropped from the page cache, and each ends with its files on the disk (fsync). Needs three times the size.
@@ -64,7 +64,7 @@ def measure(folder: Path, gigabytes: float, rounds: int) -> dict:
             shutil.rmtree(folder / "out")
     copied = statistics.median(step["seconds"] for step in steps["copy"])
     return {
-        "command": "python docs/results/conversion/measure.py " + " ".join(sys.argv[1:3]),
+        "command": "python experiments/conversion/measure.py " + " ".join(sys.argv[1:3]),
         "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__},
         "bytes": num_bytes,
         "largest_tensor_bytes": largest,

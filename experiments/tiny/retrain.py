@@ -1,8 +1,8 @@
 """The model in the box trained again, with `nemotron-h pretrain` (train-tiny is a loop of its own), and what it reaches.
 
-    python docs/results/tiny/retrain.py train --runs long --threads 1                # an hour of one core; resumable
-    python docs/results/tiny/retrain.py train --runs short early early_pieces --threads 1
-    python docs/results/tiny/retrain.py report          # pretrain.json and the runs' logs, of the runs that are done
+    python experiments/tiny/retrain.py train --runs long --threads 1                # an hour of one core; resumable
+    python experiments/tiny/retrain.py train --runs short early early_pieces --threads 1
+    python experiments/tiny/retrain.py report          # pretrain.json and the runs' logs, of the runs that are done
 
 long reads twice what the first model in the box has read, short as much. early and early_pieces read a fifth of long, the one
 whole documents, the other pieces of all documents in random order: does it matter that long has read half of the documents
@@ -26,7 +26,7 @@ from nemotron_h_hf.data.stdlib_text import Document, as_jsonl, corpus_digest, re
 from nemotron_h_hf.scripts import pretrain
 from nemotron_h_hf.scripts.train_tiny import TrainTinyArguments, evaluate, save_checkpoint
 
-FOLDER, OUTPUT = Path(__file__).parent, Path("runs/tiny-pretrain")
+FOLDER, OUTPUT = Path(__file__).parents[2] / "docs" / "results" / "tiny", Path("runs/tiny-pretrain")
 TEXT, PIECES = OUTPUT / "train.jsonl", OUTPUT / "pieces.jsonl"
 PIECE_CHARACTERS = 3000  # a row of 1,024 tokens, nearly
 RUNS = {

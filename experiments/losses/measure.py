@@ -1,6 +1,6 @@
 """Peak memory of the training losses in chunks beside the same losses on whole logits: `losses.json` beside this file.
 
-    python docs/results/losses.py [--positions 4096] [--vocab 32768] [--hidden 512]
+    python experiments/losses/measure.py [--positions 4096] [--vocab 32768] [--hidden 512]
 
 Each case runs in a process of its own: hidden states and heads are made, then one loss with its gradients. What counts
 is how far the kernel's peak of resident memory rises above what was resident just before. Linux.
@@ -21,6 +21,8 @@ from nemotron_h_hf.benchmark.memory import footprint
 from nemotron_h_hf.model.loss import next_token_loss
 from nemotron_h_hf.training.losses import LiveTeacher, distillation_loss, top_k
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "losses"
+
 KEPT = 64
 CASES = ("next token, whole logits", "next token, in chunks", "distillation, whole logits", "distillation, in chunks",
          f"distillation, in chunks, kept top {KEPT}")  # fmt: skip
@@ -39,12 +41,12 @@ def main() -> None:
         cases[case] = {"peak_extra_bytes": extra_bytes, "loss": round(loss, 6)}
         print(f"{extra_bytes / 2**20:10.1f} MiB  {case}  (loss {loss:.6f})")
     report = {
-        "command": f"python docs/results/losses.py {' '.join(f'--{name} {value}' for name, value in sizes.items())}",
+        "command": f"python experiments/losses/measure.py {' '.join(f'--{name} {value}' for name, value in sizes.items())}",
         "what": "peak resident memory of one loss and its gradients beyond inputs and heads, float32",
         **sizes, "seed": 0, "one_logits_tensor_bytes": 4 * sizes["positions"] * sizes["vocab"],
         "torch": torch.__version__, "python": platform.python_version(), "cases": cases,
     }  # fmt: skip
-    Path(__file__).with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
+    (RESULTS / "losses.json").write_text(json.dumps(report, indent=2) + "\n")
 
 
 def measure(case: str, positions: int, vocab: int, hidden: int) -> tuple[int, float]:

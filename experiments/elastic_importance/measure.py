@@ -1,6 +1,6 @@
 """Does the order matter? Held-out loss of the model in the box cut to 3/4 of its widths, untrained, in several orders.
 
-    nice -n 10 python docs/results/elastic_importance/measure.py
+    nice -n 10 python experiments/elastic_importance/measure.py
 
 Orders: by importance (compression/importance.py); by importance, but with one order of channels for all heads of a layer,
 as NVIDIA's tool has it, rather than one for each head; the order of the released weights; five random ones, all inside their
@@ -35,7 +35,7 @@ from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.scripts.elasticize import make_rows
 from nemotron_h_hf.slicing import Kept, everything
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[2] / "docs" / "results" / "elastic_importance"
 SIZES = {
     "hidden_size": 144,
     "intermediate_size": 432,

@@ -1,9 +1,9 @@
 """LoRA beside full fine-tuning of the model in the box, on docstrings: search, runs, results.json and sft.png.
 
-    python docs/results/sft/make_data.py --output runs/docstrings
-    python docs/results/sft/compare.py search --threads 1     # a learning rate for each side, on the validation files
-    python docs/results/sft/compare.py train --threads 1      # the best one, three seeds, on the held-out files
-    python docs/results/sft/compare.py report                 # results.json and sft.png
+    python experiments/sft/make_data.py --output runs/docstrings
+    python experiments/sft/compare.py search --threads 1     # a learning rate for each side, on the validation files
+    python experiments/sft/compare.py train --threads 1      # the best one, three seeds, on the held-out files
+    python experiments/sft/compare.py report                 # results.json and sft.png
 
 Every run is one `nemotron-h sft` command, which is printed first. A run that is finished is not repeated, one that was
 stopped goes on.
@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemotron_h_hf import EMBEDDED_MODEL
 from nemotron_h_hf.scripts import sft
 
-FOLDER, RUNS = Path(__file__).parent, Path("runs/docstrings")
+FOLDER, RUNS = Path(__file__).parents[2] / "docs" / "results" / "sft", Path("runs/docstrings")
 SIDES = {"full": [], "lora": ["--lora_rank", "16", "--lora_alpha", "32"]}
 LEARNING_RATES = {"full": ("3e-4", "1e-3", "3e-3"), "lora": ("1e-3", "3e-3", "1e-2")}
 SEEDS = (0, 1, 2)

@@ -1,13 +1,13 @@
 """One elastic run against separate distillation runs with the same tokens: cuts, runs, table and pictures.
 
-    python docs/results/elastic_claim/run.py prepare                     # text, and the model in the box as an ordered parent
-    python docs/results/elastic_claim/run.py search --arm elastic        # learning rates, short runs on other held-out text
-    python docs/results/elastic_claim/run.py search --arm separate
-    python docs/results/elastic_claim/run.py elastic --seed 0            # T tokens: the parent and two nested models
-    python docs/results/elastic_claim/run.py cut --seed 0                # the same cuts, out of the parent before training
-    python docs/results/elastic_claim/run.py separate --seed 0 --budget three_quarters      # T / 2 tokens
-    python docs/results/elastic_claim/run.py separate --seed 0 --budget half                # T / 2 tokens
-    python docs/results/elastic_claim/run.py report                      # losses of all, results.json, README's table, plots
+    python experiments/elastic_claim/run.py prepare                     # text, and the model in the box as an ordered parent
+    python experiments/elastic_claim/run.py search --arm elastic        # learning rates, short runs on other held-out text
+    python experiments/elastic_claim/run.py search --arm separate
+    python experiments/elastic_claim/run.py elastic --seed 0            # T tokens: the parent and two nested models
+    python experiments/elastic_claim/run.py cut --seed 0                # the same cuts, out of the parent before training
+    python experiments/elastic_claim/run.py separate --seed 0 --budget three_quarters      # T / 2 tokens
+    python experiments/elastic_claim/run.py separate --seed 0 --budget half                # T / 2 tokens
+    python experiments/elastic_claim/run.py report                      # losses of all, results.json, README's table, plots
 
 Each line is one process; `all --seed 0` does the five of a seed one after another. A command that was stopped goes on when
 it is repeated, one that is finished does nothing. The sizes are those that the router of the seed's elastic run ends with,
@@ -38,7 +38,7 @@ from nemotron_h_hf.elastic.prepare.elasticize import elasticize
 from nemotron_h_hf.hub import save_tokenizer
 from nemotron_h_hf.scripts import distill, elastic_train
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[2] / "docs" / "results" / "elastic_claim"
 LENGTH, ROWS_PER_STEP = 1024, 4
 NESTED = {"three_quarters": 0.75, "half": 0.5}
 BUDGETS = {"full": 1.0, **NESTED}

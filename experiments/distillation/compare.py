@@ -1,7 +1,7 @@
 """Half of a model's blocks, healed with a teacher and without: runs, results.json and distillation.png.
 
-    python docs/results/distillation/compare.py train --threads 1     # 100,000 tokens a run; goes on if it was stopped
-    python docs/results/distillation/compare.py report --threads 1    # held-out bits per byte, results.json, the picture
+    python experiments/distillation/compare.py train --threads 1     # 100,000 tokens a run; goes on if it was stopped
+    python experiments/distillation/compare.py report --threads 1    # held-out bits per byte, results.json, the picture
 
 The teacher is the model in the box, M-M*-M- (2,375,094 parameters). The student keeps four of its seven layers, M-*-, with
 their weights, embeddings and head (1,603,154 parameters; the blocks alone fall to half). With the teacher it learns by
@@ -26,7 +26,7 @@ from nemotron_h_hf.hub import save_tokenizer
 from nemotron_h_hf.scripts import distill, eval, pretrain
 from nemotron_h_hf.training.starting_point import load_config
 
-FOLDER, RUNS = Path(__file__).parent, Path("runs/distillation")
+FOLDER, RUNS = Path(__file__).parents[2] / "docs" / "results" / "distillation", Path("runs/distillation")
 TEXT = RUNS / "train.jsonl"
 SIDES = {
     "teacher": (distill.main, "distill", ["--data", str(TEXT)]),

@@ -1,6 +1,6 @@
 """Peak memory of a training step against the length of its row: `activations.json` and `activations.png` beside this file.
 
-    python docs/results/activations.py [--lengths 1024 2048 4096 8192 16384 32768] [--limit-gb 8]
+    python experiments/activations/measure.py [--lengths 1024 2048 4096 8192 16384 32768] [--limit-gb 8]
 
 The model is small (M-M-M*-M-, hidden size 256, vocabulary 8192, fp32, one row, the PyTorch path on a CPU), so that the
 memory is that of activations. Ours and transformers' own nemotron_h have the same weights. Each point runs in a process
@@ -29,7 +29,7 @@ from nemotron_h_hf.compression.scaling import KEPT_TOKENS, Plan, activation_byte
 from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 
-REPORT = Path(__file__).with_suffix(".json")
+REPORT = Path(__file__).parents[2] / "docs" / "results" / "activations" / "activations.json"
 SHAPE = Shape(
     hybrid_override_pattern="M-M-M*-M-", hidden_size=256, intermediate_size=1024, num_attention_heads=4,
     num_key_value_heads=1, mamba_num_heads=8, ssm_state_size=64, n_groups=2, chunk_size=64, vocab_size=8192,
@@ -83,7 +83,7 @@ def write(report: dict, limit_gb: float) -> None:
     lengths = sorted({int(length) for points in report["peak_extra_bytes"].values() for length in points})
     config = NemotronHConfig(**vars(SHAPE))
     report |= {
-        "command": "python docs/results/activations.py",
+        "command": "python experiments/activations/measure.py",
         "what": "peak resident memory of one training step beyond weights, gradients included, float32, bytes",
         "shape": vars(SHAPE), "parameters": num_parameters(config), "limit_gb": limit_gb,
         "formula": {
@@ -129,7 +129,7 @@ def draw(report: dict) -> None:
     axes.set(xlabel="tokens in the row", ylabel="peak of a training step beyond the weights (GB)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(Path(__file__).with_suffix(".png"))
+    figure.savefig(Path(__file__).parents[2] / "docs" / "results" / "activations" / "activations.png")
 
 
 if __name__ == "__main__":

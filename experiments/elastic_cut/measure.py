@@ -1,6 +1,6 @@
 """Memory, bytes read and time of getting a small model out of a parent, in four ways, each in a process of its own.
 
-    python docs/results/elastic_cut/measure.py --gigabytes 1.1 --folder /path/with/room --out docs/results/elastic_cut
+    python experiments/elastic_cut/measure.py --gigabytes 1.1 --folder /path/with/room --out docs/results/elastic_cut
 
     slice           nemotron-h slice: the small model as a checkpoint
     load_budget     from_pretrained(parent, budget=...): the small model in memory
@@ -66,7 +66,7 @@ def measure(folder: Path, gigabytes: float) -> dict:
     config = generate(folder / "parent", gigabytes)
     small = resolve(config, Budget(name="small", **SMALL)).config
     return {
-        "command": f"python docs/results/elastic_cut/measure.py --gigabytes {gigabytes:g}",
+        "command": f"python experiments/elastic_cut/measure.py --gigabytes {gigabytes:g}",
         "machine": {"cpus": os.cpu_count(), "python": platform.python_version(), "torch": torch.__version__},
         "parent_bytes": weight_bytes(config),
         "small_bytes": weight_bytes(small),

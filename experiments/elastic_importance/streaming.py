@@ -1,6 +1,6 @@
 """What `nemotron-h elasticize --stream` saves: memory and time of measuring widths, the model whole and a layer at a time.
 
-    python docs/results/elastic_importance/streaming.py
+    python experiments/elastic_importance/streaming.py
 
 A model of 1 GB in bfloat16 with random weights, computed in fp32; two batches of 2 x 128 tokens; each way in a process of
 its own. `peak_bytes` is the largest resident size beyond what the process had when its imports were done. Writes
@@ -24,6 +24,8 @@ from nemotron_h_hf.elastic.prepare.measuring import measure_width
 from nemotron_h_hf.elastic.prepare.streaming import streamed
 from nemotron_h_hf.whole_files import write_json, write_text
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "elastic_importance"
+
 SIZES = {
     "vocab_size": 16384, "hidden_size": 1536, "hybrid_override_pattern": "M-M-M-*-M-M-M-*-M-M-M-*-", "intermediate_size": 6144,
     "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 128, "mamba_num_heads": 48, "mamba_head_dim": 64,
@@ -42,12 +44,12 @@ def main() -> None:
     largest = max(sum(t.num_elements for t in checkpoint_tensors(config) if f".layers.{index}." in t.name)
                   for index in range(config.num_hidden_layers))  # fmt: skip
     report = {
-        "command": "python docs/results/elastic_importance/streaming.py", "torch": torch.__version__,
+        "command": "python experiments/elastic_importance/streaming.py", "torch": torch.__version__,
         "weight_bytes_in_fp32": weight_bytes(config, "float32"), "largest_layer_bytes_in_fp32": 4 * largest, **found,
     }  # fmt: skip
     if report["whole"].pop("checksum") != report["streamed"].pop("checksum"):
         raise ValueError("the two ways measured different scores")
-    write_json(Path(__file__).with_name("streaming.json"), report)
+    write_json(RESULTS / "streaming.json", report)
     print(json.dumps(report, indent=1))
 
 

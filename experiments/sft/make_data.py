@@ -1,6 +1,6 @@
 """Questions and answers out of the standard library: a function's signature, and the first line of its docstring.
 
-    python docs/results/sft/make_data.py --output runs/docstrings
+    python experiments/sft/make_data.py --output runs/docstrings
 
 writes train.jsonl, validation.jsonl (for choosing a learning rate) and held_out.jsonl, one conversation per line, and
 facts.json. The split is by file. held_out are the files that the model in the box has never seen: those of

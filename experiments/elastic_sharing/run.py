@@ -1,7 +1,7 @@
 """What a live budget costs: memory of a process beyond its parent, and speed beside the same model cut out and loaded alone.
 
-    python docs/results/elastic_sharing/run.py --rounds 5 --threads 2 --tokens 20
-    python docs/results/elastic_sharing/run.py --rounds 2 --threads 2 --prompt 32 --tokens 8 --dtype bfloat16 --output bfloat16.json
+    python experiments/elastic_sharing/run.py --rounds 5 --threads 2 --tokens 20
+    python experiments/elastic_sharing/run.py --rounds 2 --threads 2 --prompt 32 --tokens 8 --dtype bfloat16 --output bfloat16.json
 
 A parent of more than 1 GB with random weights is written to a temporary folder. Memory: a process of its own loads it, runs
 it, and then takes one submodel after the other, all kept alive; what counts is how far the proportional set size (PSS) of
@@ -30,6 +30,8 @@ from nemotron_h_hf.cost import num_parameters, weight_bytes
 from nemotron_h_hf.elastic.budgets import read_elastic
 from nemotron_h_hf.elastic.resolve import resolve
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "elastic_sharing"
+
 PARENT = {
     "vocab_size": 24576, "hidden_size": 1280, "hybrid_override_pattern": "M-M-M-M*-M-M-M-M*-", "intermediate_size": 5120,
     "mamba_num_heads": 40, "mamba_head_dim": 64, "n_groups": 8, "ssm_state_size": 64, "num_attention_heads": 20,
@@ -51,8 +53,11 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--output", default="sharing.json")
     sizes = vars(parser.parse_args())
-    command = "python docs/results/elastic_sharing/run.py " + " ".join(f"--{k} {v}" for k, v in sizes.items())
-    output, dtype = Path(__file__).with_name(sizes.pop("output")), sizes.pop("dtype")
+    command = "python experiments/elastic_sharing/run.py " + " ".join(f"--{k} {v}" for k, v in sizes.items())
+    output, dtype = (
+        RESULTS / sizes.pop("output"),
+        sizes.pop("dtype"),
+    )
     config = NemotronHConfig(**PARENT, elastic={"version": 1, "budgets": BUDGETS}, dtype=dtype)
     report = {
         "command": command,

@@ -1,6 +1,6 @@
 """Products of few rows with a matrix on a CPU, fp32: torch's linear beside the same in parts, one for each thread (linear.py).
 
-    python docs/results/few_rows/measure.py        # few_rows.json beside this file; about a minute
+    python experiments/few_rows/measure.py        # few_rows.json beside this file; about a minute
 
 So many matrices take turns that none is in a cache. Milliseconds, medians of nine rounds.
 """
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from nemotron_h_hf.benchmark.report import machine, versions
 from nemotron_h_hf.model.linear import product_in_parts
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "few_rows"
 
 SIZES = ((4096, 1024), (1024, 4096), (32000, 1024))
 ROWS = (1, 2, 4, 8, 16, 64, 128)
@@ -45,7 +47,7 @@ def main() -> None:
             print(found[-1], flush=True)
     document = {"threads": threads, "machine": {**machine(), "architecture": platform.machine()}, "versions": versions(),
                 "milliseconds": found}  # fmt: skip
-    (Path(__file__).parent / "few_rows.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / "few_rows.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 @torch.no_grad()

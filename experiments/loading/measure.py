@@ -1,6 +1,6 @@
 """How many tokens per second of one core a run's rows come at: from texts, and from token ids made before.
 
-    python docs/results/loading.py
+    python experiments/loading/measure.py
 
 Texts are the standard library's sources, the tokenizer is the small one in the package; rows of 4,096 tokens through a blend
 of one source, as `nemotron-h pretrain` reads them. Writes loading.json. Every process of a run reads all rows (the blend's
@@ -28,6 +28,8 @@ from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.data.stdlib_text import read_documents
 from nemotron_h_hf.whole_files import write_json
 
+RESULTS = Path(__file__).parents[2] / "docs" / "results" / "loading"
+
 NUM_DOCUMENTS, LENGTH, NUM_ROWS = 400, 4096, 300
 
 
@@ -45,10 +47,10 @@ def main() -> None:
             pyarrow.parquet.write_table(pyarrow.table({column: values}), sources[f"{column}, parquet"])
         found = {name: tokens_per_second(path, encode) for name, path in sources.items()}
     report = {
-        "command": "python docs/results/loading.py", "cpu": platform.machine(), "rows": NUM_ROWS, "row_tokens": LENGTH,
+        "command": "python experiments/loading/measure.py", "cpu": platform.machine(), "rows": NUM_ROWS, "row_tokens": LENGTH,
         "tokens_per_cpu_second": found,
     }  # fmt: skip
-    write_json(Path(__file__).with_name("loading.json"), report)
+    write_json(RESULTS / "loading.json", report)
     print(json.dumps(report, indent=1))
 
 
