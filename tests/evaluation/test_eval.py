@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from tiny import native_twin, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from nemotron_h_hf import EMBEDDED_MODEL
@@ -157,6 +160,32 @@ def test_harness_gets_the_models_own_likelihoods(own_tasks, model, tokenizer, tm
     assert model.generation_config.max_new_tokens == 256  # put aside for the harness, whose limit it would beat
     again = harness.evaluate(model, tokenizer, tasks, own_tasks, options, Records(records.path), said.append)
     assert again == [chosen, written] and len(said) == 2
+
+
+@pytest.mark.parametrize("shape", ("dense", "moe"))
+@pytest.mark.parametrize("batch_size", (1, 4))
+def test_harness_gives_ours_what_it_gives_transformers_own_class(shape, batch_size, tokenizer):
+    """Log-likelihoods of continuations of unequal length, and greedy answers from a left-padded batch."""
+    ours = tiny_model(shape, vocab_size=2048, bos_token_id=0, eos_token_id=0, pad_token_id=1)
+    pairs = [
+        ("def f(x):", " return x"),
+        ("import", " os, sys, re\nclass A"),
+        ("a", " b"),
+        ("for i in range(10):\n", "    i"),
+    ]
+    questions = [
+        ("import os\nimport", {"until": [], "max_gen_toks": 6, "do_sample": False}),
+        ("a =", {"until": [], "max_gen_toks": 6}),
+    ]
+    answers = []
+    for model in (ours, native_twin(ours)):
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=256)
+        scores = wrapped.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True)
+        texts = wrapped.generate_until([Instance("generate_until", {}, q, 0) for q in questions], disable_tqdm=True)
+        answers.append(([score for score, _ in scores], [greedy for _, greedy in scores], texts))
+    (mine, my_greedy, my_texts), (theirs, their_greedy, their_texts) = answers
+    assert mine == pytest.approx(theirs, abs=2e-4) and my_greedy == their_greedy and my_texts == their_texts
+    assert min(mine) < -10
 
 
 def test_the_embedded_model_leaves_the_length_to_the_caller(model, tokenizer):
