@@ -1,4 +1,18 @@
-"""Nemotron-H for Hugging Face transformers. Importing the package registers its classes for `model_type: nemotron_h`."""
+"""Nemotron-H for Hugging Face transformers. Importing the package registers its classes for `model_type: nemotron_h`.
+
+cost.py            parameters, checkpoint tensors and bytes of a configuration
+slicing.py         which rows and columns of each tensor a smaller model keeps
+checkpoint.py      sharded safetensors, in and out, one tensor at a time
+resumable.py       a checkpoint folder that an interrupted run continues to write
+whole_files.py     files that are complete or absent
+targets.py         folders that commands write: locked, separate from their sources, resumed
+manifest.py        checksums next to the weights, and the check on loading
+headers.py         what a checkpoint folder holds, from its safetensors headers
+facts.py           the facts of one checkpoint, for `info` and model cards
+hub.py             model card, model code next to the weights, upload
+inputs.py          numbers, devices, YAML files and tokenizers given to a command
+token_counts.py    "380B" and "60%" as numbers of tokens
+"""
 
 from importlib import import_module
 from pathlib import Path

@@ -1,7 +1,7 @@
 """Documents: their Python blocks and marked commands run, and every command, option and file they name exists.
 
-A block that starts with ```bash run is run by `make test`, one with ```bash slow by `make test-slow`, in one shell and an empty folder. The
-other commands need models or data that are not here; their options are looked up in the help of the command.
+A block that opens with ```bash run is run by `make test`, one with ```bash slow by `make test-slow`, in one shell and an
+empty folder. The other commands need models or data that are not here: the help of the command must list their options.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COMMANDS = {name: module for name, module, _ in nemotron_h_cli.COMMANDS}
 # Options of other programs that documents mention.
 FOREIGN = {"--config_file", "--no-deps", "--target", "--help", "--debug"}
 # Files that a run writes or a reader brings, not files of the tree.
-BROUGHT = ("runs/", "text/", "path/to/", "data/", "OUTPUT", "megatron/", "run/", "model/model-")
+BROUGHT = ("runs/", "text/", "path/to/", "OUTPUT", "megatron/", "run/", "test/")
 
 
 def text_of(document: str) -> str:
@@ -113,13 +113,13 @@ def test_options_in_the_text_exist(document):
     assert [option for option in sorted(named) if not re.search(rf"{option}(?![\w-])", known)] == []
 
 
+def test_names_of_files_are_found():
+    assert {"docs/run.md", "CONTRIBUTING.md", "docs/results/bench_cpu.png", "conversion/"} <= set(files_of("README.md"))
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_files_exist(document):
-    found = files_of(document)
-    assert found or document in ("MODEL_CARD.md",) or document.startswith("docs/results/")
-    places = (ROOT, PACKAGE, ROOT / "src", ROOT / "tests", (ROOT / document).parent)
-    missing = [name for name in found if not any(list(place.glob(name.rstrip("/"))) for place in places)]
-    assert missing == []
+    assert [name for name in files_of(document) if not is_there(name, (ROOT / document).parent)] == []
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -176,8 +176,18 @@ def files_of(document: str) -> list[str]:
     text = re.sub(r"https?://\S+|^#.*\n?", "", text_of(document), flags=re.MULTILINE)
     links = re.findall(r"\]\(([^)#:\s]+)\)", text)
     sources = re.findall(r"(?<![\w/*.-])[\w./*-]*\w\.(?:py|md)\b", text)
-    below = re.findall(r"(?<![\w/.-])(?:docs|examples|experiments|tests|src|conversion)/[\w./*-]*[\w*/]", text)
-    return [name for name in {*links, *sources, *below} if not name.startswith(BROUGHT)]
+    below = re.findall(r"(?<![\w/.-])(?:docs|examples|experiments|tests|src|conversion)/[\w./*-]*", text)
+    return [name.rstrip(".") for name in {*links, *sources, *below} if not name.startswith(BROUGHT)]
+
+
+def is_there(name: str, folder: Path) -> bool:
+    """Whether a name is a file, a folder or a stem of files below the root, the package or `folder`; a bare one, anywhere."""
+    name = name.rstrip("/")
+    if any(found for place in (ROOT, PACKAGE, folder) for found in (*place.glob(name), *place.glob(f"{name}.*"))):
+        return True
+    return "/" not in name and any(
+        found for top in ("src", "conversion", "tests") for found in (ROOT / top).rglob(name)
+    )
 
 
 @functools.cache

@@ -1,0 +1,38 @@
+"""The architecture and what runs it. Flat and self-contained: these files travel with a checkpoint for trust_remote_code.
+
+configuration_nemotron_h.py    reads every spelling of the configuration, writes one; presets
+modeling_nemotron_h.py         the stack of blocks and the heads
+blocks.py                      one layer: norm, mixer, residual; attention and MLP
+mamba2.py                      the Mamba-2 mixer
+moe.py                         router, routed, shared and latent experts
+rows.py                        padding and packed documents of a batch
+cache.py                       HybridCache: keys and values, convolution and SSM states, roll-back
+generation.py                  what generate() needs: caches, masks, prompts
+arguments.py                   what callers may pass to a forward
+loss.py                        next-token loss in chunks
+
+ssd.py                         Mamba-2's ops in plain PyTorch, the reference for all others
+kernels.py                     chooses the implementation of each op, per call
+convolution.py                 the convolution of a Mamba layer
+linear.py                      the product of a Linear, fast for few rows on a CPU
+plain.py                       when a layer may be computed without calling its module
+forks.py                       child processes forked after computing
+numba_compile.py               compiling with Numba
+numba_decode.py                one token of a Mamba layer in one compiled call, on a CPU
+int8.py                        products with torchao's int8 weights, on a CPU
+triton_conv.py                 Triton: the convolution
+triton_scan.py                 Triton: the scan, its maths and launches
+triton_scan_kernels.py         Triton: the kernels of the scan
+triton_norm.py                 Triton: the gated norm
+triton_decode.py               Triton: one token of a Mamba layer
+triton_attention.py            Triton: attention of one new token over a cache
+triton_relu2.py                Triton: the squared ReLU
+triton_launch.py               Triton: what every launch needs
+decode_graph.py                one token per row, replayed from a CUDA graph
+
+loading.py                     checks before loading, names of stored tensors
+reading.py                     JSON files and safetensors headers, with errors that name the file
+stored.py                      where each tensor lies in safetensors files
+saving.py                      saves all or nothing: staged inside the target, then renamed
+peft_support.py                LoRA on out_proj
+"""

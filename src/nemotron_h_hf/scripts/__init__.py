@@ -1,1 +1,8 @@
-"""One module per `nemotron-h` command, each with `main(argv)`; no script imports another."""
+"""One module per `nemotron-h` command, each with `main(argv)`; no script imports another.
+
+demo.py  generate.py  info.py  push.py  bench.py  eval.py
+convert.py
+elasticize.py  slice.py  elastic_train.py
+blend.py  pretrain.py  sft.py  distill.py  train_tiny.py
+merge.py  export.py  plot.py
+"""

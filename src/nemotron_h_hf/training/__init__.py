@@ -1,1 +1,25 @@
-"""Training and measuring: loops, optimizers and evaluations that are handed a model."""
+"""Training: transformers' Trainer with our data, losses and optimizers. It is handed a model.
+
+arguments.py         flags and YAML
+data_arguments.py    the flags of the data
+starting_point.py    the model and tokenizer that the flags name
+trainer.py           NemotronHTrainer: schedule by tokens, exact resume, safe checkpoints
+checkpoints.py       which checkpoint folders are whole
+monitor.py           progress bar and metrics.jsonl
+fine_tuning.py       held-out loss and upload around a run
+finished.py          the trained weights or adapters as a folder
+one_copy.py          one copy of the weights in host memory under FSDP2
+optimizer.py         AdamW, or Muon for the matrices inside the layers
+muon.py              Muon
+schedule.py          warm-up, stable, decay, over tokens
+z_loss.py            next-token loss with a z-loss
+losses.py            distillation loss in chunks
+distillation.py      the trainer that learns from a teacher
+teacher_cache.py     a teacher's largest logits on disk
+fp8.py               the paper's FP8 recipe
+adapters.py          LoRA and QLoRA
+byte_bpe.py          a tokenizer trained on our own text
+pretrain_loop.py     the loop of train-tiny
+bits_per_byte.py     how well a model compresses held-out text
+parsing_share.py     how many sampled functions parse
+"""
