@@ -18,12 +18,29 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForSequenceClassification,
+    AutoProcessor,
+)
 
 from .elastic.attach import attach
 from .model.cache import HybridCache
 from .model.configuration_nemotron_h import NemotronHConfig
+from .model.configuration_nemotron_h_vl import NemotronHVLConfig
+from .model.image_processing_nemotron_h_vl import NemotronHVLImageProcessor
 from .model.modeling_nemotron_h import NemotronHForCausalLM, NemotronHForSequenceClassification, NemotronHModel
+from .model.modeling_nemotron_h_vl import (
+    NemotronH_Nano_Omni_Reasoning_V3,
+    NemotronH_Nano_VL_V2,
+    NemotronHVLForConditionalGeneration,
+    NemotronHVLModel,
+)
+from .model.processing_nemotron_h_vl import NemotronHVLProcessor
 
 __version__ = "0.1.0"
 
@@ -35,6 +52,17 @@ AutoConfig.register("nemotron_h", NemotronHConfig, exist_ok=True)
 AutoModel.register(NemotronHConfig, NemotronHModel, exist_ok=True)
 AutoModelForCausalLM.register(NemotronHConfig, NemotronHForCausalLM, exist_ok=True)
 AutoModelForSequenceClassification.register(NemotronHConfig, NemotronHForSequenceClassification, exist_ok=True)
+
+AutoModel.register(NemotronHVLConfig, NemotronHVLModel, exist_ok=True)
+for model_class in (NemotronHVLForConditionalGeneration, NemotronH_Nano_VL_V2, NemotronH_Nano_Omni_Reasoning_V3):
+    config_class = model_class.config_class
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModelForImageTextToText.register(config_class, model_class, exist_ok=True)
+    AutoImageProcessor.register(config_class, NemotronHVLImageProcessor, exist_ok=True)
+    AutoProcessor.register(config_class, NemotronHVLProcessor, exist_ok=True)
+    if model_class is not NemotronHVLForConditionalGeneration:  # the released config.json maps these to it as well
+        AutoModel.register(config_class, model_class, exist_ok=True)
+        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
 
 # Public names that are imported when they are first asked for -> the module that has them.
 LATER = {
@@ -58,4 +86,9 @@ __all__ = [
     "NemotronHForCausalLM",
     "NemotronHForSequenceClassification",
     "NemotronHModel",
+    "NemotronHVLConfig",
+    "NemotronHVLForConditionalGeneration",
+    "NemotronHVLImageProcessor",
+    "NemotronHVLModel",
+    "NemotronHVLProcessor",
 ]

@@ -29,8 +29,8 @@ NOT_CAPTURED = ("output_hidden_states", "output_attentions", "output_router_logi
 def can_replay(model: nn.Module) -> bool:
     """Whether steps of this model can be captured: everything on one GPU, our kernels for all that Triton does, no experts
     (how many tokens each gets is known on the device alone), and no hook that would miss the replays."""
-    config = model.config
-    if not attends_in_triton(model.model.embeddings.weight, config.head_dim, config.mamba_implementation):
+    config = model.config.get_text_config()
+    if not attends_in_triton(model.get_input_embeddings().weight, config.head_dim, config.mamba_implementation):
         return False
     if "moe" in config.layers_block_type or config._attn_implementation != "sdpa" or model.training:
         return False

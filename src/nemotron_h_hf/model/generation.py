@@ -55,7 +55,7 @@ class NemotronHGenerationMixin(GenerationMixin):
         kind = generation_config.cache_implementation
         given = model_kwargs.get(CACHE_NAME)
         if given is not None:
-            given = model_kwargs[CACHE_NAME] = adopt_cache(given, self.config)
+            given = model_kwargs[CACHE_NAME] = adopt_cache(given, self.config.get_text_config())
             if generation_mode == GenerationMode.ASSISTED_GENERATION and int(sequence_length(given)):
                 # transformers would feed the whole prompt, cached tokens included
                 raise ValueError(f"{CACHE_NAME} is not empty: allowed in assisted generation is a new cache, or none")
@@ -70,7 +70,7 @@ class NemotronHGenerationMixin(GenerationMixin):
             else:
                 length = max_cache_length if kind in ("static", "offloaded_static") else None
                 length = length and self._static_length(length, generation_config)
-                cache = HybridCache(self.config, length, offloading=kind in ("offloaded", "offloaded_static"))
+                cache = HybridCache(self.config.get_text_config(), length, offloading=kind in ("offloaded", "offloaded_static"))
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             model_kwargs[CACHE_NAME] = cache
@@ -125,7 +125,7 @@ class NemotronHGenerationMixin(GenerationMixin):
             kept.reset()
         else:
             del kept  # before the new one takes memory
-            kept = HybridCache(self.config, length)
+            kept = HybridCache(self.config.get_text_config(), length)
         self._static_cache, self._static_cache_use = kept, use
         return kept
 
@@ -161,6 +161,7 @@ class NemotronHGenerationMixin(GenerationMixin):
         **_: object,
     ) -> dict[str, Tensor | None]:
         """Both masks of a forward, made outside a compiled step; padding only where there is some."""
+        config = config.get_text_config()  # of a vision-language model, the language model's
         length = inputs_embeds.shape[1]
         attends = "full_attention" in config.layers_block_type
         padded = length > 1 and find_padding(attention_mask, length) is not None  # generate() adds real tokens only

@@ -75,13 +75,17 @@ def register_names() -> None:
     singular = [
         OldName(f"{at}embedding.weight", f"{to}embeddings.weight") for at, to in (("backbone.", "backbone."), ("^", ""))
     ]
-    experts = [
+    register_checkpoint_conversion_mapping(
+        "nemotron_h", [*singular, WeightRenaming("backbone.", "model."), *expert_rules()], overwrite=True
+    )
+
+
+def expert_rules() -> list[WeightConverter]:
+    """One matrix per expert on disk, one tensor of all of them in the model."""
+    return [
         WeightConverter(f"mixer.experts.*.{name}.weight", f"mixer.experts.{name}", [MergeModulelist(dim=0)])
         for name in ("up_proj", "down_proj")
     ]
-    register_checkpoint_conversion_mapping(
-        "nemotron_h", [*singular, WeightRenaming("backbone.", "model."), *experts], overwrite=True
-    )
 
 
 def released_name(name: str) -> str:

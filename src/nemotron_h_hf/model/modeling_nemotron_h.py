@@ -144,7 +144,7 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         """As transformers', all or nothing: a reader sees the old files or the new ones, whatever happens (saving.py)."""
         if push_to_hub:
             kwargs.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
-        warn_of_other_readers(self.config)
+        warn_of_other_readers(self.config.get_text_config())
         write = super().save_pretrained
         save_whole(save_directory, lambda folder: write(folder, push_to_hub=push_to_hub, **kwargs))
 
@@ -160,17 +160,18 @@ class NemotronHPreTrainedModel(PreTrainedModel):
     def set_mamba_implementation(self, implementation: str) -> None:
         """Choose who computes the Mamba ops: "auto", "torch", "kernels" or "triton" (ImportError if they are not installed)."""
         check_implementation(implementation)
-        self.config.mamba_implementation = implementation
+        self.config.get_text_config().mamba_implementation = implementation
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         # `init` leaves alone every tensor that came from a checkpoint.
         super()._init_weights(module)
-        init_experts(module, self.config.initializer_range)
+        config = self.config.get_text_config()
+        init_experts(module, config.initializer_range)
         if isinstance(module, NemotronHMamba2Mixer):
             module.init_state_parameters()
-            if self.config.rescale_prenorm_residual:  # the residual stream sums one output per layer (GPT-2)
-                bound = 1 / math.sqrt(module.out_proj.in_features * self.config.num_hidden_layers)
+            if config.rescale_prenorm_residual:  # the residual stream sums one output per layer (GPT-2)
+                bound = 1 / math.sqrt(module.out_proj.in_features * config.num_hidden_layers)
                 init.uniform_(module.out_proj.weight, -bound, bound)
 
 
@@ -441,6 +442,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
             shift_labels (in kwargs): (b, l) labels already shifted (sequence parallelism). Trainer would expect every
                 argument whose name has "label" in each batch that it evaluates.
         """
+        config = self.config.get_text_config()
         shift_labels = kwargs.pop("shift_labels", None)
         outputs: MoeModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -464,15 +466,15 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
         elif has_labels:
             every = logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0
             given, head = (logits, nn.Identity()) if every else (hidden_states, self.lm_head)
-            loss = next_token_loss(given, head, self.config.vocab_size, labels, num_items_in_batch, shift_labels)
+            loss = next_token_loss(given, head, config.vocab_size, labels, num_items_in_batch, shift_labels)
         if outputs.router_logits:
             padded = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
             real = attention_mask[:, -hidden_states.shape[1] :].flatten().bool() if padded else None
-            aux_loss = load_balancing_loss(outputs.router_logits, self.config.num_experts_per_tok, real)
+            aux_loss = load_balancing_loss(outputs.router_logits, config.num_experts_per_tok, real)
             if has_loss:
                 share = share_of_items(num_items_in_batch, labels, shift_labels)
                 share = share.to(aux_loss.device) if isinstance(share, Tensor) else share
-                loss = loss + (self.config.router_aux_loss_coef * share * aux_loss).to(loss.device)
+                loss = loss + (config.router_aux_loss_coef * share * aux_loss).to(loss.device)
         return MoeCausalLMOutputWithPast(
             loss=loss,
             aux_loss=aux_loss,
