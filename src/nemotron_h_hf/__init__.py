@@ -32,7 +32,7 @@ from .elastic.attach import attach
 from .model.cache import HybridCache
 from .model.configuration_nemotron_h import NemotronHConfig
 from .model.configuration_nemotron_h_vl import NemotronHVLConfig
-from .model.image_processing_nemotron_h_vl import NemotronHVLImageProcessor
+from .model.image_processing_nemotron_h_vl import NemotronHVLImageProcessor, NemotronNanoVLV2ImageProcessor
 from .model.modeling_nemotron_h import NemotronHForCausalLM, NemotronHForSequenceClassification, NemotronHModel
 from .model.modeling_nemotron_h_vl import (
     NemotronH_Nano_Omni_Reasoning_V3,
@@ -40,7 +40,11 @@ from .model.modeling_nemotron_h_vl import (
     NemotronHVLForConditionalGeneration,
     NemotronHVLModel,
 )
-from .model.processing_nemotron_h_vl import NemotronHVLProcessor
+from .model.processing_nemotron_h_vl import (
+    NemotronH_Nano_Omni_Reasoning_V3Processor,
+    NemotronHVLProcessor,
+    NemotronNanoVLV2Processor,
+)
 
 __version__ = "0.1.0"
 
@@ -54,12 +58,16 @@ AutoModelForCausalLM.register(NemotronHConfig, NemotronHForCausalLM, exist_ok=Tr
 AutoModelForSequenceClassification.register(NemotronHConfig, NemotronHForSequenceClassification, exist_ok=True)
 
 AutoModel.register(NemotronHVLConfig, NemotronHVLModel, exist_ok=True)
-for model_class in (NemotronHVLForConditionalGeneration, NemotronH_Nano_VL_V2, NemotronH_Nano_Omni_Reasoning_V3):
+for model_class, image_processor, processor in (
+    (NemotronHVLForConditionalGeneration, NemotronHVLImageProcessor, NemotronHVLProcessor),
+    (NemotronH_Nano_VL_V2, NemotronNanoVLV2ImageProcessor, NemotronNanoVLV2Processor),
+    (NemotronH_Nano_Omni_Reasoning_V3, NemotronNanoVLV2ImageProcessor, NemotronH_Nano_Omni_Reasoning_V3Processor),
+):
     config_class = model_class.config_class
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModelForImageTextToText.register(config_class, model_class, exist_ok=True)
-    AutoImageProcessor.register(config_class, NemotronHVLImageProcessor, exist_ok=True)
-    AutoProcessor.register(config_class, NemotronHVLProcessor, exist_ok=True)
+    AutoImageProcessor.register(config_class, slow_image_processor_class=image_processor, exist_ok=True)
+    AutoProcessor.register(config_class, processor, exist_ok=True)
     if model_class is not NemotronHVLForConditionalGeneration:  # the released config.json maps these to it as well
         AutoModel.register(config_class, model_class, exist_ok=True)
         AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
@@ -86,6 +94,8 @@ __all__ = [
     "NemotronHForCausalLM",
     "NemotronHForSequenceClassification",
     "NemotronHModel",
+    "NemotronH_Nano_Omni_Reasoning_V3",
+    "NemotronH_Nano_VL_V2",
     "NemotronHVLConfig",
     "NemotronHVLForConditionalGeneration",
     "NemotronHVLImageProcessor",

@@ -18,6 +18,7 @@ from huggingface_hub import CommitOperationAdd, HfApi
 from .facts import LAYER_NAMES, Facts, describe, human_bytes, human_count, load_target
 from .manifest import NAME as MANIFEST_NAME
 from .model.configuration_nemotron_h import with_plain_limit
+from .model.configuration_nemotron_h_vl import NemotronHNanoVLConfig, NemotronHOmniConfig, NemotronHVLConfig
 from .model.reading import read_index, read_json
 from .resumable import TOKENIZER_FILES, with_plain_tokenizer_class
 from .whole_files import whole_file
@@ -34,6 +35,21 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_nemotron_h.NemotronHForSequenceClassification",
 }
 """What config.json says so that `trust_remote_code=True` finds the classes in the files beside the weights."""
+VISION_AUTO_MAPS = {
+    config_class.model_type: {
+        "AutoConfig": f"configuration_nemotron_h_vl.{config_class.__name__}",
+        "AutoModel": f"modeling_nemotron_h_vl.{base}",
+        "AutoModelForImageTextToText": f"modeling_nemotron_h_vl.{whole}",
+        "AutoImageProcessor": "image_processing_nemotron_h_vl.NemotronHVLImageProcessor",
+        "AutoProcessor": "processing_nemotron_h_vl.NemotronHVLProcessor",
+    }
+    for config_class, base, whole in (
+        (NemotronHVLConfig, "NemotronHVLModel", "NemotronHVLForConditionalGeneration"),
+        (NemotronHNanoVLConfig, "NemotronH_Nano_VL_V2", "NemotronH_Nano_VL_V2"),
+        (NemotronHOmniConfig, "NemotronH_Nano_Omni_Reasoning_V3", "NemotronH_Nano_Omni_Reasoning_V3"),
+    )
+}
+"""The same for a vision-language model, by its `model_type`."""
 BELONGS = (
     "config.json", "generation_config.json", "model.safetensors", "model.safetensors.index.json", MANIFEST_NAME,
     "adapter_config.json", "adapter_model.safetensors", "preprocessor_config.json", "processor_config.json",
@@ -51,23 +67,30 @@ def attach_code(folder: str | os.PathLike) -> list[str]:
     A file of the same name with other content is a `ValueError`: nothing of the user's is replaced.
     """
     folder = Path(folder)
-    files = {name: content for name, content in code_files().items() if _is_new(folder / name, content)}
-    config = with_auto_map(_read_text(folder / "config.json"))
+    text = _read_text(folder / "config.json")
+    files = {name: content for name, content in code_files(_sees(text)).items() if _is_new(folder / name, content)}
+    config = with_auto_map(text)
     for name, content in files.items():
         _write_atomically(folder / name, content)
     _write_atomically(folder / "config.json", config)
     return sorted(files)
 
 
-def code_files() -> dict[str, bytes]:
-    """The files of the flat `model/` folder by name, as they travel beside the weights."""
-    return {path.name: path.read_bytes() for path in sorted((PACKAGE / "model").glob("[a-z]*.py"))}
+def code_files(vision: bool = False) -> dict[str, bytes]:
+    """The files of the flat `model/` folder by name, as they travel beside the weights; those of vision with such a model."""
+    paths = sorted((PACKAGE / "model").glob("[a-z]*.py"))
+    return {path.name: path.read_bytes() for path in paths if vision or not path.stem.endswith("_vl")}
 
 
 def with_auto_map(config_text: str) -> bytes:
     """`config.json` with our classes in its `auto_map`; other entries of the map are kept."""
-    config = with_plain_limit(json.loads(config_text))
-    config["auto_map"] = {**config.get("auto_map", {}), **AUTO_MAP}
+    config = json.loads(config_text)
+    sees = _sees(config_text)
+    config = config if sees else with_plain_limit(config)
+    config["auto_map"] = {
+        **config.get("auto_map", {}),
+        **(VISION_AUTO_MAPS[config["model_type"]] if sees else AUTO_MAP),
+    }
     return (json.dumps(config, indent=2) + "\n").encode()
 
 
@@ -129,8 +152,11 @@ def plan_upload(
     if "tokenizer_config.json" in plan:
         plan["tokenizer_config.json"] = with_plain_tokenizer_class(_text_of(plan["tokenizer_config.json"]))
     if with_code:
-        plan["config.json"] = with_auto_map(_text_of(plan["config.json"]))
-        plan.update({name: content for name, content in code_files().items() if _is_new(folder / name, content)})
+        text = _text_of(plan["config.json"])
+        plan["config.json"] = with_auto_map(text)
+        plan.update(
+            {name: content for name, content in code_files(_sees(text)).items() if _is_new(folder / name, content)}
+        )
     return plan
 
 
@@ -222,7 +248,13 @@ def _code_named_in(config: Path) -> set[str]:
         for name in (value if isinstance(value, list) else [value])
     ]
     files = {name.split(".")[0] + ".py" for name in classes if isinstance(name, str) and "--" not in name}
-    return files | set(code_files()) if files & set(code_files()) else files
+    ours = set(code_files(vision=any(name.endswith("_vl.py") for name in files)))
+    return files | ours if files & ours else files
+
+
+def _sees(config_text: str) -> bool:
+    """Whether it is the config.json of a vision-language model."""
+    return json.loads(config_text).get("model_type") in VISION_AUTO_MAPS
 
 
 def upload(plan: dict[str, Path | bytes], repo_id: str, private: bool = False) -> str:

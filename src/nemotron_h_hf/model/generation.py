@@ -70,7 +70,9 @@ class NemotronHGenerationMixin(GenerationMixin):
             else:
                 length = max_cache_length if kind in ("static", "offloaded_static") else None
                 length = length and self._static_length(length, generation_config)
-                cache = HybridCache(self.config.get_text_config(), length, offloading=kind in ("offloaded", "offloaded_static"))
+                cache = HybridCache(
+                    self.config.get_text_config(), length, offloading=kind in ("offloaded", "offloaded_static")
+                )
             if generation_config.is_assistant:
                 cache.activate_past_recording()
             model_kwargs[CACHE_NAME] = cache

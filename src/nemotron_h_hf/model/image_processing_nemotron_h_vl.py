@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.processing_utils import ImagesKwargs
 
-from .image_reading import read_image
+from .image_reading_vl import read_image
 
 TILE_RULES = ("closest", "area_weighted")
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -82,7 +82,7 @@ class NemotronHVLImageProcessor(BaseImageProcessor):
         return {name: value for name, value in super().to_dict().items() if name != "fetch_urls"}
 
     def fetch_images(self, images: Any, fetch_urls: bool | None = None) -> Any:
-        """The pictures read (image_reading.py), in lists as they were given."""
+        """The pictures read (image_reading_vl.py), in lists as they were given."""
         allowed = self.fetch_urls if fetch_urls is None else fetch_urls
         if isinstance(images, (list, tuple)):
             return [self.fetch_images(image, allowed) for image in images]
@@ -123,7 +123,9 @@ class NemotronHVLImageProcessor(BaseImageProcessor):
     def num_tokens(self, num_patches: int) -> int:
         """Embeddings of one tile, or of that many patches with dynamic resolution."""
         merge = round(1 / self.downsample_ratio)
-        return num_patches // merge**2 if self.dynamic_resolution else (self.image_size // self.patch_size // merge) ** 2
+        return (
+            num_patches // merge**2 if self.dynamic_resolution else (self.image_size // self.patch_size // merge) ** 2
+        )
 
     def _grid(self, height: int, width: int, num_images: int, settings: dict) -> tuple[int, int]:
         merge = round(1 / settings["downsample_ratio"])
@@ -142,6 +144,10 @@ class NemotronHVLImageProcessor(BaseImageProcessor):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name}={value!r}: allowed is a positive integer")
         return settings
+
+
+class NemotronNanoVLV2ImageProcessor(NemotronHVLImageProcessor):
+    """The same under the name that released files have."""
 
 
 def closest_grid(width: int, height: int, max_tiles: int, image_size: int) -> tuple[int, int]:
@@ -170,7 +176,9 @@ def area_weighted_grid(width: int, height: int, max_tiles: int, image_size: int)
 
 def _grids(max_tiles: int) -> list[tuple[int, int]]:
     """All (columns, rows) of at most `max_tiles`, by area, then as sets of Python give them: the reference's order."""
-    grids = {(i, j) for n in range(1, max_tiles + 1) for i in range(1, n + 1) for j in range(1, n + 1) if i * j <= max_tiles}
+    grids = {
+        (i, j) for n in range(1, max_tiles + 1) for i in range(1, n + 1) for j in range(1, n + 1) if i * j <= max_tiles
+    }
     return sorted(grids, key=lambda grid: grid[0] * grid[1])
 
 
@@ -238,7 +246,9 @@ def _tensor(picture: Any) -> Tensor:
 
 
 def _normalise(pixels: Tensor, settings: dict) -> Tensor:
-    mean, std = (torch.tensor(settings[name], device=pixels.device).view(3, 1, 1) for name in ("image_mean", "image_std"))
+    mean, std = (
+        torch.tensor(settings[name], device=pixels.device).view(3, 1, 1) for name in ("image_mean", "image_std")
+    )
     return (pixels.float() / 255 - mean) / std
 
 
@@ -255,4 +265,4 @@ def _flatten(images: Any) -> Iterable[Any]:
         yield images
 
 
-__all__ = ["NemotronHVLImageProcessor"]
+__all__ = ["NemotronHVLImageProcessor", "NemotronNanoVLV2ImageProcessor"]

@@ -35,6 +35,9 @@ COMPUTED_WIDE = r"\.(A_log|D|dt_bias|gate\.weight|e_score_correction_bias|\w*nor
 # Arguments of `from_pretrained` that say where the files are.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
+NO_WEIGHTS = ("summary_idxs",)
+"""Last names of integers that lie among the weights: RADIO's choice of class tokens."""
+
 EXPERT = re.compile(r"(.*\.mixer\.experts)\.(0|[1-9]\d*)\.(up_proj|down_proj)\.weight")
 EXPERT_EXAMPLE = "backbone.layers.1.mixer.experts.0.up_proj.weight"
 LIKE_AN_EXPERT = re.compile(
@@ -195,7 +198,7 @@ def check_files(files: Iterable[str], quantised: bool = False) -> None:
                 if match is None:
                     raise ValueError(f"{file} has {name}: allowed for an expert is a name such as {EXPERT_EXAMPLE}")
                 experts.setdefault(f"{match[1]}.*.{match[3]}", set()).add(int(match[2]))
-            if not quantised:
+            if not quantised and name.rpartition(".")[2] not in NO_WEIGHTS:
                 _check_code(file, name, entry["dtype"], half)
             kind = re.sub(r"experts\.\d+\.", "experts.*.", name)
             if kind != name and entry["shape"] != first.setdefault(kind, (name, entry["shape"]))[1]:
@@ -236,7 +239,10 @@ def stored_dtypes(codes: Mapping[str, str], dtype: torch.dtype) -> dict[str, tor
     float64 model all is float64, and float64 vectors of another model become fp32. Layers that agree share one expression:
     transformers tries them all on every name.
     """
-    stored = {name: DTYPES[code] for name, code in codes.items() if code in DTYPES}
+    text = {
+        name: code for name, code in codes.items() if not name.startswith(("vision_", "mlp1."))
+    }  # the rest is `dtype`
+    stored = {name: DTYPES[code] for name, code in text.items() if code in DTYPES}
     products = {found for name, found in stored.items() if not re.search(COMPUTED_WIDE, name)}
     working = products.pop() if len(products) == 1 else dtype
     if products:
@@ -247,7 +253,7 @@ def stored_dtypes(codes: Mapping[str, str], dtype: torch.dtype) -> dict[str, tor
         is_wide = re.search(COMPUTED_WIDE, name) and working != torch.float64
         wanted = (torch.float32 if found == torch.float64 else found) if is_wide else working
         name = re.sub(r"experts\.\d+\.(up_proj|down_proj)\.weight$", r"experts.\1", name)
-        name = re.sub(r"^backbone\.", "", released_name(name))
+        name = re.sub(r"^backbone\.", "", released_name(name.removeprefix("language_model.")))
         place = re.sub(r"^((?:mtp\.)?layers)\.\d+\.", r"\1.N.", name)
         by_place.setdefault(place, {})[name] = wanted
     plan = {}
@@ -257,7 +263,7 @@ def stored_dtypes(codes: Mapping[str, str], dtype: torch.dtype) -> dict[str, tor
         for name, wanted in names.items():
             if wanted != dtype:
                 pattern = re.escape(name).replace(r"layers\.N\.", r"layers\.\d+\.")
-                plan[rf"^(?:model\.)?{pattern}$"] = wanted
+                plan[rf"^(?:model\.)?(?:language_model\.)?{pattern}$"] = wanted
     return plan
 
 

@@ -6,7 +6,6 @@ Megatron's), the projector and the joining. The text holds `image_token_id` once
     b batch, l length, t tiles, r rows and c columns of patches, v width of the tower, n embeddings of all images
 """
 
-import math
 import re
 from collections.abc import Mapping
 
@@ -21,7 +20,7 @@ from transformers.utils import logging
 from .blocks import NemotronHMTP, NemotronHRMSNorm
 from .configuration_nemotron_h_vl import NemotronHNanoVLConfig, NemotronHOmniConfig, NemotronHVLConfig
 from .modeling_nemotron_h import NemotronHForCausalLM, NemotronHModel, NemotronHPreTrainedModel
-from .vl_names import audio_names, module_names_vl, register_names_vl
+from .names_vl import audio_names, module_names_vl, register_names_vl
 
 logger = logging.get_logger(__name__)
 
@@ -66,16 +65,20 @@ class NemotronHVLPreTrainedModel(NemotronHPreTrainedModel):
         """As `NemotronHPreTrainedModel.from_pretrained`; audio weights of omni are left out, with one warning."""
         with_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        model._leave_out_audio(info)
+        if getattr(model, "hf_quantizer", None) is None:
+            model._weight_conversions = None  # transformers would rename on saving what it renamed on loading alone
         return (model, info) if with_info else model
 
-    def _leave_out_audio(self, info: dict) -> None:
-        if left_out := audio_names(info["unexpected_keys"]):
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+        files = [file for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
+        if left_out := audio_names(files):
             logger.warning(
                 f"{len(left_out)} audio tensors are not loaded and not saved again: {left_out[0]} ... {left_out[-1]}; "
                 "transformers' own nemotron_h_omni reads them"
             )
-            self.config.audio_config = None
+            model.config.audio_config = None
+        return NemotronHPreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
         """As torch's, also in the names that `save_pretrained` writes: so transformers' Trainer resumes."""
@@ -131,7 +134,9 @@ class NemotronHVLModel(NemotronHVLPreTrainedModel):
     def _patches_of_tiles(self, pixel_values: Tensor) -> list[Tensor]:
         """Tiles as one grid (t, r, c, v); tokens that come before the patches (class, registers) are dropped."""
         if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(f"pixel_values has shape {tuple(pixel_values.shape)}: allowed is (tiles, 3, height, width)")
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}: allowed is (tiles, 3, height, width)"
+            )
         rows, columns = (side // self.config.patch_side for side in pixel_values.shape[-2:])
         hidden = self.vision_tower(pixel_values).last_hidden_state[:, -rows * columns :]
         return [self._final_norm(hidden).reshape(len(hidden), rows, columns, -1)]
@@ -328,6 +333,7 @@ def mask_image_labels(labels: Tensor, input_ids: Tensor, image_token_id: int) ->
     return labels.masked_fill((images | before).to(labels.device), -100)
 
 
+# transformers asks whether the words `@use_experts_implementation` stand in this file; the decorated class is in moe.py.
 register_names_vl()
 
 __all__ = [

@@ -91,7 +91,9 @@ class NemotronHVLProcessor(ProcessorMixin):
         wanted = sum(sample.count(self.image_token) for sample in text or [] if isinstance(sample, str))
         given = _count(images)
         if text is not None and wanted != given:
-            raise ValueError(f"the text has {wanted} {self.image_token}, {given} pictures are given: allowed is the same number")
+            raise ValueError(
+                f"the text has {wanted} {self.image_token}, {given} pictures are given: allowed is the same number"
+            )
         super().validate_inputs(images=images, text=text, **kwargs)
 
     @property
@@ -104,7 +106,9 @@ class NemotronHVLProcessor(ProcessorMixin):
         """Of tokenizer and image processor."""
         return [*self.tokenizer.model_input_names, *self.image_processor.model_input_names]
 
-    def _get_num_multimodal_tokens(self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any) -> MultiModalData:
+    def _get_num_multimodal_tokens(
+        self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any
+    ) -> MultiModalData:
         """Tokens and tiles of pictures of these (height, width), which are not made: vLLM plans its memory by them."""
         if image_sizes is None:
             return MultiModalData()
@@ -123,10 +127,22 @@ class NemotronHVLProcessor(ProcessorMixin):
             )
 
 
+class NemotronNanoVLV2Processor(NemotronHVLProcessor):
+    """The same under the name that Nano VL's released files have."""
+
+
+class NemotronH_Nano_Omni_Reasoning_V3Processor(NemotronHVLProcessor):
+    """The same under the name that Nano Omni's released files have; pictures keep their resolution."""
+
+    def __init__(self, image_processor: Any = None, *args: Any, **kwargs: Any) -> None:
+        image_processor.dynamic_resolution = True
+        super().__init__(image_processor, *args, **kwargs)
+
+
 def _count(images: Any) -> int:
     if images is None:
         return 0
     return sum(map(_count, images)) if isinstance(images, (list, tuple)) else 1
 
 
-__all__ = ["NemotronHVLProcessor"]
+__all__ = ["NemotronH_Nano_Omni_Reasoning_V3Processor", "NemotronHVLProcessor", "NemotronNanoVLV2Processor"]

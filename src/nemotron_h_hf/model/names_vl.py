@@ -19,6 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping, regist
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, WeightTransform
 
 from .loading import OldName, expert_rules
+from .reading import read_header
 
 MODEL_TYPES = ("nemotron_h_vl", "NemotronH_Nano_VL_V2", "NemotronH_Nano_Omni_Reasoning_V3")
 FIRST_PARTS = ("vision_model.", "mlp1.", "language_model.")
@@ -64,7 +65,10 @@ def rules() -> list[WeightTransform]:
     tower, layers = "model.vision_tower.", r"model\.vision_tower\.encoder\.layers\.(\d+)\."
     return [
         *(WeightRenaming("^" + re.escape(stored), name) for stored, name in NAMES.items()),
-        *(WeightRenaming(f"{tower}embeddings.{stored}", f"{tower}embeddings.{name}") for stored, name in INTERNVIT.items()),
+        *(
+            WeightRenaming(f"{tower}embeddings.{stored}", f"{tower}embeddings.{name}")
+            for stored, name in INTERNVIT.items()
+        ),
         *(
             WeightRenaming(layers + re.escape(stored), rf"{tower}encoder.layer.\1.{name}")
             for stored, name in INTERNVIT_LAYER.items()
@@ -105,9 +109,9 @@ def module_names_vl(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Mappi
     return found
 
 
-def audio_names(names: Iterable[str]) -> list[str]:
-    """Those of omni's audio part, sorted."""
-    return sorted(name for name in names if AUDIO.match(name))
+def audio_names(files: Iterable[str]) -> list[str]:
+    """The tensors of omni's audio part in safetensors files, sorted."""
+    return sorted(name for file in files for name in read_header(file) if AUDIO.match(name))
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

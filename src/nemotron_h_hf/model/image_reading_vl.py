@@ -7,6 +7,7 @@ taken (with a warning). Nothing is fetched from the network unless `fetch_urls` 
 import base64
 import io
 import os
+import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def read_image(source: Any, name: str = "image", fetch_urls: bool = False) -> "I
     if isinstance(source, Tensor):
         return _rgb_tensor(source, name)
     if isinstance(source, np.ndarray):
-        return _rgb_tensor(torch.from_numpy(np.ascontiguousarray(_native(source))), name)
+        return _rgb_tensor(torch.from_numpy(_native(source).copy()), name)
     if isinstance(source, Mapping):
         source = source.get("bytes") or source.get("path")
     if isinstance(source, Image.Image):
@@ -62,9 +63,8 @@ def _file(source: Any, name: str, fetch_urls: bool) -> "io.BytesIO | str":
     if source.startswith(("http://", "https://")):
         if not fetch_urls:
             raise ValueError(f"{name}={source!r} is on the network: allowed with fetch_urls=True")
-        import httpx
-
-        return io.BytesIO(httpx.get(source, follow_redirects=True, timeout=60).raise_for_status().content)
+        with urllib.request.urlopen(source, timeout=60) as answer:
+            return io.BytesIO(answer.read())
     if source.startswith("data:image/"):
         return io.BytesIO(base64.b64decode(source.split(",", 1)[-1]))
     if os.path.isfile(source):
