@@ -35,13 +35,17 @@ AUTO_MAP = {
     "AutoModelForSequenceClassification": "modeling_nemotron_h.NemotronHForSequenceClassification",
 }
 """What config.json says so that `trust_remote_code=True` finds the classes in the files beside the weights."""
+PROCESSOR_AUTO_MAP = {
+    "AutoImageProcessor": "image_processing_nemotron_h_vl.NemotronHVLImageProcessor",
+    "AutoProcessor": "processing_nemotron_h_vl.NemotronHVLProcessor",
+}
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 VISION_AUTO_MAPS = {
     config_class.model_type: {
         "AutoConfig": f"configuration_nemotron_h_vl.{config_class.__name__}",
         "AutoModel": f"modeling_nemotron_h_vl.{base}",
         "AutoModelForImageTextToText": f"modeling_nemotron_h_vl.{whole}",
-        "AutoImageProcessor": "image_processing_nemotron_h_vl.NemotronHVLImageProcessor",
-        "AutoProcessor": "processing_nemotron_h_vl.NemotronHVLProcessor",
+        **PROCESSOR_AUTO_MAP,
     }
     for config_class, base, whole in (
         (NemotronHVLConfig, "NemotronHVLModel", "NemotronHVLForConditionalGeneration"),
@@ -73,6 +77,9 @@ def attach_code(folder: str | os.PathLike) -> list[str]:
     for name, content in files.items():
         _write_atomically(folder / name, content)
     _write_atomically(folder / "config.json", config)
+    for name in PROCESSOR_FILES:
+        if _sees(text) and (folder / name).is_file():
+            _write_atomically(folder / name, with_processor_map(_read_text(folder / name)))
     return sorted(files)
 
 
@@ -92,6 +99,15 @@ def with_auto_map(config_text: str) -> bytes:
         **(VISION_AUTO_MAPS[config["model_type"]] if sees else AUTO_MAP),
     }
     return (json.dumps(config, indent=2) + "\n").encode()
+
+
+def with_processor_map(text: str) -> bytes:
+    """A processor's configuration with our classes in its `auto_map`, and in that of the image processor inside it."""
+    fields = json.loads(text)
+    for part in (fields, fields.get("image_processor")):
+        if part is not None:
+            part["auto_map"] = {**part.get("auto_map", {}), **PROCESSOR_AUTO_MAP}
+    return (json.dumps(fields, indent=2) + "\n").encode()
 
 
 def save_tokenizer(tokenizer, folder: str | os.PathLike) -> None:
