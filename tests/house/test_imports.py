@@ -73,8 +73,8 @@ MAY_IMPORT = {
 }
 # part -> packages beside the standard library that it may import, where that is limited
 THIRD_PARTY = {
-    "model": {"torch", "transformers", "safetensors", "mamba_ssm", "causal_conv1d", "triton", "numba", "numpy", "PIL",
-              "peft"},  # fmt: skip
+    "model": {"torch", "transformers", "safetensors", "numpy", "peft", "PIL"}
+    | {"mamba_ssm", "causal_conv1d", "triton", "numba"},
     "checkpoint": {"torch", "safetensors"},
     "resumable": {"torch"},
     "headers": set(),
