@@ -1,6 +1,6 @@
 """Teach preferences with TRL's DPO: answers that were chosen become likelier than those that were rejected.
 
-python examples/dpo.py                                                      (the model in the box learns to return, not to pass)
+python examples/dpo.py                                                      (the embedded model learns to return, not to pass)
 accelerate launch --config_file examples/accelerate/fsdp2.yaml examples/dpo.py --config examples/recipes/align_2_dpo.yaml
 
 Needs TRL: pip install trl. Any option of TRL's DPOConfig is a flag and a key of the file.

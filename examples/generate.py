@@ -1,4 +1,4 @@
-"""Load the model in the box through transformers and stream a completion.
+"""Load the embedded model through transformers and stream a completion.
 
 python examples/generate.py
 """

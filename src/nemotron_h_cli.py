@@ -1,6 +1,6 @@
 """`nemotron-h COMMAND ...`: a table of commands; only the module of the command asked for is imported.
 
-It lies beside the package and not in it because importing any part of the package imports torch, which takes seconds;
+It is outside of the package because importing any part of the package imports torch, which takes seconds;
 help and a mistyped command answer at once.
 """
 
@@ -18,7 +18,11 @@ COMMANDS = (
     ("demo", "nemotron_h_hf.scripts.demo", "load the embedded model, generate, compare cache memory"),
     ("generate", "nemotron_h_hf.scripts.generate", "continue a prompt, printing tokens as they come"),
     ("info", "nemotron_h_hf.scripts.info", "pattern, parameters and memory of a folder, hub id or preset"),
-    ("elasticize", "nemotron_h_hf.scripts.elasticize", "order a model's weights so that smaller models lie in front"),
+    (
+        "elasticize",
+        "nemotron_h_hf.scripts.elasticize",
+        "order a model's weights so the first rows and columns form smaller models",
+    ),
     ("slice", "nemotron_h_hf.scripts.slice", "cut a nested model out of an elastic parent"),
     ("convert", "nemotron_h_hf.scripts.convert", "convert checkpoints between Megatron and Hugging Face"),
     ("blend", "nemotron_h_hf.scripts.blend", "show the tokens per source and phase of a training blend"),
@@ -30,12 +34,16 @@ COMMANDS = (
     ("export", "nemotron_h_hf.scripts.export", "make an ordinary checkpoint of a training run's, sharded or not"),
     ("plot", "nemotron_h_hf.scripts.plot", "draw the loss curves of runs side by side"),
     ("eval", "nemotron_h_hf.scripts.eval", "bits per byte, long-context questions, lm-evaluation-harness tasks"),
-    ("bench", "nemotron_h_hf.scripts.bench", "speed and memory on CPU or GPU, beside transformers' models and a floor"),
-    ("push", "nemotron_h_hf.scripts.push", "upload a checkpoint folder with a model card of its own facts"),
+    (
+        "bench",
+        "nemotron_h_hf.scripts.bench",
+        "speed and memory on CPU or GPU, next to transformers' models and a floor",
+    ),
+    ("push", "nemotron_h_hf.scripts.push", "upload a checkpoint folder with a model card computed from it"),
     (
         "train-tiny",
         "nemotron_h_hf.scripts.train_tiny",
-        "train a tokenizer and a model like the one in the box from text",
+        "train a tokenizer and a model like the embedded one from text",
     ),
 )
 
@@ -59,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # nobody reads on: `nemotron-h --help | head -1`
+    except BrokenPipeError:  # the reader has gone: `nemotron-h --help | head -1`
         drop_output()
         return CLOSED_PIPE
     except Exception as error:
@@ -90,7 +98,7 @@ def run(argv: list[str]) -> int:
 
 
 def describe(error: Exception) -> str:
-    """One line about a failure: what an expected one says of itself, the kind of one that is not."""
+    """One line about a failure: the message of an expected one, the type of an unexpected one."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory: {text}" if text else "out of memory"

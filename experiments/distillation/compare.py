@@ -3,7 +3,7 @@
     python experiments/distillation/compare.py train --threads 1     # 100,000 tokens a run; goes on if it was stopped
     python experiments/distillation/compare.py report --threads 1    # held-out bits per byte, results.json, the picture
 
-The teacher is the model in the box, M-M*-M- (2,375,094 parameters). The student keeps four of its seven layers, M-*-, with
+The teacher is the embedded model, M-M*-M- (2,375,094 parameters). The student keeps four of its seven layers, M-*-, with
 their weights, embeddings and head (1,603,154 parameters; the blocks alone fall to half). With the teacher it learns by
 `nemotron-h distill` (forward KL alone, temperature 1), without by `nemotron-h pretrain`; text, rows and their order, initial
 weights, optimizer and schedule are the same for one seed, which `report` checks on the cross-entropy of the first step. Each
@@ -69,14 +69,14 @@ def train(seeds: Sequence[int]) -> None:
 
 
 def write_text() -> None:
-    """The training documents that the model in the box saw, one per line."""
+    """The training documents that the embedded model saw, one per line."""
     documents, _ = split_documents(read_documents())
     whole_files.write_text(TEXT, as_jsonl(documents))
     print(f"{len(documents):,} documents, fingerprint {corpus_digest(documents)}", flush=True)
 
 
 def write_student() -> None:
-    """Some layers of the model in the box, and all that is not a layer."""
+    """Some layers of the embedded model, and all that is not a layer."""
     teacher = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
     config = load_config(EMBEDDED_MODEL, NemotronHConfig.from_preset, {"hybrid_override_pattern": PATTERN})
     student = AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -1,6 +1,6 @@
 """One elastic run against separate distillation runs with the same tokens: cuts, runs, table and pictures.
 
-    python experiments/elastic_claim/run.py prepare                     # text, and the model in the box as an ordered parent
+    python experiments/elastic_claim/run.py prepare                     # text, and the embedded model as an ordered parent
     python experiments/elastic_claim/run.py search --arm elastic        # learning rates, short runs on other held-out text
     python experiments/elastic_claim/run.py search --arm separate
     python experiments/elastic_claim/run.py elastic --seed 0            # T tokens: the parent and two nested models
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Documents as the model in the box saw them, and itself with its weights in order of importance."""
+    """Documents as the embedded model saw them, and itself with its weights in order of importance."""
     runs = arguments.runs
     runs.mkdir(parents=True, exist_ok=True)
     train, held_out = split_documents(read_documents())

@@ -1,4 +1,4 @@
-"""Does the order matter? Held-out loss of the model in the box cut to 3/4 of its widths, untrained, in several orders.
+"""Does the order matter? Held-out loss of the embedded model cut to 3/4 of its widths, untrained, in several orders.
 
     nice -n 10 python experiments/elastic_importance/measure.py
 
@@ -124,7 +124,7 @@ def draw(result: dict, path: Path) -> None:
         label = "random, five seeds" if name == "random 0" else None if name.startswith("random") else name
         axes.plot(list(losses), list(losses.values()), marker, color=colour, label=label, markersize=9)
     axes.axhline(result["parent"], color="0.3", linewidth=1, linestyle="--", label="the whole model")
-    axes.set(ylabel="held-out loss (nats per token)", title="the model in the box at 3/4 of its widths, untrained")
+    axes.set(ylabel="held-out loss (nats per token)", title="the embedded model at 3/4 of its widths, untrained")
     axes.tick_params(axis="x", labelsize="small", rotation=12)
     axes.legend(fontsize="small")
     figure.savefig(path)

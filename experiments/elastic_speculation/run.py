@@ -3,7 +3,7 @@
     python experiments/elastic_speculation/run.py [--parent FOLDER] [--drafts NAME ...] [--draft-tokens 1 2 4 8]
                                                    [--new-tokens 64] [--rounds 3] [--threads 1] [--output NAME.json]
 
-Without a parent the model in the box is made one: its weights put in order, nothing trained. For each prompt and round the
+Without a parent the embedded model is made one: its weights put in order, nothing trained. For each prompt and round the
 parent decodes greedily alone, then with each draft model and each number of drafted tokens; the texts must be equal. The
 speed-up of a setting is the median over prompts and rounds of plain seconds / its seconds, both of the same round.
 
@@ -48,7 +48,7 @@ WARM_UP_TOKENS = 8
 def main() -> None:
     """Measure every setting and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parent", help="a checkpoint with budgets; default: the model in the box, not trained")
+    parser.add_argument("--parent", help="a checkpoint with budgets; default: the embedded model, not trained")
     parser.add_argument("--drafts", nargs="+", help="names of budgets; default: all that are smaller than the parent")
     parser.add_argument("--draft-tokens", nargs="+", type=int, default=[1, 2, 4, 8])
     for name, default in (("new-tokens", 64), ("rounds", 3), ("threads", 1)):
@@ -65,7 +65,7 @@ def main() -> None:
     results = measure(parent, names, prompts, arguments)
     report = {
         "command": "python experiments/elastic_speculation/run.py" + command_of(arguments), "prompts": PROMPTS,
-        "parent": arguments.parent or "the model in the box, elasticised and not trained",
+        "parent": arguments.parent or "the embedded model, elasticised and not trained",
         "parent_parameters": num_parameters(parent.config), "dtype": "float32", **vars(arguments),
         "torch": torch.__version__, "cpu": cpu_name(), **results,
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""How much loss FP8 costs: train the model in the box's shape in BF16 and in FP8 from the same seeds, and draw the gap.
+"""How much loss FP8 costs: train the embedded model's shape in BF16 and in FP8 from the same seeds, and draw the gap.
 
     python experiments/fp8/gap.py train --precision bf16 --seeds 0 1 2 --threads 1    # stops and resumes at any moment
     python experiments/fp8/gap.py train --precision fp8 --seeds 0 1 2 --threads 1

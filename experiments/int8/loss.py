@@ -1,4 +1,4 @@
-"""What int8 weights cost the model in the box: bits per byte of its held-out files, in fp32 and with int8 weights.
+"""What int8 weights cost the embedded model: bits per byte of its held-out files, in fp32 and with int8 weights.
 
     python experiments/int8/loss.py        # loss.json beside this file; checkpoints and samples under runs/int8
 

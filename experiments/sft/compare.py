@@ -1,4 +1,4 @@
-"""LoRA beside full fine-tuning of the model in the box, on docstrings: search, runs, results.json and sft.png.
+"""LoRA beside full fine-tuning of the embedded model, on docstrings: search, runs, results.json and sft.png.
 
     python experiments/sft/make_data.py --output runs/docstrings
     python experiments/sft/compare.py search --threads 1     # a learning rate for each side, on the validation files

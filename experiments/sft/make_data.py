@@ -3,7 +3,7 @@
     python experiments/sft/make_data.py --output runs/docstrings
 
 writes train.jsonl, validation.jsonl (for choosing a learning rate) and held_out.jsonl, one conversation per line, and
-facts.json. The split is by file. held_out are the files that the model in the box has never seen: those of
+facts.json. The split is by file. held_out are the files that the embedded model has never seen: those of
 data/stdlib_text.py, so the same as for its bits per byte; validation is a share of the others, by the hash of their names.
 The same Python version gives the same bytes.
 """

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 
 FOLDER = Path(__file__).parent
 RUNS = {
-    "pretrain_long": "Nemotron-H (M-M*-M-) by pretrain, the model in the box",
+    "pretrain_long": "Nemotron-H (M-M*-M-) by pretrain, the embedded model",
     "nemotron-h": "Nemotron-H by train-tiny, the first one",
     "llama": "Llama, same parameters, by train-tiny",
 }

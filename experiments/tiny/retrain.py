@@ -1,10 +1,10 @@
-"""The model in the box trained again, with `nemotron-h pretrain` (train-tiny is a loop of its own), and what it reaches.
+"""The embedded model trained again, with `nemotron-h pretrain` (train-tiny is a loop of its own), and what it reaches.
 
     python experiments/tiny/retrain.py train --runs long --threads 1                # an hour of one core; resumable
     python experiments/tiny/retrain.py train --runs short early early_pieces --threads 1
     python experiments/tiny/retrain.py report          # pretrain.json and the runs' logs, of the runs that are done
 
-long reads twice what the first model in the box has read, short as much. early and early_pieces read a fifth of long, the one
+long reads twice what the first embedded model has read, short as much. early and early_pieces read a fifth of long, the one
 whole documents, the other pieces of all documents in random order: does it matter that long has read half of the documents
 instead of half of each? Figures are those of train-tiny's report: held-out bits per byte, and sampled functions that parse.
 runs/tiny-pretrain/NAME/checkpoint is what can be put into the box.

@@ -1,4 +1,4 @@
-"""The model in the box: an elastic parent with three sizes, from nothing, with `pretrain`, `elasticize` and `elastic-train`.
+"""The embedded model: an elastic parent with three sizes, from nothing, with `pretrain`, `elasticize` and `elastic-train`.
 
     python experiments/tiny_order/text.py                                         # under Python 3.11.7
     python experiments/sft/make_data.py --output .carry/docstrings

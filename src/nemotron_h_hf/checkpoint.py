@@ -45,7 +45,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class TensorSpec(NamedTuple):
-    """What is known of a tensor before it is read."""
+    """What is known about a tensor before it is read."""
 
     name: str
     dtype: torch.dtype
@@ -63,7 +63,7 @@ class TensorSpec(NamedTuple):
 
 
 class Digest(NamedTuple):
-    """What was seen of a tensor while it passed by."""
+    """Checksum and counts of a tensor that was written."""
 
     sha256: str
     num_nan: int
@@ -182,14 +182,14 @@ def pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
 
 
 class Digester:
-    """Checksum and counts of NaN and infinity of one tensor that passes in pieces; works beside the writing."""
+    """Checksum and counts of NaN and infinity of one tensor that comes in pieces; runs while others are written."""
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self.pool, self.hash, self.num_nan, self.num_inf = pool, hashlib.sha256(), 0, 0
         self.last = None
 
     def add(self, piece: Tensor) -> None:
-        """Take the next piece; waits for the one before it, so that no more than two are alive."""
+        """Take the next piece; waits for the one before it, which keeps at most two alive."""
         if self.last is not None:
             self.last.result()
             self.last = None
@@ -209,7 +209,7 @@ class Digester:
         if not piece.is_floating_point() or piece.numel() == 0:
             return
         values = piece if piece.dtype.itemsize > 1 else piece.to(torch.float32)
-        low, high = torch.aminmax(values)  # NaN anywhere gives NaN here: one pass settles the usual case
+        low, high = torch.aminmax(values)  # NaN anywhere gives NaN here: one pass is enough in the usual case
         if not (torch.isfinite(low) and torch.isfinite(high)):
             self.num_nan += int(values.isnan().sum())
             self.num_inf += int(values.isinf().sum())
@@ -238,7 +238,7 @@ class ShardWriter:
         return self
 
     def write(self, name: str, tensor: Tensor, progress: Callable[[int], object] | None = None) -> Digest:
-        """Write the next tensor, cast to the dtype that was announced; `progress` hears of the bytes of each piece."""
+        """Write the next tensor, cast to the announced dtype; `progress` is called with the bytes of each piece."""
         spec = self.specs[len(self.digests)]
         if name != spec.name or tuple(tensor.shape) != spec.shape:
             raise ValueError(f"{name} {tuple(tensor.shape)} does not fit the announced {spec.name} {spec.shape}")

@@ -156,7 +156,7 @@ def layer_cache_bytes(config: NemotronHConfig, index: int, num_tokens: int, dtyp
 def forward_flops_per_token(config: NemotronHConfig, sequence_length: int, first_layer: int = 0) -> dict[str, float]:
     """Floating-point operations of the forward pass, by part, for each token of a row of `sequence_length` (l) tokens.
 
-    A multiplication with an addition counts as two. MTP, norms and activations are left out; so are layers below
+    A multiplication with an addition counts as two. MTP, norms and activations are not counted, nor are layers below
     `first_layer`.
 
         linear     2 x elements of every matrix that a token meets: routed experts by num_experts_per_tok, and lm_head
@@ -191,7 +191,7 @@ def adapter_training_flops_per_token(
     """As `training_flops_per_token`, of adapters (LoRA) on frozen weights.
 
     A frozen weight has no gradient, so going backward through it costs as much as going forward; attention and scan
-    multiply activations with each other and cost twice as much, as ever. Nothing goes backward below the adapters.
+    multiply activations with each other and cost twice as much, as usual. Nothing goes backward below the adapters.
 
     Args:
         adapter_elements: of the adapters' matrices, those that each token is multiplied with.

@@ -51,7 +51,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class BudgetFacts:
-    """One nested model: its sizes (a list where layers differ), the facts of it alone, and how it came about."""
+    """One nested model: its sizes (a list where layers differ), its own facts, and its origin."""
 
     sizes: dict[str, int | list[int]]
     facts: Facts
@@ -110,7 +110,7 @@ def describe_budgets(config: NemotronHConfig, dtype: str) -> list[BudgetFacts]:
 def disagreements(config: NemotronHConfig, contents: Contents) -> list[str]:
     """One line for each tensor that the configuration asks for and the files lack or hold in another shape.
 
-    Tensors that the configuration knows nothing of (scales of quantised weights, say) are no disagreement.
+    Tensors that the configuration does not describe, such as scales of quantised weights, are accepted.
     """
     stored = _by_template(contents)
     lines = []

@@ -1,4 +1,4 @@
-"""Ship a checkpoint folder: its model card, the model code beside the weights, the upload.
+"""Ship a checkpoint folder: its model card, the model code next to the weights, the upload.
 
 The user's folder is only ever read, except by `attach_code` and `save_tokenizer`, whose purpose is to write into it.
 """
@@ -111,7 +111,7 @@ def with_processor_map(text: str) -> bytes:
 
 
 def save_tokenizer(tokenizer, folder: str | os.PathLike) -> None:
-    """Save a tokenizer so that every reader takes it: with the class name that transformers 4 and 5 both know."""
+    """Save a tokenizer that every reader takes: with the class name that transformers 4 and 5 both know."""
     tokenizer.save_pretrained(folder)
     path = Path(folder) / "tokenizer_config.json"
     _write_atomically(path, with_plain_tokenizer_class(_read_text(path)))
@@ -123,11 +123,11 @@ def model_card(folder: str | os.PathLike, repo_id: str, with_code: bool = False,
     facts = describe(repo_id, config, contents)
     dtypes = ", ".join(f"{dtype} ({human_count(count)})" for dtype, count in contents.elements_by_dtype().items())
     code_note = (
-        "The model code lies beside the weights; `trust_remote_code=True` runs it where the package is not installed. "
+        "The model code is stored with the weights; `trust_remote_code=True` runs it where the package is not installed. "
         "It runs on transformers 5.16 and newer; code that a version up to 0.1.0 pushed gives wrong text on 5.24, and must be "
         "pushed again."
         if with_code
-        else "Importing `nemotron_h_hf` is optional: transformers has a `nemotron_h` of its own."
+        else "Importing `nemotron_h_hf` is optional: transformers has its own `nemotron_h`."
     )
     imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
     return string.Template(CARD_TEMPLATE.read_text(encoding="utf-8")).substitute(
@@ -152,7 +152,7 @@ def plan_upload(
     license: str | None = None,
     include: Iterable[str] = (),
 ) -> dict[str, Path | bytes]:
-    """What an upload of `folder` holds: path in the repository -> the file, or the bytes that stand in for it.
+    """What an upload of `folder` holds: path in the repository -> the file, or the bytes sent instead.
 
     What a model repository holds is sent (`BELONGS`), anything else only if `include` names it, nothing through a link that
     leads out of the folder. Paths of this machine in configurations and reports are shortened to their last name.
@@ -255,7 +255,7 @@ def _shards(folder: Path) -> list[str]:
 
 
 def _code_named_in(config: Path) -> set[str]:
-    """Files beside the weights that hold the classes of `auto_map`; with ours, all of ours."""
+    """Files next to the weights that hold the classes of `auto_map`; with ours, all of ours."""
     if not config.is_file():
         return set()
     classes = [

@@ -83,7 +83,7 @@ def load_tokenizer(name: str | os.PathLike) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder or hub id.
 
     Raises:
-        ValueError: naming the file that is damaged, or the folder, whatever the tokenizers library says of it.
+        ValueError: naming the file that is damaged, or the folder, for any error of the tokenizers library.
         OSError: from the hub.
     """
     for path in sorted(Path(name).glob("*config.json")):

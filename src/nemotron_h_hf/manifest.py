@@ -1,4 +1,4 @@
-"""What should lie in a folder of weights: the manifest written beside them, and the check of it when they are loaded.
+"""What a folder of weights should hold: the manifest written next to them, and its check on loading.
 
 `elastic_manifest.json` holds the number of parameters, each tensor's dtype, shape and SHA-256, a fingerprint, and for a
 model that was cut out of a parent its budget, the parent's name and fingerprint, and how far its logits are from the masked

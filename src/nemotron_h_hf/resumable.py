@@ -1,4 +1,4 @@
-"""Writes a checkpoint folder so that a run that was killed goes on where it stopped, and never looks whole before it is.
+"""Writes a checkpoint folder that a killed run can continue, and that never looks whole before it is.
 
 The journal has a line of JSON per finished file, written after the file has its final name. A file that it names is checked
 against its checksums before it is kept; a file that it does not name is written again. What makes a folder look whole,
@@ -26,7 +26,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
     "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
 )  # fmt: skip
-"""What a folder has beside weights and configuration."""
+"""What a folder has apart from weights and configuration."""
 
 
 class Journal:

@@ -3,7 +3,7 @@
     kept = prefix(parent_config, budget.layers, child_config)    # or any other `Kept`: pruning, or a permutation of everything
     for cut in cuts(parent_config, kept): child[cut.name] = cut.of(parent[cut.source])
 
-What is kept is said in the parent's own indices, layer by layer, so that one operation serves nested budgets (prefixes),
+What is kept is said in the parent's own indices, layer by layer: one operation serves nested budgets (prefixes),
 pruning (any indices) and reordering (all indices, in another order). It is exact: heads of a Mamba group share B, C and the
 norm, so the same number stays in every group; a head's channels share only scalars, so each head may keep its own; query
 heads stay with their key/value head. Names are those of checkpoint files.
@@ -78,7 +78,7 @@ class Cut(NamedTuple):
     columns: Tensor | None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The small tensor, a copy of its own."""
+        """The small tensor, as a copy."""
         if self.rows is not None:
             tensor = tensor.index_select(0, self.rows.to(tensor.device))
         if self.columns is not None:
@@ -219,7 +219,7 @@ def _without_number(match: re.Match) -> str:
 def _indices(
     parent: NemotronHConfig, kept: Kept, letters: str | None, index: int | None, expert: int | None
 ) -> Tensor | None:
-    """The rows (or columns) that stay, of blocks that lie one behind the other: one letter each, see the head of the file."""
+    """The rows (or columns) that stay, of consecutive blocks: one letter each, see the head of the file."""
     if letters is None or letters == "l":
         return None if letters is None or parent.moe_latent_size else kept.hidden
     if letters in ("d", "dd"):

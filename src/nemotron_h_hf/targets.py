@@ -33,7 +33,7 @@ def writing(target: str | os.PathLike, *sources: str | os.PathLike | None) -> It
         sources: folders that the command reads; hub ids and None are passed over.
 
     Raises:
-        ValueError: if the target is a source, holds one or lies inside one, or is a file.
+        ValueError: if the target is a source, holds one or is inside one, or is a file.
         BlockingIOError: if another run is writing there.
     """
     folder = resolve_target(target, *sources)
@@ -47,7 +47,7 @@ def resolve_target(target: str | os.PathLike, *sources: str | os.PathLike | None
     """The real path of a folder to write: links followed, `..` resolved as it will be once all folders on the way exist.
 
     Raises:
-        ValueError: if it is a source, holds one or lies inside one, or is a file.
+        ValueError: if it is a source, holds one or is inside one, or is a file.
     """
     path = Path(os.path.realpath(target))
     if path.exists() and not path.is_dir():
@@ -57,7 +57,7 @@ def resolve_target(target: str | os.PathLike, *sources: str | os.PathLike | None
             continue
         place = Path(os.path.realpath(source))
         how = "is" if _same(path, place) else None
-        how = how or ("lies inside" if any(_same(parent, place) for parent in path.parents) else None)
+        how = how or ("is inside" if any(_same(parent, place) for parent in path.parents) else None)
         how = how or ("holds" if any(_same(parent, path) for parent in place.parents) else None)
         if how:
             raise ValueError(
@@ -106,7 +106,7 @@ def fingerprint(made_from: Any) -> str:
 
 
 def stamps(source: str | os.PathLike, apart_from: Path | None = None) -> Any:
-    """Names, sizes and times of the files of a folder (or beside a file): another state of them has others. Hub ids as they are."""
+    """Names, sizes and times of the files of a folder (or next to a file), which differ when the files do. Hub ids as they are."""
     if not os.path.exists(source):
         return str(source)
     base = Path(source) if Path(source).is_dir() else Path(source).parent

@@ -155,7 +155,7 @@ def test_into_the_source_is_refused(tmp_path):
     shutil.copytree(SUPER.path, source)
     for target, how in (
         (source, "is"),
-        (source / "out", "lies inside"),
+        (source / "out", "is inside"),
         (tmp_path / "x" / ".." / "run", "is"),
         (tmp_path, "holds"),
     ):

@@ -87,7 +87,7 @@ def test_how_many_documents_of_a_source_the_run_will_see(tmp_path, capsys):
         assert cli.main(["blend", *words]) == 0
         text = capsys.readouterr().out.split("read: ")[1]
         assert cells(text, "plain")[-2] == said
-        assert cells(text, "packed")[-2] == f"about {tokens // 2 // each:,}, of how many is not known"
+        assert cells(text, "packed")[-2] == f"about {tokens // 2 // each:,} of an unknown number"
 
 
 def test_reading_records_for_fine_tuning(tmp_path, capsys):

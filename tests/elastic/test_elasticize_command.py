@@ -1,4 +1,4 @@
-"""`nemotron-h elasticize` on the model in the box: an ordinary checkpoint, an untouched source, resuming, bad input."""
+"""`nemotron-h elasticize` on the embedded model: an ordinary checkpoint, an untouched source, resuming, bad input."""
 
 import hashlib
 import json

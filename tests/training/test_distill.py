@@ -264,7 +264,7 @@ def test_command_with_a_live_teacher_and_with_a_cached_one(tmp_path):
 
 
 def test_a_cache_is_read_with_the_tokenizer_of_the_student(tmp_path):
-    """As in the command's help: neither model is the one in the box, nor is their tokenizer."""
+    """As in the command's help: neither model is the embedded one, nor is their tokenizer."""
     words = {word: number for number, word in enumerate(["<s>", "def", "add(a,", "b):", "return", "a", "+", "b"])}
     core = Tokenizer(WordLevel(words, unk_token="<s>"))
     core.pre_tokenizer = WhitespaceSplit()

@@ -142,7 +142,7 @@ def test_long_context_joins_conversations(tmp_path):
     assert len(read_metrics(tmp_path / "run")) >= 2
     with pytest.raises(ValueError, match="long_context"):
         run(tmp_path, "--long_context", "--output_dir", str(tmp_path / "other"), kind="messages")
-    with pytest.raises(ValueError, match="conversations alone"):
+    with pytest.raises(ValueError, match="allows only conversations"):
         run(tmp_path, "--long_context", "--max_steps", "1", "--output_dir", str(tmp_path / "other"), kind="text")
 
 
@@ -269,7 +269,7 @@ def test_adapters_train_save_resume_and_push(tmp_path, capsys):
         (["--lora_targets", "all"], "lora_targets: got 'all', allowed is none without --lora_rank"),
         (["--lora_alpha", "32"], "lora_alpha: got 32.0, allowed is none without --lora_rank"),
         (["--lora_dropout", "0"], "lora_dropout: got 0.0, allowed is none without --lora_rank"),
-        (["--load_in_4bit"], "together with --lora_rank"),
+        (["--load_in_4bit"], "only with --lora_rank"),
         (["--load_in_4bit", "--lora_rank", "4", "--init", "random"], "--init weights"),
         (["--lora_rank", "4", "--lora_targets", "in_porj"], "did you mean 'in_proj'"),
         (["--push_to_hub", "true"], "hub_model_id"),

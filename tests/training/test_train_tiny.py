@@ -259,7 +259,7 @@ def test_the_command_trains_resumes_reports_and_saves(tmp_path, monkeypatch, cap
     ]
     flags += ["--intermediate-size", "64", "--vocab-size", "270", "--pattern", "M*-", "--num-samples", "1"]
     assert train_tiny.main([*flags, "--time-limit-minutes", "0"]) == 0
-    assert "goes on from here" in capsys.readouterr().out
+    assert "continues from here" in capsys.readouterr().out
     assert train_tiny.main(flags) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["training_tokens"] == 1280 and 0 < report["bits_per_byte"]["window 64, stride 32"] < 9

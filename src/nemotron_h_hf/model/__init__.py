@@ -32,7 +32,7 @@ decode_graph.py                one token per row, replayed from a CUDA graph
 
 loading.py                     checks before loading, names of stored tensors
 reading.py                     JSON files and safetensors headers, with errors that name the file
-stored.py                      where each tensor lies in safetensors files
+stored.py                      where each tensor is in safetensors files
 saving.py                      saves all or nothing: staged inside the target, then renamed
 peft_support.py                LoRA on out_proj
 """

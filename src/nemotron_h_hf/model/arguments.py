@@ -28,7 +28,7 @@ PASSED_BY_CALLERS = frozenset(
         "token_type_ids",  # tokenizers return them by default; the model has no segments
     }
 )
-# What of it, and of packed rows, goes on to transformers' attention functions.
+# The arguments of it, and of packed rows, that are passed on to transformers' attention functions.
 PASSED_TO_ATTENTION = frozenset({"output_attentions", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
 
 
@@ -56,7 +56,7 @@ def cache_of(output: ModelOutput) -> Cache | None:
 
 
 def refuse_unknown(owner: object, arguments: Collection[str], allowed: Collection[str] = ()) -> None:
-    """Raise a TypeError, as Python does, for an argument that nobody would read: an ignored one may change the result."""
+    """Raise a TypeError, as Python does, for an argument that nothing reads: ignoring it could change the result."""
     for name in arguments:
         if name not in allowed:
             raise TypeError(f"{type(owner).__name__}.forward() got an unexpected keyword argument {name!r}")

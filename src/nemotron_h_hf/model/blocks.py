@@ -123,7 +123,7 @@ def is_key_mask(mask: Tensor | None) -> bool:
 
 def attend_one(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float) -> Tensor:
     """SDPA for one new token per row: (b, heads, 1, d) -> (b, 1, heads, d). PyTorch is slow there with grouped keys on a CPU,
-    and on a GPU with a mask; so the queries that share a key head stand as rows of one product, under the same mask."""
+    and on a GPU with a mask. Queries that share a key head therefore become rows of one product, under the same mask."""
     grouped = query.view(query.shape[0], key.shape[1], -1, query.shape[-1])  # (b, kv heads, heads per kv head, d)
     output = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
     return output.reshape(query.shape[0], 1, -1, query.shape[-1])
@@ -213,7 +213,7 @@ class NemotronHBlock(GradientCheckpointingLayer):
 
     @property
     def gradient_checkpointing(self) -> bool:
-        """Whether a forward is repeated in its backward pass; never where there will be none, so that caches stay in use."""
+        """Whether a forward is repeated in its backward pass; never without one, which keeps caches in use."""
         return self._is_checkpointed and torch.is_grad_enabled()
 
     @gradient_checkpointing.setter

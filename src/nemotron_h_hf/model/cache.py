@@ -66,7 +66,7 @@ FILE_FORMAT = "nemotron_h_hf.cache.v1"
 class MambaCacheLayer(LinearAttentionLayer):
     """Convolution state (b, d, k) and state-space state (b, h, p, n) of one Mamba layer, with roll-back.
 
-    The states are updated in place, so that their addresses stay the same for compiled graphs.
+    The states are updated in place: compiled graphs need constant addresses.
     """
 
     is_croppable = True
@@ -222,7 +222,7 @@ class GrowingLayer(DynamicLayer):
         return self.keys, self.values
 
     def reserve(self, room: int) -> int:
-        """Have memory for `room` tokens at least, so that more can be written where it is; returns for how many there is."""
+        """Reserve memory for at least `room` tokens, to write more in place; returns the number of tokens it holds."""
         memory = self.key_memory
         if memory is None or self.keys.data_ptr() != memory.data_ptr() or memory.shape[-2] < room:
             length = self.keys.shape[-2]
@@ -245,7 +245,7 @@ class GrowingLayer(DynamicLayer):
 
 
 def _append(held: Tensor, memory: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
-    """(held and new, the memory they are in). The memory is made anew if held is not in it, or no room is left."""
+    """(held and new, the memory they are in). New memory is allocated if held is not in it, or if it is full."""
     start = held.shape[-2] if held.numel() else 0
     end = start + new.shape[-2]
     inside = start and memory is not None and held.data_ptr() == memory.data_ptr() and len(held) == len(memory)

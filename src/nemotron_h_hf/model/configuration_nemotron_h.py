@@ -400,7 +400,7 @@ def _check_token_ids(config: NemotronHConfig) -> None:
 
 
 def _check_dtype(dtype: Any) -> None:
-    """transformers looks a name up in torch, whatever it is the name of."""
+    """transformers looks up any name in torch, dtype or not."""
     known = dtype is None or isinstance(getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype,
                                         torch.dtype)  # fmt: skip
     if not known and dtype != "auto":

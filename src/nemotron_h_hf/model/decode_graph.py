@@ -2,7 +2,7 @@
 where our Triton kernels are chosen (kernels.py).
 
 A step of the 8B is some five hundred launches, which Python issues more slowly than the GPU works them off. The graph is
-captured anew in each call of `generate()`, after `WARM_STEPS` ordinary steps. That takes about as long as one of those, and
+captured again in each call of `generate()`, after `WARM_STEPS` ordinary steps. That takes about as long as one of those, and
 nothing can be out of date: adapters, weights, hooks, implementations. The cache stays an ordinary one that grows: it gets room
 for more tokens, and the graph reads on the device how many there are. When the room is used up, there is a new graph.
 
@@ -50,7 +50,7 @@ def record(step: Callable[[], None]) -> Callable[[], None]:
 
 
 class DecodeGraph:
-    """Called as the model is. What a graph does not cover (prompts, padded tokens, recording, further outputs) runs as ever.
+    """Called as the model is. What a graph does not cover (prompts, padded tokens, recording, further outputs) runs as usual.
 
     Args:
         forward: the model's own call.
@@ -169,7 +169,7 @@ def _count_token(cache: HybridCache) -> None:
 
 
 def _addresses(cache: Cache) -> list[int]:
-    """Where everything that a step reads and writes lies."""
+    """The addresses of everything that a step reads and writes."""
     found = []
     for layer in cache.layers:
         if isinstance(layer, MambaCacheLayer):

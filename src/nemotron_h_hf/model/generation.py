@@ -1,4 +1,4 @@
-"""What `generate()` needs of the language model: its caches, the masks of a step, and prompts that transformers stumbles over.
+"""What `generate()` needs of the language model: its caches, the masks of a step, and prompts that transformers cannot handle.
 
 b batch, l length
 """
@@ -36,7 +36,7 @@ class NemotronHGenerationMixin(GenerationMixin):
         return super().generate(*args, **name_cache(kwargs))
 
     def _prepare_model_inputs(self, inputs: Tensor | None, bos_token_id: Tensor | None, model_kwargs: dict):
-        """As transformers', which stumbles over a prompt without tokens; `generate()` with no prompt starts from bos."""
+        """As transformers', which fails on a prompt without tokens; `generate()` with no prompt starts from bos."""
         prompt = model_kwargs.get("input_ids") if inputs is None else inputs
         if prompt is not None and prompt.numel() == 0 and "inputs_embeds" not in model_kwargs:
             raise ValueError(f"the prompt is empty: input has shape {tuple(prompt.shape)}")
@@ -115,7 +115,7 @@ class NemotronHGenerationMixin(GenerationMixin):
         return not generation_config.disable_compile and (self.device.type != "cpu" or everywhere)
 
     def _reusable_static_cache(self, rows: int, length: int) -> HybridCache:
-        """The static cache of the last `generate()`, emptied, if it fits and nobody holds it, else a new one.
+        """The static cache of the last `generate()`, emptied, if it fits and no caller holds it, else a new one.
 
         CUDA graphs are captured on the memory of one cache; another one's would have to be captured again.
         """

@@ -46,7 +46,7 @@ INSTALL = "pip install --no-build-isolation mamba-ssm causal-conv1d"
 AUTO_TAKES_OURS = False
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 CONV_TAPS = (2, 3, 4)  # widths of causal_conv1d's kernels and of ours
-CONV_ALIGNMENT = 8  # channels; causal_conv1d loads this many at once, so that rows must start at multiples of it
+CONV_ALIGNMENT = 8  # channels; causal_conv1d loads this many at once, rows must start at multiples of it
 MOST_HEAD_DIM = 256  # of an attention head, and of a Mamba head in our scan
 NORM_GROUP_BYTES = 65536  # largest group that one program of rmsnorm_fn holds
 

@@ -43,7 +43,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def few_rows(x: Tensor) -> bool:
-    """Whether x (..., k) are at most `MOST_ROWS` rows on a CPU, and nobody records what happens to them."""
+    """Whether x (..., k) are at most `MOST_ROWS` rows on a CPU, and nothing records the operations on them."""
     if torch.is_grad_enabled() or x.device.type != "cpu" or torch.compiler.is_compiling():
         return False  # asked before the sizes, which an exported program is to leave open
     return 0 < x.numel() <= MOST_ROWS * x.shape[-1] and not torch.is_autocast_enabled("cpu")

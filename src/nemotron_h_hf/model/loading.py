@@ -121,7 +121,7 @@ def module_names(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
 
 
 def check_folder(path: str | os.PathLike, arguments: Mapping[str, Any]) -> None:
-    """Refuse what `from_pretrained(path, **arguments)` would stumble over; a hub id passes."""
+    """Refuse what `from_pretrained(path, **arguments)` would fail on later; a hub id passes."""
     folder = os.path.join(path, arguments.get("subfolder") or "")
     check_index(folder)
     if arguments.get("config") is None:
@@ -296,7 +296,7 @@ def warn_of_fresh_head(model: nn.Module, info: dict) -> tuple[str, ...]:
 
 
 def drop_absent_mtp(model: nn.Module, info: dict) -> None:
-    """Take multi-token prediction out of a model whose checkpoint has none of it, whatever its config says.
+    """Take multi-token prediction out of a model whose checkpoint has none of it, even if its config names it.
 
     transformers' own class leaves `mtp.*` out when it saves and keeps `num_nextn_predict_layers`.
     """
@@ -318,7 +318,7 @@ def limits_of_other_readers(config: PreTrainedConfig) -> list[str]:
         "attention_bias": (config.attention_bias, "leaves the biases of attention out"),
         "intermediate_size": (
             isinstance(config.intermediate_size, list),
-            "refuses a list of widths (so does vLLM without our code beside the weights)",
+            "refuses a list of widths (so does vLLM without our code next to the weights)",
         ),
     }
     for field in ("mamba_num_heads", "mamba_head_dim", "num_attention_heads"):

@@ -1,4 +1,4 @@
-"""Next-token loss from hidden states, a few positions at a time, so that the logits of a whole batch never exist.
+"""Next-token loss from hidden states, a few positions at a time: the logits of a whole batch never exist.
 
 A vocabulary of 131,072 turns 8,192 positions into 4 GiB of fp32 logits, and training needs three such tensors. Here each
 chunk's logits live only while its loss (and later its gradient) is computed; of a small batch they are kept, which saves
@@ -68,7 +68,7 @@ def share_of_items(
     """What part of an accumulated batch this one is, 1 if it is all of it.
 
     A term that is a mean already (the balance loss of experts) is weighted with it; otherwise it would count once per
-    accumulation step and process, the summed loss beside it once in all.
+    accumulation step and process, and the summed loss once.
     """
     if num_items_in_batch is None or (labels is None and shift_labels is None):
         return 1.0

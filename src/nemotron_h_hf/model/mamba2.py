@@ -1,8 +1,8 @@
 """The Mamba-2 mixer: in_proj -> causal convolution -> state-space scan -> gated norm -> out_proj.
 
 in_proj's rows are [gate | x | B | C | dt]; the convolution covers x, B and C. Both projections are always called as modules,
-so a LoRA, quantised or FP8 layer in their place is really used. What lies between them is recomputed in the backward pass,
-so that training keeps only in_proj's output and out_proj's input.
+so a LoRA, quantised or FP8 layer in their place is really used. What is between them is recomputed in the backward pass,
+and training keeps only in_proj's output and out_proj's input.
 
     b batch, l length, h heads, p head_dim, g groups, n state
 """
@@ -167,7 +167,7 @@ class NemotronHMamba2Mixer(nn.Module):
 
     @torch.no_grad()
     def init_state_parameters(self) -> None:
-        """A_log = log(1..h), D = 1, dt_bias so that the step sizes are log-uniform in [time_step_min, time_step_max]."""
+        """A_log = log(1..h), D = 1, dt_bias chosen for step sizes log-uniform in [time_step_min, time_step_max]."""
         config = self.config
         low, high = math.log(config.time_step_min), math.log(config.time_step_max)
         steps = torch.exp(torch.rand(self.num_heads) * (high - low) + low).clamp(min=config.time_step_floor)

@@ -141,7 +141,7 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs) -> None:
-        """As transformers', all or nothing: a reader sees the old files or the new ones, whatever happens (saving.py)."""
+        """As transformers', all or nothing: a reader always sees the old files or the new ones (saving.py)."""
         if push_to_hub:
             kwargs.setdefault("repo_id", os.path.basename(os.path.normpath(save_directory)))
         warn_of_other_readers(self.config.get_text_config())
@@ -257,7 +257,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
         return MoeModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
     def _check_arguments(self, kwargs: dict) -> dict:
-        """What of a forward's further arguments the blocks get; a subclass of them may name arguments of its own."""
+        """The further arguments of a forward that the blocks get; a subclass may name its own."""
         passed = {name: value for name, value in kwargs.items() if name not in PASSED_BY_CALLERS}
         if passed:
             refuse_unknown(self, passed, signature(self.layers[0].forward).parameters)
@@ -516,7 +516,7 @@ class NemotronHForSequenceClassification(GenericForSequenceClassification, Nemot
         return super().forward(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **named)
 
 
-# transformers asks whether the words `@use_experts_implementation` stand in this file; the decorated class is in moe.py.
+# transformers asks whether the words `@use_experts_implementation` are in this file; the decorated class is in moe.py.
 register_names()
 
 __all__ = ["NemotronHForCausalLM", "NemotronHForSequenceClassification", "NemotronHModel", "NemotronHPreTrainedModel"]

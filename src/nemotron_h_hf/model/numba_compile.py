@@ -5,18 +5,18 @@ from contextlib import contextmanager
 
 import torch
 
-try:  # who reads the imports of the files beside weights must not ask for it
+try:  # inside `try`, for readers that check the imports of pushed model code
     from numba import get_num_threads, njit, prange
 except ImportError as missing:
     raise ImportError("the compiled steps of a CPU need numba; pip install numba") from missing
 
 __all__ = ["compiled", "prange"]
 
-REORDER = {"reassoc", "contract", "nsz"}  # sums in any order, so that they fill vector registers; NaN and inf stay
+REORDER = {"reassoc", "contract", "nsz"}  # sums in any order, to fill vector registers; NaN and inf stay
 
 
 def compiled(signature: str) -> Callable[[Callable], Callable]:
-    """`numba.njit`, at once, for all threads. The machine code is kept for the next process beside the function's file or
+    """`numba.njit`, at once, for all threads. The machine code is cached on disk, next to the function's file or
     in the user's cache folder; where neither can be written to it is not."""
 
     def compile(function: Callable) -> Callable:

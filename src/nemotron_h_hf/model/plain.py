@@ -1,8 +1,8 @@
-"""When a layer may be computed from its weights, without calling it: nobody has replaced it or listens to its calls.
+"""When a layer may be computed from its weights, without calling it: it is not replaced and has no hooks.
 
-Every projection is a plain `nn.Linear` and the convolution a plain `nn.Conv1d`, so that tools which ask for exactly these
+Every projection is a plain `nn.Linear` and the convolution a plain `nn.Conv1d`, because tools look for exactly these
 types find them (bitsandbytes, torchao, Model-Optimizer, torch's quantize_dynamic). What such a tool puts in their place,
-and a layer with a hook or a `forward` of its own (accelerate's offloading), is called as a module.
+and a layer with a hook or a replaced `forward` (accelerate's offloading), is called as a module.
 """
 
 from torch import nn
@@ -12,7 +12,7 @@ FORWARDS = {nn.Linear: nn.Linear.forward, nn.Conv1d: nn.Conv1d.forward}  # a too
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether `module` is exactly of this class, with that class's own forward, and nobody listens to its calls."""
+    """Whether `module` is exactly of this class, with that class's own forward and no hooks."""
     if type(module) is not kind or "forward" in module.__dict__ or has_hooks(module):
         return False
     return FORWARDS.get(kind, kind.forward) is kind.forward

@@ -116,7 +116,7 @@ def find_documents(
 
 
 def flash_offsets(documents: Tensor, attention_mask: Tensor | None) -> dict[str, Tensor | int]:
-    """What variable-length FlashAttention wants: offsets over all rows laid end to end; a run of padding is a document of its own."""
+    """What variable-length FlashAttention wants: offsets over all rows laid end to end; a run of padding is its own document."""
     b, l = documents.shape
     change = torch.diff(documents, dim=1, prepend=documents[:, :1] - 1) != 0
     if attention_mask is not None:

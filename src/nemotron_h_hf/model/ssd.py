@@ -6,8 +6,8 @@ The recurrence (Dao & Gu 2024, arXiv 2405.21060), for each head, with a_t = dt_t
 
 The scan cuts the sequence in chunks of q tokens. Inside a chunk the recurrence is a masked matrix product; between chunks
 only the state S travels. B and C are shared by the heads of a group, so the large products run per group with the heads of
-the group side by side as columns, and B and C are never repeated. Chunks are worked on in segments of a few hundred
-tokens, each with the state of the one before, so that the (length, chunk, heads) tensors exist for one segment only; when
+the group next to each other as columns, and B and C are never repeated. Chunks are worked on in segments of a few hundred
+tokens, each with the state of the one before, so the (length, chunk, heads) tensors exist for one segment only; when
 gradients are needed a segment of a long sequence is recomputed in the backward pass instead of kept.
 
 Documents packed in one row are told apart by `seq_idx` (b, l): non-decreasing integers. Nothing crosses a change of it.
@@ -45,7 +45,7 @@ def no_autocast(x: Tensor) -> AbstractContextManager:
 
 
 def discretize(dt: Tensor, dt_bias: Tensor, limit: tuple[float, float]) -> Tensor:
-    """Step sizes: clamp(softplus(dt + dt_bias), *limit), in fp32 whatever the input. dt (..., h), dt_bias (h)."""
+    """Step sizes: clamp(softplus(dt + dt_bias), *limit), in fp32 for any input dtype. dt (..., h), dt_bias (h)."""
     steps = F.softplus(wide(dt) + wide(dt_bias))
     return steps if limit == (0.0, float("inf")) else steps.clamp(*limit)
 

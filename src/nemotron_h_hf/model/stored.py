@@ -1,4 +1,4 @@
-"""Where each tensor of safetensors files lies: found from their headers alone, read piece by piece.
+"""Where each tensor of safetensors files is, from their headers alone, read piece by piece.
 
 stored = find_tensors(["model-00001-of-00002.safetensors", ...])        released name -> Stored
 """
@@ -22,7 +22,7 @@ PIECE_BYTES = 4 * 2**20
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: bytes from `offset` on in `file`; `dtype` is the format's code, such as BF16."""
+    """Where a tensor is: bytes from `offset` on in `file`; `dtype` is the format's code, such as BF16."""
 
     file: str
     offset: int

@@ -1,6 +1,6 @@
 """Attention of one new token per row over the keys and values of a cache, in Triton.
 
-The keys are split among programs, so that one row of a long context keeps a whole GPU busy (flash-decoding). The number of
+The keys are split among programs, so one row of a long context keeps a whole GPU busy (flash-decoding). The number of
 tokens in the cache is read on the device: a CUDA graph of a step stays right while a static cache fills, and nothing is
 read behind the last token.
 

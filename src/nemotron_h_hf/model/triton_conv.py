@@ -6,7 +6,7 @@ again from x. Memory bounds all of it, so everything is read once: a program tak
 last k - 1 rows of x (and of dz) in registers. It loads STEP rows before it stores one, because the compiler must not move
 a load over a store, and a GPU needs many loads on their way. A row of 256 bf16 channels is 16 bytes for each thread of a
 warp, as much as one load takes. A backward program computes the k - 1 rows of dz before its own again. Tokens before the
-first, s in -(k - 1) .. -1, are the initial state's, and so is their gradient. Sums are fp32, whatever the inputs.
+first, s in -(k - 1) .. -1, are the initial state's, and so is their gradient. Sums are fp32 for all inputs.
 
     b batch, l length, d channels, k taps; w[back] is tap k - 1 - back, `back` tokens before the current one
 """
@@ -106,7 +106,7 @@ def _sizes(weight: Tensor, bias: Tensor | None, state: Tensor | None, seq_idx: T
 
 @triton.jit
 def row(of, b, t, d, l, D: tl.constexpr, ob, ol):
-    """(channels) row t of a tensor (b, l, d) in fp32; zeros where there is none."""
+    """(channels) row t of a tensor (b, l, d) in fp32; zeros outside."""
     place = of + b * ob + t.to(tl.int64) * ol + d
     return tl.load(place, mask=(d < D) & between(t, d, 0, l), other=0.0).to(tl.float32)
 
@@ -291,7 +291,7 @@ def step_kernel(
     x, weight, bias, state, after, out, xb, sb, sd, sk, ab, ad, ak,
     D: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, BD: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of channels, b). `after` may be `state`: nobody else reads these channels, and all is read by then."""
+    """Grid (blocks of channels, b). `after` may be `state`: no other program reads these channels, and all is read by then."""
     b = tl.program_id(1).to(tl.int64)
     d, column = tl.program_id(0) * BD + tl.arange(0, BD), tl.arange(0, KP)
     seen = window(x, state, b, d, column, xb, sb, sd, sk, D, K)

@@ -21,7 +21,7 @@ from .triton_conv import window, window_output
 from .triton_launch import last_contiguous, on, padded, tl, triton
 
 WINDOW = 256  # channels whose window moves on at a time
-STATE_ROWS = 16  # of a head's state (p, n), in one program: small, so that one row alone keeps a GPU busy
+STATE_ROWS = 16  # of a head's state (p, n), in one program: small, because one row alone must keep a GPU busy
 
 
 def scan_step(

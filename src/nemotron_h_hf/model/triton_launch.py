@@ -1,6 +1,6 @@
 """What every Triton kernel of this folder needs at its launch: Triton itself, the device, the dtype of its products.
 
-Triton comes with PyTorch's CUDA builds. Files with kernels take `triton` and `tl` from here, so that one message says
+Triton comes with PyTorch's CUDA builds. Files with kernels take `triton` and `tl` from here, and one message says
 what is missing. Kernels never specialise on a length, and offsets that grow with one are 64-bit.
 """
 

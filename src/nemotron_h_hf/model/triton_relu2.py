@@ -40,7 +40,7 @@ class SquaredRelu(torch.autograd.Function):
 
 @triton.jit
 def forward_kernel(x, out, number, BLOCK: tl.constexpr):
-    """Grid (blocks). Whether 16 divides the number of values decides how many one load takes, so that is specialised."""
+    """Grid (blocks). Whether 16 divides the number of values decides how many one load takes, and is specialised."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     value = tl.load(x + i, mask=i < number, other=0.0).to(tl.float32)
     tl.store(out + i, tl.where(value <= 0, 0.0, value * value).to(out.dtype.element_ty), mask=i < number)

@@ -233,7 +233,7 @@ def projection_gradients(
     H: tl.constexpr, P: tl.constexpr, R: tl.constexpr, N: tl.constexpr, Q: tl.constexpr, BP: tl.constexpr,
     BN: tl.constexpr, DOCUMENTS: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dB, dC (b, l, G, N): sums over the heads of a group, in one program, so that no sum depends on who comes first.
+    """dB, dC (b, l, G, N): sums over the heads of a group, in one program, which makes the order of every sum fixed.
 
     Grid (G * blocks of N, chunks, b).
     """

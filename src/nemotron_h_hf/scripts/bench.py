@@ -1,8 +1,8 @@
-"""Measure speed and memory, beside transformers' own models and a floor that nobody can beat.
+"""Measure speed and memory, next to transformers' own models and a floor that nothing can beat.
 
-    nemotron-h bench cpu                                        # everything; best on a machine that does nothing else
+    nemotron-h bench cpu                                        # everything; use an idle machine
     nemotron-h bench cpu --only decode prefill --runs 7
-    nemotron-h bench cpu --quick                                # a tiny model: does it run, not how fast
+    nemotron-h bench cpu --quick                                # a tiny model, to see that it runs; not its speed
     nemotron-h bench decode --model nemotron-h-8b --rows 1 64 --context 1024
     nemotron-h bench prefill --model path/to/checkpoint --context 8192 65536 --whole
     nemotron-h bench throughput --sides ours qwen2 llama --context 65536 --tokens-out 1024
@@ -11,8 +11,8 @@
     nemotron-h bench --suite gpu-10min --output docs/results/bench_gpu
     nemotron-h bench decode --device cpu --model tiny --context 64     # the same code where there is no GPU
 
-`cpu` compares ours, transformers' `nemotron_h` and the model's Linear layers called alone, in turns, in fp32. The others
-run on a GPU: presets with random weights, checkpoints, or a slice of either's depth, beside transformers' own model on the
+`cpu` compares ours, transformers' `nemotron_h` and the model's Linear layers called alone, interleaved, in fp32. The others
+run on a GPU: presets with random weights, checkpoints, or some layers of either, next to transformers' own model on the
 same weights, Llama- and Qwen2-shaped models of equal size, and the floor: bytes and operations over the rates measured in
 the same run. Nothing of ours is timed before its results agree with transformers' own. OUTPUT.json is whole after every
 measurement; OUTPUT.png and a table come at the end.
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def on_device(chosen: argparse.Namespace, command: str) -> int:
-    """Measure one part, or the suite; 0 also where a target is missed, which the table and the JSON tell."""
+    """Measure one part, or the suite. Returns 0 also when a target is missed; the table and the JSON say so."""
     options = {name: value for name, value in vars(chosen).items() if name != "suite"}
     options["part"] = options.pop("command") or chosen.suite
     arguments = device_run.DeviceArguments(**{**options, "output": chosen.output or Path(f"bench_{options['part']}")})
@@ -70,7 +70,7 @@ def on_device(chosen: argparse.Namespace, command: str) -> int:
 
 
 def cpu(argv: Sequence[str]) -> int:
-    """Measure on this CPU; 0 also where a target is missed, which the table and the JSON tell."""
+    """Measure on this CPU. Returns 0 also when a target is missed; the table and the JSON say so."""
     arguments = parse(argv)
     plan = QUICK if arguments.quick else Plan()
     logging.set_verbosity_error()
@@ -116,7 +116,7 @@ def parse(argv: Sequence[str]) -> BenchArguments:
 
 
 def refuse_existing(prefix: Path, overwrite: bool) -> None:
-    """Files of the user's stay unless they may be replaced."""
+    """Refuse to replace existing files unless --overwrite is given."""
     for path in outputs(prefix):
         if path.exists() and not overwrite:
             raise ValueError(f"--output: {path} is there already; --overwrite replaces it")

@@ -5,7 +5,7 @@
     nemotron-h blend --config run.yaml --read 1M              # read and tokenise a million tokens of it
     nemotron-h blend --config sft.yaml --read 1M --records    # whole records, as sft reads them
 
-FILE is a configuration of `nemotron-h pretrain` (with --records: of sft, distill or elastic-train); of its keys those are used:
+FILE is a configuration of `nemotron-h pretrain` (with --records: of sft, distill or elastic-train). These of its keys are used:
 
     total_tokens: 100M
     sources:
@@ -15,8 +15,8 @@ FILE is a configuration of `nemotron-h pretrain` (with --records: of sft, distil
       - {until: 60%, weights: {web: 0.6, code: 0.4}}
       - {weights: {web: 0.3, code: 0.7}}
 
-Reading shrinks all phases in proportion, so that every source is met: wrong columns, damaged files, sources that are
-smaller than their share, and those of which the run will see a few documents only, show before the run does.
+Reading shrinks all phases in proportion, to reach every source: wrong columns, damaged files, sources that are
+smaller than their share, and sources of which the run will see only a few documents, show up before the run.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def parse(argv: Sequence[str] | None) -> BlendArguments:
         "--total_tokens", "--total-tokens", metavar="N", help="length of the run, instead of the file's"
     )
     parser.add_argument(
-        "--tokenizer", help="folder or hub id; default: the file's tokenizer or model, or the one in the box"
+        "--tokenizer", help="folder or hub id; default: the file's tokenizer or model, or the embedded one"
     )
     parser.add_argument(
         "--seed", "--data_seed", "--data-seed", type=int, dest="data_seed", help="of the order, instead of the file's"
@@ -135,7 +135,7 @@ def read(sources: Sequence[Source], spans: Sequence[Span], num_tokens: int, tota
     """A blend that was read to its end, with the phases shrunk to `num_tokens`."""
     ends = [round(span.end * num_tokens / total) for span in spans]
     if any(end <= start for start, end in zip([0, *ends], ends)):
-        raise ValueError(f"read is {num_tokens:,} tokens; more are needed so that each of {len(spans)} phases has one")
+        raise ValueError(f"read is {num_tokens:,} tokens; more are needed for {len(spans)} phases to have one each")
     phases = [Phase(span.weights, until=end) for span, end in zip(spans, ends)]
     name = config.get("tokenizer") or config.get("model") or EMBEDDED_MODEL
     tokenizer = load_tokenizer(name)
@@ -188,7 +188,7 @@ def reading_table(blend: Blend, spans: Sequence[Span]) -> str:
 def _seen(documents: float, num_records: int | None) -> str:
     """How many documents a run takes, of how many there are."""
     if num_records is None:
-        return f"about {round(documents):,}, of how many is not known"
+        return f"about {round(documents):,} of an unknown number"
     if documents > num_records:
         return f"all {num_records:,}, {documents / max(num_records, 1):,.1f} times"
     return f"about {round(documents):,} of {num_records:,} ({documents / max(num_records, 1):.1%})"

@@ -7,7 +7,7 @@
     nemotron-h convert model/ run/ --format torch --tp 4 --pp 2 --ep 8
     nemotron-h convert model/ run/ --format torch --pp 14,14,12,12  # layers of each pipeline stage
 
-A conversion that was interrupted goes on when the same command is given again. What was done is in the target's
+An interrupted conversion resumes when the same command is given again. What was done is in the target's
 conversion_report.json and conversion_report.txt. Nothing in a checkpoint is executed.
 """
 
@@ -68,7 +68,7 @@ def parse(argv: Sequence[str] | None) -> ConvertArguments:
     parser.add_argument("--pp", type=_stages, default=1, help="pipeline stages, or the layers of each: 14,12 (1)")
     parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks of --format torch (1)")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="of DST (as in SRC)")
-    parser.add_argument("--config", help="preset or config.json that completes what a Megatron SRC does not say")
+    parser.add_argument("--config", help="preset or config.json for what a Megatron SRC does not say")
     parser.add_argument("--max-shard-size", default="5GB", help="of the files of DST (5GB)")
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="folder whose tokenizer files are copied to a Hugging Face DST"
@@ -82,13 +82,13 @@ def parse(argv: Sequence[str] | None) -> ConvertArguments:
     parser.add_argument(
         "--core", choices=("auto", "0.16", "0.19"), default="auto", help="names of --format torch (auto)"
     )
+    parser.add_argument("--allow-unused", metavar="NAME", action="append", default=[], help="tensors of SRC to ignore")
     parser.add_argument(
-        "--allow-unused", metavar="NAME", action="append", default=[], help="tensors of SRC to leave out"
+        "--allow-missing", metavar="NAME", action="append", default=[], help="tensors that SRC may lack"
     )
-    parser.add_argument("--allow-missing", metavar="NAME", action="append", default=[], help="tensors to go on without")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and write nothing")
     parser.add_argument(
-        "--verify", dest="verify_output", action="store_true", help="read everything again that was written"
+        "--verify", dest="verify_output", action="store_true", help="read everything that was written again"
     )
     parser.add_argument("--verify-logits", metavar="REF", help="compare a probe with this Hugging Face checkpoint")
     return ConvertArguments(**vars(parser.parse_args(argv)))

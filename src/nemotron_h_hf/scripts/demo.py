@@ -1,9 +1,9 @@
-"""The main job on the embedded model: load it, let it write, and compare its cache with a transformer's.
+"""Load the embedded model, generate text, and compare its cache with a transformer's.
 
     nemotron-h demo            # what `make demo` runs; nothing is downloaded
 
-The table is measured, not computed: one context is fed piece by piece through the model and its cache asked for its
-bytes; the transformer's figures are those of a real cache of transformers' own, filled with tensors of its shapes.
+The table is measured, not computed: one context is fed to the model piece by piece, and the bytes of its cache are read.
+The transformer's figures come from a real transformers cache, filled with tensors of its shapes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NEXT_STEPS = """What to try next
   nemotron-h generate --prompt "class Stack:" --temperature 0.5    continue your own prompt
   nemotron-h info nemotron-h-8b                                    pattern, parameters and memory of a released shape
   nemotron-h info path/to/checkpoint                               the same, and a check of its files
-  nemotron-h bench cpu                                             speed on this machine, beside transformers' own model
+  nemotron-h bench cpu                                             speed on this machine, next to transformers' own model
   README.md                                                        loading it from Python"""
 
 
@@ -82,7 +82,7 @@ def write(model: PreTrainedModel, tokenizer, arguments: DemoArguments) -> str:
         do_sample=True,
         temperature=0.7,
         top_p=0.95,
-        repetition_penalty=1.15,  # so small a model falls into loops
+        repetition_penalty=1.15,  # a model this small falls into loops
     )
     seconds = time.perf_counter() - start
     num_new = output.shape[1] - inputs["input_ids"].shape[1]

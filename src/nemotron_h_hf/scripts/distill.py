@@ -1,22 +1,22 @@
 """Train a student on what a teacher predicts: T^2 * KL(softmax(z_T / T) || softmax(z_S / T)), after Nemotron-H-47B.
 
     nemotron-h distill --data text/ --teacher path/to/56b --model path/to/pruned --output_dir runs/kd --total_tokens 7B
-    nemotron-h distill --data text/ --init random --config_overrides '{hybrid_override_pattern: M-*-}'    # of the model in the box
+    nemotron-h distill --data text/ --init random --config_overrides '{hybrid_override_pattern: M-*-}'    # of the embedded model
     nemotron-h distill --data text/ --teacher big --model nemotron-h-4b --init random --tokenizer big
 
-A teacher that is too slow or too large to run beside the student speaks first and is read later, by any number of students:
+A teacher that is too slow or too large to run next to the student runs first. Any number of students read its logits later:
 
     nemotron-h distill --data text/ --total_tokens 10M --teacher big --cache_teacher cache --top_k 64
     nemotron-h distill --data text/ --total_tokens 10M --teacher_cache cache --model small
 
 The first command may be interrupted and repeated. The k largest logits take 8 k bytes of disk per token, 512 MB per million
 tokens for k = 64; all other tokens together are one more outcome. Give the second command the same data, tokenizer (by
-itself it takes that of --model), sequence_length and seed: a row that the cache does not have stops it.
+default that of --model), sequence_length and seed: it stops at a row that is not in the cache.
 
     accelerate launch --config_file examples/accelerate/fsdp2.yaml -m nemotron_h_hf.scripts.distill --config run.yaml
 
 The loss is that of the teacher alone; --cross_entropy_weight w makes it (1 - w) * KL + w * cross-entropy with the data.
-Records are those of `nemotron-h sft`, cut at the end of a row unless --whole_documents. The same command again goes on
+Records are those of `nemotron-h sft`, cut at the end of a row unless --whole_documents. The same command given again resumes
 from the last whole checkpoint. In OUTPUT_DIR: checkpoint-N/, metrics.jsonl with both parts of the loss,
 held_out.json (with --eval_data: the loss before and after), and at the end model/, the student.
 """
@@ -62,7 +62,7 @@ DEFAULTS = {"output_dir": "runs/distill", "learning_rate": 1e-4}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the teacher's cache; or train the student or go on, and save it."""
+    """Write the teacher's cache; or train the student (or resume), and save it."""
     data, dealt, knowledge, start, training = parse(
         (DataArguments, RowArguments, TeacherArguments, ModelArguments, NemotronHTrainingArguments), argv, __doc__,
         "nemotron-h distill", **DEFAULTS,
@@ -118,7 +118,7 @@ def run(
 def find_tokenizer(
     start: ModelArguments, knowledge: TeacherArguments, data: DataArguments, vocab_size: int
 ) -> PreTrainedTokenizerBase:
-    """The one named, or else the teacher's, whose tokens the student has to speak; of a cache alone, the student's."""
+    """The one named, or the teacher's, because the student must use the same tokens; with a cache alone, the student's."""
     of_student = start.model if knowledge.teacher_cache is not None and start.init == "weights" else None
     name = start.tokenizer or knowledge.teacher or of_student or EMBEDDED_MODEL
     tokenizer = load_tokenizer(replace(start, tokenizer=name), EMBEDDED_MODEL, vocab_size)
@@ -153,7 +153,7 @@ def make_rows(
 
 
 def find_teacher(knowledge: TeacherArguments) -> PreTrainedModel | TeacherCache:
-    """The teacher, or its cache; of a teacher named beside a cache it is checked that the cache is its own."""
+    """The teacher, or its cache; a teacher given with a cache must be the one that wrote it."""
     if knowledge.teacher_cache is None:
         return load_teacher(knowledge, device_to_load_on())
     cached = TeacherCache(knowledge.teacher_cache)
@@ -177,7 +177,7 @@ def cache(
     start: ModelArguments,
     training: NemotronHTrainingArguments,
 ) -> int:
-    """Let the teacher speak on every row of the run and every held-out row, each process on its share.
+    """Run the teacher on every row of the run and every held-out row, each process on its share.
 
     Raises:
         ValueError: where only the first process would load it.

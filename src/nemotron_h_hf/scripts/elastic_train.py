@@ -5,7 +5,7 @@
     nemotron-h elastic-train --config examples/recipes/elastic_12b.yaml
 
 A budget is a share of the parent, or a size: 8.9B parameters; 12GiB with --metric memory (weights, and the caches of
---cost_batch_size sequences of --cost_context tokens); 30ms with --metric latency, from a table that this makes:
+--cost_batch_size sequences of --cost_context tokens); 30ms with --metric latency, from a table that this command makes:
 
     nemotron-h elastic-train --config run.yaml --metric latency --latency_table times.json --measure_latency
 
@@ -14,7 +14,7 @@ shorter sequences are cut from the rows, so every step has as many tokens:
 
     stages: [{until: 60%, sequence_length: 8192}, {weights: {12b: 0.5, 9b: 0.3, 6b: 0.2}}]
 
-The same command again goes on from the last whole checkpoint, router included. In OUTPUT_DIR: checkpoint-N/,
+The same command given again resumes from the last whole checkpoint, router included. In OUTPUT_DIR: checkpoint-N/,
 metrics.jsonl, router.safetensors, and at the end model/, an ordinary parent whose config.json names the budgets that were
 found (with --eval_data: their held-out losses). Cut one out by `nemotron-h slice OUTPUT_DIR/model OUT --budget small`.
 
@@ -68,7 +68,7 @@ DEFAULTS = {"output_dir": "runs/elastic", "learning_rate": 9e-5, "max_loss_jump"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure latencies; or train parent and router or go on, find the budgets, and save."""
+    """Measure latencies; or train parent and router (or resume), find the budgets, and save."""
     data, rows_dealt, elastic, knowledge, start, training = parse(
         (DataArguments, RowArguments, ElasticArguments, TeacherArguments, ModelArguments, NemotronHTrainingArguments), argv, __doc__,
         "nemotron-h elastic-train", **DEFAULTS,
@@ -189,7 +189,7 @@ def make_rows(
 def find_teacher(model: PreTrainedModel, knowledge: TeacherArguments) -> PreTrainedModel:
     """Another checkpoint, its weights as they are stored, or a copy of the parent before it is trained.
 
-    Where the parent is without weights (one_copy.py), so is the teacher.
+    Where the parent has no weights (one_copy.py), the teacher has none either.
     """
     if knowledge.teacher is None:
         return copy.deepcopy(model).eval()

@@ -1,14 +1,14 @@
-"""Make a parent: an ordinary checkpoint of the same function, its weights ordered so that smaller models lie in front.
+"""Make a parent: the same model with its weights ordered, so the first rows and columns form smaller models.
 
     nemotron-h elasticize path/to/model parent --calibration 'text/*.jsonl'
     nemotron-h elasticize path/to/12b parent --calibration text.jsonl --budget 6b:hidden_size=3072,mamba_num_heads=96,depth=46
     nemotron-h elasticize path/to/12b parent --calibration text.jsonl --budgets budgets.yaml --choices hidden_size=4096,3072
 
-Without --calibration the text is this Python's standard library, which suits the model in the box and no other. The command
-scores every hidden channel, neuron, head and expert by its activations, and every layer by what the logits lose without it;
-puts the weights in that order; measures the loss of every budget, and of every size that may be chosen, on held-out text;
-and writes all this to `elastic` in the new config.json. See the budgets with `nemotron-h info parent`, cut one out with
-`nemotron-h slice parent small --budget NAME`.
+Without --calibration the text is this Python's standard library, which suits the embedded model and no other. The command
+scores every hidden channel, neuron, head and expert by its activations, and every layer by the change of the logits without
+it. It puts the weights in that order, measures the loss of every budget and of every size that may be chosen on held-out
+text, and writes all this to `elastic` in the new config.json. `nemotron-h info parent` shows the budgets;
+`nemotron-h slice parent small --budget NAME` cuts one out.
 
 A budget names sizes of the small model, as in its config; `depth` says how many layers stay. Sizes that differ by layer go
 into a YAML file:
@@ -16,10 +16,10 @@ into a YAML file:
     6b: {hidden_size: 3072, mamba_num_heads: 96, depth: 46}
     9b: {intermediate_size: [15680, 12288, ...], layers: [0, 1, 2, ...]}
 
-The new weights are written a tensor at a time. The model is loaded whole, as it has to run; with --stream it never is: each
-layer is read when it runs and let go after, once for each batch (a large --batch_size reads less). Ranking half of L layers
-takes about 3/8 L^2 forwards over the few rows for depth (1,488 for 62 layers); --removals bounds it, --depth_rows 0 leaves
-it out. The same command again goes on where it was interrupted: what is measured lies in OUTPUT/.work until OUTPUT is whole.
+The new weights are written one tensor at a time. The model is loaded whole because it has to run; with --stream each
+layer is read when it runs and dropped after, once per batch (a large --batch_size reads less). Ranking half of L layers
+takes about 3/8 L^2 forwards over the few rows for depth (1,488 for 62 layers); --removals limits it, --depth_rows 0 skips
+it. The same command given again resumes: measurements are kept in OUTPUT/.work until OUTPUT is whole.
 In OUTPUT/importance: scores.json and a plot for each axis (matplotlib).
 """
 
@@ -128,7 +128,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--held_out",
         nargs="+",
         metavar="FILE",
-        help="text for the losses; default: what follows in the calibration text",
+        help="text for the losses; default: the next rows of the calibration text",
     )
     add("--rows", type=int, default=256, help="rows of text that width is scored on (%(default)s)")
     add("--held_out_rows", type=int, default=32, help="rows that losses are measured on (%(default)s)")
@@ -213,7 +213,7 @@ def make_rows(arguments: argparse.Namespace, source: Path) -> tuple[list[dict[st
 
 
 def packed(tokenizer, texts: Iterable[str], name: str, num_rows: int, length: int) -> list[dict[str, Tensor]]:
-    """The first rows of documents laid end to end, each behind an end token; reads no more texts than that takes.
+    """The first rows of concatenated documents, each after an end token; reads no more texts than needed.
 
     Raises:
         ValueError: if there is less text.
@@ -233,7 +233,7 @@ def packed(tokenizer, texts: Iterable[str], name: str, num_rows: int, length: in
 
 
 def write_weights(source: Path, config: NemotronHConfig, order: Kept, staging: Path, num_bytes: int) -> dict[str, str]:
-    """The weights in their new order, and all but what was measured, in a folder that does not count yet; checksums by name."""
+    """Write the weights in their new order and the other files to a folder without config.json; returns checksums by name."""
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="weights") as bar:
         digests = permute_checkpoint(source, config, order, staging, bar.update)
     code = sorted(path.name for path in source.glob("*.py")) if "auto_map" in config.to_dict() else []

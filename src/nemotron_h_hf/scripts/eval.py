@@ -5,15 +5,15 @@
     nemotron-h eval --model owner/name --tasks long --lengths 4k,32k,128k --device cuda --output runs/long
     nemotron-h eval --model owner/name --tasks mmlu_pro,gsm8k_cot --limit 100 --batch-size 8 --device cuda
     nemotron-h eval --model owner/name --tasks paper-reasoning --chat --device cuda
-    nemotron-h eval --tasks my_task --include-path my_tasks      # a task of your own: YAML, local files
+    nemotron-h eval --tasks my_task --include-path my_tasks      # your own task: YAML, local files
 
-Any causal language model of transformers can be asked, so a Llama beside ours is the same command with another --model
+Any causal language model of transformers can be evaluated: for a Llama, use the same command with another --model
 and --output. Text, questions and answers of bpb and the long-context tasks need no network: the text is that of this
-Python unless --text or --haystack say otherwise. They are modelled on RULER but worded anew, so their scores are for
+Python unless --text or --haystack say otherwise. They are modelled on RULER in different words; their scores are for
 comparing models with each other, not with published tables. Names that are not listed below are looked up in
 lm-evaluation-harness (pip install 'nemotron-h-hf[eval]').
 
-Every finished sample goes to OUTPUT/samples.jsonl at once. The same command after an interruption goes on from there,
+Every finished sample goes to OUTPUT/samples.jsonl at once. After an interruption the same command continues from there,
 and one with more tasks, lengths or samples adds to it; another model, seed, text or window is refused. At the end come
 a table, OUTPUT/results.json and OUTPUT/long_context.png with everything the folder holds.
 """
@@ -131,8 +131,10 @@ def parse(argv: Sequence[str]) -> EvalArguments:
     part = parser.add_argument_group("lm-evaluation-harness")
     part.add_argument("--batch-size", type=int, default=1, help="requests at a time (1)")
     part.add_argument("--max-length", type=int, help="tokens per request (the model's max_position_embeddings)")
-    part.add_argument("--include-path", help="folder with tasks of your own in YAML files")
-    part.add_argument("--allow-code", action="store_true", help="let tasks run code that the model wrote, here")
+    part.add_argument("--include-path", help="folder with your own tasks in YAML files")
+    part.add_argument(
+        "--allow-code", action="store_true", help="let tasks run code that the model wrote, on this machine"
+    )
     part = parser.add_argument_group("how")
     part.add_argument("--chat", action="store_true", help="put questions into the tokenizer's chat template")
     part.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, or "
@@ -228,7 +230,7 @@ def model_facts(model: PreTrainedModel, arguments: EvalArguments) -> dict:
 
 
 def weights_digest(model: PreTrainedModel) -> str:
-    """A short fingerprint of a few values of every tensor: trained further or cast, it is another one."""
+    """A short fingerprint of a few values of every tensor; it changes when the model is trained further or cast."""
     sha = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         for part in plain_parts(tensor):

@@ -1,11 +1,11 @@
-"""Make an ordinary checkpoint of a training run's: one folder that from_pretrained loads, whatever wrote it.
+"""Make an ordinary checkpoint from a training run's: one folder that from_pretrained loads.
 
     nemotron-h export runs/big model/                            # the run's last whole checkpoint
     nemotron-h export runs/big/checkpoint-500 model/ --dtype bfloat16
 
-A run under FSDP writes its weights in parts, one file per process; they are put together one tensor at a time, so a model
-larger than memory is no trouble, and neither GPUs nor processes are needed. Other runs' checkpoints are copied. Adapters
-(LoRA) alone are refused: `nemotron-h merge` joins them with their base.
+A run under FSDP writes its weights in parts, one file per process. This joins them one tensor at a time, without GPUs or
+processes, also for a model larger than memory. Other runs' checkpoints are copied. Adapters (LoRA) alone are refused:
+`nemotron-h merge` joins them with their base.
 """
 
 from __future__ import annotations

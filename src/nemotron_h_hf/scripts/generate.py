@@ -1,6 +1,6 @@
 """Continue a prompt with a Nemotron-H model, printing tokens as they come.
 
-    nemotron-h generate                                            # the embedded model and a prompt of its own kind
+    nemotron-h generate                                            # the embedded model and a prompt that suits it
     nemotron-h generate --prompt "import os" --max-new-tokens 64
     echo "def main" | nemotron-h generate --prompt - --temperature 0
     nemotron-h generate --model owner/name --dtype bfloat16 --device cuda --cache static

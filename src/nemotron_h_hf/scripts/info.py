@@ -7,7 +7,7 @@
     nemotron-h info path/to/slice --checksums         # reads every tensor, compares it with elastic_manifest.json
 
 For a folder the headers of the safetensors files are read: dtypes and bytes are the stored ones, and files or tensors
-that are missing, truncated or of another shape are named (exit status 1). The budgets of an elastic parent stand side by
+that are missing, truncated or of another shape are named (exit status 1). The budgets of an elastic parent are shown side by
 side.
 """
 
@@ -108,12 +108,12 @@ def find_problems(config, contents: Contents | None) -> list[str]:
     lines = [f"{file} is missing" for file in contents.missing_files]
     lines += list(contents.damaged_files.values())
     lines += [f"{name} is in the index but in no file" for name in contents.missing_tensors]
-    quantised = getattr(config, "quantization_config", None)  # its tensors have names and shapes of their own
+    quantised = getattr(config, "quantization_config", None)  # its tensors have other names and shapes
     return lines if lines or quantised else disagreements(config, contents)
 
 
 def find_changes(folder: Path, checksums: bool) -> list[str]:
-    """What differs from the manifest beside the weights; without `checksums`, by counts, shapes and fingerprint."""
+    """What differs from the manifest next to the weights; without `checksums`, by counts, shapes and fingerprint."""
     path = folder / manifest.NAME
     if not path.is_file():
         return [f"{folder} has no {manifest.NAME} to compare with"] if checksums else []
@@ -131,7 +131,7 @@ def shorten(problems: list[str]) -> list[str]:
 
 
 def sequences_that_fit(facts: Facts, arguments: InfoArguments) -> int:
-    """Sequences of `context` tokens whose caches fit beside the weights; activations are not counted."""
+    """Sequences of `context` tokens whose caches fit next to the weights; activations are not counted."""
     free_bytes = int(arguments.memory_gib * 2**30) - facts.weight_bytes
     return max(0, free_bytes // max(1, facts.cache_bytes(arguments.context)))
 
@@ -207,10 +207,10 @@ def memory_lines(facts: Facts, contents: Contents | None, arguments: InfoArgumen
         f"memory ({dtype}; SSM state in float32)",
         f"  weights           {human_bytes(facts.weight_bytes):>12}{stored}",
         f"  KV cache          {human_bytes(facts.kv_bytes_per_token):>12} per token",
-        f"  SSM state         {human_bytes(facts.ssm_state_bytes):>12} per sequence, whatever its length",
-        f"  conv state        {human_bytes(facts.conv_state_bytes):>12} per sequence, whatever its length",
+        f"  SSM state         {human_bytes(facts.ssm_state_bytes):>12} per sequence, at any length",
+        f"  conv state        {human_bytes(facts.conv_state_bytes):>12} per sequence, at any length",
         f"  one sequence      {human_bytes(facts.cache_bytes(context)):>12} at {context:,} tokens",
-        f"  sequences of {context:,} tokens that fit beside the weights in {arguments.memory_gib:g} GiB: "
+        f"  sequences of {context:,} tokens that fit next to the weights in {arguments.memory_gib:g} GiB: "
         f"{sequences_that_fit(facts, arguments):,} (activations not counted)",
     ]
 

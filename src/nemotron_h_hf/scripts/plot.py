@@ -1,7 +1,7 @@
 """Draw loss curves of several runs side by side.
 
     nemotron-h plot runs/a runs/b                                  # writes loss.png
-    nemotron-h plot bf16=runs/a fp8=runs/b --output gap.png        # with names of your own
+    nemotron-h plot bf16=runs/a fp8=runs/b --output gap.png        # with your own names
     nemotron-h plot runs/a --y learning_rate --window 1            # any figure of metrics.jsonl
     nemotron-h plot runs/a --x step --y 'size_*,target_*'          # all that match, a curve each
     nemotron-h plot docs/results/tiny/*.jsonl --window 5           # logs of train-tiny, and any JSON lines like them

@@ -1,6 +1,6 @@
 """Pretrain a Nemotron-H model on a blend of sources.
 
-    nemotron-h pretrain --sources '{code: {path: "src/**/*.py"}}' --total_tokens 2M       # the model in the box goes on
+    nemotron-h pretrain --sources '{code: {path: "src/**/*.py"}}' --total_tokens 2M       # continues the embedded model
     nemotron-h pretrain --config run.yaml                                                # everything in a file
     nemotron-h pretrain --config run.yaml --learning_rate 4e-4                           # flags win over the file
     nemotron-h pretrain --config run.yaml --model nemotron-h-8b --init random --tokenizer FOLDER
@@ -19,14 +19,14 @@ run.yaml, with weights that change on the way (a phase without `until` or `last`
       - {until: 60%, weights: {web: 0.6, code: 0.3, wiki: 0.1}}
       - {weights: {web: 0.3, code: 0.3, wiki: 0.4}}
 
-Texts are tokenised as they are read, by every process, in the order of the blend. Where that is what a run waits for, do it
-before: a column of token ids, each document with its end tokens, is taken as it is (column: input_ids).
+Texts are tokenised as they are read, by every process, in the order of the blend. If that is the bottleneck, tokenise
+beforehand: a column of token ids, each document with its end tokens, is used as it is (column: input_ids).
 
-Rows follow one another through a long document. With few rows per step that makes batches of one document: --shuffle_rows N makes
-N rows at once and deals them out in random order; with as many as the data has, a run shorter than an epoch sees pieces of all
-documents instead of some as a whole.
+A long document fills consecutive rows. With few rows per step a batch is then one document. --shuffle_rows N makes N rows at
+once and deals them out in random order. With as many as the data has, a run shorter than an epoch sees pieces of all
+documents instead of a few whole ones.
 
-The same command again goes on from the last whole checkpoint, with the very next row. In OUTPUT_DIR: checkpoint-N/ while
+The same command given again resumes from the last whole checkpoint, at the next row. In OUTPUT_DIR: checkpoint-N/ while
 it runs, metrics.jsonl (see `nemotron-h plot`), and at the end model/, which from_pretrained loads and --push_to_hub with
 --hub_model_id sends.
 """
@@ -63,7 +63,7 @@ MODEL_FOLDER = "model"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Load, train or go on, save."""
+    """Load, train (or resume), save."""
     model_arguments, data, training = parse(
         (ModelArguments, PretrainDataArguments, NemotronHTrainingArguments), argv, __doc__, "nemotron-h pretrain",
         output_dir="runs/pretrain",
@@ -111,7 +111,7 @@ def run(
 
 
 def save(trainer: NemotronHTrainer, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """The trained model as a folder of its own; weights spread by FSDP are put together from the last checkpoint."""
+    """The trained model in its own folder; weights sharded by FSDP are joined from the last checkpoint."""
     output_dir = Path(trainer.args.output_dir)
     folder = output_dir / MODEL_FOLDER
     if not trainer.is_fsdp_enabled:
@@ -147,7 +147,7 @@ def make_rows(
 
 
 def describe(model: torch.nn.Module, training: NemotronHTrainingArguments) -> str:
-    """What is about to happen, in two lines."""
+    """The run in two lines."""
     count = sum(parameter.numel() for parameter in model.parameters())
     processes = "1 process" if training.world_size == 1 else f"{training.world_size} processes"
     return (

@@ -1,7 +1,7 @@
 """Fine-tune a Nemotron-H model on conversations, prompts with completions, or plain text; whole, or with LoRA adapters.
 
     nemotron-h sft --data chats.jsonl --model path/to/checkpoint --output_dir runs/sft
-    nemotron-h sft --data tasks.jsonl --eval_data held_out.jsonl --sequence_length 512 --max_steps 100   # the model in the box
+    nemotron-h sft --data tasks.jsonl --eval_data held_out.jsonl --sequence_length 512 --max_steps 100   # the embedded model
     nemotron-h sft --data chats.jsonl --lora_rank 16 --learning_rate 2e-4                # adapters on every projection
     nemotron-h sft --data chats.jsonl --lora_rank 16 --load_in_4bit --bf16 true          # QLoRA, on one GPU
     nemotron-h sft --config run.yaml                                                     # all flags in a file
@@ -14,9 +14,9 @@ Each line of a data file is one record:
     {"text": "..."}                                                                                 loss on everything
 
 Records are packed into rows of --sequence_length tokens, never cut; the model keeps the records of a row apart.
-The same command again goes on from the last whole checkpoint, with the very next row. In OUTPUT_DIR: checkpoint-N/,
-metrics.jsonl, held_out.json, and at the end model/, an ordinary checkpoint, or adapter/, which `nemotron-h merge` makes
-one of.
+The same command given again resumes from the last whole checkpoint, at the next row. In OUTPUT_DIR: checkpoint-N/,
+metrics.jsonl, held_out.json, and at the end model/, an ordinary checkpoint, or adapter/, which `nemotron-h merge` joins
+with its base.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ DEFAULTS = {"output_dir": "runs/sft", "learning_rate": 2e-5, "weight_decay": 0.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train or go on, save, and push if asked to."""
+    """Train (or resume), save, and push if asked to."""
     data, packing, adapters, start, training = parse(
         (DataArguments, LongContextArguments, AdapterArguments, ModelArguments, NemotronHTrainingArguments), argv,
         __doc__, "nemotron-h sft", **DEFAULTS,
@@ -103,7 +103,7 @@ def check(adapters: AdapterArguments, start: ModelArguments) -> None:
     """Refuse flags that contradict each other."""
     if adapters.load_in_4bit:
         require(
-            adapters.lora_rank > 0, "load_in_4bit", True, "together with --lora_rank: weights in 4 bits are not trained"
+            adapters.lora_rank > 0, "load_in_4bit", True, "only with --lora_rank: weights in 4 bits are not trained"
         )
         require(start.init == "weights", "load_in_4bit", True, "with --init weights")
         require(not start.fp8, "load_in_4bit", True, "without --fp8")
@@ -122,7 +122,7 @@ def make_rows(
 
     def encode_with_messages(record: Any) -> Mapping[str, Any]:
         if not isinstance(record, Mapping) or "messages" not in record:
-            raise ValueError("the record has no messages; --long_context allows conversations alone")
+            raise ValueError("the record has no messages; --long_context allows only conversations")
         return {**encode(record), "messages": record["messages"], "tools": record.get("tools")}
 
     def join(messages: Sequence[Mapping], tools: Sequence[Any] | None) -> Mapping[str, list[int]]:

@@ -6,8 +6,8 @@
     nemotron-h slice path/to/parent --budget 7GiB@32k --candidates 5     # what else would fit; writes nothing
     nemotron-h slice path/to/parent small/ --budget '{"hidden_size": 3072, "layers": [0, 1, 2, 5]}'
 
-The parent is only read, and never built: memory stays with its largest tensor. A cut that was interrupted goes on when the
-same command is given again. Beside the weights lie tokenizer, generation config, and elastic_manifest.json: parameters,
+The parent is only read, and never built: peak memory is about its largest tensor. An interrupted cut resumes when the
+same command is given again. Next to the weights are tokenizer, generation config, and elastic_manifest.json: parameters,
 checksums, the parent's fingerprint, and with --verify how far the logits are from those of the masked parent.
 `nemotron-h info PARENT` shows the budgets, `nemotron-h info small/ --checksums` checks what was written.
 """

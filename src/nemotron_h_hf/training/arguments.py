@@ -67,7 +67,7 @@ class ModelArguments:
 
     model: str | None = _flag(
         None,
-        "checkpoint folder, hub id, or with --init random also a preset (nemotron-h-8b); default: the model in the box",
+        "checkpoint folder, hub id, or with --init random also a preset (nemotron-h-8b); default: the embedded model",
     )
     init: str = _flag("weights", "weights: start from the checkpoint; random: only its shape", ("weights", "random"))
     config_overrides: dict | str | None = _flag(

@@ -33,7 +33,7 @@ class TeacherArguments:
 
     _argument_group_name = "teacher"
 
-    teacher: str | None = _flag(None, "folder or hub id; default: the model in the box")
+    teacher: str | None = _flag(None, "folder or hub id; default: the embedded model")
     teacher_dtype: str = _flag("auto", "of its weights; auto: as stored", choices=("auto", "float32", "bfloat16"))
     temperature: float = _flag(1.0, "T; above 1 the teacher's small probabilities weigh more")
     cross_entropy_weight: float = _flag(0.0, "w from 0, the teacher alone, to 1, the data alone")
