@@ -375,6 +375,10 @@ def test_unknown_budgets():
         parent.submodel(Budget(name="odd", mamba_num_heads=3))
     with pytest.raises(ValueError, match="nemotron-h push"):
         parent.save_pretrained("nowhere", push_to_hub=True)
+    with pytest.raises(ValueError, match="variant='fp16': allowed is None"):
+        parent.save_pretrained("nowhere", variant="fp16")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'max_shard_sise'"):
+        parent.save_pretrained("nowhere", max_shard_sise="1GB")
 
 
 # The order

@@ -117,6 +117,14 @@ def test_unknown_arguments_are_refused(shape, name):
             part(x, **{name: None})
 
 
+def test_masks_refuse_an_unknown_argument(model):
+    """It may be the cache under a new name; what transformers passes to makers of masks is known."""
+    x = torch.zeros(2, 3, 0)
+    assert model.create_masks_for_generate(model.config, x, None, is_first_iteration=True)["linear_attention"] is None
+    with pytest.raises(TypeError, match="kv_cache"):
+        model.create_masks_for_generate(model.config, x, None, kv_cache=None)
+
+
 @pytest.mark.parametrize("shape", ["dense", "moe"])
 def test_listed_arguments_change_nothing(shape):
     model, ids = tiny_model(shape), prompt(2, 9)

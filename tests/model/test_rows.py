@@ -6,7 +6,7 @@ from tiny import prompt, tiny_model
 from transformers import DataCollatorWithFlattening
 
 from nemotron_h_hf import HybridCache
-from nemotron_h_hf.model.rows import find_documents, find_padding, flash_offsets
+from nemotron_h_hf.model.rows import find_documents, find_padding, flash_offsets, read_rows, real_tokens
 
 SHAPES = ["dense", "attention_free", "moe"]
 LENGTHS = [(5, 12, 1, 9), (7,), (16, 3)]
@@ -239,6 +239,30 @@ def test_positions_that_do_not_restart_are_one_document():
 def test_inputs_that_do_not_fit_the_batch(bad):
     with pytest.raises(ValueError, match="position_ids|seq_idx|cu_seq_lens"):
         tiny_model()(prompt(2, 5), **bad)
+
+
+@torch.no_grad()
+def test_every_form_of_a_mask_says_the_same():
+    """(b, l), attention's own (b, 1, l, l) and both as generate() makes them, against each row alone; the second cannot tell
+    the Mamba layers where the padding is, so that one has none."""
+    model, ids = tiny_model(), prompt(2, 6)
+    mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    both = model.create_masks_for_generate(model.config, model.get_input_embeddings()(ids), mask)
+    expected = model(ids, attention_mask=mask).logits
+    torch.testing.assert_close(expected[1, 2:], model(ids[1:, 2:]).logits[0], rtol=0, atol=1e-5)
+    assert torch.equal(model(ids, attention_mask=both).logits, expected)
+    window = torch.ones(6, 6).tril().bool() & ~torch.ones(6, 6).tril(-3).bool()
+    near = model(ids, attention_mask=window[None, None]).logits
+    assert (near - model(ids).logits).abs().max() > 1e-3
+    rows = read_rows(window[None, None], ids)
+    assert rows.is_custom and not rows.can_split() and rows.real is None
+    assert read_rows(both, ids).can_split() and torch.equal(real_tokens(both), mask)
+    model.model.tokens_per_pass = {"cpu": 2}  # 256 at a time, the least
+    long, far = prompt(1, 300), torch.ones(300, 300).tril().bool()
+    parts, whole = model(long).logits, model(long, attention_mask=far[None, None]).logits
+    torch.testing.assert_close(parts, whole, rtol=0, atol=2e-5)
+    with pytest.raises(ValueError, match=r"attention_mask has shape \(2, 6, 6\): allowed is"):
+        model(ids, attention_mask=torch.ones(2, 6, 6))
 
 
 def test_finding_documents_and_padding():

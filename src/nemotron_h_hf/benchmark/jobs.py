@@ -278,7 +278,7 @@ def pass_tokens(side: Side, rows: int, part: int) -> int:
     """Tokens of each row that go through the layers at once: our model splits what is longer by itself."""
     if side.name != "ours":
         return part
-    return min(part, max(256, side.model.model.tokens_per_pass.get(side.device.type, PREFILL_TOKENS) // rows))
+    return min(part, side.model.model.pass_length(rows, side.device))
 
 
 def skip_ahead(cache: Cache, tokens: int) -> None:

@@ -18,9 +18,11 @@ from .arguments import CACHE_NAME, name_cache, one_cache
 from .cache import HybridCache, adopt_cache, sequence_length
 from .configuration_nemotron_h import NemotronHConfig
 from .decode_graph import DecodeGraph, can_replay
-from .rows import find_padding
+from .rows import find_padding, real_tokens
 
 MIN_STATIC_STEP = 64  # tokens; the room of static caches is a multiple of this
+# What transformers passes to those who make masks of their own; a causal mask without positions needs none of it.
+PASSED_FOR_MASKS = ("position_ids", "block_sequence_ids", "token_type_ids", "mm_token_type_ids", "is_first_iteration")
 MODES_WITH_FIXED_ROWS = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # beams move rows to other memory
 
 
@@ -160,13 +162,21 @@ class NemotronHGenerationMixin(GenerationMixin):
         attention_mask: Tensor | None,
         cache: Cache | None = None,
         past_key_values: Cache | None = None,
-        **_: object,
+        **kwargs: object,
     ) -> dict[str, Tensor | None]:
-        """Both masks of a forward, made outside a compiled step; padding only where there is some."""
-        config = config.get_text_config()  # of a vision-language model, the language model's
+        """Both masks of a forward, made outside a compiled step; padding only where there is some.
+
+        Raises:
+            TypeError: for an argument that is not known: it might be the cache under a new name.
+        """
+        for name in kwargs:
+            if name not in PASSED_FOR_MASKS:
+                raise TypeError(f"create_masks_for_generate() got an unexpected keyword argument {name!r}")
+        config = config.get_text_config()  # of a vision-language model, the language model\'s
         length = inputs_embeds.shape[1]
         attends = "full_attention" in config.layers_block_type
-        padded = length > 1 and find_padding(attention_mask, length) is not None  # generate() adds real tokens only
+        # generate() adds real tokens only
+        padded = length > 1 and find_padding(real_tokens(attention_mask), length) is not None
         return {
             "full_attention": create_causal_mask(
                 config, inputs_embeds, attention_mask, one_cache(cache, past_key_values)

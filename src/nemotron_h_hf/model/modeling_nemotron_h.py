@@ -63,7 +63,7 @@ from .mamba2 import NemotronHMamba2Mixer
 from .moe import NemotronHTopkRouter, init_experts, load_balancing_loss
 from .peft_support import allow_adapters_on_out_proj
 from .plain import is_watched
-from .rows import Padding, check_mask, find_documents, find_padding, flash_offsets
+from .rows import Rows, check_mask, flash_offsets, read_rows, real_tokens
 from .saving import save_whole
 from .ssd import under_func
 from .stored import empty_tensors
@@ -237,23 +237,19 @@ class NemotronHModel(NemotronHPreTrainedModel):
         if not torch.compiler.is_compiling():
             prepare_for_forks()
         passed, cache = self._check_arguments(kwargs), one_cache(cache, past_key_values)
-        batch_size, length = self._check_input(input_ids, inputs_embeds)
+        source = self._check_input(input_ids, inputs_embeds)
+        batch_size, length = source.shape[:2]
         if cu_seq_lens_k is not None and (cu_seq_lens_q is None or not torch.equal(cu_seq_lens_q, cu_seq_lens_k)):
             raise ValueError("cu_seq_lens_k differs from cu_seq_lens_q: queries and keys must be the same documents")
-        masks_given = isinstance(attention_mask, dict)
-        mask_2d = attention_mask.get("linear_attention") if masks_given else attention_mask
-        check_mask(mask_2d, batch_size, length, cache)
-        padding = find_padding(mask_2d, length)
-        device = (input_ids if inputs_embeds is None else inputs_embeds).device
-        documents = find_documents(batch_size, length, device, position_ids, seq_idx, cu_seq_lens_q, padding)
-        cache = self._cache(cache, use_cache, batch_size, packed=documents is not None)
-        source = input_ids if inputs_embeds is None else inputs_embeds
-        step = max(256, self.tokens_per_pass.get(device.type, 8192) // batch_size)
-        if documents is None and self._may_split(mask_2d, kwargs) and length > step:  # traced lengths are not compared
-            hidden_states = self._run_in_parts(source, mask_2d, cache, step, passed)
+        check_mask(attention_mask, batch_size, length, cache)
+        rows = read_rows(attention_mask, source, position_ids, seq_idx, cu_seq_lens_q)
+        cache = self._cache(cache, use_cache, batch_size, packed=rows.documents is not None)
+        step = self.pass_length(batch_size, source.device)
+        if rows.can_split() and self._may_split(kwargs) and length > step:  # traced lengths are not compared
+            hidden_states = self._run_in_parts(source, rows, cache, step, passed)
         else:
             embeds = self.embeddings(source) if inputs_embeds is None else source
-            hidden_states = self._run(embeds, attention_mask, padding, documents, cache, passed)
+            hidden_states = self._run(embeds, rows, cache, passed)
         return MoeModelOutputWithPast(last_hidden_state=hidden_states, **{CACHE_NAME: cache})
 
     def _check_arguments(self, kwargs: dict) -> dict:
@@ -265,36 +261,27 @@ class NemotronHModel(NemotronHPreTrainedModel):
             raise ValueError("is_causal=False: allowed is True, a Mamba layer reads its input in one direction")
         return passed | {name: kwargs[name] for name in kwargs if name in PASSED_TO_ATTENTION}
 
-    def _run(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | dict | None,
-        padding: Padding | None,
-        documents: Tensor | None,
-        cache: Cache | None,
-        kwargs: dict,
-    ) -> Tensor:
+    def pass_length(self, batch_size: int, device: torch.device) -> int:
+        """How many tokens of each row run through the layers at once, where an input may run in parts."""
+        return max(256, self.tokens_per_pass.get(device.type, 8192) // batch_size)
+
+    def _run(self, hidden_states: Tensor, rows: Rows, cache: Cache | None, kwargs: dict) -> Tensor:
         """All layers over one stretch of tokens: (b, l, hidden) -> (b, l, hidden)."""
-        if isinstance(attention_mask, dict):
-            mask = attention_mask["full_attention"]
-        else:
-            mask, more = self._attention_mask(hidden_states, attention_mask, documents, cache)
-            kwargs = {**kwargs, **more}
+        mask, more = self._attention_mask(hidden_states, rows, cache)
         for block in self.layers:
             hidden_states = block(
                 hidden_states,
                 cache=cache,
                 attention_mask=mask if block.block_type == "full_attention" else None,
-                padding=padding,
-                seq_idx=documents,
+                padding=rows.padding,
+                seq_idx=rows.documents,
                 **kwargs,
+                **more,
             )
         hidden_states = self.norm_f(hidden_states)
         return hidden_states.to(self.norm_f.weight.dtype) if self.config.residual_in_fp32 else hidden_states
 
-    def _run_in_parts(
-        self, source: Tensor, mask: Tensor | None, cache: Cache | None, step: int, kwargs: dict
-    ) -> Tensor:
+    def _run_in_parts(self, source: Tensor, rows: Rows, cache: Cache | None, step: int, kwargs: dict) -> Tensor:
         """`_run` over a long input, `step` tokens at a time, each part continuing from the cache of those before."""
         length = source.shape[1]
         cache = HybridCache(self.config) if cache is None else cache
@@ -303,19 +290,19 @@ class NemotronHModel(NemotronHPreTrainedModel):
             end = min(start + step, length)
             embeds = source[:, start:end]
             embeds = self.embeddings(embeds) if embeds.dim() == 2 else embeds
-            seen = None if mask is None else mask[:, : mask.shape[1] - length + end]
-            part = self._run(embeds, seen, find_padding(seen, end - start), None, cache, kwargs)
+            part = self._run(embeds, rows.part(start, end), cache, kwargs)
             if hidden_states is None:
                 hidden_states = part.new_empty(part.shape[0], length, part.shape[2])
             hidden_states[:, start:end] = part
         return hidden_states
 
-    def _attention_mask(
-        self, embeds: Tensor, mask: Tensor | None, documents: Tensor | None, cache: Cache | None
-    ) -> tuple[Tensor | None, dict]:
+    def _attention_mask(self, embeds: Tensor, rows: Rows, cache: Cache | None) -> tuple[Tensor | None, dict]:
         """The mask in the form that the attention implementation wants, and what else attention layers must know."""
         if "full_attention" not in self.config.layers_block_type:
             return None, {}
+        if rows.is_masked:
+            return rows.attention_mask, {}
+        mask, documents = rows.real, rows.documents
         if documents is None:
             growing = cache is None or not cache.is_compileable
             if growing and self.config._attn_implementation == "sdpa":
@@ -337,7 +324,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
         traced = torch.is_grad_enabled() or torch.compiler.is_compiling() or self.training
         if traced or not can_attend_after(embeds, self.config.head_dim) or cache is None or not sequence_length(cache):
             return False
-        return mask is None or (mask.dim() == 2 and bool(mask.all()))
+        return mask is None or bool(mask.all())
 
     def _cache(self, cache: Cache | None, use_cache: bool | None, batch_size: int, packed: bool) -> Cache | None:
         """The cache to use: the caller's, a new one if asked for (by default outside training), or none."""
@@ -359,7 +346,8 @@ class NemotronHModel(NemotronHPreTrainedModel):
             check_cache(cache, self.config, batch_size)
         return cache
 
-    def _check_input(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
+    def _check_input(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """The one of both that is given."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         source = input_ids if inputs_embeds is None else inputs_embeds
@@ -383,17 +371,16 @@ class NemotronHModel(NemotronHPreTrainedModel):
                 raise ValueError(
                     f"input_ids has {low if low < 0 else high}: allowed are token ids from 0 to {size - 1}"
                 )
-        return source.shape[0], source.shape[1]
+        return source
 
-    def _may_split(self, mask: Tensor | None, kwargs: dict) -> bool:
+    def _may_split(self, kwargs: dict) -> bool:
         """Whether a long input may run in parts: no gradients, no tracing, no per-layer outputs asked for, no hooks."""
         wanted = (
             kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}", False))
             for name in self._can_record_outputs
         )
-        plain = mask is None or mask.dim() == 2
         traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        return plain and not traced and not any(wanted) and not is_watched(self)
+        return not traced and not any(wanted) and not is_watched(self)
 
 
 class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
@@ -468,8 +455,8 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
             given, head = (logits, nn.Identity()) if every else (hidden_states, self.lm_head)
             loss = next_token_loss(given, head, config.vocab_size, labels, num_items_in_batch, shift_labels)
         if outputs.router_logits:
-            padded = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
-            real = attention_mask[:, -hidden_states.shape[1] :].flatten().bool() if padded else None
+            real = real_tokens(attention_mask)
+            real = None if real is None else real[:, -hidden_states.shape[1] :].flatten().bool()
             aux_loss = load_balancing_loss(outputs.router_logits, config.num_experts_per_tok, real)
             if has_loss:
                 share = share_of_items(num_items_in_batch, labels, shift_labels)

@@ -1,4 +1,4 @@
-"""Where the real tokens and the documents of each row of a batch are: padding and packing, worked out once per forward.
+"""What the rows of a batch hold: padding, documents, masks. Every form of `attention_mask` becomes `Rows`, once per forward.
 
 Padding may stand anywhere (left, right, in the middle of a continued conversation). A recurrent layer must not see it, so
 Mamba layers move the real tokens of each row to the front, run, and move the results back.
@@ -10,6 +10,7 @@ Packing puts several documents in one row. They are found in `position_ids` that
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,16 +41,79 @@ class Padding:
         return _gather(x, self.inverse)
 
 
-def check_mask(attention_mask: Tensor | None, batch_size: int, length: int, cache: object = None) -> None:
-    """Refuse a 2-D mask that is not (b, l) or (b, past + l).
+@dataclass
+class Rows:
+    """What the rows of l new tokens hold. `attention_mask` is what attention takes, if `is_masked` says that it was made before."""
+
+    length: int
+    real: Tensor | None  # (b, past + l), 0 for padding; None if nobody told
+    padding: Padding | None
+    documents: Tensor | None = None  # (b, l)
+    is_masked: bool = False
+    attention_mask: Any = None  # in the form of the attention implementation; None sees everything before
+    is_custom: bool = False  # the mask says more than `real` does
+
+    def can_split(self) -> bool:
+        """Whether the tokens may run a part at a time."""
+        return self.documents is None and not self.is_custom
+
+    def part(self, start: int, end: int) -> "Rows":
+        """The columns from `start` to `end`, after those before."""
+        real = None if self.real is None else self.real[:, : self.real.shape[1] - self.length + end]
+        return Rows(end - start, real, find_padding(real, end - start))
+
+
+def read_rows(
+    attention_mask: Any,
+    source: Tensor,
+    position_ids: Tensor | None = None,
+    seq_idx: Tensor | None = None,
+    cu_seq_lens: Tensor | None = None,
+) -> Rows:
+    """The rows of an input.
+
+    Args:
+        attention_mask: (b, past + l), 0 for padding; a mask of attention itself, (b, heads or 1, l, past + l); or both, as
+            `create_masks_for_generate` makes them.
+        source: (b, l, ...) tokens or embeddings.
+        position_ids, seq_idx, cu_seq_lens: see `find_documents`.
+
+    Raises:
+        ValueError: for shapes or offsets that do not fit the input.
+    """
+    (batch_size, length), real = source.shape[:2], real_tokens(attention_mask)
+    padding = find_padding(real, length)
+    documents = find_documents(batch_size, length, source.device, position_ids, seq_idx, cu_seq_lens, padding)
+    if isinstance(attention_mask, dict):
+        return Rows(length, real, padding, documents, True, attention_mask["full_attention"])
+    is_custom = attention_mask is not None and real is None
+    return Rows(length, real, padding, documents, is_custom, attention_mask if is_custom else None, is_custom)
+
+
+def real_tokens(attention_mask: Any) -> Tensor | None:
+    """(b, past + l) of any `attention_mask`, 0 for padding; None if it does not tell."""
+    mask = attention_mask.get("linear_attention") if isinstance(attention_mask, dict) else attention_mask
+    return mask if mask is not None and len(mask.shape) == 2 else None
+
+
+def check_mask(attention_mask: Any, batch_size: int, length: int, cache: object = None) -> None:
+    """Refuse a mask of another form, and one of tokens that is not (b, l) or (b, past + l).
 
     Raises:
         ValueError: with the mask's shape and what is allowed.
     """
-    if attention_mask is None or attention_mask.dim() != 2 or torch.compiler.is_compiling():
+    real = real_tokens(attention_mask)
+    if real is None:
+        if attention_mask is not None and not isinstance(attention_mask, dict) and len(attention_mask.shape) != 4:
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}: allowed is (batch, columns), 0 for padding, or a "
+                "mask of attention itself, (batch, heads or 1, length, columns)"
+            )
+        return
+    if torch.compiler.is_compiling():
         return
     seen = sequence_length(cache) if isinstance(cache, Cache) else 0
-    rows, columns = attention_mask.shape
+    rows, columns = real.shape
     too_long = isinstance(seen, int) and columns > seen + length  # a static cache counts on its device: not asked
     if rows != batch_size or columns < length or too_long:
         past = f"the {seen} tokens in the cache and " if isinstance(seen, int) and seen else ""
@@ -65,7 +129,7 @@ def find_padding(attention_mask: Tensor | None, length: int) -> Padding | None:
     Raises:
         ValueError: for a mask with fewer columns than there are tokens.
     """
-    if attention_mask is None or attention_mask.dim() != 2:
+    if attention_mask is None:
         return None
     if attention_mask.shape[1] < length:
         raise ValueError(f"attention_mask has {attention_mask.shape[1]} columns, the input has {length} tokens")

@@ -24,11 +24,13 @@ kernels there want whole rows (docs/results/elastic_sharing).
 import copy
 import os
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from ...model.configuration_nemotron_h import NemotronHConfig
@@ -142,15 +144,22 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
         state_dict: Mapping[str, Tensor] | None = None,
         max_shard_size: int | str = "5GB",
         push_to_hub: bool = False,
-        **_: Any,
+        is_main_process: bool = True,
+        token: str | bool | None = None,
+        **kwargs: Any,
     ) -> None:
-        """An ordinary checkpoint with released names, written a tensor at a time.
+        """An ordinary checkpoint with released names, written a tensor at a time, by the main process.
 
         Raises:
-            ValueError: for `push_to_hub`; save, then `nemotron-h push`. For adapters that are not merged.
+            TypeError: for an argument that transformers' `save_pretrained` does not have.
+            ValueError: for `push_to_hub`; save, then `nemotron-h push`. For other forms of files than this one, and for
+                adapters that are not merged.
         """
         if push_to_hub:
             raise ValueError("push_to_hub=True: allowed is False; save, then upload the folder with `nemotron-h push`")
+        refuse_other_forms(kwargs)
+        if not is_main_process:
+            return
         write_ordinary(self, save_directory, state_dict, max_shard_size)
         if self._cut_from is not None:
             nearest = nearest_expressible(self._cut_from)
@@ -212,6 +221,16 @@ def arrange(model: NemotronHForCausalLM) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not (name == "lm_head" and model.config.tie_word_embeddings):
             module.weight.data = arranged(module.weight.data)
+
+
+def refuse_other_forms(arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of transformers' `save_pretrained` that ask for anything but what it does by default."""
+    known = signature(PreTrainedModel.save_pretrained).parameters
+    for name, value in arguments.items():
+        if name not in known:
+            raise TypeError(f"save_pretrained() got an unexpected keyword argument {name!r}")
+        if value != known[name].default:
+            raise ValueError(f"{name}={value!r}: allowed is {known[name].default!r}; an ordinary model saves otherwise")
 
 
 def _check_ties(ties: list[Tie]) -> None:
