@@ -40,11 +40,6 @@ COMMANDS = (
         "speed and memory on CPU or GPU, next to transformers' models and a floor",
     ),
     ("push", "nemotron_h_hf.scripts.push", "upload a checkpoint folder with a model card computed from it"),
-    (
-        "train-tiny",
-        "nemotron_h_hf.scripts.train_tiny",
-        "train a tokenizer and a model like the embedded one from text",
-    ),
 )
 
 

@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -37,16 +38,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from nemotron_h_hf import EMBEDDED_MODEL
 from nemotron_h_hf.benchmark.report import machine, versions
 from nemotron_h_hf.data.stdlib_text import read_documents, split_documents
-from nemotron_h_hf.scripts.train_tiny import (
-    TrainTinyArguments,
-    build_model,
-    loop_settings,
-    save_checkpoint,
-    token_stream,
-)
 from nemotron_h_hf.training.fp8 import convert_to_fp8, converted_modules, print_fp8_modules
-from nemotron_h_hf.training.pretrain_loop import LOG_FILE, LoopSettings, make_optimizers, train, train_step
 from nemotron_h_hf.whole_files import write_json
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tiny"))
+
+from plain_loop import LOG_FILE, LoopSettings, make_optimizers, train, train_step  # noqa: E402
+from tiny_models import TrainTinyArguments, build_model, loop_settings, save_checkpoint, token_stream  # noqa: E402
 
 FOLDER = Path(__file__).parents[2] / "docs" / "results" / "fp8"
 PRECISIONS = ("bf16", "fp8", "fp8_all", "fp32")

@@ -19,12 +19,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tiny_models import TrainTinyArguments, evaluate, save_checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from nemotron_h_hf import EMBEDDED_MODEL, whole_files
 from nemotron_h_hf.data.stdlib_text import Document, as_jsonl, corpus_digest, read_documents, split_documents
 from nemotron_h_hf.scripts import pretrain
-from nemotron_h_hf.scripts.train_tiny import TrainTinyArguments, evaluate, save_checkpoint
 
 FOLDER, OUTPUT = Path(__file__).parents[2] / "docs" / "results" / "tiny", Path("runs/tiny-pretrain")
 TEXT, PIECES = OUTPUT / "train.jsonl", OUTPUT / "pieces.jsonl"

@@ -25,17 +25,17 @@ from statistics import mean
 import torch
 import transformers
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tiny")]
 
 import arms  # noqa: E402
+import plain_loop  # noqa: E402
 import text  # noqa: E402
+from tiny_models import TrainTinyArguments, build_model, round_to_bfloat16  # noqa: E402
 
 from nemotron_h_hf import EMBEDDED_MODEL  # noqa: E402
+from nemotron_h_hf.evaluation.bits_per_byte import bits_per_byte  # noqa: E402
 from nemotron_h_hf.scripts import pretrain  # noqa: E402
-from nemotron_h_hf.scripts.train_tiny import TrainTinyArguments, build_model, round_to_bfloat16  # noqa: E402
-from nemotron_h_hf.training import optimizer, pretrain_loop  # noqa: E402
-from nemotron_h_hf.training.bits_per_byte import bits_per_byte  # noqa: E402
-from nemotron_h_hf.training.muon import Muon  # noqa: E402
+from nemotron_h_hf.training import optimizer  # noqa: E402
 
 SHORT, EARLY = 2_498_560, 1_001_472
 CORE = ("loop", "loop_whole", "all_rows", "whole")
@@ -144,30 +144,30 @@ def run_loop(run: tuple[str, int, int], data: dict, folder: Path, arguments: arg
     arm, seed, tokens = run
     stream, may_shuffle = arms.LOOPS[arm](data["train"], 0, seed, tokens)
     tiny = TrainTinyArguments(max_tokens=tokens, seed=seed)
-    settings = pretrain_loop.LoopSettings(tokens, batch_size=2, seed=seed, save_steps=10**9)
-    usual = pretrain_loop.batch_of_step, pretrain_loop.make_optimizers
+    settings = plain_loop.LoopSettings(tokens, batch_size=2, seed=seed, save_steps=10**9)
+    usual = plain_loop.batch_of_step, plain_loop.make_optimizers
     try:
         if not may_shuffle:
-            pretrain_loop.batch_of_step = batch_in_order
+            plain_loop.batch_of_step = batch_in_order
         if arm == "loop_decay":
-            pretrain_loop.make_optimizers = decay_everywhere
+            plain_loop.make_optimizers = decay_everywhere
         model = build_model(tiny).to(arguments.device)
         model.set_mamba_implementation(arguments.mamba)
-        pretrain_loop.train(model, stream, settings, folder)
+        plain_loop.train(model, stream, settings, folder)
     finally:
-        pretrain_loop.batch_of_step, pretrain_loop.make_optimizers = usual
-    return model, folder / pretrain_loop.LOG_FILE, {"loop": "train-tiny", **vars(settings)}
+        plain_loop.batch_of_step, plain_loop.make_optimizers = usual
+    return model, folder / plain_loop.LOG_FILE, {"loop": "train-tiny", **vars(settings)}
 
 
-def batch_in_order(stream: torch.Tensor, settings: pretrain_loop.LoopSettings, step: int) -> torch.Tensor:
+def batch_in_order(stream: torch.Tensor, settings: plain_loop.LoopSettings, step: int) -> torch.Tensor:
     size = settings.tokens_per_step
     return stream[step * size : (step + 1) * size].view(settings.batch_size, -1).long()
 
 
-def decay_everywhere(model: torch.nn.Module, settings: pretrain_loop.LoopSettings) -> list[torch.optim.Optimizer]:
+def decay_everywhere(model: torch.nn.Module, settings: plain_loop.LoopSettings) -> list[torch.optim.Optimizer]:
     """As pretrain's: weight decay acts on the embedding too."""
     both = optimizer.make_optimizer(model, "muon", settings.learning_rate, settings.weight_decay)
-    assert isinstance(both.parts[0], Muon)
+    assert isinstance(both.parts[0], torch.optim.Muon)
     return [both]
 
 
@@ -211,9 +211,9 @@ def ready_ids(arm: str, order: Sequence[int], data: dict, seed: int, tokens: int
     if arm == "joined":
         yield stream[: tokens + 1].tolist()
         return
-    settings = pretrain_loop.LoopSettings(tokens, batch_size=2, seed=seed)
+    settings = plain_loop.LoopSettings(tokens, batch_size=2, seed=seed)
     for step in range(settings.total_steps):
-        yield from pretrain_loop.batch_of_step(stream, settings, step).tolist()
+        yield from plain_loop.batch_of_step(stream, settings, step).tolist()
 
 
 def measure(model: torch.nn.Module, data: dict, arguments: argparse.Namespace) -> dict:

@@ -31,11 +31,10 @@ from nemotron_h_hf.scripts import (
     pretrain,
     sft,
     slice,  # noqa: A004
-    train_tiny,
 )
 
 assert all(
-    (convert, distill, elastic_train, elasticize, eval, export, merge, pretrain, sft, slice, train_tiny)
+    (convert, distill, elastic_train, elasticize, eval, export, merge, pretrain, sft, slice)
 )  # imported once, before the children fork
 
 # What a clock, a path or the road to the result is in; the rest must be the same bytes.

@@ -37,6 +37,7 @@ SFT = (DataArguments, sft.LongContextArguments, sft.AdapterArguments, ModelArgum
 ELASTIC = (DataArguments, elastic_train.ElasticArguments, elastic_train.TeacherArguments, ModelArguments)
 # recipe -> its command and the dataclasses of that command
 COMMANDS = {
+    "pretrain_tiny": (pretrain, (ModelArguments, PretrainDataArguments)),
     "pretrain_8b": (pretrain, (ModelArguments, PretrainDataArguments)),
     "pretrain_56b_fp8": (pretrain, (ModelArguments, PretrainDataArguments)),
     "sft_8b": (sft, SFT),
@@ -84,7 +85,7 @@ def test_parsed_by_its_command(recipe, monkeypatch, tmp_path):
     assert training.output_dir == read(recipe)["output_dir"] and start.fp8 is read(recipe).get("fp8", False)
     if recipe in GPUS:
         assert training.tokens_per_step * GPUS[recipe] == 768 * 8192
-    if start.init == "random":
+    if start.init == "random" and start.model:
         assert num_parameters(NemotronHConfig.from_preset(start.model)) > 8e9
     if training.gradient_accumulation_steps > 1 and recipe not in ("lora_8b_one_gpu", "elastic_tiny"):
         assert training.accelerator_config.gradient_accumulation_kwargs["sync_each_batch"]
@@ -165,7 +166,9 @@ def overrides_of(recipe: str, box: Path, output_dir: Path) -> dict:
         found["phases"] = [{**phase, "last": "2.5%"} if "last" in phase else phase for phase in content["phases"]]
     found |= {name: str(box / f"{kind}.jsonl") for name in ("data", "eval_data") if name in content}
     found |= {"chat_template": str(TEMPLATE)} if "chat_template" in content else {}
-    found |= {name: str(box / "model") for name in ("model", "tokenizer", "teacher") if name in content}
+    found |= {name: str(box / "model") for name in ("tokenizer", "teacher") if name in content} | {
+        "model": str(box / "model")
+    }
     if COMMANDS[recipe][0] is elastic_train:
         found["choices"] = {"hidden_size": [32], "intermediate_size": [48, 16], "mamba_num_heads": [4]}
         found["stages"] = [

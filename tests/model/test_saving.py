@@ -255,15 +255,13 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("command", ["pretrain", "sft", "distill", "train-tiny", "eval"])
+@pytest.mark.parametrize("command", ["pretrain", "sft", "distill", "eval"])
 def test_a_second_run_is_refused_and_removes_nothing(command, tmp_path, capsys):
     (tmp_path / "data.jsonl").write_text('{"text": "a b c"}\n' * 9)
     data = ["--data", str(tmp_path / "data.jsonl")]
-    more = {"pretrain": ["--sources", f"{{a: {{path: {data[1]}}}}}"], "train-tiny": [], "eval": ["--tasks", "bpb"]}
-    more = more.get(command, data) + (
-        [] if command in ("eval", "train-tiny") else ["--use_cpu", "--total_tokens", "1M"]
-    )
-    output = "--output" if command == "eval" else "--output-dir" if command == "train-tiny" else "--output_dir"
+    more = {"pretrain": ["--sources", f"{{a: {{path: {data[1]}}}}}"], "eval": ["--tasks", "bpb"]}
+    more = more.get(command, data) + ([] if command == "eval" else ["--use_cpu", "--total_tokens", "1M"])
+    output = "--output" if command == "eval" else "--output_dir"
     (tmp_path / "run" / "checkpoint-3").mkdir(parents=True)
     (tmp_path / "run" / "checkpoint-3" / "UNFINISHED").touch()
     with locked(tmp_path / "run"), ThreadPoolExecutor(1) as pool:  # another thread counts as another run

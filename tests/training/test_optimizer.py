@@ -7,7 +7,6 @@ import torch
 from peft import LoraConfig, get_peft_model
 from tiny import prompt, tiny_model
 
-from nemotron_h_hf.training.muon import Muon
 from nemotron_h_hf.training.optimizer import inner_matrices, make_optimizer, parameter_groups
 
 NEVER_DECAYED = ("A_log", ".D", "dt_bias", "norm.weight", "norm_f.weight", ".bias", "conv1d.weight")
@@ -57,7 +56,7 @@ def test_muon_takes_the_inner_matrices_and_steps_like_itself():
     for parameter, other in zip(model.parameters(), twin.parameters()):
         other.grad = parameter.grad.clone()
     optimizer = make_optimizer(model, "muon", lr=0.01, weight_decay=0.5)
-    muon = Muon(inner_matrices(twin), 0.01, weight_decay=0.5)
+    muon = torch.optim.Muon(inner_matrices(twin), 0.01, 0.5, adjust_lr_fn="match_rms_adamw")
     rest = {id(matrix) for matrix in inner_matrices(twin)}
     groups = parameter_groups(twin, 0.5)
     for group in groups:
@@ -69,6 +68,22 @@ def test_muon_takes_the_inner_matrices_and_steps_like_itself():
         adamw.step()
     for (name, parameter), other in zip(model.named_parameters(), twin.parameters()):
         assert torch.allclose(parameter, other, atol=1e-6), name
+
+
+def test_muon_steps_along_the_nearest_orthogonal_matrix():
+    """W <- (1 - lr decay) W - lr 0.2 sqrt(max(rows, columns)) O, with O near U V^T of the first gradient (2502.16982)."""
+    model = tiny_model().requires_grad_()
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    matrices = {id(matrix) for matrix in inner_matrices(model)}
+    make_optimizer(model, "muon", lr=0.01, weight_decay=0.5).step()
+    for name, parameter in model.named_parameters():
+        if id(parameter) in matrices:
+            u, _, vh = torch.linalg.svd(parameter.grad, full_matrices=False)
+            update = (before[name] * (1 - 0.01 * 0.5) - parameter.detach()) / (0.01 * 0.2 * max(parameter.shape) ** 0.5)
+            assert torch.cosine_similarity(update.flatten(), (u @ vh).flatten(), dim=0) > 0.95, name
+            assert 0.7 < update.norm() / (u @ vh).norm() < 1.2, name
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])

@@ -14,4 +14,5 @@ records.py               fine-tuning records to tokens and labels
 finetuning.py            rows for fine-tuning and distillation
 long_conversations.py    long conversations from short ones
 stdlib_text.py           the standard library as text
+byte_bpe.py              a tokenizer trained on a text
 """

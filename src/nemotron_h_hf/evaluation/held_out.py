@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nemotron_h_hf.training.bits_per_byte import document_bits
+from nemotron_h_hf.evaluation.bits_per_byte import document_bits
 
 from .records import Records
 

@@ -3,6 +3,6 @@
 demo.py  generate.py  info.py  push.py  bench.py  eval.py
 convert.py
 elasticize.py  slice.py  elastic_train.py
-blend.py  pretrain.py  sft.py  distill.py  train_tiny.py
+blend.py  pretrain.py  sft.py  distill.py
 merge.py  export.py  plot.py
 """

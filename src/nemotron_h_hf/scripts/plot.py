@@ -4,9 +4,9 @@
     nemotron-h plot bf16=runs/a fp8=runs/b --output gap.png        # with your own names
     nemotron-h plot runs/a --y learning_rate --window 1            # any figure of metrics.jsonl
     nemotron-h plot runs/a --x step --y 'size_*,target_*'          # all that match, a curve each
-    nemotron-h plot docs/results/tiny/*.jsonl --window 5           # logs of train-tiny, and any JSON lines like them
+    nemotron-h plot docs/results/tiny/*.jsonl --window 5           # any JSON lines like them
 
-A RUN is a folder with metrics.jsonl (or train-tiny's log.jsonl), or such a file. The pale line is the log, the strong one
+A RUN is a folder with metrics.jsonl (or log.jsonl), or such a file. The pale line is the log, the strong one
 its running mean over --window lines.
 """
 

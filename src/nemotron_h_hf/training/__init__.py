@@ -9,8 +9,7 @@ monitor.py           progress bar and metrics.jsonl
 fine_tuning.py       held-out loss and upload around a run
 finished.py          the trained weights or adapters as a folder
 one_copy.py          one copy of the weights in host memory under FSDP2
-optimizer.py         AdamW, or Muon for the matrices inside the layers
-muon.py              Muon
+optimizer.py         AdamW, or torch's Muon for the matrices inside the layers
 schedule.py          warm-up, stable, decay, over tokens
 z_loss.py            next-token loss with a z-loss
 losses.py            distillation loss in chunks
@@ -18,8 +17,4 @@ distillation.py      the trainer that learns from a teacher
 teacher_cache.py     a teacher's largest logits on disk
 fp8.py               the paper's FP8 recipe
 adapters.py          LoRA and QLoRA
-byte_bpe.py          a tokenizer trained on our own text
-pretrain_loop.py     the loop of train-tiny
-bits_per_byte.py     how well a model compresses held-out text
-parsing_share.py     how many sampled functions parse
 """

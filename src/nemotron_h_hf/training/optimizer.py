@@ -1,4 +1,4 @@
-"""The optimizers: AdamW with two groups, or Muon for the matrices inside the layers beside it.
+"""The optimizers: AdamW with two groups, or torch's Muon for the matrices inside the layers and AdamW for the rest.
 
 Weight decay acts on matrices: linear layers, experts, the router, and, as in Megatron, embeddings and lm_head. It does
 not act on what has one dimension (norms, biases, A_log, D, dt_bias) nor on convolutions, whose few taps set a scale.
@@ -10,8 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-
-from .muon import Muon
 
 OPTIMIZERS = ("adamw", "muon")
 
@@ -55,7 +53,9 @@ def make_optimizer(
     for group in groups:
         group["params"] = [parameter for parameter in group["params"] if id(parameter) not in taken]
     adamw = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, eps=eps, fused=True)
-    return MuonAndAdamW(Muon(matrices, lr, weight_decay=weight_decay), adamw)
+    # The update gets the size that AdamW's would have (arXiv 2502.16982), and both share one learning rate.
+    muon = torch.optim.Muon(matrices, lr, weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    return MuonAndAdamW(muon, adamw)
 
 
 def inner_matrices(model: nn.Module) -> list[nn.Parameter]:
@@ -73,7 +73,7 @@ def inner_matrices(model: nn.Module) -> list[nn.Parameter]:
 class MuonAndAdamW(torch.optim.Optimizer):
     """Two optimizers that look like one: their groups in one list, their states in one dictionary."""
 
-    def __init__(self, muon: Muon, adamw: torch.optim.AdamW):
+    def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
         self.parts = (muon, adamw)
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
         self._share()

@@ -1,15 +1,15 @@
-"""`nemotron-h train-tiny`: train a model like the embedded one, or a larger one, on the text of this Python.
+"""The plain loop (plain_loop.py) as a program: train a model like the one in the box, or a larger one, from the text of this Python.
 
 The data is this Python's standard library (sources and language reference), the tokenizer a byte-level BPE trained on
 the same text, the model a small dense Nemotron-H or, to compare with, a Llama of the same parameter count. At the end
-come bits per byte on held-out files next to `xz -9`, the share of sampled functions that parse, and an ordinary
+come bits per byte on held-out files beside `xz -9`, the share of sampled functions that parse, and an ordinary
 checkpoint folder with bfloat16 weights.
 
-    nemotron-h train-tiny --output-dir runs/tiny                        # on a CPU: under an hour
-    nemotron-h train-tiny --output-dir runs/tiny                        # the same command resumes
-    nemotron-h train-tiny --output-dir runs/llama --architecture llama --tokenizer runs/tiny/checkpoint
-    nemotron-h train-tiny --output-dir runs/look --max-tokens 100000    # a few minutes, to see it work
-    nemotron-h train-tiny --output-dir runs/big --device cuda --hidden-size 768 --intermediate-size 2304 \\
+    python experiments/tiny/tiny_models.py --output-dir runs/tiny                        # on a CPU: under an hour
+    python experiments/tiny/tiny_models.py --output-dir runs/tiny                        # the same again goes on where it stopped
+    python experiments/tiny/tiny_models.py --output-dir runs/llama --architecture llama --tokenizer runs/tiny/checkpoint
+    python experiments/tiny/tiny_models.py --output-dir runs/look --max-tokens 100000    # a few minutes, to see it work
+    python experiments/tiny/tiny_models.py --output-dir runs/big --device cuda --hidden-size 768 --intermediate-size 2304 \\
         --pattern M-M-M*-M-M-M*-M- --batch-size 32 --max-tokens 200000000 --learning-rate 1e-3
 """
 
@@ -23,18 +23,18 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+from plain_loop import LoopSettings, saved_step, train
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
+from nemotron_h_hf.data.byte_bpe import train_tokenizer
 from nemotron_h_hf.data.stdlib_text import Document, corpus_digest, read_documents, split_documents
+from nemotron_h_hf.evaluation.bits_per_byte import bits_per_byte, xz_bits_per_byte
+from nemotron_h_hf.evaluation.parsing_share import Sampling, choose_prompts, parsing_share
 from nemotron_h_hf.hub import save_tokenizer
 from nemotron_h_hf.inputs import read_json
 from nemotron_h_hf.targets import writing
-from nemotron_h_hf.training.bits_per_byte import bits_per_byte, xz_bits_per_byte
-from nemotron_h_hf.training.byte_bpe import train_tokenizer
-from nemotron_h_hf.training.parsing_share import Sampling, choose_prompts, parsing_share
-from nemotron_h_hf.training.pretrain_loop import LoopSettings, saved_step, train
 from nemotron_h_hf.whole_files import write_json
 
 HEAD_DIM = 64
@@ -95,7 +95,7 @@ def run(arguments: TrainTinyArguments, folder: Path) -> int:
     )
     print(f"{settings.total_steps:,} steps of {settings.tokens_per_step:,} tokens")
     if not train(model, stream, settings, folder):
-        print("Time limit reached. The same command continues from here.")
+        print("Time limit reached. The same command goes on from here.")
         return 0
     report = describe(arguments, model, stream, train_documents) | evaluate(model, tokenizer, held_out, arguments)
     save_checkpoint(model, tokenizer, folder / "checkpoint")
@@ -106,7 +106,9 @@ def run(arguments: TrainTinyArguments, folder: Path) -> int:
 
 def parse_arguments(argv: Sequence[str] | None) -> TrainTinyArguments:
     parser = argparse.ArgumentParser(
-        "nemotron-h train-tiny", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "python experiments/tiny/tiny_models.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for item in fields(TrainTinyArguments):
         flag = "--" + item.name.replace("_", "-")
@@ -130,7 +132,7 @@ def loop_settings(arguments: TrainTinyArguments) -> LoopSettings:
 
 
 def remember_arguments(arguments: TrainTinyArguments, settings: LoopSettings, folder: Path) -> None:
-    """Write the arguments next to the state; refuse to resume with arguments of another run."""
+    """Write the arguments beside the state; refuse to resume with ones that would make it another run."""
     path, now = folder / "arguments.json", asdict(arguments)
     if path.is_file():
         before = read_json(path)
@@ -262,3 +264,7 @@ def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, 
                                                bos_token_id=0, eos_token_id=0, pad_token_id=1)  # fmt: skip
     model.bfloat16().save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,4 +1,4 @@
-"""A plain pretraining loop for one device: fixed windows of a token stream, Muon and AdamW, exact resume.
+"""A plain pretraining loop for one device, to compare `nemotron-h pretrain` with: windows of a token stream, exact resume.
 
 What a step sees is a function of (seed, step) alone: the stream is cut into windows of `sequence_length` tokens, each
 epoch visits them in an order drawn from seed and epoch. The learning rate warms up, stays, and decays linearly to a
@@ -19,15 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from nemotron_h_hf.inputs import open_tensors, read_checked, tensors_digest
 from nemotron_h_hf.training.monitor import forget_after
-from nemotron_h_hf.training.muon import Muon
 from nemotron_h_hf.whole_files import whole_file
-
-from ..inputs import open_tensors, read_checked, tensors_digest
 
 STATE_FILE = "state.safetensors"
 LOG_FILE = "log.jsonl"
-MOMENTS = ("momentum", "step", "exp_avg", "exp_avg_sq")  # of Muon and of AdamW
+MOMENTS = ("momentum_buffer", "step", "exp_avg", "exp_avg_sq")  # of Muon and of AdamW
 
 
 @dataclass(frozen=True)
@@ -153,7 +151,12 @@ def make_optimizers(model: nn.Module, settings: LoopSettings) -> list[torch.opti
             (decayed if id(parameter) in head - embeddings else undecayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     adamw = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    return [Muon(matrices, settings.learning_rate, weight_decay=settings.weight_decay), adamw]
+    return [
+        torch.optim.Muon(
+            matrices, settings.learning_rate, settings.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        ),
+        adamw,
+    ]
 
 
 def save_state(model: nn.Module, optimizers: list[torch.optim.Optimizer], step: int, folder: Path) -> None:
