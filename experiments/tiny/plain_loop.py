@@ -57,7 +57,7 @@ class LoopSettings:
 def train(model: nn.Module, stream: Tensor, settings: LoopSettings, folder: Path) -> bool:
     """Train `model` on `stream` (int64, one dimension) from the last save in `folder`, or from the start.
 
-    Returns True when all tokens were spent, False when the time limit stopped it first (call again to go on).
+    Returns True when all tokens were spent, False when the time limit stopped it first (call again to continue).
     """
     device = next(model.parameters()).device
     optimizers = make_optimizers(model, settings)
@@ -120,7 +120,7 @@ def learning_rate(settings: LoopSettings, step: int) -> float:
 
 
 def batch_of_step(stream: Tensor, settings: LoopSettings, step: int) -> Tensor:
-    """The (batch_size, sequence_length) windows of `step`; the same for the same seed, whatever ran before."""
+    """The (batch_size, sequence_length) windows of `step`; they depend on the seed and the step alone."""
     num_windows = stream.numel() // settings.sequence_length
     if num_windows < settings.batch_size:
         raise ValueError(
@@ -172,7 +172,7 @@ def save_state(model: nn.Module, optimizers: list[torch.optim.Optimizer], step: 
 
 
 def load_state(model: nn.Module, optimizers: list[torch.optim.Optimizer], folder: Path) -> int:
-    """Put the last save back into model and optimizer; the step it was taken at, 0 when there is none."""
+    """Put the last save back into model and optimizer; the step it was taken at, 0 without one."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / STATE_FILE
     if not path.is_file():
@@ -192,7 +192,7 @@ def load_state(model: nn.Module, optimizers: list[torch.optim.Optimizer], folder
 
 
 def saved_step(folder: Path) -> int:
-    """The step of the last save in `folder`, 0 when there is none."""
+    """The step of the last save in `folder`, 0 without one."""
     if not (folder / STATE_FILE).is_file():
         return 0
     with open_tensors(folder / STATE_FILE) as state:

@@ -169,4 +169,4 @@ def test_mistakes_are_named(config, capsys, change, said):
 
 def test_too_few_tokens_to_see_all_phases(config, capsys):
     assert cli.main(["blend", "--config", str(config), "--read", "0%"]) == 1
-    assert "more are needed so that each of 2 phases has one" in capsys.readouterr().err
+    assert "more are needed for 2 phases to have one each" in capsys.readouterr().err

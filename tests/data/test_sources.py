@@ -422,7 +422,7 @@ def test_what_a_source_refuses():
     with pytest.raises(ValueError, match="shuffle_window is -1"):
         Source("s", "x", shuffle_window=-1)
     for more in ({"path": "x"}, {"dataset": datasets.Dataset.from_dict({"text": ["a"]})}):
-        with pytest.raises(ValueError, match="revision is 'v1'; text is allowed, and only beside the hub id"):
+        with pytest.raises(ValueError, match="revision is 'v1'; text is allowed, and only with the hub id"):
             Source("s", revision="v1", **more)
     with pytest.raises(ValueError, match="source web has a key 'pth'; did you mean 'path'"):
         sources_from({"web": {"pth": "x"}})

@@ -1,10 +1,10 @@
-"""Speed and memory: a gate before timing, models measured in turns, floors, reports and plots.
+"""Speed and memory: a gate before timing, models measured alternately, floors, reports and plots.
 
 `bench cpu`:
 cpu_run.py        the parts and their order
 sides.py          our model, transformers' own, and the floor
 gate.py           nothing is timed that computes something else
-timing.py         wall-clock time, in turns
+timing.py         wall-clock time, measured alternately
 memory.py         peak memory of one job in its own process
 report.py         figures, targets, table, machine
 plot.py           the plot

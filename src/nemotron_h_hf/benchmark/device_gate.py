@@ -68,7 +68,7 @@ def check_model(ours: Side, native: Side | None) -> dict[str, float]:
 
 @torch.no_grad()
 def check_compiled(side: Side, rows: int, room: int) -> dict[str, float]:
-    """The compiled steps of `generate()` against one pass, at the sizes that are timed, so that nothing compiles twice."""
+    """The compiled steps of `generate()` against one pass, at the sizes that are timed, which avoids compiling twice."""
     length = min(_odd_length(side.config), room - 2 * NUM_STEPS)
     error = _steps_error(side, random_ids(side.model, rows, length), "compiled", room=room)
     return _require_all({f"{side.name}: compiled steps of generate() against one pass": error}, side)

@@ -1,4 +1,4 @@
-"""The plot of a GPU benchmark: tokens per second of each part, side by side, with the floor above. Needs matplotlib."""
+"""The plot of a GPU benchmark: tokens per second of each part, with the floor above. Needs matplotlib."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ COLOURS = {"ours": "tab:green", "native": "tab:orange", "llama": "tab:blue", "qw
 
 
 def draw(journal: Journal, path: Path) -> None:
-    """One panel for each part that has rates; PNG, whatever the path is called."""
+    """One panel for each part that has rates; always a PNG."""
     rated = journal.rated()
     parts = list(dict.fromkeys(m.part for m in rated))
     figure = Figure(figsize=(4.2 * len(parts), 4.2), dpi=120, layout="constrained")

@@ -151,7 +151,7 @@ def run(
 def measure(
     arguments: DeviceArguments, bench: jobs.Bench, config: NemotronHConfig, whole: NemotronHConfig, journal: Journal
 ) -> Iterator[Measurement]:
-    """The measurements of one part, side by side, each as it comes; only models of one kind are held at a time."""
+    """The measurements of one part, each as soon as it is done; only models of one kind are held at a time."""
     if {"ours", "native"} & set(arguments.sides):
         errors = check_slice(config, bench.device)
         ours = build_ours(config, bench.dtype, bench.device, arguments.checkpoint)

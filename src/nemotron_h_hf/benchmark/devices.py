@@ -35,7 +35,7 @@ def find_device(name: str) -> torch.device:
     """The device called `name`.
 
     Raises:
-        ValueError: for CUDA where there is none, and for kinds that cannot be measured.
+        ValueError: for CUDA on a machine without it, and for kinds that cannot be measured.
     """
     try:
         device = torch.device(name)

@@ -241,7 +241,7 @@ def train(bench: Bench, side: Side, length: int, compiled: bool, fp8: bool = Fal
 
 
 def memory(bench: Bench, side: Side, context: int, whole: bool) -> Measurement:
-    """Peak of one sequence of `context` tokens beside what is predicted: the last part of its prompt, then a few tokens.
+    """Peak of one sequence of `context` tokens next to the prediction: the last part of its prompt, then a few tokens.
 
     Args:
         whole: compute the whole prompt; otherwise what comes before its last part is taken as read, with room and zeros.
@@ -282,7 +282,7 @@ def pass_tokens(side: Side, rows: int, part: int) -> int:
 
 
 def skip_ahead(cache: Cache, tokens: int) -> None:
-    """Count `tokens` more tokens as seen; their keys and values are whatever the memory holds (zeros)."""
+    """Count `tokens` more tokens as seen; their keys and values are what the memory holds (zeros)."""
     for layer in cache.layers:
         if isinstance(layer, (RoomyLayer, RoomyGrowingLayer)):
             layer.skip(tokens)

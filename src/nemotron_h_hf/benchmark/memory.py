@@ -1,4 +1,4 @@
-"""Peak memory of one job, measured in a process of its own so that nothing else leaves traces in it. Linux only.
+"""Peak memory of one job, measured in a separate process, which nothing else has used. Linux only.
 
 The peak is the kernel's own (VmHWM of /proc/self/status), reset just before the job; what counts is how far it rises
 above the resident memory of that moment, when the weights are there and nothing else.

@@ -1,8 +1,8 @@
 """The models that a GPU benchmark compares: ours, transformers' own with the same weights, and transformers of equal size.
 
 `ours` is a preset or a checkpoint, whole or a slice of its depth. `native` shares its weights. `llama` and `qwen2` have
-Llama-3.1-8B's and Qwen2.5-7B's shapes beside the 8B (fewer layers beside a slice of it), and shapes scaled to the same
-number of parameters beside every other model. Weights are random unless a checkpoint is loaded whole.
+Llama-3.1-8B's and Qwen2.5-7B's shapes next to the 8B (with fewer layers next to some of its layers), and shapes scaled to the same
+number of parameters next to every other model. Weights are random unless a checkpoint is loaded whole.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ from ..model.modeling_nemotron_h import NemotronHForCausalLM
 from .sides import SEED, spread_weights
 from .work import Costs, costs_of
 
-TINY = "tiny"  # beside the presets of the released models
+TINY = "tiny"  # in addition to the presets of the released models
 TINY_SHAPE = {
     "hybrid_override_pattern": "M-M*-M-", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16,
@@ -110,13 +110,13 @@ def build_native(ours: Side) -> Side:
     model.requires_grad_(True)
     for layer in model.model.layers:
         if layer.block_type == "linear_attention":
-            # Its prefill, not its decoding, clamps step sizes from below by time_step_min; the reference does neither.
+            # Its prefill, not its decoding, clamps step sizes from below by time_step_min; the reference never does.
             layer.mixer.time_step_limit = (0.0, float("inf"))
     return Side("native", model.eval(), ours.config, ours.costs)
 
 
 def build_peer(name: str, like: NemotronHConfig, whole: NemotronHConfig, dtype: torch.dtype, device: str) -> Side:
-    """A Llama- or Qwen2-shaped model beside `like`, a slice of `whole` or all of it."""
+    """A Llama- or Qwen2-shaped model to compare with `like`, some layers of `whole` or all of it."""
     _, model_class, _ = PEERS[name]
     config = peer_config(name, like, whole)
     model = _random(model_class, config, dtype, device)
@@ -124,7 +124,7 @@ def build_peer(name: str, like: NemotronHConfig, whole: NemotronHConfig, dtype: 
 
 
 def peer_config(name: str, like: NemotronHConfig, whole: NemotronHConfig) -> PreTrainedConfig:
-    """The real shape beside the 8B, with layers in proportion beside a slice; else widths and depth of equal parameters."""
+    """The real shape next to the 8B, with fewer layers in proportion; otherwise widths and depth of equal parameters."""
     config_class, _, real = PEERS[name]
     room = {"max_position_embeddings": 1 << 21, "pad_token_id": None}
     if cost.num_parameters(whole) == cost.num_parameters(NemotronHConfig.from_preset(REAL_8B)):

@@ -17,7 +17,7 @@ INT8_LABELS = {"fp32": "fp32", "torchao": "torchao", "int8": "int8", "int8_head"
 
 
 def draw(results: Results, path: Path) -> None:
-    """Write one panel for each part that was measured; PNG, whatever the path is called."""
+    """Write one panel for each part that was measured; always a PNG."""
     panels = []
     if results.prefill:
         panels.append(lambda axes: prefill_panel(axes, results.prefill))

@@ -95,7 +95,7 @@ def table(results: Results, found: list[Target]) -> list[str]:
     if results.int8:
         lines += [*_int8_lines(results.int8), ""]
     if memory := list(_memory_lines(results)):
-        lines += ["peak memory beyond the weights, one run in a process of its own", *memory, ""]
+        lines += ["peak memory beyond the weights, one run in its own process", *memory, ""]
     lines += ["targets", *(_target_line(target) for target in found)]
     return lines
 

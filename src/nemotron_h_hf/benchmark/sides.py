@@ -61,7 +61,7 @@ def build_sides(shape: Shape) -> Sides:
     native.requires_grad_(True)
     for layer in native.model.layers:
         if layer.block_type == "linear_attention":
-            # Its prefill, not its decoding, clamps step sizes from below by time_step_min; the reference does neither.
+            # Its prefill, not its decoding, clamps step sizes from below by time_step_min; the reference never does.
             layer.mixer.time_step_limit = (0.0, float("inf"))
     return Sides(ours, native.eval())
 
@@ -97,7 +97,7 @@ def prefill_jobs(sides: Sides, shape: Shape, length: int) -> dict[str, Callable[
 
 
 def decode_jobs(sides: Sides, shape: Shape, context: int, num_steps: int) -> dict[str, Callable[[], Tensor]]:
-    """`num_steps` tokens, one forward each, after `context` tokens; every call goes on where the last one ended."""
+    """`num_steps` tokens, one forward each, after `context` tokens; every call continues where the last one ended."""
     ids = random_tokens(shape, context)
 
     def repeated(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
@@ -112,7 +112,7 @@ def decode_jobs(sides: Sides, shape: Shape, context: int, num_steps: int) -> dic
 
 
 def decoder(model: nn.Module, ids: Tensor, num_steps: int) -> Callable[[], Tensor]:
-    """`num_steps` tokens, one forward each, after the prompt `ids`; every call goes on where the last one ended."""
+    """`num_steps` tokens, one forward each, after the prompt `ids`; every call continues where the last one ended."""
     with torch.no_grad():
         cache = cache_of(model(ids, use_cache=True, logits_to_keep=1))
 

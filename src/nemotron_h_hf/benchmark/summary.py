@@ -1,4 +1,4 @@
-"""The table of a GPU benchmark: every measurement beside its floor, memory beside its prediction, and the targets."""
+"""The table of a GPU benchmark: every measurement next to its floor, memory next to its prediction, and the targets."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Wall-clock time of several sides of one job, measured in turns so that a machine that drifts is unfair to none."""
+"""Wall-clock time of several sides of one job, measured alternately: a drift of the machine affects all alike."""
 
 import statistics
 import time
@@ -41,7 +41,7 @@ def time_in_turns(
 ) -> Timing:
     """Warm every side up once, then take one sample of each, `num_runs` times over.
 
-    A side that runs out of memory is dropped with the reason, the others go on.
+    A side that runs out of memory is dropped with the reason, the others continue.
     """
     timing = Timing(name, num_tokens, {side: [] for side in jobs})
     for side in jobs:

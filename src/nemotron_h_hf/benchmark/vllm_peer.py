@@ -1,8 +1,8 @@
-"""vLLM on a model of our shape with random weights, in a process of its own; only where vLLM is installed.
+"""vLLM on a model of our shape with random weights, in a separate process; only where vLLM is installed.
 
     python -m nemotron_h_hf.benchmark.vllm_peer FOLDER ROWS TOKENS_IN TOKENS_OUT DTYPE
 
-vLLM schedules the rows itself, so that its largest batch is its own affair. What it prints last is the JSON of its samples.
+vLLM schedules the rows itself and chooses its largest batch. What it prints last is the JSON of its samples.
 """
 
 import importlib.util

@@ -1,6 +1,6 @@
 """What a job must move, compute and hold at least, from the configuration alone: the floor, and the predicted memory.
 
-Works for Nemotron-H and for the Llama- and Qwen2-shaped models beside it. Weights, keys and values count in the dtype of
+Works for Nemotron-H and for the Llama- and Qwen2-shaped models it is compared with. Weights, keys and values count in the dtype of
 the run, recurrent states in fp32. `run_bytes` and `prefill_activation_bytes` are compared with measured peaks in
 tests/benchmark/test_bench_work.py.
 
@@ -23,7 +23,7 @@ class Costs:
 
     Args:
         weight_bytes: everything stored.
-        step_bytes: what each decode step reads whatever the batch; embeddings and routed experts left out.
+        step_bytes: what each decode step reads at any batch size, without embeddings and routed experts.
         routed_bytes, routed_share: routed experts, and the share of them that one token is sent to.
         kv_bytes: per token of a sequence.
         state_bytes: per sequence, recurrent and convolution states.
@@ -130,7 +130,7 @@ def run_bytes(config: PreTrainedConfig, rows: int, room: int, pass_tokens: int, 
 def prefill_activation_bytes(config: NemotronHConfig, rows: int, tokens: int, past: int, dtype: str) -> int:
     """Most bytes alive inside one block of a forward without gradients, in PyTorch's ops (fused kernels need less).
 
-    Every block has beside it the embeddings, its input and its normed input, 3 s d per token (2 s d for the first block),
+    Every block adds the embeddings, its input and its normed input, 3 s d per token (2 s d for the first block),
     and where a part of a prompt continues a cache in fp32, the mask of that part, L bytes per token (FlashAttention, in 16
     bits, needs none; nor does a CPU, with attention in two pieces). On top, per token:
         the norm, its input and its output in fp32 unless they are: 8 d
@@ -143,7 +143,7 @@ def prefill_activation_bytes(config: NemotronHConfig, rows: int, tokens: int, pa
     """
     s, d, count = cost.bytes_per_element(dtype), config.hidden_size, rows * tokens
     blocks = [_block_bytes(config, index, rows, tokens, past, s) for index in range(config.num_hidden_layers)]
-    later = [s * d * count * (index > 0) for index in range(len(blocks))]  # embeddings beside an input that is not them
+    later = [s * d * count * (index > 0) for index in range(len(blocks))]  # embeddings, in addition to another input
     norm = s * d * count + (0 if s == 4 else count * 8 * d)
     masked = "full_attention" in config.layers_block_type and s == 4 and 1 < tokens < past
     return int(count * 2 * s * d + max(norm, *map(sum, zip(blocks, later))) + masked * count * past)

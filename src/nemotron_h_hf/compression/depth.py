@@ -5,7 +5,7 @@ and vocabulary:
 
     s_j = sum (M_full - M_without_j)^2 / sum M_full^2
 
-Scores of single removals do not add up (two layers may stand in for each other), hence one at a time. Removing r of L
+Scores of single removals do not add up (two layers may replace each other), hence one at a time. Removing r of L
 layers takes (L + 1) + L + ... , r terms, forward passes over the calibration rows: the reference and each candidate.
 """
 
@@ -48,7 +48,7 @@ def remove_layers(
         ValueError: unless `num_removals` leaves a layer.
     """
     if not 0 <= num_removals < num_layers:
-        raise ValueError(f"num_removals={num_removals}: allowed is 0 to {num_layers - 1}, so that a layer stays")
+        raise ValueError(f"num_removals={num_removals}: allowed is 0 to {num_layers - 1}, because a layer must stay")
     gone = [removal.layer for removal in done]
     while len(gone) < num_removals:
         left = [layer for layer in range(num_layers) if layer not in gone]

@@ -1,7 +1,7 @@
 """How much each channel, neuron, head and expert matters, from activations on calibration text; no gradients are needed.
 
     scores = WidthScores.empty()
-    for _ in accumulate(model, batches, scores): ...        # a batch at a time; save and load `scores` to go on later
+    for _ in accumulate(model, batches, scores): ...        # a batch at a time; save and load `scores` to continue later
     importance = importance_of(model.config, scores)
     order = importance_order(model.config, importance)       # a `Kept` of everything, the most important first
 
@@ -22,7 +22,7 @@ Elastic (arXiv 2511.16664, eq. 1-4), for two reasons: the paper scores neurons b
 drops the negative half, and sums signed values over tokens for Mamba, where they cancel. Two things differ from the tool:
 channels are ranked within each head rather than once for all heads, which is as exact and freer; and experts, for which it
 has no published formula here, are scored by what leaves the output with them (REAP's product, averaged over all tokens and
-not over the expert's own, so that experts that are rarely used count for less).
+not over the expert's own, which makes rarely used experts count for less).
 
 Activations are reduced where they occur: what is kept is one number per channel and row of the batch.
 
@@ -145,7 +145,7 @@ def importance_of(config: NemotronHConfig, scores: WidthScores) -> Importance:
 
 
 def importance_order(config: NemotronHConfig, importance: Importance) -> Kept:
-    """Everything, the most important first inside its group, so that every budget is a prefix.
+    """Everything, the most important first inside its group: every budget is a prefix.
 
     The layers of multi-token prediction, which no forward runs, keep their own order.
     """

@@ -2,8 +2,8 @@
 
 sources.py               local files or a hub data set, in a seeded order that can be resumed
 readers.py               text, JSON lines, parquet and data set shards
-index.py                 where each record lies in a local source
-sortedness.py            whether records lie in sorted order
+index.py                 where each record is in a local source
+sortedness.py            whether records are in sorted order
 bad_data.py              records that cannot be used: reported, counted, or fatal
 phases.py                weights that change during a run
 blend.py                 documents from several sources in the weights of each phase

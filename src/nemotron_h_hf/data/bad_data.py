@@ -9,15 +9,15 @@ from torch import distributed
 logger = logging.getLogger(__name__)
 
 POLICIES = ("skip", "error")
-SHOWN_PER_KIND = 5  # in the log; the counts go on
+SHOWN_PER_KIND = 5  # in the log; all are counted
 
 
 class BadData:
     """Counts of one source's unusable records by kind of problem.
 
     Args:
-        source: the name that stands in the reports.
-        policy: "skip" counts and goes on, "error" raises at the first one.
+        source: the name used in the reports.
+        policy: "skip" counts and continues, "error" raises at the first one.
     """
 
     def __init__(self, source: str, policy: str = "skip"):

@@ -26,12 +26,12 @@ Encoded = Any  # token ids, or a mapping with input_ids and perhaps labels
 
 
 class Blend:
-    """Iterates `(source name, encoded document)` until `total_tokens` were handed out (and `read_ahead`); goes on where it stands.
+    """Iterates `(source name, encoded document)` until `total_tokens` were handed out (and `read_ahead`); resumes there.
 
     Args:
         sources: the sources that weights name.
         phases: their weights; see phases.py.
-        encode: text (or whatever the source's column holds) -> token ids, or a dict with `input_ids` and `labels`, to
+        encode: text (or the content of the source's column) -> token ids, or a dict with `input_ids` and `labels`, to
             which `origin` (file and line) is added. A ValueError that it raises counts as bad data.
         total_tokens: length of the run, for the phases and the end. The last document may reach beyond.
         seed: of the order of files and documents.

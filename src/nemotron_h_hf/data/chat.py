@@ -3,7 +3,7 @@
     text    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n
     loss                                                          ^^^^^^^^^^^^^^^
 
-Where assistant turns lie comes from the template: from its {% generation %} marks if it has them, otherwise from rendering
+The places of assistant turns come from the template: from its {% generation %} marks if it has them, otherwise from rendering
 with something else in the assistant's place, and where a turn is more than words (tool calls) from rendering the
 conversation up to each turn, which must give the beginning of the whole text. Token ids are those of
 `tokenizer.apply_chat_template(messages)`, cut where a prompt ends.
@@ -41,7 +41,7 @@ def encode_conversation(
     """Token ids and labels of a conversation; labels are -100 but for assistant turns, their end included.
 
     Args:
-        messages: `{"role", "content"}`, with `tool_calls` or whatever else the template reads.
+        messages: `{"role", "content"}`, with `tool_calls` and anything else the template reads.
         tokenizer: a fast tokenizer of transformers with a chat template.
         tools: as for `apply_chat_template`.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 @runtime_checkable
 class Resumable(Protocol):
-    """Documents that know where they stand, such as a Blend: iterating goes on from there."""
+    """Documents that know their position, such as a Blend: iterating continues from there."""
 
     def __iter__(self) -> Iterator[Any]: ...
     def state_dict(self) -> dict[str, Any]: ...

@@ -45,7 +45,7 @@ def packed_blend(
 
     Args:
         join: makes token ids and labels of messages and tools; conversations are then joined to long ones with turns that
-            refer back, and `encode` must give their `messages`, and `tools` if they have any, beside the token ids.
+            refer back, and `encode` must give their `messages`, and `tools` if they have any, in addition to the token ids.
         shuffle_rows: of split documents, rows that are made at once and dealt out in random order.
     """
     longest = None if split_documents else sequence_length

@@ -1,4 +1,4 @@
-"""Where every record of a local source lies, so that all of them can be read in any order.
+"""Where every record of a local source is, to read them in any order.
 
 Kept for a line is its offset, for a parquet file nothing but its rows' number: a hundred million lines take 800 MB. A gzip
 file cannot be entered in its middle and a large parquet file only by whole row groups: such sources have no index.

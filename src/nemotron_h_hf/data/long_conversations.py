@@ -1,8 +1,8 @@
 """Long conversations out of short ones, with turns that refer back to earlier ones at random places.
 
 The recipe of Nemotron-H's long-context fine-tuning (arXiv 2504.03624, alignment of the 8B; up to 512k tokens): shorter
-conversations are put one after another up to a target length, and synthetic turns ask for something said before, so that
-the answer is only to be had from far back. A question is asked only if one earlier turn fits it.
+conversations are put one after another up to a target length, and synthetic turns ask for something said before:
+the answer is far back. A question is asked only if one earlier turn fits it.
 
 The paper also spreads linked pieces of one topic over the conversation; that is not done here.
 """
@@ -35,7 +35,7 @@ class Exchange(NamedTuple):
 
 
 class LongConversations:
-    """Iterates encoded long conversations; goes on where it stands, and ends when the conversations do.
+    """Iterates encoded long conversations; a new iterator continues there, and ends when the conversations do.
 
     Only conversations with the same tools are joined, and each must end with the assistant and the next begin with the
     user. What the chat template still refuses to have joined is left out, with a report for each conversation.

@@ -1,11 +1,11 @@
-"""Documents into rows of equal length, with positions that restart at every document so that the model keeps them apart.
+"""Documents into rows of equal length, with positions that restart at every document, by which the model keeps them apart.
 
     row of 12     a a a a a b b b | c c c c     documents a, b and the beginning of c
-    position_ids  0 1 2 3 4 0 1 2 | 0 1 2 3     convolution, scan and attention start anew at every 0
+    position_ids  0 1 2 3 4 0 1 2 | 0 1 2 3     convolution, scan and attention restart at every 0
     labels        . a a a a . b b | . c c c     not shifted (the model shifts); . is -100: nothing predicts a first token
 
 Splitting (pretraining) fills every row and lets a document continue in the next. Whole documents (fine-tuning) are placed
-by best fit decreasing among the documents of a window, and what stays free is padding, a document of its own at the end.
+by best fit decreasing among the documents of a window, and what stays free is padding, its own document at the end.
 
 Split rows follow one another through a long document, so a small batch holds little else; `shuffle_rows` deals them out of
 order, a window of rows at a time.
@@ -35,7 +35,7 @@ STATES_KEPT = 512  # more rows than any data loader reads ahead
 class PackedRows(IterableDataset):
     """Rows `{"input_ids", "labels", "position_ids"}`, each (l) int64, from documents.
 
-    A new iterator goes on where the rows stand. After the last document (the last row is padded) the next iterator begins
+    A new iterator continues at the current row. After the last document (the last row is padded) the next iterator begins
     again with the first, unless `documents` is a Blend, which ends once.
 
     Args:
@@ -116,13 +116,13 @@ class PackedRows(IterableDataset):
         return self._states[num_rows]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on exactly after the rows that `state` saw; an iterator that is running does not notice.
+        """Continue exactly after the rows that `state` saw; running iterators are not affected.
 
         Raises:
             ValueError: for a state of rows that were made in another way, or of other documents.
         """
         state = {"dealt": 0, "shuffle_rows": 0, "seed": 0, "window": 0, **state}  # of rows that were never shuffled
-        fields = ("split_documents",)  # splitting goes on at any length
+        fields = ("split_documents",)  # splitting can continue at any length
         if not self.split_documents:
             fields += ("sequence_length", "window_documents")
         elif state["dealt"]:
@@ -233,7 +233,7 @@ class PackedRows(IterableDataset):
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Indices of documents by row: longest first, each into the row with the least room that is enough.
 
-    Rows and the documents in a row are in order of their first document, so that the order of the documents stays nearly
+    Rows and the documents in a row are in order of their first document, which keeps the order of the documents nearly
     what it was. Uses at most 11/9 of the fewest rows possible, and one (Johnson 1973).
     """
     rows: list[list[int]] = []
@@ -258,7 +258,7 @@ class _Place(NamedTuple):
     too_long: documents left out before it.
     dealt: rows of a shuffled window that are yielded.
     window: rows of a shuffled window, or documents of one of whole documents, that is begun. The last window of a run is
-        short; a longer run that goes on from it has to make it as it was.
+        short; a longer run that continues from it must make the same one.
     """
 
     documents: dict[str, Any]

@@ -28,7 +28,7 @@ class Record(NamedTuple):
     origin: str
 
 
-Position = Any  # whatever JSON can hold
+Position = Any  # anything JSON can hold
 Read = Iterator[tuple[Record, Position]]
 
 
@@ -94,7 +94,7 @@ def _read_records(path: str, format: str, column: str | None, bad: BadData, star
 
 
 def as_record(line: bytes, path: str, number: int, format: str, column: str | None, bad: BadData) -> Record | None:
-    """The record in a line that is not blank; None, and a report, if there is none."""
+    """The record in a line that is not blank; None, and a report, if it has no record."""
     origin = f"{path}:{number}"
     text = _decoded(line, path, number, bad)
     if text is None:

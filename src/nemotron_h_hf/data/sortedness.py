@@ -1,4 +1,4 @@
-"""Whether records lie in a sorted order, of which a window sees only a part."""
+"""Whether records are in sorted order, of which a window sees only a part."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise

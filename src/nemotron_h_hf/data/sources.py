@@ -5,15 +5,15 @@
       code: {path: src/**/*.py}
       wiki: {dataset: owner/name, split: train, column: text}
 
-Order, anew in each epoch, from the seed, the source's name and the epoch alone:
+The order of each epoch depends on the seed, the source's name and the epoch alone:
 
-    local files            all records, by an index of where they lie (index.py)
+    local files            all records, by an index of their places (index.py)
     streams                files (or shards) shuffled, then records in a moving window: one that is read as number i comes
                            out among those read up to i + shuffle_window, so blocks are not kept apart
-    shuffle_window: 0      as they lie
+    shuffle_window: 0      in the order of the files
 
 gzip files and large parquet files are read as streams. A state is a place to read from again and the number of records that
-were taken since; it stays small, and a resumed source reads at most two windows again. A digest of the files goes with it, so that
+were taken since; it stays small, and a resumed source reads at most two windows again. A digest of the files is stored with it:
 a source whose files changed is refused.
 """
 
@@ -38,7 +38,7 @@ from .sortedness import FEWEST, SAMPLED, sorted_by, spread
 logger = logging.getLogger(__name__)
 
 SAMPLED_BYTES = 16384  # of the beginning and of the end of a file
-SAMPLED_FILES = 1000  # so that opening a source of very many takes no minutes
+SAMPLED_FILES = 1000  # opening a source of very many takes no minutes then
 STREAM_WINDOW = 10_000  # records, where a source can only be read in order
 ALL = "all records"
 BLOCK = 1000  # records read at once in the order of an index
@@ -55,7 +55,7 @@ class Source:
         dataset: hub id or folder for `datasets.load_dataset` (streamed), or a dataset that is already loaded.
         subset: configuration of the hub dataset.
         split: split of the hub dataset.
-        revision: commit, tag or branch of the hub dataset; only a commit is sure to hold the same when a run goes on.
+        revision: commit, tag or branch of the hub dataset; only a commit is sure to be the same when a run resumes.
         column: where the text or the list of messages is in a record; None (null in YAML) takes the whole record.
         format: one of text, lines, jsonl, parquet, where the suffix does not tell.
         shuffle_window: how many records a moving window holds; 0 keeps files and records in order. Default: local files are
@@ -79,7 +79,7 @@ class Source:
             )
         if self.revision is not None and not (isinstance(self.revision, str) and isinstance(self.dataset, str)):
             raise ValueError(
-                f"source {self.name}: revision is {self.revision!r}; text is allowed, and only beside the hub id of a dataset"
+                f"source {self.name}: revision is {self.revision!r}; text is allowed, and only with the hub id of a dataset"
             )
         if self.format is not None and self.format not in FORMATS:
             raise ValueError(f"source {self.name}: format is {self.format!r}; allowed are {', '.join(FORMATS)}")
@@ -146,7 +146,7 @@ class SourceStream:
         return record
 
     def once(self) -> Iterator[Record]:
-        """The records of one epoch, those of a file as they lie, without moving."""
+        """The records of one epoch, those of a file in its order, without moving."""
         return (record for record, _ in self._read_epoch())
 
     def state_dict(self) -> dict[str, Any]:
@@ -169,7 +169,7 @@ class SourceStream:
             what = "files" if self._dataset is None else "dataset, subset, split, revision or shards"
             raise ValueError(
                 f"source {self.source.name}: its {what} changed since the state was saved "
-                f"({len(self._files)} now, digest {self._digest}, saved {state['files']}); bring them back or start anew"
+                f"({len(self._files)} now, digest {self._digest}, saved {state['files']}); restore them or start again"
             )
         if (order := state.get("order", "blocks, as an earlier version had it")) != self.order:
             raise ValueError(
@@ -214,7 +214,7 @@ class SourceStream:
             yield record, place | {"window": 1, "taken": 0}
 
     def _by_index(self, index: FileIndex | RowIndex) -> Iterator[tuple[Record, dict | None]]:
-        """All records in random order; read a block at a time as they lie, which spares a disk."""
+        """All records in random order; read a block at a time in disk order, which is faster."""
         order = permutation(len(index), self.seed, self.source.name, self.epoch)
         for first in range(self._start["at"] or 0, len(order), BLOCK):
             block = order[first : first + BLOCK]
@@ -293,7 +293,7 @@ class SourceStream:
         return False
 
     def _make_index(self, column: str | None) -> FileIndex | RowIndex | None:
-        """Where all records lie; None for what can only be read in order, or is meant to be."""
+        """The places of all records; None for sources that can only be read in order, or should be."""
         source = self.source
         if source.dataset is None:
             return file_index(self._files, source.format, column)

@@ -34,7 +34,7 @@ FIELDS_OF_KIND = {
     "full_attention": ("num_key_value_heads", "num_attention_heads"),
     "moe": EXPERT_SIZES,
 }
-"""Kind of layer -> the sizes that it has beside hidden_size."""
+"""Kind of layer -> the sizes that it has in addition to hidden_size."""
 CHOICE_FIELDS = ("hidden_size", *(field for fields in FIELDS_OF_KIND.values() for field in fields))
 """What may be chosen: everything that changes the number of parameters."""
 EXPERT_FIELDS = (*EXPERT_SIZES, "num_experts_per_tok")
@@ -103,7 +103,7 @@ class Elastic:
     calibration: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in the configuration."""
+        """As in the configuration."""
         return {
             "version": VERSION,
             "budgets": {name: budget.to_dict() for name, budget in self.budgets.items()},
@@ -176,7 +176,7 @@ def heads_left(parent: PreTrainedConfig, num_attention_heads: Any, num_key_value
 
 
 def check_budget(parent: PreTrainedConfig, budget: Budget) -> None:
-    """Raise a ValueError unless `budget` lies inside `parent`."""
+    """Raise a ValueError unless `budget` fits inside `parent`."""
 
     def require(condition: bool, field: str, allowed: str) -> None:
         if not condition:

@@ -61,7 +61,7 @@ def child_of(parent: NemotronHConfig, budget: Budget) -> Child:
     """The child of a `Budget`.
 
     Raises:
-        ValueError: unless the budget lies inside the parent.
+        ValueError: unless the budget fits inside the parent.
     """
     check_budget(parent, budget)
     entry = entry_without_sizes(parent, budget.kept_layers(parent))

@@ -1,8 +1,8 @@
 """Reads a child out of its parent's files: the parent is never built, and little of what is cut away is read.
 
 transformers loads a mapping from names to lazy slices; here each slice is a `PendingCut`, which reads its tensor when it is
-indexed. Rows that are cut away are not read. Columns lie across the whole file, so rows are read whole, a piece at a time,
-and cut; beside the small tensor itself each thread holds `PIECE_BYTES`, or one row if that is more.
+indexed. Rows that are cut away are not read. Columns are spread over the whole file, so rows are read whole, a piece at a time,
+and cut. In addition to the small tensor each thread holds `PIECE_BYTES`, or one row if that is more.
 
     pending = ChildFiles(child).tensors(["model-00001-of-00002.safetensors", ...])     name -> PendingCut, in released names
     tensor = pending["lm_head.weight"][...]
@@ -79,7 +79,7 @@ class ChildFiles:
         return {cut.name: PendingCut(self, stored[cut.source], cut) for cut in self.child.cuts()}
 
     def piece(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor to read into, in the memory of this thread's last one: making them anew would leave holes in the heap."""
+        """A tensor to read into, in the memory of this thread's last one: a fresh buffer per tensor would fragment the heap."""
         num_bytes = math.prod(shape) * dtype.itemsize
         if self._own.memory.numel() < num_bytes:
             self._own.memory = torch.empty(max(num_bytes, PIECE_BYTES), dtype=torch.uint8)

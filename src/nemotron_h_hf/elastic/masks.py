@@ -1,6 +1,6 @@
 """Masked forward: the parent computes what one of its nested models would, exactly, and differentiably in the masks.
 
-    masked = attach_masks(model)                               # from outside: the model file knows nothing of masks
+    masked = attach_masks(model)                               # from outside: the model's file has no masks
     masked.masks = child_masks(resolve(model.config, budget))  # hard; soft ones, with gradients, are made by a router
     logits = model(input_ids).logits                           # those of the model that `cuts` would cut out
     masked.masks = None                                        # the parent again
@@ -150,7 +150,7 @@ class MaskedForward:
             hook.remove()
 
     def _hand_over(self, stack: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        # As an argument of the blocks, so that checkpointing keeps the masks together with the inputs.
+        # As an argument of the blocks, because checkpointing then keeps the masks with the inputs.
         return None if self.masks is None else (args, {**kwargs, "elastic_masks": self.masks})
 
 

@@ -190,7 +190,7 @@ class _Combinations(NamedTuple):
 def _combinations(
     config: NemotronHConfig, elastic: Elastic, wanted: Limit, dtype: str, name: str
 ) -> Iterator[_Combinations]:
-    """Amounts and predicted losses are sums over kinds of layers, so that those of all combinations are sums of tables."""
+    """Amounts and predicted losses are sums over kinds of layers, and those of all combinations are sums of tables."""
     depths = _depths(config, elastic)
     short, places = _one_of_each(config)
     base = elastic.calibration.get("loss", math.inf)

@@ -55,7 +55,7 @@ def shared_length(prompts: Sequence[Sequence[int]]) -> int:
 
 
 def _branches(group: list[int], prompts: Sequence[Sequence[int]], shared: int) -> list[list[int]]:
-    """Prompts that go on with the same token stay together; a prompt that ends with it stands alone. Largest first."""
+    """Prompts that continue with the same token stay together; a prompt that ends with it stands alone. Largest first."""
     by_token: dict[tuple, list[int]] = {}
     for index in group:
         ends = len(prompts[index]) == shared + 1

@@ -1,6 +1,6 @@
 """Questions whose answer is spread over the prompt: follow variables, count words, find facts about people.
 
-After RULER's variable tracking, common words, frequent words and question answering, in words of our own. RULER asks
+After RULER's variable tracking, common words, frequent words and question answering, in other words. RULER asks
 questions of SQuAD and HotpotQA, which would have to be downloaded and which models have read; the people here are
 invented, so nothing but the prompt can answer.
 """
@@ -112,7 +112,7 @@ def facts(prose: Prose, key: str, size: int, depth: None, num_hops: int = 1) -> 
     towns = list(itertools.islice(_invented(f"{key}/towns", num_parts=1, num_syllables=4), num_people))
     ring = list(range(num_people))
     rng.shuffle(ring)
-    teacher = dict(zip(ring, ring[1:] + ring[:1]))  # one ring: nobody teaches themselves
+    teacher = dict(zip(ring, ring[1:] + ring[:1]))  # one ring: no one teaches themselves
     notes = [PERSON.format(name=names[i], town=towns[i], teacher=names[teacher[i]]) for i in range(num_people)]
     asked = rng.randrange(num_people)
     answer = towns[asked if num_hops == 1 else teacher[asked]]

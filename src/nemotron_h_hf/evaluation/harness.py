@@ -91,7 +91,7 @@ def task_manager(include_path: str | None) -> TaskManager:
 
 
 def check_tasks(tasks: Sequence[HarnessTask], manager: TaskManager, own: Sequence[str], allow_code: bool) -> None:
-    """Refuse names that nobody knows, and tasks that run code without leave.
+    """Refuse unknown names, and tasks that run code without permission.
 
     Raises:
         ValueError: with the nearest names, `own` names among them.
@@ -117,7 +117,7 @@ def evaluate(
 ) -> list[dict]:
     """Run the tasks that have no record yet, one after the other; returns the records.
 
-    Questions and answers go to `harness_TASK.jsonl` beside the records.
+    Questions and answers go to `harness_TASK.jsonl` next to the records.
     """
     from lm_eval.models.huggingface import HFLM
 
@@ -167,7 +167,7 @@ def _run(wrapped: LM, task: HarnessTask, manager: TaskManager, options: HarnessO
             torch_random_seed=options.seed,
             fewshot_random_seed=options.seed,
         )
-    except ImportError as error:  # some tasks need packages of their own
+    except ImportError as error:  # some tasks need further packages
         raise ValueError(f"tasks: {task.name} cannot run: {error}") from error
 
 

@@ -1,4 +1,4 @@
-"""Held-out bits per byte of any causal language model, document by document, so that an interrupted run goes on.
+"""Held-out bits per byte of any causal language model, document by document; an interrupted run can resume.
 
 The protocol is that of training/bits_per_byte.py: a document is an end token, its tokens and an end token; all after
 the first are scored, in windows that overlap. Bits per byte compare models with different tokenizers.
@@ -35,7 +35,7 @@ def evaluate(
 ) -> dict:
     """Score (name, text) pairs that have no record yet; returns the summary of them all.
 
-    A record is known by the document's number, so that a path spelled in another way is the same document.
+    A record is known by the document's number, which makes a path spelled in another way the same document.
     """
     if not 0 < stride < window:
         raise ValueError(f"stride: got {stride}, allowed is 1 to window - 1 = {window - 1}")

@@ -1,7 +1,7 @@
 """Questions on long prompts, made offline at exact lengths, answered by a model and scored as in RULER.
 
 A length counts the whole window: the prompt in tokens of the model's own tokenizer, and the room left for the answer.
-The filling is chosen so that the prompt takes all that is left, to within one unit of it (a word, a list item). The
+The filling takes all the space that is left, to within one unit of it (a word, a list item). The
 score is the share of the expected strings that occur in the answer, letter case aside.
 
     task -> `samples` (seeded, fitted to the length) -> answers for the prompts -> `score` -> one record per sample
@@ -159,7 +159,7 @@ def evaluate(plan: Plan, prose: Prose, encode: Encode, answer: Answer, records: 
 def _ask_at_depths(
     task: Task, length: int, index: int, plan: Plan, prose: Prose, encode: Encode, answer: Answer, records: Records
 ) -> list[dict]:
-    """The samples of one key together, so that the answerer can share what their prompts have in common."""
+    """The samples of one key together, for the answerer to share what their prompts have in common."""
     depths = plan.depths if task.by_depth else (None,)
     samples = [sample(task, length, index, depth, plan.seed, prose, encode) for depth in depths]
     missing = [one for one in samples if one.key not in records]

@@ -1,7 +1,7 @@
 """Questions about numbers hidden in a text: one needle at a chosen depth, or several, with keys that look alike.
 
-The kinds are those of RULER (arXiv 2404.06654, section 3); wording, numbers and text are our own, so that scores stand
-beside each other here and not beside published ones. Every draw comes from `key`: a prompt made again with another
+The kinds are those of RULER (arXiv 2404.06654, section 3); wording, numbers and text are our own: compare scores
+with each other here and not with published ones. Every draw comes from `key`: a prompt made again with another
 size differs in its filling only, and two depths of one key share everything before the needle.
 """
 

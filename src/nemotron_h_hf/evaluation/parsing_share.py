@@ -54,7 +54,7 @@ def choose_prompts(sources: list[str], sampling: Sampling) -> list[str]:
 
 
 def function_text(header: str, written: str, finished: bool) -> str:
-    """Header and body, cut at the first line no deeper than the header, or at the last whole line if there is none."""
+    """Header and body, cut at the first line no deeper than the header, or at the last whole line otherwise."""
     lines = written.splitlines(keepends=True)
     for index, line in enumerate(lines):
         if index > 0 and line.strip() and indentation(line) <= indentation(header):

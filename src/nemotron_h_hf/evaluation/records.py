@@ -1,4 +1,4 @@
-"""The folder of an evaluation: what was asked for, and a line for every finished sample, so that a run can go on.
+"""The folder of an evaluation: what was asked for, and a line for every finished sample; a run can resume.
 
 claim(folder, "arguments.json", {...})      # writes it, or refuses a folder of another evaluation
 records = Records(folder / "samples.jsonl") # finished samples; a line cut short by a crash is dropped

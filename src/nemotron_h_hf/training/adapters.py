@@ -155,7 +155,9 @@ def check_four_bit(model: nn.Module) -> str:
     require(
         bool(packed), "load_in_4bit", True, f"a model with layers to quantise: none of its {len(linears)} Linear were"
     )
-    return f"{len(packed)} of {len(linears)} Linear layers are in 4 bits, {model.get_memory_footprint():,} bytes in all"
+    return (
+        f"{len(packed)} of {len(linears)} Linear layers are in 4 bits, {model.get_memory_footprint():,} bytes in total"
+    )
 
 
 def four_bit_loading(use_cpu: bool = False) -> dict[str, object]:

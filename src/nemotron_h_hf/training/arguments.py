@@ -46,7 +46,7 @@ KEPT_AT_DEFAULT = {
     "optim": "transformers' default, which is without effect; choose by --optimizer",
     "optim_args": "none; --optimizer has no such arguments",
     "optim_target_modules": "none; --optimizer has no such arguments",
-    "auto_find_batch_size": "False: rows per step are counted, to go on with the very next row",
+    "auto_find_batch_size": "False: rows per step are counted, to resume at the next row",
     "fp16": "False, or --bf16: a gradient that overflows stops the run here, and with fp16 that is usual",
 }
 # What the schedule wsd alone has, and its defaults.
@@ -128,7 +128,7 @@ class NemotronHTrainingArguments(TrainingArguments):
     push_to_hub: bool = _flag(False, "send the finished model or adapters to --hub_model_id, once, at the end")
     hub_model_id: str | None = _flag(None, "owner/name, with --push_to_hub")
     data_seed: int | None = _flag(None, "of the order of the data; default: --seed")
-    resume_from_checkpoint: str | None = _flag(None, "checkpoint to go on from; default: the last whole one")
+    resume_from_checkpoint: str | None = _flag(None, "checkpoint to resume from; default: the last whole one")
     learning_rate: float = _flag(8e-4, "the peak")
     weight_decay: float = _flag(0.1, "of matrices; not of norms, biases, A_log, D, dt_bias and convolutions")
     adam_beta2: float = _flag(0.95, "of AdamW")
@@ -316,7 +316,7 @@ def _unknown(word: str, names: Sequence[str]) -> str:
 
 
 def _as_flags(content: dict[str, Any], names: Sequence[str], path: str) -> list[str]:
-    """The file's mapping as command-line words, so that argparse converts and checks both alike."""
+    """The file's mapping as command-line words, which argparse converts and checks like flags."""
     words = []
     for name, value in content.items():
         if name not in names:

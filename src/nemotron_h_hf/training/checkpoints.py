@@ -3,7 +3,7 @@
 transformers writes a dozen files into `checkpoint-N/` one after the other. First of all comes the file UNFINISHED, last of
 all the marker, and only then UNFINISHED goes. A folder that still has it and no marker is what a crash or a full disk
 left; it is never resumed from, and removed. A folder with the marker that lost a file afterwards is damage that somebody
-should hear of, so that is an error and not a step back. A folder with neither is somebody else's and left alone.
+should know about: that is an error, and the run does not step back. A folder with neither is somebody else's and left alone.
 """
 
 import json
@@ -27,11 +27,11 @@ from ..whole_files import write_json
 MARKER = "whole.json"
 UNFINISHED = "UNFINISHED"
 PIECE_BYTES = 4 * 2**20
-SPARE_BYTES = 64 * 2**20  # for the small files beside weights and optimizer
+SPARE_BYTES = 64 * 2**20  # for the small files next to weights and optimizer
 
 
 def writing_run(args: TrainingArguments, *sources: str | os.PathLike | None) -> AbstractContextManager:
-    """Keep other runs out of `args.output_dir`, which may not be a source, hold one or lie inside one (targets.py).
+    """Keep other runs out of `args.output_dir`, which may not be a source, hold one or be inside one (targets.py).
 
     One process of a launch does so for all; the launcher ends the others when it is refused.
     """
@@ -57,7 +57,7 @@ def whole_checkpoints(output_dir: str | os.PathLike) -> list[Path]:
 
 
 def check_whole(folder: str | os.PathLike, contents: bool = True) -> dict[str, Any]:
-    """What the marker says (`step` and whatever the trainer added), if all the files are there as they were written.
+    """What the marker says (`step` and what the trainer added), if all the files are there as they were written.
 
     Args:
         contents: read the files and compare their checksums too. Markers of version 0.1 have sizes alone.
@@ -94,7 +94,7 @@ def _marker_checksum(marker: Mapping[str, Any]) -> str:
 
 
 def _go_on(folder: Path) -> str:
-    return f"remove {folder} to go on from the checkpoint before it"
+    return f"remove {folder} to resume from the checkpoint before it"
 
 
 def _checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
@@ -198,7 +198,7 @@ def _remove(folder: Path) -> None:
 
 
 def _require_shards(folder: Path) -> None:
-    """All that the index of sharded tensors names is here: other machines write to disks of their own otherwise."""
+    """All that the index of sharded tensors names is here: otherwise other machines write to their own disks."""
     for index in folder.rglob(".metadata"):
         places = FileSystemReader(index.parent).read_metadata().storage_data.values()
         names = {place.relative_path for place in places}

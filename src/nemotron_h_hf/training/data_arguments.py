@@ -48,7 +48,7 @@ class RowArguments:
 
     shuffle_rows: int = _flag(
         0,
-        "rows that are made at once and dealt out in random order, so that a long document does not fill whole batches; "
+        "rows that are made at once and dealt out in random order, because a long document would fill whole batches; "
         "phases change up to so many rows late or early. As many as the data has: rows out of all documents, however short the "
         "run is. 0: in the order of the documents",
     )

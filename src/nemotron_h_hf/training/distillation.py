@@ -50,7 +50,7 @@ class TeacherArguments:
 
 
 class DistillationTrainer(NemotronHTrainer):
-    """Trains on (1 - w) * T^2 * KL(teacher || student) + w * cross-entropy; logs both parts beside their sum.
+    """Trains on (1 - w) * T^2 * KL(teacher || student) + w * cross-entropy; logs both parts and their sum.
 
     Args:
         teacher: a causal LM with the student's vocabulary, or a `TeacherCache` made at the same temperature.
@@ -97,7 +97,7 @@ class DistillationTrainer(NemotronHTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As NemotronHTrainer's, with `kl` and `cross_entropy` beside a training loss."""
+        """As NemotronHTrainer's, with `kl` and `cross_entropy` in addition to a training loss."""
         if "loss" in logs:
             steps = max(1, self.state.global_step - max(self._parts_since, self._first_step))
             parts = self.accelerator.reduce(self._parts.clone(), "sum") / steps
@@ -154,7 +154,7 @@ def check_teacher(teacher: PreTrainedModel | TeacherCache, student: nn.Module, t
 def shard_teacher(teacher: PreTrainedModel) -> None:
     """Spread a teacher's weights over all processes (FSDP2): blocks, then the rest of the stack, lm_head, mtp.
 
-    lm_head is a root of its own because the loss calls it, outside the teacher's forward. It stays whole once it was
+    lm_head is its own root because the loss calls it, outside the teacher's forward. It stays whole once it was
     gathered: it is needed for every chunk, and again in the student's backward. Multi-token prediction never runs.
     Only the first process need have the weights (one_copy.py).
 
@@ -162,9 +162,7 @@ def shard_teacher(teacher: PreTrainedModel) -> None:
         ValueError: if lm_head and embeddings are one weight.
     """
     if teacher.config.tie_word_embeddings:
-        raise ValueError(
-            "teacher: tie_word_embeddings is true; allowed under FSDP is a teacher with an lm_head of its own"
-        )
+        raise ValueError("teacher: tie_word_embeddings is true; allowed under FSDP is a teacher with its own lm_head")
     lm_head = teacher.get_output_embeddings()
     with filled_after(teacher):
         for layer in teacher.base_model.layers:

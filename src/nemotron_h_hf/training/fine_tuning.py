@@ -33,7 +33,7 @@ def evaluate_every(data: DataArguments, training: NemotronHTrainingArguments) ->
 
 
 def tell_before(trainer: NemotronHTrainer) -> None:
-    """With held-out rows, tell their loss when a run begins; of one that goes on it is known."""
+    """With held-out rows, report their loss when a run begins; for a resumed one it is known."""
     if trainer.eval_dataset and last_whole_checkpoint(trainer.args.output_dir) is None:
         trainer.add_callback(TellBefore(trainer))
 
@@ -49,7 +49,7 @@ class TellBefore(TrainerCallback):
 
 
 def tell_held_out(trainer: NemotronHTrainer, when: str) -> None:
-    """Evaluate, print, and keep the loss in OUTPUT_DIR/held_out.json, beside what is there already; nothing without rows."""
+    """Evaluate, print, and keep the loss in OUTPUT_DIR/held_out.json, added to what is there; nothing without rows."""
     if not trainer.eval_dataset:
         return
     loss = trainer.evaluate()["eval_loss"]

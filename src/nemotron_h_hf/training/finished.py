@@ -23,7 +23,7 @@ def save_finished(trainer: NemotronHTrainer, folder: Path) -> bool:
     else:
         trainer.save_model(str(folder))
     if trainer.is_world_process_zero():
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads again
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that is not read again
     return trainer.is_world_process_zero()
 
 

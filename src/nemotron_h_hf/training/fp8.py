@@ -6,7 +6,7 @@ in the products of the forward and of both backward passes of every Linear in th
     s(t) = F_max / max|t|      q(t) = cast(t * s(t))      y = q(x) q(W)^T / (s(x) s(W)), summed in fp32
 
 but for the first and last four matrix products (GEMMs) in the order they run. That is torchao's "tensorwise" recipe with
-a filter of our own. A GEMM here is a step through a layer that NVIDIA's trainer runs as one product:
+our own filter. A GEMM here is a step through a layer that NVIDIA's trainer runs as one product:
 
     Mamba       in_proj | out_proj
     attention   q_proj, k_proj, v_proj together (one fused matrix there) | o_proj
@@ -14,7 +14,7 @@ a filter of our own. A GEMM here is a step through a layer that NVIDIA's trainer
     MoE         into the experts (fc1_latent_proj, shared up_proj) | out of them (shared down_proj, fc2_latent_proj)
 
 so every layer counts two, and four GEMMs are two layers, as NVIDIA's preset for this family has it. Routed experts stay
-in high precision: their weights are one tensor per layer, no Linear. So do embeddings, lm_head, router, convolution, scan,
+in high precision: their weights are one tensor per layer, no Linear. The same holds for embeddings, lm_head, router, convolution, scan,
 attention's softmax, norms and the multi-token prediction layers.
 
 Convert before the optimizer, the Trainer, adapters, FSDP2 or torch.compile see the model, and leave mixed precision at bf16:
@@ -61,7 +61,7 @@ def convert_to_fp8(
 
     Args:
         emulate: round as FP8 does and multiply in fp32, on any device. None: real FP8 if there is a CUDA device that
-            can, else emulated with a warning; beside real FP8, modules whose sizes are no multiples of 16 are
+            can, else emulated with a warning; with real FP8, modules whose sizes are no multiples of 16 are
             emulated, with a warning too. (False on a CPU runs torch's own FP8 product, no faster there.)
         skip_first, skip_last: GEMMs at either end of the stack that stay in high precision.
 
@@ -148,7 +148,7 @@ def describe_fp8_modules(model: PreTrainedModel) -> str:
 
 
 def converted_modules(model: nn.Module) -> list[str]:
-    """Names of the modules that torchao has converted, by whose order whatsoever; needs no torchao."""
+    """Names of the modules torchao converted, whoever asked for it; needs no torchao."""
     module = sys.modules.get("torchao.float8.float8_linear")
     if module is None:
         return []

@@ -1,4 +1,4 @@
-"""Distillation loss from hidden states, a few positions at a time, so that no model's logits of a whole batch ever exist.
+"""Distillation loss from hidden states, a few positions at a time: no model's logits of a whole batch ever exist.
 
 With temperature T, the teacher's p = softmax(z_T / T) and the student's q = softmax(z_S / T), each position costs
 
@@ -64,7 +64,7 @@ def distillation_loss(
     """(1 - w) * T^2 * KL(teacher || student) + w * cross-entropy with the labels (at temperature 1), in fp32 or wider.
 
     Both heads are called as modules, once per chunk, and once more in the backward where there is more than one chunk.
-    Every position is computed and those without a label count nothing: all processes of a sharded model so make the
+    Every position is computed, and those without a label count as 0: all processes of a sharded model make the
     same calls.
 
     Args:
@@ -100,7 +100,7 @@ def distillation_loss(
 def sum_in_chunks(summed: Callable[..., Tensor], rows: Sequence[Tensor], vocab_size: int) -> Tensor:
     """Sum of `summed(a part of each of rows)` over parts of at most LOGITS_PER_CHUNK logits.
 
-    Of several parts each is computed again in the backward pass, so that one part's logits are alive at a time.
+    Of several parts each is computed again in the backward pass: one part's logits are alive at a time.
     """
     parts = list(zip(*(tensor.split(max(1, LOGITS_PER_CHUNK // vocab_size)) for tensor in rows)))
     recompute = torch.is_grad_enabled() and len(parts) > 1

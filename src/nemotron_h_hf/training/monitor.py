@@ -1,4 +1,4 @@
-"""What a run says of itself: a progress bar, metrics.jsonl, and the figures in both (tokens/s, MFU, memory).
+"""What a run reports: a progress bar, metrics.jsonl, and the figures in both (tokens/s, MFU, memory).
 
 MFU (model FLOPs utilisation) is the arithmetic of the model in the tokens seen per second, over the rate at which this
 machine multiplies large matrices in the same precision. That rate is measured when training begins and said aloud: it is
@@ -45,7 +45,7 @@ class Monitor(ProgressCallback):
         if not state.is_world_process_zero:
             return
         path = Path(args.output_dir) / METRICS_FILE
-        forget_after(path, state.global_step or -1)  # a run that begins anew has nothing, not even of step 0
+        forget_after(path, state.global_step or -1)  # a run from the start has nothing, not even of step 0
         self._log = path.open("a", encoding="utf-8")
         if self.flops_per_token is not None and self.matrix_rate is None:
             self._measure(args)

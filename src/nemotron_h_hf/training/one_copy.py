@@ -33,9 +33,9 @@ def device_to_load_on() -> str | None:
 
 
 def let_accelerate_fill(model: nn.Module) -> None:
-    """Prepare for `Accelerator.prepare`, which shards `model` and calls what stands for its own distribution here.
+    """Prepare for `Accelerator.prepare`, which shards `model` and calls the functions given here.
 
-    It tells the optimizer's parameters by their addresses, which are all 0 on the meta device; so they are numbered.
+    It tells the optimizer's parameters by their addresses, which are all 0 on the meta device. Therefore they are numbered.
     Once Accelerate distributes buffers (its issue 3898) numbering them is enough.
     """
     if not is_fsdp_enabled():

@@ -39,7 +39,7 @@ INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "use_cache", "ar
 
 @dataclass(frozen=True)
 class CacheIdentity:
-    """What has to agree between writing a cache, going on with it, and using it."""
+    """What has to agree between writing a cache, continuing it, and using it."""
 
     teacher: str
     vocab_size: int
@@ -89,7 +89,7 @@ class TeacherCache:
         if digest not in self._places:
             raise ValueError(
                 f"{self.folder} has {len(self):,} rows, and not this one of {length} tokens: it was made from other data, "
-                "with another tokenizer or sequence_length, or is not finished (the command that makes it goes on)"
+                "with another tokenizer or sequence_length, or is not finished (the command that makes it resumes)"
             )
         path, row = self._places[digest]
         with safe_open(path, "pt") as file:
@@ -109,7 +109,7 @@ def write_cache(
 
     Args:
         batches: mappings with `input_ids` (b, l) and maybe `position_ids` (b, l); other entries are ignored.
-        process_index: names this process's shards; each process brings rows of its own, and process 0 makes the folder.
+        process_index: names this process's shards; each process brings its own rows, and process 0 makes the folder.
 
     Returns:
         The number of rows that the folder has of this process and had of others when it began.
@@ -191,7 +191,7 @@ def _start(folder: Path, identity: CacheIdentity) -> None:
         return
     if folder.exists() and not is_empty(folder):
         raise ValueError(
-            f"{folder} holds files but no cache.json; allowed is a new or empty folder, or a cache to go on with"
+            f"{folder} holds files but no cache.json; allowed is a new or empty folder, or a cache to continue"
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "cache.json", asdict(identity))

@@ -7,7 +7,7 @@ What it adds to transformers.Trainer, which does all the rest:
                               each checkpoint and restored, so nothing is read twice and nothing is skipped
     checkpoints               whole or ignored (checkpoints.py): a crash or a full disk at any moment loses nothing
     divergence                a loss or gradient that is no number, or a jump of the loss, stops before the weights change
-    held-out loss             the mean over all tokens that count, whatever the batch size and the number of processes
+    held-out loss             the mean over all tokens that count, at any batch size and number of processes
     z-loss, balance loss      where they are asked for, in training alone; the experts' balance loss is logged
 """
 
@@ -53,7 +53,7 @@ IGNORE = -100
 
 
 class TrainingStopped(ValueError):
-    """The run cannot go on as it is; what was trained so far is safe."""
+    """The run cannot continue as it is; what was trained so far is safe."""
 
 
 @runtime_checkable
@@ -98,7 +98,7 @@ class NemotronHTrainer(Trainer):
         flops_per_token: of forward and backward together, for the MFU; None leaves it out.
 
     Raises:
-        ValueError: for a model in FP8 that Accelerate would convert once more, data loader workers beside such rows, or
+        ValueError: for a model in FP8 that Accelerate would convert once more, data loader workers with such rows, or
             a balance loss without experts.
     """
 
@@ -269,7 +269,7 @@ class NemotronHTrainer(Trainer):
             )  # fmt: skip
             inputs = {**inputs, "loss_from_hidden": loss_from_hidden}
         inputs = {**inputs, "use_cache": self.args.use_cache}
-        if model.training and not return_outputs and self._can_skip_logits():  # nobody reads them
+        if model.training and not return_outputs and self._can_skip_logits():  # no one reads them
             inputs = {"skip_logits": True, **inputs}
         if self.args.router_aux_loss_coef and model.training:
             inputs = {**inputs, "output_router_logits": True}
@@ -306,7 +306,7 @@ class NemotronHTrainer(Trainer):
             jump = f"a jump of more than max_loss_jump={self.args.max_loss_jump}"
             self._stop(
                 f"the loss is {loss:.4g} after a mean of {usual:.4g}, {jump}",
-                "The same batch will come again: a higher max_loss_jump (0 turns it off) lets the run go on, from an earlier "
+                "The same batch will come again: a higher max_loss_jump (0 turns it off) lets the run continue, from an earlier "
                 "checkpoint (remove the later ones) a lower learning_rate may avoid the jump.",
             )
         self._recent_losses.append(loss)
@@ -377,7 +377,7 @@ class NemotronHTrainer(Trainer):
     # Logging and saving
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As transformers', with tokens per second, MFU, memory and the experts' balance loss beside a training loss."""
+        """As transformers', with tokens per second, MFU, memory and the experts' balance loss in addition to a training loss."""
         if "loss" in logs:
             logs |= self.monitor.figures(self.args, self.state) | self._mean_balance()
         super().log(logs, start_time)
@@ -427,7 +427,7 @@ class NemotronHTrainer(Trainer):
             checkpoints.discard_oldest(output_dir, limit, never=self.state.best_model_checkpoint)
 
     def _rows_consumed(self) -> int:
-        """Rows in all whole steps of the run, those that other processes took included."""
+        """Rows in all whole steps of the run, including those that other processes took."""
         steps = self.state.global_step - self._first_step
         return self._first_row + steps * self.train_dataset.rows_per_step
 
@@ -449,6 +449,6 @@ def _naming(checkpoint: str | None) -> Iterator[None]:
         if checkpoint is None:
             raise
         raise ValueError(
-            f"the states in {checkpoint} cannot be read ({type(error).__name__}: {error}); remove it to go on from the one "
+            f"the states in {checkpoint} cannot be read ({type(error).__name__}: {error}); remove it to resume from the one "
             "before it"
         ) from error

@@ -3,8 +3,8 @@
     report = slice_checkpoint("path/to/parent", "6b", "path/to/small")
 
 The parent is never built: each tensor of the small model is read from its rows in the parent's files, cut, written, and
-forgotten. Finished files are noted in a journal, so a run that was killed goes on; config.json comes last, so a folder that
-has one is whole. Beside the weights lie the tokenizer's files, the generation config, and the manifest (manifest.py).
+forgotten. Finished files are noted in a journal, so a killed run can resume; config.json comes last, so a folder that
+has one is whole. Next to the weights are the tokenizer's files, the generation config, and the manifest (manifest.py).
 
 The residual is the largest difference between the logits of the small model, loaded from what was written, and those of the
 masked parent, in fp32 on `PROBE_TOKENS` random tokens. It needs the whole parent in memory, so by default it is only
@@ -77,7 +77,7 @@ def slice_checkpoint(
     uniform: bool = False,
     progress: Callable[[int, int], object] = lambda num_bytes, total: None,
 ) -> SliceReport:
-    """Write the small model of a budget as a checkpoint of its own.
+    """Write the small model of a budget as its own checkpoint.
 
     Args:
         parent: folder or hub id; it is only read.
@@ -91,7 +91,7 @@ def slice_checkpoint(
     Raises:
         ValueError: for a budget that does not fit, a parent that is damaged or was changed after its manifest, a folder
             in use, too little room on the disk, or a residual that is too large; the folder then has no config.json.
-            For an output that is the parent, holds it or lies inside it.
+            For an output that is the parent, holds it or is inside it.
         OSError: if the disk fills on the way; likewise. BlockingIOError if another run is writing there.
     """
     started = time.monotonic()
@@ -252,7 +252,7 @@ def _finished_before(target: Path, child: Child, origin: dict[str, Any], shards:
 def _finish(
     source: Path, target: Path, child: Child, origin: dict[str, Any], digests: dict[str, Digest], report: SliceReport
 ) -> None:
-    """What lies beside the weights, the configuration last."""
+    """The files next to the weights, the configuration last."""
     budget = {"name": child.budget.name, **child.budget.to_dict()}
     stored = find_tensors(weight_files(target))
     more = {"budget": budget, "parent": origin, "residual": report.residual}

@@ -5,7 +5,7 @@
     parent.generate(**prompt, max_new_tokens=4096, tokenizer=tokenizer,
                     budget=BudgetSchedule("6b", "12b", at="</think>"))     the small one thinks, the large one answers
 
-Rows of one budget run together. Prompts of a batch are padded on the left as ever; the result holds the prompts as they
+Rows of one budget run together. Prompts of a batch are padded on the left as usual; the result holds the prompts as they
 were given, each row's new tokens, and `pad_token_id` to the end of the longest.
 """
 
@@ -78,7 +78,7 @@ def generate_by(model: PreTrainedModel, child: Child, inputs: Tensor | None, kwa
 
 
 def generate_rows(model: PreTrainedModel, inputs: Tensor | None, budgets: Sequence, kwargs: dict[str, Any]) -> Tensor:
-    """Each row of the batch by the model of its own budget (or schedule); (rows, length) in the order of the prompts."""
+    """Each row of the batch by the model of its budget (or schedule); (rows, length) in the order of the prompts."""
     _refuse(REFUSED, model, kwargs, "with one budget for each row")
     prompts = _prompts(inputs, kwargs)
     if len(budgets) != len(prompts):
@@ -155,7 +155,7 @@ def _carry(
     mask: Tensor,
     rows: list[int],
 ) -> dict[str, Any]:
-    """What the second model reads with the first one's cache, of the rows that go on; the effect goes into the schedule."""
+    """What the second model reads with the first one's cache, of the rows that continue; the effect is noted in the schedule."""
     cache.batch_select_indices(torch.tensor(rows, device=texts.device))
     cache = carry_cache(cache, source, target)
     if schedule.measure:

@@ -1,4 +1,4 @@
-"""The order in which an elastic parent keeps its weights in memory, so that each budget's part of them is a prefix.
+"""The order in which an elastic parent keeps its weights in memory: each budget's part of them is a prefix.
 
 Files keep the heads of a Mamba layer group by group, and query heads by their key/value head: "the first heads of every
 group" are then rows here and there. In memory the first head of every group comes first, then the second of every group:
@@ -42,7 +42,7 @@ class Order(NamedTuple):
 
 
 def live_orders(config: NemotronHConfig) -> dict[str, Order]:
-    """Name of each Linear that lies in an order of its own -> that order, for the layers of the stack."""
+    """Name of each reordered Linear -> its order, for the layers of the stack."""
     budgets = _sizes_of_budgets(config)
     orders: dict[str, Order] = {}
     for index, kind in enumerate(config.layers_block_type):
@@ -96,7 +96,7 @@ def in_proj_order(chain: list[Sizes], num_groups: int, state_rows: int) -> Tenso
         torch.arange(2 * inner, after, device="cpu"),
     ]
     for heads in _pieces(chain, _by_head(whole, num_groups)):
-        parts.append(torch.stack([heads, inner + heads], dim=1).flatten())  # gate and x of a head's group side by side
+        parts.append(torch.stack([heads, inner + heads], dim=1).flatten())  # gate and x of a head's group together
     return torch.cat(parts)
 
 

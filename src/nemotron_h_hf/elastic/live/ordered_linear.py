@@ -1,4 +1,4 @@
-"""A Linear whose weight lies in an order of its own, while what goes in and comes out of it is in the ordinary order.
+"""A Linear whose weight is reordered, while its input and output are in the ordinary order.
 
 The weight of a smaller model is then a prefix of it. Checkpoints do not see the order: `state_dict` and `load_state_dict`
 speak of the ordinary weight. Adapters do not see it either, as they wrap the module.
@@ -14,7 +14,7 @@ from .layout import Order, block_size, positions
 
 
 class Gather(nn.Module):
-    """x (..., n) -> x[..., places], moved in the largest blocks that `places` is made of; they lie in `start` to the end."""
+    """x (..., n) -> x[..., places], moved in the largest blocks that `places` is made of; they are between `start` and the end."""
 
     blocks: Tensor
 
@@ -41,7 +41,7 @@ class OrderedLinear(nn.Linear):
         weight: the ordered weight; it may have a few rows more than there are outputs (see `front`).
         rows: (out) the row of each output, None for as they are.
         inputs: (in) the column of each input, None for as they are.
-        front: the last outputs lie somewhere in so many first rows, the others behind them.
+        front: the last outputs are somewhere in that many first rows, the others after them.
     """
 
     def __init__(

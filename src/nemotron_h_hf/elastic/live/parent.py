@@ -5,7 +5,7 @@
     parent.generate(**prompt, assistant_model=small)
     parent.generate(**prompt, budget="6b")                                     # generating.py
 
-The parent keeps some weights in an order of its own (layout.py), made when it is loaded and undone when it is saved:
+The parent keeps some weights in another order (layout.py), made when it is loaded and undone when it is saved:
 `save_pretrained` and `state_dict` give the ordinary tensors. It computes the same function, with the same modules, cache and
 kernels, and adapters made for the ordinary model fit it.
 
@@ -76,7 +76,7 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
 
     @classmethod
     def from_model(cls, model: NemotronHForCausalLM) -> "NemotronHElasticForCausalLM":
-        """Take over an ordinary model: its weights become this one's. `model` itself goes on computing the same.
+        """Take over an ordinary model: its weights become this one's. `model` itself still computes the same.
 
         Raises:
             ValueError: for quantised, sharded or offloaded weights, and for adapters that are not merged.
@@ -173,7 +173,7 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
         return super().load_state_dict(state_dict, strict, assign)
 
     def shared_bytes(self) -> dict[str, int]:
-        """Bytes of a submodel's tensors: `views` into the parent's, and `copies` of its own."""
+        """Bytes of a submodel's tensors: `views` into the parent's, and `copies`."""
         sizes = {"views": 0, "copies": 0}
         for tie in self._ties:
             sizes["views" if tie.kept is None else "copies"] += tie.tensor().nbytes
@@ -192,7 +192,7 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
             size = sum(tie.tensor().nbytes for tie in large) / 2**20
             logger.warning(
                 f"budget {child.name!r}: {len(large)} matrices ({size:.1f} MiB) are copies, as what it keeps of them is "
-                f"no prefix beside the parent's other budgets: {large[0].path}{', ...' * (len(large) > 1)}"
+                f"no prefix together with the parent's other budgets: {large[0].path}{', ...' * (len(large) > 1)}"
             )
         small.model.register_forward_pre_hook(lambda _module, _args: _check_ties(small._ties))
         return small.eval()
@@ -217,7 +217,7 @@ def lay_out(model: NemotronHForCausalLM) -> None:
 
 
 def arrange(model: NemotronHForCausalLM) -> None:
-    """Let each matrix lie in memory as its device and dtype like to read parts of it; tied embeddings are looked up by row."""
+    """Store each matrix in the memory layout that its device and dtype read fastest; tied embeddings are looked up by row."""
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and not (name == "lm_head" and model.config.tie_word_embeddings):
             module.weight.data = arranged(module.weight.data)

@@ -84,7 +84,7 @@ def write_ordinary(
 
 
 def write_manifest(folder: str | os.PathLike, sha256: Mapping[str, str] | None = None) -> None:
-    """Write the manifest of a folder's weights beside them; `sha256` by released name, None to read the files for it."""
+    """Write the manifest of a folder's weights next to them; `sha256` by released name, None to read the files for it."""
     stored = find_tensors(weight_files(folder))
     if sha256 is None:
         sha256 = {name: manifest.checksum(entry) for name, entry in stored.items()}

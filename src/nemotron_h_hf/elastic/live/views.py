@@ -1,6 +1,6 @@
 """The tensors of a submodel: views into its parent's where what it keeps is a prefix there, else copies.
 
-A view starts where the parent's tensor starts, so that it is the parent's as long as both have one address. Copies
+A view starts where the parent's tensor starts, and is the parent's as long as both have one address. Copies
 remember the version of what they were made from, and are made again when a training step has changed it.
 """
 
@@ -128,7 +128,7 @@ def _tie_one(
 
 
 def _in_order(index: Tensor | None, place: Tensor | None) -> Tensor | None:
-    """Where in a tensor with an order of its own the ordinary rows `index` lie; None for all, as they are."""
+    """The places of the ordinary rows `index` in a reordered tensor; None for all, unchanged."""
     if place is None:
         return index
     return place.cpu() if index is None else place.cpu()[index]

@@ -1,4 +1,4 @@
-"""Sizes and budgets for a parent when nobody named any: eighths of its widths, and models of 3/4 and 1/2 of its parameters.
+"""Sizes and budgets for a parent when none are given: eighths of its widths, and models of 3/4 and 1/2 of its parameters.
 
 Widths are rounded to what hardware likes (multiples of 64 in models of full size) and to what the groups need. A default
 budget takes the same share of every width, all layers, all heads of attention and all routed experts: at equal size, narrower
@@ -18,7 +18,7 @@ from ..child import child_of
 
 EIGHTHS = (8, 7, 6, 5, 4)
 WIDTHS = 256  # shares of the widths that are tried
-COUNTED = ("mamba_num_heads", "num_attention_heads", "n_routed_experts")  # in groups, whatever hardware likes
+COUNTED = ("mamba_num_heads", "num_attention_heads", "n_routed_experts")  # in groups, not in multiples for the hardware
 SCALED_TOGETHER = ("hidden_size", "intermediate_size", "mamba_num_heads", "moe_intermediate_size",
                    "moe_shared_expert_intermediate_size")  # fmt: skip
 

@@ -1,9 +1,9 @@
-"""Turning a model into a parent: importance, a permutation so that every budget is a prefix, losses, budgets in the config.
+"""Turning a model into a parent: importance, a permutation that makes every budget a prefix, losses, budgets in the config.
 
     elasticize(model, rows, held_out)                                   # default budgets: 3/4 and 1/2 of the parameters
     elasticize(model, rows, held_out, budgets={"6b": {"hidden_size": 3072, "mamba_num_heads": 96, "depth": 46}})
 
-The model computes the same function after as before. What was measured lies in the folder `work` and is not measured again
+The model computes the same function after as before. What was measured is kept in the folder `work` and is not measured again
 when the same call is repeated after an interruption, on the model loaded again: width scores every few batches, depth after
 every removal, losses after each.
 """
@@ -107,7 +107,7 @@ def elasticize(
 
 
 def calibration_of(changes: Sequence[Child], losses: Mapping[str, float]) -> dict[str, Any]:
-    """The losses of the whole model and of single changes, as they stand in `config.elastic`."""
+    """The losses of the whole model and of single changes, as in `config.elastic`."""
     calibration: dict[str, Any] = {"loss": losses[key_of(Budget(name="whole"))]}
     for child in changes:
         field, size = child.name.split("=")
@@ -176,7 +176,7 @@ def read_choices(config: NemotronHConfig, choices: Mapping[str, Sequence[int]]) 
     """Choices with the parent's own size among them, the largest first.
 
     Raises:
-        ValueError: for a field that is none, or sizes that do not fit.
+        ValueError: for an unknown field, or sizes that do not fit.
     """
     found = {}
     for field, sizes in choices.items():

@@ -1,6 +1,6 @@
 """What is measured of a model that becomes a parent: width scores, depth scores, losses; each is kept and not repeated.
 
-A record is known by a fingerprint of model and text, so that one of another model is refused and never mixed in.
+A record is known by a fingerprint of model and text, and one of another model is refused.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def fingerprint(model: NemotronHForCausalLM, rows: Sequence[Row]) -> str:
 def measure_width(
     model: NemotronHForCausalLM, rows: Sequence[Row], batch_size: int, path: Path | None, mark: str
 ) -> WidthScores:
-    """Score all rows, going on where the file stands."""
+    """Score all rows, continuing after those in the file."""
     scores = WidthScores.empty() if path is None else WidthScores.load(path, mark)
     saved = time.monotonic()
     with tqdm(total=len(rows), initial=scores.num_rows, unit="row", desc="width") as bar:
@@ -61,7 +61,7 @@ def measure_width(
 def measure_depth(
     model: NemotronHForCausalLM, rows: Sequence[Row], num_removals: int, batch_size: int, path: Path | None, mark: str
 ) -> list[Removal]:
-    """Remove layers, going on where the file stands."""
+    """Remove layers, continuing after those in the file."""
     entries = read_record(path, mark).get("removals", [])
     done = [Removal(e["layer"], {int(j): s for j, s in e["scores"].items()}) for e in entries][:num_removals]
     count, length = model.config.num_hidden_layers, rows[0]["input_ids"].shape[-1] if rows else 1
@@ -85,7 +85,7 @@ def measure_losses(
     model: NemotronHForCausalLM, rows: Sequence[Row], children: Sequence[Child], batch_size: int, path: Path | None,
     mark: str,
 ) -> dict[str, float]:  # fmt: skip
-    """Mean loss per token (nats) of the whole model and of each child, by `key_of`, going on where the file stands."""
+    """Mean loss per token (nats) of the whole model and of each child, by `key_of`, continuing after those in the file."""
     losses = read_record(path, mark).get("losses", {})
     masked = attach_masks(model)
     try:
@@ -138,7 +138,7 @@ def batches_of(rows: Sequence[Row], batch_size: int) -> Iterator[dict[str, Tenso
 
 
 def key_of(budget: Budget) -> str:
-    """A budget by its sizes, whatever it is called."""
+    """A budget by its sizes, not by its name."""
     return json.dumps(budget.sizes())
 
 

@@ -15,7 +15,7 @@ AXES = {"neurons": "MLP neurons", "heads": "Mamba heads", "channels": "channels 
 
 
 def write_scores(path: Path, importance: Importance, removals: list[Removal]) -> None:
-    """All scores by axis and layer, in the order that the model had; the routed experts' neurons, being many, beside them."""
+    """All scores by axis and layer, in the order that the model had; the routed experts' neurons, being many, apart."""
     record: dict = {"hidden": _numbers(importance.hidden)}
     for name in AXES:
         if layers := getattr(importance, name):

@@ -39,7 +39,7 @@ class ElasticArguments:
     router_warmup_steps: int = _flag(60, "steps over which it rises; the paper's")
     router_loss_weight: float = _flag(
         10.0,
-        "of the router's loss beside the distillation loss; the paper's 1 is too little where narrow models lose much",
+        "of the router's loss relative to the distillation loss; the paper's 1 is too little where narrow models lose much",
     )
     router_width: int = _flag(256, "of its networks; the paper's")
     normalize_logits: bool = _flag(False, "divide the router's logits by their deviation")

@@ -64,7 +64,7 @@ def axes_of(
         per_layer: fields for which every layer chooses for itself.
 
     Raises:
-        ValueError: for a field that is none, sizes that do not fit the parent, or per-layer choices of what is one size.
+        ValueError: for an unknown field, sizes that do not fit the parent, or per-layer choices of what is one size.
     """
     for field in choices:
         if field not in FIELDS:
@@ -158,7 +158,7 @@ def budget_of(
     for axis in axes:
         if axis.field != DEPTH and any(indices[axis.field]):
             rows = list(indices[axis.field]) * (1 if axis.per_layer else len(axis.sizes))
-            layers = axis.layers or kept[:1]  # one size of the whole model stays whatever layers do
+            layers = axis.layers or kept[:1]  # one size of the whole model does not depend on the layers
             found = [of[row] for of, row, layer in zip(axis.sizes, rows, layers) if layer in kept]
             if found:
                 sizes[axis.field] = found[0] if len(set(found)) == 1 else tuple(found)

@@ -1,7 +1,7 @@
 """What a router's choice costs: parameters, memory or time, differentiable in its probabilities, and the loss made of it.
 
 Parameters and bytes come from the formulas of `cost.py` themselves, read on a configuration whose sizes are expected
-values: a choice of one size on each axis so costs exactly what its model has (num_parameters, weight_bytes, cache_bytes).
+values: a choice of one size on each axis therefore costs exactly what its model has (num_parameters, weight_bytes, cache_bytes).
 Between choices it is the mean over independent axes (but for MTP's joining matrix, whose two sides are one size).
 
     loss = |cost / target - 1|, 0 within 5 % of the target              for a budget below the whole
@@ -80,7 +80,7 @@ def router_loss(
 ) -> Tensor:
     """The loss of the head of the file: a scalar; `target` in the unit of the cost.
 
-    Within the dead zone it is 0, and so is its gradient; outside it begins at 5 %.
+    Within the dead zone it and its gradient are 0; outside it begins at 5 %.
     """
     off = (cost_now / target - 1).abs()
     if target < full_cost:
@@ -126,7 +126,7 @@ def timed_fields(kind: str, choices: Collection[str]) -> tuple[str, ...]:
 
 
 def choices_of(axes: Sequence[Axis]) -> dict[str, list[int]]:
-    """Field -> sizes, the parent's first; without depth, which costs nothing of its own."""
+    """Field -> sizes, the parent's first; without depth, which has no cost itself."""
     return {axis.field: list(axis.sizes[0]) for axis in axes if axis.field != DEPTH}
 
 

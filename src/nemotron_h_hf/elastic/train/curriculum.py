@@ -4,7 +4,7 @@
     - {until: 60%, sequence_length: 8192}                              every budget equally often
     - {weights: {12b: 0.5, 9b: 0.3, 6b: 0.2}}                          to the end, on whole rows
 
-Every process draws the same: with a hard choice of depth all of them leave out the same layers, so that the gathers of a
+Every process draws the same: with a hard choice of depth all of them skip the same layers, and the gathers of a
 sharded model meet. A stage with shorter sequences cuts each row into equal ones, so a step has as many tokens as in any
 other stage.
 """

@@ -23,9 +23,9 @@ def elastic_after(
     losses: Mapping[str, float],
     single_losses: Mapping[str, float] | None = None,
 ) -> Elastic:
-    """What `config.elastic` says of the trained parent.
+    """The `config.elastic` of the trained parent.
 
-    Budgets that it named before and that were not trained are left out, and so are losses: the weights are others now.
+    Budgets that were named before and not trained are dropped, and losses too: the weights have changed.
 
     Args:
         children: the router's choices; trained are those that are targets of the route.

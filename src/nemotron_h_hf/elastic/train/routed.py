@@ -53,7 +53,7 @@ class RoutedModel:
         self.masked = attach_masks(model)
         self.router_loss: Tensor | None = None
         self._draw: tuple[Draw, float] | None = None
-        # Before the hook of the masks, which hands on what is chosen here.
+        # Before the hook of the masks, which passes on what is chosen here.
         self._hook = model.base_model.register_forward_pre_hook(self._choose, prepend=True)
 
     def sample(self, draw: Draw, progress: float) -> None:
@@ -75,7 +75,7 @@ class RoutedModel:
         self.model._keys_to_ignore_on_save = set()
 
     def children(self) -> dict[str, Child]:
-        """The most likely choices for every target; the parent is the parent whatever the router says of it."""
+        """The most likely choices for every target; the parent itself stays whole."""
         return {name: self.child(name, target) for name, target in self.route.targets.items()}
 
     def child(self, name: str, target: float) -> Child:

@@ -7,7 +7,7 @@ The temperature t falls from 1 to 0.05, by the same factor each step, and the lo
 the beginning every size is tried, at the end one is chosen. Where paper and NVIDIA's released code differ, this is: width
 256 and biases (paper), weights N(0, 0.1^2), slope 0.1 and the option of normalised logits, s z / std(z) (code).
 
-A hard choice is one-hot forwards and has the soft one's gradient backwards (straight through). A budget that lies between
+A hard choice is one-hot forwards and has the soft one's gradient backwards (straight through). A budget between
 two trained ones is asked for by a mixture of their one-hot vectors.
 
     n budgets, r rows (1, or a layer each), c choices
@@ -63,7 +63,7 @@ class RouterSettings:
 
 
 class Router(nn.Module):
-    """One network per axis; computed in fp32, whatever surrounds it."""
+    """One network per axis; computed in fp32 in any context."""
 
     def __init__(self, axes: Sequence[Axis], num_budgets: int, settings: RouterSettings = RouterSettings()) -> None:
         super().__init__()

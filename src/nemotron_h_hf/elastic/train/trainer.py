@@ -9,7 +9,7 @@ own, a warm-up in steps and no weight decay; it decays with the model's, and its
 that of the weights). Nothing that is random depends on the process.
 
 metrics.jsonl gets, for a budget called 6b: loss_6b, kl_6b, cross_entropy_6b, router_loss_6b (means since the last line),
-size_6b (expected, as a share of the parent) beside target_6b, and choice_6b_FIELD (the most likely size, mean over layers).
+size_6b (expected, as a share of the parent) next to target_6b, and choice_6b_FIELD (the most likely size, mean over layers).
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class ElasticTrainer(DistillationTrainer):
     # Optimizer and schedule
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """As NemotronHTrainer's, with the router as a group of its own, without weight decay."""
+        """As NemotronHTrainer's, with the router as its own group, without weight decay."""
         if self.optimizer is None:
             self.routed.router.requires_grad_(False)
             super().create_optimizer(model)
@@ -199,7 +199,7 @@ class ElasticTrainer(DistillationTrainer):
     # Logging and evaluating
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As DistillationTrainer's, with the figures of the head of the file beside a training loss."""
+        """As DistillationTrainer's, with the figures named at the head of the file in addition to a training loss."""
         if "loss" in logs:
             logs |= self._figures()
             self._sums.zero_()
@@ -261,7 +261,7 @@ class ElasticTrainer(DistillationTrainer):
     # Saving and resuming
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As transformers'; a checkpoint of the run has the router beside the weights (of FSDP, among them)."""
+        """As transformers'; a checkpoint of the run has the router next to the weights (of FSDP, among them)."""
         super().save_model(output_dir, _internal_call)
         if _internal_call and not self.is_fsdp_enabled and self.args.should_save:
             save_router(self.routed, Path(output_dir) / ROUTER_FILE)
@@ -291,7 +291,7 @@ def load_router(routed: RoutedModel, path: Path) -> None:
         ValueError: if there are none, or of other budgets or choices.
     """
     if not path.is_file():
-        raise ValueError(f"resume_from_checkpoint: {path} is missing, without the router the run cannot go on")
+        raise ValueError(f"resume_from_checkpoint: {path} is missing, without the router the run cannot continue")
     with open_tensors(path) as file:
         for name, value in _identity(routed.route).items():
             if (found := file.metadata().get(name)) != value:
