@@ -114,6 +114,7 @@ def test_a_budget_outside_of_its_parent_is_refused(entry, message):
         ({"choices": {"hidden_size": [32, 48]}}, "largest first"),
         ({"choices": {"mamba_num_heads": [8, 3]}}, "a multiple of 2"),
         ({"choices": {"vocab_size": [8]}}, "elastic.choices.vocab_size"),
+        ({"choices": {"num_experts_per_tok": [1]}}, "elastic.choices.num_experts_per_tok"),
         ({"budgets": [1]}, "elastic.budgets"),
         ({"choices": {"hidden_size": 32}}, "elastic.choices.hidden_size=32: allowed are positive integers"),
         ({"layer_order": 5}, "elastic.layer_order=5: allowed is a list"),

@@ -36,7 +36,7 @@ def test_one_hot_choices_cost_what_their_configuration_costs(shape, choices, per
     parameters = ExpectedCost(config, axes, layer_order=ORDER)
     memory = ExpectedCost(config, axes, "memory", ORDER, context_tokens=1000, batch_size=3)
     assert parameters.full == num_parameters(config)
-    for indices in random_indices(axes, 8):
+    for indices in random_indices(axes, 20):
         small = resolve(config, budget_of(config, axes, indices, "small", ORDER)).config
         chosen = one_hot(axes, indices)
         assert float(parameters(chosen)) == num_parameters(small)
@@ -98,10 +98,11 @@ def test_latency_is_the_sum_over_layers_of_the_table(shape, choices, per_layer):
     order = ORDER[: config.num_hidden_layers] if shape == "dense" else range(config.num_hidden_layers)
     table = json.loads(json.dumps(measure_latency(config, axes, sequence_length=8, repeats=1)))
     cost = ExpectedCost(config, axes, "latency", order, latency=table)
-    own = {"linear_attention": ("mamba_num_heads", "mamba_head_dim"), "full_attention": ("num_attention_heads",),
+    own = {"linear_attention": ("mamba_num_heads", "mamba_head_dim"),
+           "full_attention": ("num_key_value_heads", "num_attention_heads")[0 if "num_key_value_heads" in choices else 1 :],
            "mlp": ("intermediate_size",),
            "moe": ("n_routed_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size")}  # fmt: skip
-    for indices in random_indices(axes, 5):
+    for indices in random_indices(axes, 20):
         budget = budget_of(config, axes, indices, "small", order)
         width = indices["hidden_size"][0]
         expected = table["seconds"]["outside"][width]

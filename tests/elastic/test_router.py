@@ -106,7 +106,7 @@ def test_soft_masks_are_the_mean_of_prefixes_and_differentiable():
     ({"mamba_num_heads": [3]}, (), "a multiple of 2"),
     ({"hidden_size": [64]}, (), "at most the parent's 48"),
     ({"n_routed_experts": [4]}, (), "no moe layer"),
-    ({"hidden_size": []}, (), "positive integers"),
+    ({"hidden_size": []}, (), "positive integers"), ({"num_experts_per_tok": [1]}, (), "choices: got 'num_experts_per_tok'"),
 ])  # fmt: skip
 def test_choices_that_do_not_fit_are_refused(choices, per_layer, message):
     with pytest.raises(ValueError, match=message):
