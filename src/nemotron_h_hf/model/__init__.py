@@ -42,11 +42,4 @@ reading.py                     JSON files and safetensors headers, with errors t
 stored.py                      where each tensor is in safetensors files
 saving.py                      saves all or nothing: staged inside the target, then renamed
 peft_support.py                LoRA on out_proj
-
-configuration_nemotron_h_vl.py       the vision-language model: tower, projector and language model
-modeling_nemotron_h_vl.py            pixel shuffle, projector, joining of picture and text
-image_processing_nemotron_h_vl.py    tiles and thumbnails
-image_reading_vl.py                  pictures of any kind as tensors, checked
-processing_nemotron_h_vl.py          tags and image tokens in the prompt
-names_vl.py                          released names of vision checkpoints
 """
