@@ -25,6 +25,7 @@ COMMANDS = (
     ),
     ("slice", "nemotron_h_hf.scripts.slice", "cut a nested model out of an elastic parent"),
     ("convert", "nemotron_h_hf.scripts.convert", "convert checkpoints between Megatron and Hugging Face"),
+    ("make-vl", "nemotron_h_hf.scripts.make_vl", "join a language model and a vision tower under a fresh projector"),
     ("blend", "nemotron_h_hf.scripts.blend", "show the tokens per source and phase of a training blend"),
     ("pretrain", "nemotron_h_hf.scripts.pretrain", "train on blended sources, from fresh weights or a checkpoint"),
     ("sft", "nemotron_h_hf.scripts.sft", "fine-tune on conversations or text, whole or with LoRA adapters"),

@@ -34,10 +34,6 @@ class NemotronHVLProcessor(ProcessorMixin):
         ValueError: if the tokenizer has no `<image>` token, or tags differ in length.
     """
 
-    attributes = ["image_processor", "tokenizer"]
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
-
     def __init__(
         self,
         image_processor: Any = None,
