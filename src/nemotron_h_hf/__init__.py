@@ -20,13 +20,13 @@ from typing import Any
 
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForSequenceClassification,
     AutoProcessor,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor  # where Pillow or torchvision lack, too
 
 from .elastic.attach import attach
 from .model.cache import HybridCache

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
 from transformers.utils import logging
 
+from .arguments import one_cache
 from .blocks import NemotronHMTP, NemotronHRMSNorm
 from .configuration_nemotron_h_vl import NemotronHNanoVLConfig, NemotronHOmniConfig, NemotronHVLConfig
 from .modeling_nemotron_h import NemotronHForCausalLM, NemotronHModel, NemotronHPreTrainedModel
@@ -254,6 +255,7 @@ class NemotronHVLForConditionalGeneration(NemotronHVLPreTrainedModel, NemotronHF
         image_grid_hw: Tensor | None = None,
         image_features: Tensor | None = None,
         mm_token_type_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs,
     ) -> MoeCausalLMOutputWithPast:
         """Logits, and the next-token loss if there are labels, as `NemotronHForCausalLM.forward`; images as the base model's.
@@ -268,7 +270,7 @@ class NemotronHVLForConditionalGeneration(NemotronHVLPreTrainedModel, NemotronHF
             input_ids,
             attention_mask,
             position_ids,
-            cache,
+            one_cache(cache, past_key_values),
             inputs_embeds,
             labels,
             **{name: value for name, value in images.items() if value is not None},
