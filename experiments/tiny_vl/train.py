@@ -1,14 +1,14 @@
 """Trains one tiny vision-language model on pictures.py's pictures, and says what it answers on held-out ones.
 
-    python pictures.py DATA
-    python train.py DATA OUT --variant tags --seed 0      goes on where it was stopped
-    python train.py DATA OUT --all                        every variant with every seed, one after the other
+python pictures.py DATA
+python train.py DATA OUT --variant tags --seed 0      goes on where it was stopped
+python train.py DATA OUT --all                        every variant with every seed, one after the other
 
-    tags            the model: InternViT, tiles with tags, thumbnail, a hybrid language model
-    no_tags         the same without tile tags
-    no_thumbnail    the same without the whole picture after the tiles
-    blind           the same on grey pictures
-    attention       tags, with a language model of attention and MLP alone, of the same number of parameters
+tags            the model: InternViT, tiles with tags, thumbnail, a hybrid language model
+no_tags         the same without tile tags
+no_thumbnail    the same without the whole picture after the tiles
+blind           the same on grey pictures
+attention       tags, with a language model of attention and MLP alone, of the same number of parameters
 """
 
 import argparse
@@ -23,7 +23,12 @@ from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, PreTrainedTokenizerFast
 
-from nemotron_h_hf import NemotronHVLConfig, NemotronHVLForConditionalGeneration, NemotronHVLImageProcessor, NemotronHVLProcessor
+from nemotron_h_hf import (
+    NemotronHVLConfig,
+    NemotronHVLForConditionalGeneration,
+    NemotronHVLImageProcessor,
+    NemotronHVLProcessor,
+)
 
 VARIANTS = ("tags", "no_tags", "no_thumbnail", "blind", "attention")
 SEEDS = (0, 1, 2)
@@ -68,7 +73,14 @@ def run(data: Path, out: Path, variant: str, seed: int, steps: int) -> None:
     seconds = train(model, processor, samples(data, "train"), out, variant, seed, steps)
     accuracy = evaluate(model, processor, samples(data, "held_out"), variant)
     count = sum(weight.numel() for weight in model.parameters())
-    result = {"variant": variant, "seed": seed, "steps": steps, "seconds": seconds, "parameters": count, "accuracy": accuracy}
+    result = {
+        "variant": variant,
+        "seed": seed,
+        "steps": steps,
+        "seconds": seconds,
+        "parameters": count,
+        "accuracy": accuracy,
+    }
     model.bfloat16().save_pretrained(out / "model")
     processor.save_pretrained(out / "model")
     (out / "result.json").write_text(json.dumps(result, indent=1) + "\n")
@@ -83,12 +95,18 @@ def make_processor(variant: str) -> NemotronHVLProcessor:
     pattern = Regex(r"<tile_|global_thumbnail|</?Image>|\d\d|\d|[a-z]+|[?>\n]")
     words.pre_tokenizer = pre_tokenizers.Split(pattern, "removed", invert=True)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", extra_special_tokens=["<image>"]
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        extra_special_tokens=["<image>"],
     )
     pixels = NemotronHVLImageProcessor(
         image_size=TILE, patch_size=8, max_tiles=6, use_thumbnail=variant != "no_thumbnail"
     )
-    return NemotronHVLProcessor(pixels, tokenizer, use_tile_tags=variant != "no_tags", image_start="<Image>", image_end="</Image>")
+    return NemotronHVLProcessor(
+        pixels, tokenizer, use_tile_tags=variant != "no_tags", image_start="<Image>", image_end="</Image>"
+    )
 
 
 def make_model(processor: NemotronHVLProcessor, variant: str, seed: int) -> NemotronHVLForConditionalGeneration:
@@ -158,7 +176,9 @@ def train(model, processor, rows: list[dict], out: Path, variant: str, seed: int
     for step in range(done, steps):
         begin = time.perf_counter()
         rng = random.Random(f"{seed}-{step}")
-        factor = min(1.0, (step + 1) / 100) * (0.5 + 0.5 * torch.cos(torch.tensor(step / steps * 3.14159)).item()) + 0.01
+        factor = (
+            min(1.0, (step + 1) / 100) * (0.5 + 0.5 * torch.cos(torch.tensor(step / steps * 3.14159)).item()) + 0.01
+        )
         for group in optimizer.param_groups:
             group["lr"] = PEAK * factor
         batch = collate(processor, rng.sample(rows, BATCH), variant, rng)
@@ -173,7 +193,12 @@ def train(model, processor, rows: list[dict], out: Path, variant: str, seed: int
             with open(out / "log.jsonl", "a") as log:
                 log.write(json.dumps(line) + "\n")
         if (step + 1) % SAVE_EVERY == 0:
-            kept = {"step": step + 1, "seconds": seconds, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            kept = {
+                "step": step + 1,
+                "seconds": seconds,
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+            }
             torch.save(kept, state.with_suffix(".part"))
             state.with_suffix(".part").rename(state)
     return round(seconds, 1)

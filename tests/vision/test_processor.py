@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor
+from transformers import AutoProcessor
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from vl_tiny import SIDE, vl_model, vl_processor, word_tokenizer
 
 from nemotron_h_hf import NemotronHVLImageProcessor, NemotronHVLProcessor

@@ -21,7 +21,7 @@ from transformers.core_model_loading import Chunk, WeightConverter, WeightRenami
 from .loading import OldName, expert_rules
 from .reading import read_header
 
-MODEL_TYPES = ("nemotron_h_vl", "NemotronH_Nano_VL_V2", "NemotronH_Nano_Omni_Reasoning_V3")
+OWN, RELEASED = "nemotron_h_vl", ("NemotronH_Nano_VL_V2", "NemotronH_Nano_Omni_Reasoning_V3")
 FIRST_PARTS = ("vision_model.", "mlp1.", "language_model.")
 AUDIO = re.compile(r"sound_(encoder|projection)\.")
 
@@ -47,7 +47,7 @@ INTERNVIT_LAYER = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
     "attn.proj": "attention.projection_layer",
-    "attn.qkv": "attention.qkv",
+    "attn.qkv": "attn.qkv",  # cut in three below
     "attn.q_norm": "attention.q_norm",
     "attn.k_norm": "attention.k_norm",
     "mlp": "mlp",
@@ -56,15 +56,25 @@ INTERNVIT_LAYER = {
 
 def register_names_vl() -> None:
     """Teach transformers to read and write these names."""
-    for model_type in MODEL_TYPES:
+    register_checkpoint_conversion_mapping(OWN, [*rules(), *internvit_rules()], overwrite=True)
+    for model_type in RELEASED:
         register_checkpoint_conversion_mapping(model_type, rules(), overwrite=True)
 
 
 def rules() -> list[WeightTransform]:
     """From names on disk to names in the model."""
-    tower, layers = "model.vision_tower.", r"model\.vision_tower\.encoder\.layers\.(\d+)\."
     return [
         *(WeightRenaming("^" + re.escape(stored), name) for stored, name in NAMES.items()),
+        OldName("language_model.mtp.", "mtp."),
+        OldName("model.language_model.embedding.weight", "model.language_model.embeddings.weight"),
+        *expert_rules(),
+    ]
+
+
+def internvit_rules() -> list[WeightTransform]:
+    """InternViT's own, after `vision_model.` has become `model.vision_tower.`."""
+    tower, layers = "model.vision_tower.", r"model\.vision_tower\.encoder\.layers\.(\d+)\."
+    return [
         *(
             WeightRenaming(f"{tower}embeddings.{stored}", f"{tower}embeddings.{name}")
             for stored, name in INTERNVIT.items()
@@ -73,13 +83,10 @@ def rules() -> list[WeightTransform]:
             WeightRenaming(layers + re.escape(stored), rf"{tower}encoder.layer.\1.{name}")
             for stored, name in INTERNVIT_LAYER.items()
         ),
-        OldName("language_model.mtp.", "mtp."),
-        OldName("model.language_model.embedding.weight", "model.language_model.embeddings.weight"),
         *(
-            WeightConverter(f"attention.qkv.{kind}", [f"attention.{x}_proj.{kind}" for x in "qkv"], [Chunk(dim=0)])
+            WeightConverter(f"attn.qkv.{kind}", [f"attention.{x}_proj.{kind}" for x in "qkv"], [Chunk(dim=0)])
             for kind in ("weight", "bias")
         ),
-        *expert_rules(),
     ]
 
 
