@@ -58,6 +58,19 @@ def test_survives_saving_and_stock_readers_ignore_it(tmp_path):
     assert (stock.hidden_size, stock.mamba_num_heads, stock.num_hidden_layers) == (48, 8, 7)
 
 
+def test_budgets_are_taken_away_and_replaced_like_any_field(tmp_path):
+    parent().save_pretrained(tmp_path)
+    for none in (tiny_config("dense", elastic=None), NemotronHConfig.from_pretrained(tmp_path, elastic=None)):
+        assert none.elastic is None and "elastic" not in none.to_dict()
+    wide = {"version": 1, "budgets": {"x": {"hidden_size": 3200}}}
+    with pytest.raises(ValueError, match="at most the parent's 48"):
+        NemotronHConfig.from_pretrained(tmp_path, elastic=wide)
+    config = parent()
+    config.elastic = wide
+    with pytest.raises(ValueError, match="at most the parent's 48"):
+        config.save_pretrained(tmp_path / "again")
+
+
 def test_resolves_to_a_plain_configuration():
     child = resolve(parent(), resolve(parent(), "half").budget).config
     assert child.elastic is None and "elastic" not in child.to_dict()

@@ -22,7 +22,7 @@ plain_from_pretrained = NemotronHPreTrainedModel.from_pretrained.__func__
 
 def attach() -> None:
     """Teach the configuration about budgets, the models to load one, and a save that it ends an older manifest."""
-    NemotronHConfig.elastic = None
+    NemotronHConfig.elastic, NemotronHConfig.fields_of_others = None, ("elastic",)
     NemotronHConfig.validate = validate
     NemotronHPreTrainedModel.from_pretrained = classmethod(from_pretrained)
     saving.DESCRIPTIONS.add(NAME)

@@ -91,6 +91,7 @@ class NemotronHConfig(PreTrainedConfig):
         "mamba_head_dim": "linear_attention",
         "num_attention_heads": "full_attention",
     }
+    fields_of_others = ()  # that a package around these files adds; None and {} are not written
     # in_proj packs five blocks of rows (gate, x, B, C, dt), so it is gathered before they are cut apart; conv and scan run
     # on every rank, while the weights, which are nearly all of a Mamba layer, are split.
     base_model_tp_plan = {
@@ -323,6 +324,7 @@ class NemotronHConfig(PreTrainedConfig):
             output["mtp_hybrid_override_pattern"] = self.mtp_hybrid_override_pattern
         output.pop("mamba_implementation", None)  # a choice for this machine, not a property of the model
         dropped = () if self.has_experts else MOE_FIELDS
+        dropped += tuple(name for name in self.fields_of_others if not getattr(self, name))
         dropped += () if self.num_nextn_predict_layers else MTP_FIELDS
         return {key: value for key, value in output.items() if key not in dropped}
 
@@ -344,7 +346,7 @@ def preset_names() -> list[str]:
 def _spellings(config_class: type[NemotronHConfig]) -> set[str]:
     """Every name under which a field of ours can be given."""
     fields = set(config_class.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
-    return {*fields, *SYNONYMS, *LAYER_SPELLINGS, *MTP_SPELLINGS, "use_mamba_kernels"}
+    return {*fields, *config_class.fields_of_others, *SYNONYMS, *LAYER_SPELLINGS, *MTP_SPELLINGS, "use_mamba_kernels"}
 
 
 def _without(fields: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
