@@ -36,14 +36,14 @@ test-range: $(VENV)/.installed  ## generation, cache, files, remote code and Tra
 test-kills: $(VENV)/.installed  ## every command that writes, killed at many moments, then started again (slow)
 	KILL_POINTS=$${KILL_POINTS:-60} $(VENV)/bin/python -m pytest -q -s --timeout=3600 -m 'kills or not slow' tests/house/test_kills.py tests/model/test_saving.py
 
-test-kernels: $(KERNELS)/.installed  ## our Triton kernels and the packages' on CPU tensors, beside PyTorch (minutes, no GPU)
+test-kernels: $(KERNELS)/.installed  ## our Triton kernels and the packages' on CPU tensors, against PyTorch (minutes, no GPU)
 	PYTHONPATH=$(KERNELS) TRITON_INTERPRET=1 $(VENV)/bin/python $(PYTEST) --timeout=900 \
 		tests/model/test_kernels.py tests/model/test_triton.py tests/model/test_decode_graph.py tests/model/test_triton_on_paper.py
 
 test-tools: $(TOOLS)/.installed  ## bitsandbytes (QLoRA) and Model-Optimizer on a CPU
 	PYTHONPATH=$(TOOLS) $(VENV)/bin/python $(PYTEST) tests/house/test_quantisers.py
 
-test-gpu: $(VENV)/.installed  ## our Triton kernels compiled on a GPU, beside PyTorch; then their speed; writes docs/results
+test-gpu: $(VENV)/.installed  ## our Triton kernels compiled on a GPU, against PyTorch; then their speed; writes docs/results
 	$(VENV)/bin/python tests/gpu_check.py --output docs/results/kernels_gpu.json
 
 fuzz: $(VENV)/.installed  ## mutate everything that is read, count what comes of it; seeded, minutes (COUNT=3000 SEED=0)
@@ -53,7 +53,7 @@ quality: $(VENV)/.installed  ## lint and formatting, checked but not changed
 	$(VENV)/bin/ruff check src conversion tests examples experiments setup.py
 	$(VENV)/bin/ruff format --check src conversion tests examples experiments setup.py
 
-bench: $(VENV)/.installed  ## speed on this CPU beside transformers' own model; writes docs/results
+bench: $(VENV)/.installed  ## speed on this CPU next to transformers' own model; writes docs/results
 	$(VENV)/bin/nemotron-h bench cpu --output docs/results/bench_cpu --overwrite
 
 # A stamp is newer than what it was installed from, so a second `make` installs nothing.
@@ -62,7 +62,7 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-# A folder beside .venv, which stays without the packages. FORCE: their setup insists on CUDA otherwise.
+# A folder next to .venv, which stays without the packages. FORCE: their setup insists on CUDA otherwise.
 $(KERNELS)/.installed: $(VENV)/.installed
 	rm -rf $(KERNELS)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --target $(KERNELS) \

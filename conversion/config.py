@@ -77,7 +77,7 @@ class Known(NamedTuple):
 
 
 def derive(checkpoint: MegatronCheckpoint, extra: str | Path | None = None) -> tuple[NemotronHConfig, list[str]]:
-    """The configuration of a Megatron checkpoint, and remarks on what nobody said.
+    """The configuration of a Megatron checkpoint, and remarks on what was not given.
 
     `extra` is a preset's name or the path of a config.json (or its folder).
 

@@ -62,7 +62,7 @@ def convert(
     tp, pp, ep    tensor, pipeline, expert parallel sizes of a "torch" target; `pp` may be the layers of each stage
     dtype         of the written floating-point tensors; each tensor's own if not given
     config        a preset's name or a config.json that completes what a Megatron checkpoint does not say
-    tokenizer     a folder whose tokenizer files are copied beside a Hugging Face target
+    tokenizer     a folder whose tokenizer files are copied to a Hugging Face target
     vocab_divisible_by   a Megatron target's vocabulary is padded to a multiple of this times `tp`
     core          megatron-core release whose local names a "torch" target has: "auto", "0.16", "0.19"
     allow_unused, allow_missing   patterns of names (as in a shell) whose tensors may be left over or absent
@@ -70,7 +70,7 @@ def convert(
 
     Raises:
         ValueError: naming the tensor, file or field, for anything that does not fit; the target is then unfinished.
-            For a target that is the source, holds it or lies inside it.
+            For a target that is the source, holds it or is inside it.
         BlockingIOError: when another run is writing to the target.
     """
     started = time.monotonic()
@@ -211,7 +211,7 @@ def _plan_megatron(
 
 
 def read_config(folder: Path, extra: str | Path | None) -> NemotronHConfig:
-    """The configuration beside a Hugging Face checkpoint, or the one given instead."""
+    """The configuration of a Hugging Face checkpoint, or the one given instead."""
     base = folder if folder.is_dir() else folder.parent
     if extra is None and not (base / "config.json").is_file():
         raise ValueError(f"{base} has no config.json; give one by --config")

@@ -1,8 +1,8 @@
-"""How one tensor's elements are arranged on the two sides: pure functions, each beside its inverse.
+"""How one tensor's elements are arranged on the two sides: pure functions, each with its inverse.
 
     V vocabulary rows, g key/value groups, r query heads per group, hd head_dim, T tensor-parallel ranks, E experts
 
-A whole tensor is cut for T ranks along one axis, part by part: each of the parts that lie one after another on it (z,
+A whole tensor is cut for T ranks along one axis, part by part: each of the consecutive parts on it (z,
 x, B, C, dt of a Mamba in_proj) is cut in T, and rank t holds its piece of every part. A plain concatenation of the
 ranks' tensors therefore has the right shape and the wrong content wherever there is more than one part.
 """
@@ -49,7 +49,7 @@ def join_ranks(shards: Sequence[Tensor], axis: int, sizes: Sequence[int]) -> Ten
 
 
 def split_parts(whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """The parts that lie one after another on the first axis, as views."""
+    """The consecutive parts on the first axis, as views."""
     return list(whole.split(list(sizes)))
 
 

@@ -168,7 +168,7 @@ def _settle(
     lacking = [name for name in missing if not _allowed(name, allow_missing)]
     if lacking:
         raise ValueError(f"{len(lacking)} tensors of the model are missing: {some(lacking)} "
-                         f"(--allow-missing goes on without them by name)")  # fmt: skip
+                         f"(--allow-missing NAME continues without one)")  # fmt: skip
     plan.ignored |= {name: "allowed by --allow-unused" for name in unused}
     plan.missing = missing
 
@@ -179,7 +179,7 @@ def _allowed(name: str, patterns: Iterable[str]) -> bool:
 
 def some(names: Sequence[str], count: int = 5) -> str:
     """The first few of many names."""
-    return ", ".join(names[:count]) + (f", ... ({len(names)} in all)" if len(names) > count else "")
+    return ", ".join(names[:count]) + (f", ... ({len(names)} in total)" if len(names) > count else "")
 
 
 def to_hf(job: Job, tensor: Tensor, config: NemotronHConfig) -> list[Tensor]:

@@ -140,7 +140,7 @@ def add_written(report: Report, written: Written) -> None:
 
 
 def finished_before(folder: Path, fingerprint: str) -> Written | None:
-    """What the same conversion noted in its report when it ended; None if there is none, or it has not ended."""
+    """What the same conversion noted in its report when it ended; None without a report, or if it has not ended."""
     try:
         noted = json.loads((folder / JSON_NAME).read_text(encoding="utf-8"))
         if noted["fingerprint"] != fingerprint or any(folder.glob("*_journal.jsonl")):

@@ -1,6 +1,6 @@
 """A Megatron checkpoint as one lazy mapping: whole tensors under global names, put together from pieces when read.
 
-The readers of the formats say where the pieces of each tensor lie; putting them together is the same for all.
+The readers of the formats say where the pieces of each tensor are; putting them together is the same for all.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .unpickle import Extent
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """A ValueError of what is read from `path` names it, whatever found it."""
+    """Make every ValueError of reading `path` name it."""
     try:
         yield
     except ValueError as error:
@@ -34,7 +34,7 @@ def naming(path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A tensor in a torch.save zip of its own, which lies at `offset` of a file and is `length` bytes long."""
+    """A tensor in its own torch.save zip, which starts at `offset` of a file and is `length` bytes long."""
 
     path: Path
     offset: int
@@ -111,7 +111,7 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
         return TensorSpec(name, entry.dtype, entry.shape)
 
     def check_records(self) -> None:
-        """Compare the bytes of all weights with the checksums of the zips that they lie in; reads them all.
+        """Compare the bytes of all weights with the checksums of the zips that they are in; reads them all.
 
         Raises:
             ValueError: naming the file and the record that is damaged.

@@ -1,7 +1,7 @@
 """Reads distributed checkpoints: `.metadata` says which bytes of which `.distcp` file hold which box of which tensor.
 
 Keys are global, so parallelism does not show. What is left to do is to join the parts of the Mamba tensors, which are
-keys of their own (`in_proj.weight.z`), and to take the experts out of their stack `[E, out, in]`.
+their own keys (`in_proj.weight.z`), and to take the experts out of their stack `[E, out, in]`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_CHUNKS_CHECKED_IN_PAIRS = 2000
 
 @dataclass(frozen=True)
 class Table:
-    """`.metadata`, read: tensors as (dtype, shape, boxes), and where the bytes of every item lie."""
+    """`.metadata`, read: tensors as (dtype, shape, boxes), and where the bytes of every item are."""
 
     tensors: dict[str, tuple[torch.dtype, tuple[int, ...], list[tuple[tuple[int, ...], tuple[int, ...]]]]]
     objects: list[str]
@@ -151,7 +151,7 @@ def _chunks(folder: Path, key: str, dtype: torch.dtype, shape: tuple, boxes: lis
 
 
 def inside(folder: Path, relative: Any, key: str) -> Path:
-    """The file that the metadata names, which must lie in the folder."""
+    """The file that the metadata names, which must be in the folder."""
     if not isinstance(relative, str) or not relative:
         raise ValueError(f"{folder / '.metadata'} names {relative!r:.80} as the file of {key}; a file name is expected")
     path = folder / relative
@@ -221,7 +221,7 @@ def _assemble(chunks: dict[str, list[tuple]], wanted: dict, prefix: str, entries
 
 
 def pieces_by_expert(key: str, shape: tuple[int, ...], found: list[tuple]) -> dict[int, list[Piece]]:
-    """The pieces of each expert of a stack; a chunk may hold several experts, an expert may lie in several chunks."""
+    """The pieces of each expert of a stack; a chunk may hold several experts, an expert may be spread over several chunks."""
     if len(shape) != 3:
         raise ValueError(f"{key}: a stack of experts has three axes, not {len(shape)}")
     pieces: dict[int, list[Piece]] = {expert: [] for expert in range(shape[0])}
@@ -252,7 +252,7 @@ def _put(entries: dict[str, Entry], name: str, entry: Entry) -> None:
 
 
 def read_object(folder: Path, key: str, table: Table) -> torchzip.TorchFile | None:
-    """An object that is stored under a key, such as the arguments in `common_state`; None if there is none."""
+    """An object that is stored under a key, such as the arguments in `common_state`; None without one."""
     found = table.places.get((key, None))
     if found is None:
         return None

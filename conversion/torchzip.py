@@ -34,7 +34,7 @@ _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 
 
 class Window(io.RawIOBase):
-    """A range of an open file as a file of its own; writing may go on past its end."""
+    """A range of an open file as its own file; writing may continue past its end."""
 
     def __init__(self, file: IO[bytes], start: int, length: int = 0) -> None:
         self.file, self.start, self.length, self.position = file, start, length, 0
@@ -83,7 +83,7 @@ class TorchFile:
 
 
 def read(path: Path, start: int = 0, length: int | None = None) -> TorchFile:
-    """Read the object of a torch.save zip that lies at bytes `start` to `start + length` of a file.
+    """Read the object of a torch.save zip that is at bytes `start` to `start + length` of a file.
 
     Raises:
         ValueError: naming the file, when it is cut short, damaged, compressed or of another kind.

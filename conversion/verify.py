@@ -1,4 +1,4 @@
-"""Checks of a finished conversion: the output read again, and the logits of a probe beside a reference's."""
+"""Checks of a finished conversion: the output read again, and the logits of a probe against a reference's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes a planned conversion as an ordinary Hugging Face checkpoint, shard by shard, and goes on where one stopped."""
+"""Writes a planned conversion as an ordinary Hugging Face checkpoint, shard by shard; resumes one that was interrupted."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def write_distributed(
 def _write_distcp(
     plan: Plan, jobs: list[Job], read: Read, path: Path, progress: Callable[[int], None]
 ) -> dict[str, Any]:
-    """One `.distcp` file; the record says where each chunk lies."""
+    """One `.distcp` file; the record says where each chunk is."""
     record: dict[str, Any] = {"chunks": [], "digests": {}}
     with whole_file(path, only_writer=True) as part, ThreadPoolExecutor(1) as pool, open(part, "w+b") as file:
         for job, whole in ahead(jobs, lambda job: to_megatron(job, read, plan.config)):

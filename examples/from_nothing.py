@@ -1,7 +1,7 @@
 """A tokenizer and a small model from nothing but text: this Python's standard library.
 
 python examples/from_nothing.py                    # a look: two minutes in a temporary folder
-python examples/from_nothing.py runs/tiny          # the whole recipe: about 25 minutes on one core; the same command goes on
+python examples/from_nothing.py runs/tiny          # the whole recipe: about 25 minutes on one core; the same command resumes
 python examples/from_nothing.py runs/tiny --total_tokens 10M --learning_rate 3e-3      # any flags of `nemotron-h pretrain`
 
 In the folder: train.jsonl and tokenizer/, then what `nemotron-h pretrain` writes under run/. At the end come the bits per

@@ -1,6 +1,6 @@
 """Read a long prompt once, keep the state in a file, and continue it many times.
 
-The state of a Mamba layer has one size whatever the length, so a saved prompt stays small.
+The state of a Mamba layer has one size at any length, so a saved prompt stays small.
 
 python examples/share_a_prompt.py
 """

@@ -1,15 +1,15 @@
-"""Peak memory of a training step against the length of its row: `activations.json` and `activations.png` beside this file.
+"""Peak memory of a training step against the length of its row: `activations.json` and `activations.png` under docs/results.
 
     python experiments/activations/measure.py [--lengths 1024 2048 4096 8192 16384 32768] [--limit-gb 8]
 
-The model is small (M-M-M*-M-, hidden size 256, vocabulary 8192, fp32, one row, the PyTorch path on a CPU), so that the
-memory is that of activations. Ours and transformers' own nemotron_h have the same weights. Each point runs in a process
-of its own: weights are made, a short step loads what is loaded on first use, then one forward and backward with labels.
+The model is small (M-M-M*-M-, hidden size 256, vocabulary 8192, fp32, one row, the PyTorch path on a CPU):
+memory is that of activations. Ours and transformers' own nemotron_h have the same weights. Each point runs in its own
+process: weights are made, a short step loads what is loaded on first use, then one forward and backward with labels.
 What counts is how far the kernel's peak of resident memory (VmHWM) rises above what was resident just before; gradients are
 part of it in all cases. Resident memory counts what glibc keeps of freed blocks, too, and the formula does not: with
 MALLOC_MMAP_THRESHOLD_=1048576 in the environment our model without its attention layer takes 0.56 instead of 1.30 GB at
 16,384 tokens, with checkpointing. A step that wants more than the limit is no point, nor are longer ones. `formula` is
-compression/scaling.py's activations, working memory and gradients. Finished points are kept: the same command goes on.
+compression/scaling.py's activations, working memory and gradients. Finished points are kept: the same command resumes.
 """
 
 import argparse

@@ -1,8 +1,8 @@
-"""Memory and speed of converting a large checkpoint, beside copying the same bytes on the same disk in the same run.
+"""Memory and speed of converting a large checkpoint, against copying the same bytes on the same disk in the same run.
 
     python experiments/conversion/measure.py --gigabytes 4 --folder /path/with/room --out docs/results/conversion
 
-It generates a checkpoint, converts it to Megatron and back, and copies it, each in a process of its own. Before each the
+It generates a checkpoint, converts it to Megatron and back, and copies it, each in its own process. Before each the
 source is dropped from the page cache, and each ends with its files on the disk (fsync). Needs three times the size.
 """
 

@@ -1,6 +1,6 @@
 """Half of a model's blocks, healed with a teacher and without: runs, results.json and distillation.png.
 
-    python experiments/distillation/compare.py train --threads 1     # 100,000 tokens a run; goes on if it was stopped
+    python experiments/distillation/compare.py train --threads 1     # 100,000 tokens a run; resumes if it was stopped
     python experiments/distillation/compare.py report --threads 1    # held-out bits per byte, results.json, the picture
 
 The teacher is the embedded model, M-M*-M- (2,375,094 parameters). The student keeps four of its seven layers, M-*-, with

@@ -9,7 +9,7 @@
     python experiments/elastic_claim/run.py separate --seed 0 --budget half                # T / 2 tokens
     python experiments/elastic_claim/run.py report                      # losses of all, results.json, README's table, plots
 
-Each line is one process; `all --seed 0` does the five of a seed one after another. A command that was stopped goes on when
+Each line is one process; `all --seed 0` does the five of a seed one after another. A command that was stopped resumes when
 it is repeated, one that is finished does nothing. The sizes are those that the router of the seed's elastic run ends with,
 so `cut` and `separate` come after `elastic`. Every run is one `nemotron-h` command, which is printed first.
 """
@@ -319,7 +319,7 @@ def draw_losses(rows: Sequence[dict], path: Path) -> None:
 
 
 def draw_choices(logs: dict[int, list[dict[str, float]]], path: Path) -> None:
-    """The most likely size of every axis over the steps (mean over layers), and the expected size beside its target."""
+    """The most likely size of every axis over the steps (mean over layers), and the expected size next to its target."""
     fields = ["size", *(f"choice_{field}" for field in CHOICES)]
     figure = Figure(figsize=(7, 2.2 * len(fields)), dpi=120, layout="constrained")
     for field, axes in zip(fields, figure.subplots(len(fields), 1, sharex=True), strict=True):

@@ -1,4 +1,4 @@
-"""Memory, bytes read and time of getting a small model out of a parent, in four ways, each in a process of its own.
+"""Memory, bytes read and time of getting a small model out of a parent, in four ways, each in its own process.
 
     python experiments/elastic_cut/measure.py --gigabytes 1.1 --folder /path/with/room --out docs/results/elastic_cut
 
@@ -109,7 +109,7 @@ def measure_step(step: str, folder: Path) -> dict:
     NemotronHForCausalLM(NemotronHConfig(vocab_size=8, hidden_size=8, hybrid_override_pattern="M", n_groups=1))
     before, read_before, started = status_bytes("VmRSS"), process_bytes_read(), time.perf_counter()
     bytes_read = None
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     if step == "slice":
         bytes_read = slice_checkpoint(parent, "small", small, verify=False).bytes_read
     elif step == "load_budget":

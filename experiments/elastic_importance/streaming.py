@@ -60,7 +60,7 @@ def run_apart(way: str, folder: str) -> dict:
 
 def measure(way: str, folder: Path) -> None:
     before, started = status_bytes("VmRSS"), time.perf_counter()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     if way == "whole":
         model = NemotronHForCausalLM.from_pretrained(folder, dtype=torch.float32)
     else:

@@ -1,9 +1,9 @@
-"""What a live budget costs: memory of a process beyond its parent, and speed beside the same model cut out and loaded alone.
+"""What a live budget costs: memory of a process beyond its parent, and speed compared with the same model cut out and loaded alone.
 
     python experiments/elastic_sharing/run.py --rounds 5 --threads 2 --tokens 20
     python experiments/elastic_sharing/run.py --rounds 2 --threads 2 --prompt 32 --tokens 8 --dtype bfloat16 --output bfloat16.json
 
-A parent of more than 1 GB with random weights is written to a temporary folder. Memory: a process of its own loads it, runs
+A parent of more than 1 GB with random weights is written to a temporary folder. Memory: a separate process loads it, runs
 it, and then takes one submodel after the other, all kept alive; what counts is how far the proportional set size (PSS) of
 the process rises by each, after that submodel has run too. Speed: submodel and separate model take turns in one process,
 at every prompt and every token, and the ratio is that of the medians: of CPU seconds, which other work on the machine
@@ -61,7 +61,7 @@ def main() -> None:
     config = NemotronHConfig(**PARENT, elastic={"version": 1, "budgets": BUDGETS}, dtype=dtype)
     report = {
         "command": command,
-        "what": "PSS of a process before and after each submodel; seconds of submodel and separate model in turns",
+        "what": "PSS of a process before and after each submodel; seconds of submodel and separate model, interleaved",
         "parent": PARENT, "parent_parameters": num_parameters(config), "parent_bytes": weight_bytes(config, dtype),
         "budgets": BUDGETS, **sizes, "torch": torch.__version__, "python": platform.python_version(), "cpu": cpu_name(),
     }  # fmt: skip
@@ -76,7 +76,7 @@ def main() -> None:
 
 
 def apart(function, *args, **kwargs):
-    """The result of a function in a process of its own."""
+    """The result of a function in a separate process."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(function, *args, **kwargs).result()
 

@@ -1,4 +1,4 @@
-"""Nested speculation: the parent checks what a model inside it drafts. Acceptance and speed beside plain decoding, in one run.
+"""Nested speculation: the parent checks what a model inside it drafts. Acceptance and speed against plain decoding, in one run.
 
     python experiments/elastic_speculation/run.py [--parent FOLDER] [--drafts NAME ...] [--draft-tokens 1 2 4 8]
                                                    [--new-tokens 64] [--rounds 3] [--threads 1] [--output NAME.json]
@@ -85,7 +85,7 @@ def load(folder: str | None) -> tuple[NemotronHElasticForCausalLM, object]:
 
 
 def measure(parent, names: list[str], prompts: list[torch.Tensor], arguments: argparse.Namespace) -> dict:
-    """Plain decoding and every setting, in turns."""
+    """Plain decoding and every setting, interleaved."""
     drafts = {name: parent.submodel(name) for name in names}
     settings = [(name, count) for name in names for count in arguments.draft_tokens]
     ratios: dict[tuple, list[float]] = {setting: [] for setting in settings}
@@ -116,7 +116,7 @@ def measure(parent, names: list[str], prompts: list[torch.Tensor], arguments: ar
 def row(setting: tuple[str, int], ratios: list[float], counts: dict[str, int], costs: dict[str, float]) -> dict:
     """One line of the table."""
     name, count = setting
-    accepted = counts["tokens"] - counts["parent_passes"]  # each pass of the parent adds one token of its own
+    accepted = counts["tokens"] - counts["parent_passes"]  # each pass of the parent adds one token itself
     share, cost = accepted / counts["drafted"], costs[name] / costs["parent"]
     chance = chance_of_a_token(share, count)
     predicted = (sum(chance**i for i in range(count + 1))) / (cost * count + 1)

@@ -1,4 +1,4 @@
-"""Products of few rows with a matrix on a CPU, fp32: torch's linear beside the same in parts, one for each thread (linear.py).
+"""Products of few rows with a matrix on a CPU, fp32: torch's linear against the same in parts, one for each thread (linear.py).
 
     python experiments/few_rows/measure.py        # few_rows.json beside this file; about a minute
 
@@ -52,7 +52,7 @@ def main() -> None:
 
 @torch.no_grad()
 def milliseconds(ways: dict[str, Callable[[Tensor], Tensor]], weights: list[Tensor]) -> dict[str, float]:
-    """The median of each way, in turns."""
+    """The median of each way, interleaved."""
     samples: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(10):
         for way, product in ways.items():

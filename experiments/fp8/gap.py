@@ -11,7 +11,7 @@ that two runs of one seed differ in arithmetic alone.
 On a GPU (`--device cuda`) bf16 is autocast and FP8 is real. A CPU without BF16 instructions takes seven times as long
 under autocast, so there both are emulated by rounding: every Linear, lm_head included, takes its input, weight and
 incoming gradient rounded to bfloat16, multiplies in fp32 and rounds what it gives, which is what BF16 hardware does; in
-the fp8 runs the converted ones (training/fp8.py) go on from those rounded values as they would under autocast. Between the
+the fp8 runs the converted ones (training/fp8.py) continue from those rounded values as they would under autocast. Between the
 Linear layers all is fp32.
 
 Four GEMMs at either end are 8 of this model's 14, where the 56B keeps 8 of 236: fp8 puts too little in FP8 to stand for
@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def train_seeds(options: argparse.Namespace) -> None:
-    """One run per seed, one after the other; a finished one is left alone, an unfinished one goes on."""
+    """One run per seed, one after the other; a finished one is left alone, an unfinished one resumes."""
     prepare(options.threads)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(EMBEDDED_MODEL)
     documents, _ = split_documents(read_documents())
@@ -112,7 +112,7 @@ def make_model(arguments: TrainTinyArguments, precision: str, device: str = "cpu
 
 
 def finish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path, log: Path) -> None:
-    """A checkpoint beside the state, and the log where the plot looks for it."""
+    """A checkpoint next to the state, and the log where the plot looks for it."""
     save_checkpoint(model, tokenizer, folder / "checkpoint")
     log.parent.mkdir(parents=True, exist_ok=True)
     temporary = log.with_name(log.name + ".tmp")
@@ -124,7 +124,7 @@ def finish(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: P
 
 
 class Rounded(torch.autograd.Function):
-    """x rounded to bfloat16 and kept as fp32; so is its gradient."""
+    """x rounded to bfloat16 and kept as fp32, and its gradient too."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -248,7 +248,7 @@ def summarise(seeds: list[int], tokens: list[int], centre: list[float], half: li
 
 
 def measure_speeds(options: argparse.Namespace) -> None:
-    """Tokens per second of CPU time of each way, step by step in turn: median, slowest and fastest step but the first."""
+    """Tokens per second of CPU time of each way, interleaved step by step: median, slowest and fastest step but the first."""
     prepare(options.threads)
     settings = LoopSettings(max_tokens=options.steps * 2048, sequence_length=1024, batch_size=2)
     ways = dict(ways_to_compute())

@@ -1,4 +1,4 @@
-"""Logits of llama.cpp beside ours, on the random weights of `bench cpu`; the speeds are `llama-bench`'s.
+"""Logits of llama.cpp against ours, on the random weights of `bench cpu`; the speeds are `llama-bench`'s.
 
     python experiments/int8/llama_cpp.py write FOLDER                 # FOLDER/hf, the weights as a checkpoint
     python experiments/int8/llama_cpp.py convert FOLDER --source S    # FOLDER/f32.gguf and q8_0.gguf

@@ -1,8 +1,8 @@
-"""Peak memory of the training losses in chunks beside the same losses on whole logits: `losses.json` beside this file.
+"""Peak memory of the training losses in chunks against the same losses on whole logits: `losses.json` beside this file.
 
     python experiments/losses/measure.py [--positions 4096] [--vocab 32768] [--hidden 512]
 
-Each case runs in a process of its own: hidden states and heads are made, then one loss with its gradients. What counts
+Each case runs in its own process: hidden states and heads are made, then one loss with its gradients. What counts
 is how far the kernel's peak of resident memory rises above what was resident just before. Linux.
 """
 

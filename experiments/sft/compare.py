@@ -1,4 +1,4 @@
-"""LoRA beside full fine-tuning of the embedded model, on docstrings: search, runs, results.json and sft.png.
+"""LoRA against full fine-tuning of the embedded model, on docstrings: search, runs, results.json and sft.png.
 
     python experiments/sft/make_data.py --output runs/docstrings
     python experiments/sft/compare.py search --threads 1     # a learning rate for each side, on the validation files
@@ -6,7 +6,7 @@
     python experiments/sft/compare.py report                 # results.json and sft.png
 
 Every run is one `nemotron-h sft` command, which is printed first. A run that is finished is not repeated, one that was
-stopped goes on.
+stopped resumes.
 """
 
 import argparse

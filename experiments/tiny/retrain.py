@@ -1,4 +1,4 @@
-"""The embedded model trained again, with `nemotron-h pretrain` (train-tiny is a loop of its own), and what it reaches.
+"""The embedded model trained again, with `nemotron-h pretrain` (train-tiny has its own loop), and what it reaches.
 
     python experiments/tiny/retrain.py train --runs long --threads 1                # an hour of one core; resumable
     python experiments/tiny/retrain.py train --runs short early early_pieces --threads 1
@@ -88,7 +88,7 @@ def train(runs: Sequence[str]) -> None:
 
 
 def report(runs: Sequence[str]) -> None:
-    """Checkpoints in bfloat16, their figures into pretrain.json beside those that are there, the logs."""
+    """Checkpoints in bfloat16, their figures into pretrain.json with those that are there, the logs."""
     path = FOLDER / "pretrain.json"
     figures = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     tokenizer = PreTrainedTokenizerFast.from_pretrained(EMBEDDED_MODEL)

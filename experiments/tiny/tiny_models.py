@@ -1,12 +1,12 @@
-"""The plain loop (plain_loop.py) as a program: train a model like the one in the box, or a larger one, from the text of this Python.
+"""The plain loop (plain_loop.py) as a program: train a model like the embedded one, or a larger one, from the text of this Python.
 
 The data is this Python's standard library (sources and language reference), the tokenizer a byte-level BPE trained on
 the same text, the model a small dense Nemotron-H or, to compare with, a Llama of the same parameter count. At the end
-come bits per byte on held-out files beside `xz -9`, the share of sampled functions that parse, and an ordinary
+come bits per byte on held-out files next to `xz -9`, the share of sampled functions that parse, and an ordinary
 checkpoint folder with bfloat16 weights.
 
     python experiments/tiny/tiny_models.py --output-dir runs/tiny                        # on a CPU: under an hour
-    python experiments/tiny/tiny_models.py --output-dir runs/tiny                        # the same again goes on where it stopped
+    python experiments/tiny/tiny_models.py --output-dir runs/tiny                        # the same command resumes
     python experiments/tiny/tiny_models.py --output-dir runs/llama --architecture llama --tokenizer runs/tiny/checkpoint
     python experiments/tiny/tiny_models.py --output-dir runs/look --max-tokens 100000    # a few minutes, to see it work
     python experiments/tiny/tiny_models.py --output-dir runs/big --device cuda --hidden-size 768 --intermediate-size 2304 \\
@@ -95,7 +95,7 @@ def run(arguments: TrainTinyArguments, folder: Path) -> int:
     )
     print(f"{settings.total_steps:,} steps of {settings.tokens_per_step:,} tokens")
     if not train(model, stream, settings, folder):
-        print("Time limit reached. The same command goes on from here.")
+        print("Time limit reached. The same command continues from here.")
         return 0
     report = describe(arguments, model, stream, train_documents) | evaluate(model, tokenizer, held_out, arguments)
     save_checkpoint(model, tokenizer, folder / "checkpoint")
@@ -132,7 +132,7 @@ def loop_settings(arguments: TrainTinyArguments) -> LoopSettings:
 
 
 def remember_arguments(arguments: TrainTinyArguments, settings: LoopSettings, folder: Path) -> None:
-    """Write the arguments beside the state; refuse to resume with ones that would make it another run."""
+    """Write the arguments next to the state; refuse to resume with arguments of another run."""
     path, now = folder / "arguments.json", asdict(arguments)
     if path.is_file():
         before = read_json(path)

@@ -6,9 +6,9 @@
     python experiments/tiny_box/run.py train --output runs/box --device cuda --pretrain_tokens 60M --elastic_tokens 30M
     python experiments/tiny_box/run.py measure --output runs/box                  # card.json: every size
 
-train goes on where it was stopped. The parent is OUTPUT/parent, in bfloat16, with a chat template; every command is printed
+train resumes where it was stopped. The parent is OUTPUT/parent, in bfloat16, with a chat template; every command is printed
 first. The text is mixed with a small share of conversations (a function's signature, the first line of its docstring) in the
-elastic stage, so that all three sizes can be asked.
+elastic stage, to make all three sizes answer.
 """
 
 import argparse
@@ -50,7 +50,7 @@ CHOICES = {
 STAGES = [{"until": "60%"}, {"weights": {"full": 0.4, "three_quarters": 0.3, "half": 0.3}}]
 LENGTH = 1024
 DOCSTRING_SHARE = 0.03
-MICRO_STEPS = 4  # of an elastic step, each on a size of its own
+MICRO_STEPS = 4  # of an elastic step, each on its own size
 ALL_ROWS = 9400  # the text has 9,378 rows
 PROBES = {"bf16": [], "fp32": ["--bf16", "false"], "triton": ["--mamba", "triton"]}
 

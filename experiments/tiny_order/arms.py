@@ -1,6 +1,6 @@
 """What each run is given: the order of the text for `pretrain`, the stream of tokens for the loop of `train-tiny`.
 
-Two roads lead from the one loop to the other, a difference at a time, so that each is seen alone:
+Two roads lead from the one loop to the other, one difference at a time:
 
     train-tiny's loop
       loop            windows of 1,024 tokens out of all documents laid end to end, in random order

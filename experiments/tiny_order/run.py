@@ -113,7 +113,7 @@ def work(queue, arguments: argparse.Namespace) -> None:
         started = time.monotonic()
         try:
             result = one(run, data, arguments)
-        except Exception:  # the others go on
+        except Exception:  # the others continue
             result = {"error": traceback.format_exc()}
             print(result["error"], file=sys.stderr, flush=True)
         result |= {"arm": run[0], "seed": run[1], "tokens": run[2], "seconds": round(time.monotonic() - started, 1)}

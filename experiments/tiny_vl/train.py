@@ -1,7 +1,7 @@
 """Trains one tiny vision-language model on pictures.py's pictures, and says what it answers on held-out ones.
 
 python pictures.py DATA
-python train.py DATA OUT --variant tags --seed 0      goes on where it was stopped
+python train.py DATA OUT --variant tags --seed 0      resumes where it was stopped
 python train.py DATA OUT --all                        every variant with every seed, one after the other
 
 tags            the model: InternViT, tiles with tags, thumbnail, a hybrid language model
@@ -121,7 +121,7 @@ def make_model(processor: NemotronHVLProcessor, variant: str, seed: int) -> Nemo
 
 
 def samples(data: Path, split: str) -> list[dict]:
-    """Pictures as tiles (the thumbnail last) with their questions; made once and kept beside the pictures."""
+    """Pictures as tiles (the thumbnail last) with their questions; made once and kept next to the pictures."""
     kept = data / f"{split}_tiles.pt"
     if not kept.is_file():
         pixels, made = make_processor("tags").image_processor, []

@@ -11,13 +11,6 @@ generation.py                  what generate() needs: caches, masks, prompts
 arguments.py                   what callers may pass to a forward
 loss.py                        next-token loss in chunks
 
-configuration_nemotron_h_vl.py       vision: the configuration
-modeling_nemotron_h_vl.py            vision: tower, projector and language model
-image_processing_nemotron_h_vl.py    vision: pictures to tiles or grids of patches
-processing_nemotron_h_vl.py          vision: text and pictures to inputs
-image_reading_vl.py                  vision: one picture in any form, as RGB
-names_vl.py                          vision: names on disk
-
 ssd.py                         Mamba-2's ops in plain PyTorch, the reference for all others
 kernels.py                     chooses the implementation of each op, per call
 convolution.py                 the convolution of a Mamba layer
