@@ -11,6 +11,13 @@ generation.py                  what generate() needs: caches, masks, prompts
 arguments.py                   what callers may pass to a forward
 loss.py                        next-token loss in chunks
 
+configuration_nemotron_h_vl.py       the vision-language model: tower, projector and language model
+modeling_nemotron_h_vl.py            pixel shuffle, projector, joining of picture and text
+image_processing_nemotron_h_vl.py    tiles and thumbnails
+image_reading_vl.py                  pictures of any kind as tensors, checked
+processing_nemotron_h_vl.py          tags and image tokens in the prompt
+names_vl.py                          released names of vision checkpoints
+
 ssd.py                         Mamba-2's ops in plain PyTorch, the reference for all others
 kernels.py                     chooses the implementation of each op, per call
 convolution.py                 the convolution of a Mamba layer

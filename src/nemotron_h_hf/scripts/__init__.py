@@ -5,4 +5,5 @@ convert.py
 elasticize.py  slice.py  elastic_train.py
 blend.py  pretrain.py  sft.py  distill.py
 merge.py  export.py  plot.py
+make_vl.py
 """
