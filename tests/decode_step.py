@@ -7,7 +7,7 @@ from nemotron_h_hf.model import ssd
 
 
 def step_operands(b: int, h: int, p: int, g: int, n: int, k: int = 4, bias: bool = True) -> dict:
-    """The arguments of `kernels.whole_step`; step sizes from 1e-5 to 30, so that softplus must be exact at both ends."""
+    """The arguments of `kernels.whole_step`; step sizes from 1e-5 to 30, softplus must be exact at both ends."""
     d = h * p + 2 * g * n
     dt_bias = torch.tensor([-11.0, -3.0, 2.0, 30.0]).repeat(h)[:h]
     return {

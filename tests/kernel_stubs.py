@@ -1,4 +1,4 @@
-"""Lets the kernel packages run on CPU tensors, so that the kernel path can be tested where there is no GPU.
+"""Lets the kernel packages run on CPU tensors, to test the kernel path without a GPU.
 
 mamba_ssm's kernels are written in Triton, whose interpreter (TRITON_INTERPRET=1, set before anything imports triton)
 runs them on CPU tensors unchanged. causal_conv1d's are compiled CUDA: here its binary module alone is replaced, by the

@@ -1,7 +1,7 @@
 """The whole model as a token-by-token recurrence in float64, written from the formulas and from nothing else.
 
 Slow on purpose: explicit windows, explicit states, a softmax per position, one expert after the other. It takes a state
-dict with transformers' names and a configuration, and knows nothing of the package.
+dict with transformers' names and a configuration, and uses nothing of the package.
 """
 
 import math

@@ -1,6 +1,6 @@
-"""Tiny models of every kind in the family, with weights spread so that mistakes show, and their twins in transformers.
+"""Tiny models of every kind in the family, with weights spread to show mistakes, and their twins in transformers.
 
-Fresh weights hide errors: norms of one, D of one and tiny step sizes make many wrong formulas agree. Here norms lie in
+Fresh weights hide errors: norms of one, D of one and tiny step sizes make many wrong formulas agree. Here norms are in
 [0.5, 1.5], D and the convolution are normal, step sizes run from 1e-4 to 1.3, and logits have a deviation of 1 to 2.
 """
 

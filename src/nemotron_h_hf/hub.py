@@ -34,7 +34,7 @@ AUTO_MAP = {
     "AutoModelForCausalLM": "modeling_nemotron_h.NemotronHForCausalLM",
     "AutoModelForSequenceClassification": "modeling_nemotron_h.NemotronHForSequenceClassification",
 }
-"""What config.json says so that `trust_remote_code=True` finds the classes in the files beside the weights."""
+"""The `auto_map` of config.json, with which `trust_remote_code=True` finds the classes in the files next to the weights."""
 PROCESSOR_AUTO_MAP = {
     "AutoImageProcessor": "image_processing_nemotron_h_vl.NemotronHVLImageProcessor",
     "AutoProcessor": "processing_nemotron_h_vl.NemotronHVLProcessor",
@@ -84,7 +84,7 @@ def attach_code(folder: str | os.PathLike) -> list[str]:
 
 
 def code_files(vision: bool = False) -> dict[str, bytes]:
-    """The files of the flat `model/` folder by name, as they travel beside the weights; those of vision with such a model."""
+    """The files of the flat `model/` folder by name, as they are pushed with the weights; those of vision only with such a model."""
     paths = sorted((PACKAGE / "model").glob("[a-z]*.py"))
     return {path.name: path.read_bytes() for path in paths if vision or not path.stem.endswith("_vl")}
 

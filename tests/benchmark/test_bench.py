@@ -36,7 +36,7 @@ def test_quick_run_writes_json_plot_and_table(tmp_path, capsys):
         assert set(row["seconds"]) == {"floor", "native", "ours"} | more and not row["skipped"]
         rounds = 6 if row["name"] == "decode" else 2
         assert all(len(times) == rounds and min(times) > 0 for times in row["seconds"].values())
-    # a step's gradients have the size of the weights, so that no side can take less
+    # a step's gradients have the size of the weights, and no side can take less
     weight_bytes = sum(p.nbytes for p in sides.build_sides(SHAPE).ours.parameters())
     assert all(side["extra_bytes"] > 0.5 * weight_bytes for side in document["train_memory"].values())
     long = document["long_prefill"]

@@ -179,7 +179,7 @@ def test_depth_scores_are_normalised_errors_of_logits_without_a_layer():
 
 
 def test_layers_go_one_after_another_and_an_interruption_changes_nothing():
-    """Logits are a sum of one number per layer, but layers 1 and 2 stand in for each other."""
+    """Logits are a sum of one number per layer, but layers 1 and 2 can replace each other."""
     weight = {0: 4.0, 1: 0.1, 2: 0.1, 3: 1.0, 4: 2.0}
     passes = []
 

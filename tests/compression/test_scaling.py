@@ -44,7 +44,7 @@ class Kept:
     def keep(self, tensor):
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in self.known:
-            self.storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, so that no address comes twice
+            self.storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # held, which keeps addresses unique
         return tensor
 
     @property
@@ -68,7 +68,7 @@ def run_keeping(config: NemotronHConfig, length: int, dtype: str, checkpointing:
 @pytest.mark.parametrize("pattern", ["M", "*", "-", "M-M*-"])
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")
 def test_activations_are_those_that_autograd_keeps(pattern, checkpointing, dtype):
-    """To the byte, but for two numbers of the loss; at two lengths, so that the slope is right as well."""
+    """To the byte, but for two numbers of the loss; at two lengths, to check the slope as well."""
     config = tiny_config(hybrid_override_pattern=pattern, intermediate_size=80)
     plan = Plan(checkpointing=checkpointing, element_bytes=DTYPES[dtype], fused_norm=False)
     measured = [run_keeping(config, length, dtype, checkpointing) for length in (64, 160)]
@@ -221,7 +221,7 @@ model = fsdp2_prepare_model(accelerator, NemotronHForCausalLM(tiny_config(hybrid
 optimizer = torch.optim.AdamW(model.parameters())
 ids = prompt(1, 24)
 seen = []
-for passes, each in ((1, True), (3, True), (3, False)):  # the first also steps once, so that there are moments
+for passes, each in ((1, True), (3, True), (3, False)):  # the first also steps once, to have moments
     sent = Sent()
     with sent:
         for number in range(passes):

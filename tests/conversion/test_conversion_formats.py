@@ -58,7 +58,7 @@ def test_torch_dcp_written_by_torch(tmp_path):
 
 
 def test_bridge_layout(tmp_path):
-    """Weights without arguments, beside a run_config.yaml of provider fields."""
+    """Weights without arguments, with a run_config.yaml of provider fields."""
     source = shutil.copytree(DENSE.path / "weights", tmp_path / "run" / "iter_0000000")
     (tmp_path / "run" / "latest_checkpointed_iteration.txt").write_text("0\n")
     sidecar = (DENSE.path / "context" / "model.yaml").read_text()
@@ -69,7 +69,7 @@ def test_bridge_layout(tmp_path):
 
 
 def test_classes_of_older_releases(dist, tmp_path):
-    """megatron-core up to 0.15 puts classes of its own into `.metadata`, which need not be installed."""
+    """megatron-core up to 0.15 puts its own classes into `.metadata`, which need not be installed."""
     path = dist / "weights" / ".metadata"
     data = path.read_bytes()
     data = pickle.dumps(pickle.loads(data), protocol=2)  # protocol 2 spells classes as text
@@ -84,7 +84,7 @@ def test_classes_of_older_releases(dist, tmp_path):
 
 @pytest.mark.parametrize("folder", ["experts.experts", "experts"])
 def test_singleton_experts(tmp_path, folder):
-    """Experts under keys of their own, as with singleton_local_shards (the former is what 0.16.1 writes)."""
+    """Experts under their own keys, as with singleton_local_shards (the former is what 0.16.1 writes)."""
     moe = FIXTURES["moe_t1p1e2_torch"]
     source = read_megatron(moe.path)
     state = {_singleton(name, folder): source[name] for name in source}

@@ -1,4 +1,4 @@
-"""conversion/ lies beside src and is nemotron_h_hf.conversion once installed, from a wheel and in place."""
+"""conversion/ is next to src and becomes nemotron_h_hf.conversion once installed, from a wheel and in place."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A generated 4 GB checkpoint: memory stays with the largest tensor, whatever the size of the whole."""
+"""A generated 4 GB checkpoint: memory stays with the largest tensor, not with the whole."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MEASURE = Path(__file__).parents[2] / "experiments" / "conversion" / "measure.py
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_peak_memory_of_four_gigabytes(tmp_path):
-    """Each step in a process of its own; its speed is in docs/results, since a test's machine may be busy."""
+    """Each step in its own process; its speed is in docs/results, since a test's machine may be busy."""
     command = [sys.executable, MEASURE, "--gigabytes", "4", "--rounds", "1", "--folder", tmp_path]
     result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     assert result["bytes"] > 3.5e9 and result["largest_tensor_bytes"] < 3e8

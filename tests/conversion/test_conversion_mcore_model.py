@@ -62,7 +62,7 @@ def group():
 
 
 def load(folder) -> torch.nn.Module:
-    """The model of a checkpoint's own arguments with its weights; whatever is not loaded stays NaN."""
+    """The model of a checkpoint's own arguments with its weights; anything not loaded stays NaN."""
     from megatron.core import dist_checkpointing
 
     args = dist_checkpointing.load_common_state_dict(str(folder))["args"]
@@ -163,7 +163,7 @@ def randomize(model: torch.nn.Module) -> None:
      ("moe", True, True), ("latent", True, False)],
 )  # fmt: skip
 def test_what_it_saves_is_read(family, fused_norms, single, tmp_path):
-    """`single` is its singleton_local_shards: experts under keys of their own."""
+    """`single` is its singleton_local_shards: experts under their own keys."""
     from megatron.core import dist_checkpointing
 
     args = Namespace(**TRAINED[family])

@@ -58,7 +58,7 @@ def real_load(path: Path) -> dict:
 
 @pytest.mark.parametrize("family", ["dense", "moe", "super"])
 def test_torch_reads_the_distributed_checkpoint(hf, tmp_path, family):
-    """torch.distributed.checkpoint, which knows nothing of this package, gives the same tensors."""
+    """torch.distributed.checkpoint, without this package, gives the same tensors."""
     report = write_megatron(hf[family], tmp_path / "run", max_shard_size="100KB", vocab_divisible_by=16)
     folder = tmp_path / "run" / "release"
     metadata = dcp.FileSystemReader(folder).read_metadata()
@@ -272,7 +272,7 @@ def test_left_over_and_missing_tensors(hf, tmp_path):
 
 
 def test_our_zip_is_a_torch_file(tmp_path):
-    """torch reads what the writer wrote, records are aligned to 64 bytes, and a zip may lie inside of a file."""
+    """torch reads what the writer wrote, records are aligned to 64 bytes, and a zip may be inside of a file."""
     tensors = [torch.randn(3, 5), torch.arange(7), torch.tensor(2.5), torch.empty(0, 4), torch.ones(2).bool()]
     value = OrderedDict((str(i), torchzip.Later(t.dtype, tuple(t.shape))) for i, t in enumerate(tensors))
     with open(tmp_path / "file", "w+b") as file:

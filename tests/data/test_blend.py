@@ -1,4 +1,4 @@
-"""Blends keep every source within one document of its share at every moment, and go on exactly from any state."""
+"""Blends keep every source within one document of its share at every moment, and resume exactly from any state."""
 
 import json
 import random
@@ -22,7 +22,7 @@ def words(text: str) -> list[int]:
 
 
 def source_of(path, lengths: list[int], first: int, window: int = 3) -> Source:
-    """Documents of these lengths, one per line of a file; each has a number of its own as its tokens."""
+    """Documents of these lengths, one per line of a file; each has its own number as its tokens."""
     path.write_text("".join(" ".join([str(first + i)] * length) + "\n" for i, length in enumerate(lengths)))
     return Source(path.name, str(path), format="lines", shuffle_window=window)
 
@@ -51,7 +51,7 @@ def make(sources, **kwargs) -> Blend:
 
 
 def test_shares_are_exact_to_one_document_at_every_moment(sources):
-    """Counted anew here from what comes out, against the weights as written."""
+    """Counted again here from what comes out, against the weights as written."""
     blend = make(sources)
     ends = [3600, 4800, 5850, 6000]
     total, phase, counts, longest = 0, 0, {}, 0

@@ -61,7 +61,7 @@ def test_all_conversations_are_there_within_the_target(references):
 
 
 def test_every_reference_has_one_answer_and_it_is_the_right_one():
-    """Each kind of question is answered anew here from the turns before it."""
+    """Each kind of question is answered again here from the turns before it."""
     kinds = set()
     for seed in range(5):
         for encoded in LongConversations(TALKS, encode, 400, 8, seed=seed):

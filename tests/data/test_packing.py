@@ -1,4 +1,4 @@
-"""Packed rows: every token once and in order, the model sees each document alone, and resuming goes on exactly."""
+"""Packed rows: every token once and in order, the model sees each document alone, and resuming is exact."""
 
 import json
 import random
@@ -127,7 +127,7 @@ def test_best_fit_takes_the_fewest_rows_where_that_is_known():
 @pytest.mark.parametrize("shape", ["dense", "moe"])
 @pytest.mark.parametrize("split", [True, False])
 def test_model_sees_each_document_alone(shape, split):
-    """Logits of every stretch of a packed row are those of the stretch in a row of its own: convolution, scan, attention."""
+    """Logits of every stretch of a packed row are those of the stretch in its own row: convolution, scan, attention."""
     model = tiny_model(shape).double()
     if shape == "moe":
         model.set_experts_implementation("eager")  # grouped matrix products have no float64

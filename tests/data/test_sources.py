@@ -93,7 +93,7 @@ def test_a_loaded_dataset_is_shuffled_over_all_rows():
 
 @pytest.mark.parametrize("window", [1, 5, 64, 999, 1000, 2000])
 def test_a_window_moves(tmp_path, window):
-    """No record comes more than the window early or late, and what lies on both sides of a multiple of the window mixes."""
+    """No record comes more than the window early or late, and records on both sides of a multiple of the window mixes."""
     write_jsonl(tmp_path / "a.jsonl", map(str, range(1000)))
     numbers = [int(text) for text in take(SourceStream(Source("s", str(tmp_path), shuffle_window=window)), 1000)]
     assert sorted(numbers) == list(range(1000))

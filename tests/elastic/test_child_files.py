@@ -259,7 +259,7 @@ except ValueError as error:
 
 
 def test_from_the_hub(tmp_path, parent):
-    """By id: sharded files through transformers' resolution, and the manifest beside them."""
+    """By id: sharded files through transformers' resolution, and the manifest next to them."""
     with loopback_hub() as server:
         server.repos["owner/parent"] = {path.name: path.read_bytes() for path in parent.iterdir()}
         tiny_model("dense", elastic=ELASTIC, seed=1).save_pretrained(tmp_path / "changed", max_shard_size="20KB")

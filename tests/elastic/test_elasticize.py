@@ -213,7 +213,7 @@ def mark_of(folder) -> str:
 
 
 def interrupt_after(monkeypatch, num_forwards: int) -> list[int]:
-    """Ctrl-C in the forward with this number; append another to go on."""
+    """Ctrl-C in the forward with this number; append another to resume."""
     limits, done, forward = [num_forwards], [], NemotronHModel.forward
 
     def counted(self, *args, **kwargs):

@@ -52,7 +52,7 @@ def ids() -> torch.Tensor:
 
 @torch.no_grad()
 def test_the_parent_is_an_ordinary_checkpoint_of_the_same_function(parent):
-    for model_class in (NemotronHForCausalLM, NativeForCausalLM):  # native limits the step size in a way of its own
+    for model_class in (NemotronHForCausalLM, NativeForCausalLM):  # native limits the step size in its own way
         expected, found = (
             model_class.from_pretrained(folder, dtype=torch.float32).eval()(ids()).logits
             for folder in (EMBEDDED_MODEL, parent)

@@ -130,7 +130,7 @@ def test_channels_of_heads(name):
 
 @pytest.mark.parametrize("name", ATTENTION)
 def test_key_value_heads(name):
-    """Also with a bias; a budget that does not lie inside the next larger one has copies."""
+    """Also with a bias; a budget that does not fit inside the next larger one has copies."""
     parent, ordinary = parent_of("dense", ATTENTION, num_attention_heads=8, num_key_value_heads=4, attention_bias=True)
     small, ids = parent.submodel(name), prompt(2, 21)
     torch.testing.assert_close(small(ids).logits, cut_out(ordinary, name)(ids).logits, rtol=0, atol=1e-5)

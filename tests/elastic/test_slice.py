@@ -63,7 +63,7 @@ def stop_after(monkeypatch, count: int, error: Exception) -> None:
 
 @torch.no_grad()
 def native_logits(folder: Path) -> torch.Tensor:
-    """transformers' own class, its clamp of the step size off (a choice of its own, whatever the checkpoint says)."""
+    """transformers' own class, its clamp of the step size off (its own choice, ignoring the checkpoint)."""
     model, loading = NativeForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
     for layer in model.model.layers:
@@ -206,7 +206,7 @@ def test_a_kept_file_that_was_damaged_is_written_again(tmp_path, monkeypatch):
 
 
 def test_out_of_disk(tmp_path, monkeypatch):
-    """Before it begins, by what is free; in the midst, as the system says it. Room made, it goes on."""
+    """Before it begins, by what is free; in the midst, as the system says it. With room again, it resumes."""
     source, small = write_parent(tmp_path / "parent"), tmp_path / "small"
     with monkeypatch.context() as patched, pytest.raises(ValueError, match="small needs .* GB free"):
         patched.setattr("nemotron_h_hf.resumable.shutil.disk_usage", lambda path: SimpleNamespace(free=10))
@@ -225,7 +225,7 @@ def test_killed_at_random_points(tmp_path):
     source = write_parent(tmp_path / "parent", shard="8KB")
     code = "import sys; from nemotron_h_hf.elastic.cut.cutting import slice_checkpoint; from nemotron_h_hf.elastic import child_files\n"
     code += "import time; real = child_files.PendingCut.read\n"
-    code += "child_files.PendingCut.read = lambda self: (time.sleep(0.02), real(self))[1]\n"  # so that there is time to kill it
+    code += "child_files.PendingCut.read = lambda self: (time.sleep(0.02), real(self))[1]\n"  # time to kill it
     code += "print('ready', flush=True); slice_checkpoint(sys.argv[1], 'half', sys.argv[2], verify=False)"
     chance, kills = random.Random(0), 0
     for _ in range(4):

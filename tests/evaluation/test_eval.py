@@ -287,7 +287,7 @@ def test_command_takes_other_models(tmp_path, short_text, tokenizer, capsys):
     assert command.main(argv) == 0
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["model"]["class"] == "LlamaForCausalLM" and results["model"]["pattern"] is None
-    assert results["bpb"]["bits_per_byte"] > 3  # random weights know nothing
+    assert results["bpb"]["bits_per_byte"] > 3  # the weights are random
 
 
 def test_default_text_is_what_training_left_out(monkeypatch, tmp_path):

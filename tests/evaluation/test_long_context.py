@@ -29,7 +29,7 @@ def encode(prompt: str, answer_start: str) -> list[int]:
 
 
 def make_prose() -> texts.Prose:
-    """Sixty sentences of invented words, so that the tests need no file."""
+    """Sixty sentences of invented words, and the tests need no file."""
     rng = random.Random(0)
     words = ["".join(rng.choices("aeioulnrst", k=rng.randrange(4, 9))) for _ in range(300)]
     return texts.prose_of(" ".join(["The", *rng.sample(words, 10)]) + "." for _ in range(60))

@@ -82,7 +82,7 @@ def test_files_of_the_library_are_read_by_rows(tmp_path):
 
 
 def test_casting_while_writing(tmp_path, monkeypatch):
-    """In many small pieces, so that borders between pieces are crossed."""
+    """In many small pieces, to cross borders between pieces."""
     monkeypatch.setattr(checkpoint, "PIECE_BYTES", 64)
     monkeypatch.setattr(checkpoint, "WORTH_A_THREAD_BYTES", 1)
     tensor = torch.randn(37, 11)

@@ -102,7 +102,7 @@ def fraction(header: dict) -> None:
     ids=lambda damage: damage.__name__,
 )
 def test_headers_that_contradict_themselves(folder, damage):
-    """safetensors refuses each of them, and so do all our readers, naming the file."""
+    """safetensors refuses each of them, and all our readers too, naming the file."""
     path = folder / "model.safetensors"
     header, data = split(path)
     damage(header)

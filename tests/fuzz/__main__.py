@@ -28,7 +28,7 @@ FAULTS = ("silent", "bare", "hang")
 def main() -> int:
     """Print the counts per area; 1 if there were faults."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=2500, help="mutations in all (2500)")
+    parser.add_argument("--count", type=int, default=2500, help="mutations in total (2500)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--area", choices=AREAS, action="append", help="only this one; may be given several times")
     parser.add_argument("--only", type=int, help="only the mutation of this number")

@@ -81,7 +81,7 @@ def digest(*tensors: torch.Tensor) -> str:
 
 
 class Headers(Area):
-    """The header of a safetensors file and the file's length; its data has no checksum, so that is left alone."""
+    """The header of a safetensors file and the file's length; its data has no checksum, and is left alone."""
 
     def prepare(self, folder: Path) -> None:
         tiny_model("moe").save_pretrained(folder)
@@ -250,7 +250,7 @@ class Caches(Area):
 
 
 class TrainerCheckpoint(Area):
-    """Any file of a training checkpoint; the run goes on from it for two steps and its weights are compared."""
+    """Any file of a training checkpoint; the run resumes from it for two steps and its weights are compared."""
 
     def prepare(self, folder: Path) -> None:
         write_texts(folder.parent / "texts")  # by its path the run knows it again

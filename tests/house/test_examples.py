@@ -1,4 +1,4 @@
-"""Every example runs, in a process of its own, without reaching for a download."""
+"""Every example runs, in its own process, without reaching for a download."""
 
 import os
 import subprocess

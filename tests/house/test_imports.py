@@ -71,7 +71,7 @@ MAY_IMPORT = {
     "conversion": {"inputs", "checkpoint", "resumable", "model", "targets", "whole_files"},
     "nemotron_h_cli": set(),
 }
-# part -> packages beside the standard library that it may import, where that is limited
+# part -> packages apart from the standard library that it may import, where that is limited
 THIRD_PARTY = {
     "model": {"torch", "transformers", "safetensors", "numpy", "peft", "PIL"}
     | {"mamba_ssm", "causal_conv1d", "triton", "numba"},
@@ -106,7 +106,7 @@ def test_imports_follow_the_table(path):
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "model").glob("[a-z]*.py")), ids=lambda path: path.name)
 def test_hub_folder_is_flat(path):
-    """transformers' loader of remote code follows nothing but `from .name import x` to a file beside it."""
+    """transformers' loader of remote code follows nothing but `from .name import x` to a file next to it."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.level:
             assert node.level == 1 and node.module, ast.unparse(node)
@@ -115,21 +115,21 @@ def test_hub_folder_is_flat(path):
 
 
 def test_hub_folder_does_not_know_elastic():
-    """What travels beside the weights is the architecture and what runs it."""
+    """What is pushed with the weights is the architecture and what runs it."""
     words = re.compile(r"budget|elastic|manifest|slicing|\bnested\b|\bcosts?\b", re.IGNORECASE)
     texts = {path.name: path.read_text() for path in (PACKAGE / "model").glob("*.py")}
     assert len(texts) > 20 and not {name: found[0] for name, text in texts.items() if (found := words.search(text))}
 
 
 def parts_of(path: Path) -> tuple[str, ...]:
-    """scripts/info.py -> ("scripts", "info"), inside the package; the command line is a part of its own."""
+    """scripts/info.py -> ("scripts", "info"), inside the package; the command line is its own part."""
     base = next(base for base in (PACKAGE, PACKAGE.parent, ROOT) if path.is_relative_to(base))
     return path.relative_to(base).with_suffix("").parts
 
 
 def imported_names(path: Path) -> list[str]:
     """Absolute dotted names that a file imports, wherever in it; `from a import b` gives a.b."""
-    installed = path.is_relative_to(PACKAGE.parent)  # conversion/ lies beside src and is installed inside the package
+    installed = path.is_relative_to(PACKAGE.parent)  # conversion/ is next to src and is installed inside the package
     package = path.relative_to(PACKAGE.parent).parts if installed else ("nemotron_h_hf", *path.relative_to(ROOT).parts)
     names = []
     for node in ast.walk(ast.parse(path.read_text())):

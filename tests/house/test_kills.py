@@ -1,4 +1,4 @@
-"""Every command that writes, killed at many moments and started again: it goes on, and its result is that of a run left alone.
+"""Every command that writes, killed at many moments and started again: it resumes, and its result is that of a run left alone.
 
 `make test-kills`. Prints for each command how often it was killed, in how many changes of the disk.
 """
@@ -115,7 +115,7 @@ def test_killed_it_goes_on(name, box, tmp_path, capsys):
         if not kill_at(work, tmp_path / "out", number):
             continue
         kills += 1
-        for again in (number % 7 + 1, None):  # once more, soon after it went on, then left alone
+        for again in (number % 7 + 1, None):  # once more, soon after it resumed, then left alone
             if again is not None:
                 kills += kill_at(work, tmp_path / "out", again)
             elif code := run_once(work, tmp_path / "out"):
@@ -127,7 +127,7 @@ def test_killed_it_goes_on(name, box, tmp_path, capsys):
                 bad += 1
                 print(f"{name}, change {number} of {count}: other results in {found[:5]}")
     with capsys.disabled():
-        print(f"\n{name}: {kills} kills at {count} changes of the disk, {bad} did not go on", file=sys.stderr)
+        print(f"\n{name}: {kills} kills at {count} changes of the disk, {bad} did not resume", file=sys.stderr)
     assert kills and not bad
 
 

@@ -1,4 +1,4 @@
-"""Every method of the installed PEFT on our model and on transformers' own: train, save, load, merge; counted side by side.
+"""Every method of the installed PEFT on our model and on transformers' own: train, save, load, merge; counted for both.
 
 `make test-slow`. A method passes where its loss falls in eight steps, a saved adapter computes the same after loading, and
 merging (where the method has it) changes no logit. METHODS names every method of the pinned PEFT; a new one is a failure here

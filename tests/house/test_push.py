@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def run_push(server: LoopbackHub, *argv: object) -> subprocess.CompletedProcess:
-    """The command in a process of its own, since huggingface_hub reads its environment when imported."""
+    """The command in its own process, because huggingface_hub reads its environment when imported."""
     environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
     environment |= {
         "HF_ENDPOINT": server.url,
@@ -214,7 +214,7 @@ def test_attach_code_writes_once_and_replaces_nothing(folder):
 
 @pytest.mark.slow
 def test_attached_code_runs_without_the_package(folder, tmp_path):
-    """In a process that cannot import the package: the files beside the weights give the same logits."""
+    """In a process that cannot import the package: the files next to the weights give the same logits."""
     hub.attach_code(folder)
     code = """
 import sys

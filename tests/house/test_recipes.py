@@ -109,7 +109,7 @@ def test_phases_of_the_paper():
 
 
 def test_budgets_of_the_12b_are_within_reach():
-    """Rows of 49,152 tokens, 512 a step; the largest and smallest choices lie on both sides of each budget."""
+    """Rows of 49,152 tokens, 512 a step; the largest and smallest choices are on both sides of each budget."""
     recipe, config = read("elastic_12b"), NemotronHConfig.from_preset("nano-12b-v2")
     rows = recipe["per_device_train_batch_size"] * recipe["gradient_accumulation_steps"] * 256
     assert rows * recipe["sequence_length"] == 512 * 49152

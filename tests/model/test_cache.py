@@ -1,4 +1,4 @@
-"""The cache: whatever was cached, cropped, forked, reordered or saved, the logits are those of a fresh run."""
+"""The cache: after anything was cached, cropped, forked, reordered or saved, the logits are those of a fresh run."""
 
 import pickle
 from types import SimpleNamespace
@@ -61,7 +61,7 @@ def test_chunked_prefill_at_any_split(model, parts, max_cache_len):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_attention_in_two_pieces_is_attention(dtype):
-    """Values far from even, so that each piece wins somewhere; grouped heads, keys in a larger memory."""
+    """Values far from even, each piece wins somewhere; grouped heads, keys in a larger memory."""
     torch.manual_seed(0)
     query, memory = torch.randn(2, 4, 5, 8, dtype=dtype) * 3, torch.randn(2, 2, 2, 30, 8, dtype=dtype)
     key, value = memory[:, :, :, :17]
@@ -75,7 +75,7 @@ def test_attention_in_two_pieces_is_attention(dtype):
 
 
 def test_where_flash_attention_continues(monkeypatch):
-    """Decided from what CUDA says of itself; no GPU is needed to ask."""
+    """Decided from CUDA's properties; no GPU is needed for that."""
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 

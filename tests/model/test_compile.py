@@ -62,7 +62,7 @@ def test_compiled_generation_is_greedy(shape):
 
 @pytest.mark.parametrize("shape", ["dense", "attention_free"])
 def test_compilations_do_not_grow_with_lengths_batches_and_padding(shape):
-    """One row, several rows, one length of cache, any length of cache: no more graphs than that, whatever comes."""
+    """One row, several rows, one length of cache, any length of cache: never more graphs than that."""
     model, graphs = tiny_model(shape), []
     compile_config = CompileConfig(backend="eager", fullgraph=True, mode=None)
     compile_config._compile_all_devices = True
@@ -73,7 +73,7 @@ def test_compilations_do_not_grow_with_lengths_batches_and_padding(shape):
         ids = prompt(rows, length, seed=length)
         given = torch.nn.functional.pad(ids, (padding, 0))
         free = model.generate(ids, eos_token_id=None, **how)[:, length:]
-        stop = int(free[0, 2])  # the first row stops early, the others go on or stop as well
+        stop = int(free[0, 2])  # the first row stops early, the others continue or stop as well
         expected = model.generate(ids, eos_token_id=stop, **how)[:, length:]
         static = {"cache_implementation": "static", "compile_config": compile_config, "eos_token_id": stop}
         out = model.generate(given, attention_mask=(given != 0).long(), **static, **how)

@@ -355,7 +355,7 @@ def test_every_field_that_a_reader_requires_is_written(tmp_path):
     [((0.0, math.inf), None), ((0.0, 0.25), [0.0, 0.25]), ((0.001, math.inf), [0.001, torch.finfo(torch.float32).max])],
 )
 def test_what_is_written_is_json(limit, written, tmp_path):
-    """RFC 8259 has no Infinity; a step never reaches the largest fp32 number, so that stands for it."""
+    """RFC 8259 has no Infinity; a step never reaches the largest fp32 number, and therefore replaces it."""
 
     def refuse(word):
         raise AssertionError(f"{word} is not JSON")

@@ -52,7 +52,7 @@ def test_attention_of_one_token(b, h, g, d, room, length, masked, dtype):
     generator = torch.Generator().manual_seed(length)
     query = torch.randn(b, h, 1, d, generator=generator).to(DEVICE, dtype)
     memory = torch.randn(2, b, g, room, d, generator=generator).to(DEVICE, dtype)
-    memory[:, :, :, length:] = float("nan")  # nobody may read behind the last token
+    memory[:, :, :, length:] = float("nan")  # nothing may read past the last token
     mask = torch.rand(b, room, generator=generator).to(DEVICE) > 0.3 if masked else None
     if masked:
         mask[:, 0] = True
@@ -120,7 +120,7 @@ def test_replayed_steps_are_ordinary_steps(model, monkeypatch, padded, static):
     assert step.replay is not None and torch.equal(made_ids, wanted_ids)
     assert (made - wanted).abs().max() <= 1e-4 * wanted.abs().max()
     assert int(cache.get_seq_length()) == ids.shape[1] + 10
-    after = model(ids[:, :1], past_key_values=cache).logits  # the cache goes on as any other
+    after = model(ids[:, :1], past_key_values=cache).logits  # the cache continues as any other
     other = HybridCache(model.config)
     continue_greedily(model, model, ids, mask, other, 10)
     assert (after - model(ids[:, :1], past_key_values=other).logits).abs().max() <= 1e-4 * after.abs().max()

@@ -157,7 +157,7 @@ def test_bad_lengths(model):
 
 @pytest.mark.parametrize("shape", ["dense", "attention_free"])
 def test_static_cache_keeps_its_memory_from_call_to_call(shape, monkeypatch):
-    """CUDA graphs are captured on addresses: a new cache for every call would be captured anew for every call."""
+    """CUDA graphs are captured on addresses: a new cache for every call would need a new capture for every call."""
     model, addresses = tiny_model(shape), []
     monkeypatch.setattr(model, "_compiles", lambda _: True)
     how = {**GREEDY, "cache_implementation": "static", "disable_compile": True}

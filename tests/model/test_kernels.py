@@ -27,7 +27,7 @@ needs_packages = pytest.mark.skipif(kernel_stubs.why_not() is not None, reason=s
 
 
 class OnGpu(Tensor):
-    """A CPU tensor that says it is on a GPU, and so do all results of its ops."""
+    """A CPU tensor that says it is on a GPU, as all results of its ops do."""
 
     is_cuda = True
 

@@ -277,7 +277,7 @@ def test_saving_says_what_other_readers_will_not_take(tmp_path, monkeypatch):
 @pytest.mark.parametrize("shape", ["dense", "moe", "latent"])
 @pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
 def test_load_state_dict_takes_what_save_pretrained_wrote(tmp_path, shape, max_shard_size):
-    """transformers' Trainer resumes this way, file by file, and goes on with untrained weights where names do not fit."""
+    """transformers' Trainer resumes this way, file by file, and continues with untrained weights where names do not fit."""
     model, other = tiny_model(shape, seed=1), tiny_model(shape, seed=2)
     model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
     left = set(other.state_dict())

@@ -330,7 +330,7 @@ def test_residual_in_fp32():
     "kept", ["norm.weight", "A_log", "D", "dt_bias", "conv1d.weight", "norm_f.weight", "gate.weight"]
 )
 def test_a_model_of_mixed_dtypes_runs(kept):
-    """A checkpoint may hold any of the small tensors in fp32 beside bf16 projections."""
+    """A checkpoint may hold any of the small tensors in fp32 with bf16 projections."""
     model, ids = tiny_model("moe"), prompt(1, 15)
     expected = model(ids).logits
     model.bfloat16()

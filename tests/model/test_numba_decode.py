@@ -202,7 +202,7 @@ def test_torch_keeps_its_number_of_threads():
 
 
 def test_where_nothing_can_be_kept():
-    """Code that lies in no file has no place for its cache, like a package in folders that cannot be written to."""
+    """Code that is in no file has no place for its cache, like a package in folders that cannot be written to."""
     scope = {}
     exec("def double(x):\n    for i in range(len(x)):\n        x[i] *= 2", scope)
     values = torch.arange(3.0)

@@ -62,7 +62,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> list[Path]:
-    """The embedded model, and tiny ones, each with the code beside the weights."""
+    """The embedded model, and tiny ones, each with the code next to the weights."""
     root = tmp_path_factory.mktemp("remote")
     shutil.copytree(EMBEDDED_MODEL, root / "embedded")
     for shape in ("dense", "moe"):
@@ -109,7 +109,7 @@ def test_saving_there_carries_the_code_and_the_released_names(folders, answer):
         assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_nemotron_h.NemotronHForCausalLM"
         assert config.get("elastic") == (
             ELASTIC if folder.name == "parent" else None
-        )  # kept, though nobody there reads it
+        )  # kept, though it is not read there
         first, second = load_file(folder / "model.safetensors"), load_file(again / "model.safetensors")
         assert first.keys() == second.keys()
         assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())

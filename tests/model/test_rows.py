@@ -85,7 +85,7 @@ def test_gradients_of_padded_rows(side):
     model, rows = tiny_model().train(), [prompt(1, length, seed=length) for length in (5, 12, 9)]
     ids, mask = place(rows, side, 15)
     labels = torch.where(mask == 1, ids, -100)
-    for index in range(len(rows)):  # a first token is nobody's target, whatever stands before it
+    for index in range(len(rows)):  # a first token is never a target
         labels[index, mask[index].nonzero()[0]] = -100
     logits = model(ids, attention_mask=mask, skip_logits=True).logits
     total = sum((logits[i][mask[i].bool()] ** 2).sum() for i in range(3))
@@ -244,7 +244,7 @@ def test_inputs_that_do_not_fit_the_batch(bad):
 @torch.no_grad()
 def test_every_form_of_a_mask_says_the_same():
     """(b, l), attention's own (b, 1, l, l) and both as generate() makes them, against each row alone; the second cannot tell
-    the Mamba layers where the padding is, so that one has none."""
+    the Mamba layers where the padding is, and one has none."""
     model, ids = tiny_model(), prompt(2, 6)
     mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
     both = model.create_masks_for_generate(model.config, model.get_input_embeddings()(ids), mask)

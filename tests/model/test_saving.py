@@ -120,7 +120,7 @@ print(json.dumps([found, errors]))
 
 
 def test_a_reader_during_saves_gets_the_old_or_the_new(tmp_path):
-    """transformers' own class, which knows nothing of ours, loads while another process saves."""
+    """transformers' own class, without ours, loads while another process saves."""
     pair = models()
     heads = {(m.model.embeddings.weight[0, 0].item(), m.lm_head.weight[0, 0].item()) for m in pair}
     pair[0].save_pretrained(tmp_path / "m", max_shard_size="40KB")
@@ -160,7 +160,7 @@ def test_two_saves_at_once_leave_one_of_them_whole(tmp_path):
     assert not hidden(tmp_path / "m")
 
 
-# Where a folder may lie
+# Where a folder may be
 
 
 def test_names_of_255_bytes(tmp_path):

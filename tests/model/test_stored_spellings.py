@@ -1,4 +1,4 @@
-"""Checkpoints as other programs stored them: the embedding's older name, and any mix of dtypes, beside transformers' own class."""
+"""Checkpoints as other programs stored them: the embedding's older name, and any mix of dtypes, against transformers' own class."""
 
 import json
 import re

@@ -100,7 +100,7 @@ class TestNemotronH(common.ModelTesterMixin, unittest.TestCase):
             self.skipTest(DIFFERS[self._testMethodName])
 
     def _prepare_for_class(self, inputs: dict, model_class: type, return_labels: bool = False) -> dict:
-        """transformers knows no classifier of this family, so has no labels for it."""
+        """transformers has no classifier of this family, and no labels for it."""
         inputs = super()._prepare_for_class(inputs, model_class, return_labels)
         if return_labels and model_class is NemotronHForSequenceClassification:
             inputs["labels"] = torch.zeros(self.model_tester.batch_size, dtype=torch.long)

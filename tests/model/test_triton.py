@@ -1,4 +1,4 @@
-"""triton_*.py in Triton's interpreter: each kernel beside ssd.py in float64, the whole model beside the plain path.
+"""triton_*.py in Triton's interpreter: each kernel against ssd.py in float64, the whole model against the plain path.
 
 The first few tests need no Triton and run everywhere. The rest, marked `kernels`, run on CPU tensors in the interpreter
 (`make test-kernels`), or compiled on a GPU (`make test-gpu`). The interpreter multiplies bfloat16 in fp32, as NumPy has
@@ -276,7 +276,7 @@ def test_causal_conv(case):
 @needs_triton
 @pytest.mark.kernels
 def test_causal_conv_of_rows_in_any_order():
-    """Tokens before rows in memory, and a document that goes on after another one."""
+    """Tokens before rows in memory, and a document that continues after another one."""
     x, weight, bias = torch.randn(13, 2, 9).transpose(0, 1), torch.randn(9, 4), torch.randn(9)
     seq_idx = torch.tensor([[0, 0, 1, 0, 0, 1, 1, 2, 2, 2, 0, 0, 2], [5] * 13])
     compare("causal_conv", [x, weight, bias, torch.randn(2, 9, 4)], (seq_idx,))
@@ -295,7 +295,7 @@ def test_more_taps_are_pytorchs_unless_ours_are_asked_for():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ops_that_are_one_kernel_on_a_gpu(dtype):
-    """RMSNorm and squared ReLU as the model calls them, gradients too, beside float64."""
+    """RMSNorm and squared ReLU as the model calls them, gradients too, against float64."""
     norm = NemotronHRMSNorm(96, 1e-5).to("cuda", dtype)
     x = torch.randn(5, 96, device="cuda", dtype=dtype, requires_grad=True)
     wide = x.detach().double().requires_grad_()
@@ -490,7 +490,7 @@ def test_logits_against_the_reference():
 @torch.no_grad()
 @pytest.mark.parametrize("recorded", [False, True])
 def test_padded_prefill_then_a_part_then_steps(recorded, monkeypatch):
-    """Recorded steps run op by op, others fused; both can go on from either's states."""
+    """Recorded steps run op by op, others fused; both can continue from either's states."""
     model, ids, mask = small_model(), prompt(2, 24), torch.ones(2, 24, dtype=torch.long)
     mask[1, :5] = 0
     fused: list[int] = []

@@ -1,4 +1,4 @@
-"""Our Triton kernels compiled for an H200 without one: they fit the chip, and no length asks for a variant of its own.
+"""Our Triton kernels compiled for an H200 without one: they fit the chip, and no length needs its own variant.
 
 What the compiler says is no measurement of speed. Run by `make test-kernels`; see triton_on_paper.py.
 """

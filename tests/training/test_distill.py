@@ -312,7 +312,7 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path):
 
 
 def test_held_out_loss_before_and_after(tmp_path, capsys):
-    """Every second step in the log; before is told once, of the student as it began: it knows nothing."""
+    """Every second step in the log; before is told once, of the student as it began: it is untrained."""
     (tmp_path / "held.txt").write_text("def sub(a, b):\n    return a - b\n" * 10)
     flags = ("--eval_data", str(tmp_path / "held.txt"), "--eval_steps", "2", "--cross_entropy_weight", "1",
              "--learning_rate", "1e-2", "--output_dir", str(tmp_path / "run"))  # fmt: skip

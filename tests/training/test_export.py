@@ -1,4 +1,4 @@
-"""`nemotron-h export`: checkpoints whose tensors lie in parts become ordinary ones, one tensor at a time."""
+"""`nemotron-h export`: checkpoints whose tensors are in parts become ordinary ones, one tensor at a time."""
 
 import json
 import shutil

@@ -90,7 +90,7 @@ def test_the_finished_model_is_pushed_once(name, flags, box, tmp_path, monkeypat
 
 @pytest.mark.parametrize("command", ["sft", "distill", "elastic-train", "merge", "export", "plot", "blend"])
 def test_help_teaches(command, capsys):
-    """Lines to copy stand in it, and all their options are among those that it explains."""
+    """It has lines to copy, and all their options are among those that it explains."""
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
     assert end.value.code == 0

@@ -440,7 +440,7 @@ fully_shard(split)
 assert len(converted_modules(split)) == 8
 optimizers = [torch.optim.SGD(model.parameters(), lr=1e-2) for model in (whole, split)]
 for step in range(3):
-    # One process takes the halves one after the other: an activation's scale is that of its own product.
+    # One process takes the halves one after the other: each product has its own activation scale.
     halves = [whole(half, labels=half).loss for half in batch.split(2)]
     (sum(halves) / 2).backward()
     loss = split(mine, labels=mine).loss

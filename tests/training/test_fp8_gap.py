@@ -75,7 +75,7 @@ def test_two_steps_in_each_precision(gap, tmp_path, monkeypatch):
     document = Document(name="a.py", text="def f(x):\n    return x + 1\n" * 600)
     monkeypatch.setattr(gap, "read_documents", list)
     monkeypatch.setattr(gap, "split_documents", lambda _: ([document], []))
-    monkeypatch.setattr(gap, "prepare", lambda threads: None)  # would be this process's setting for good
+    monkeypatch.setattr(gap, "prepare", lambda threads: None)  # would stay this process's setting
     logs, losses = tmp_path / "logs", {}
     for precision in ("bf16", "fp8"):
         command = ["train", "--precision", precision, "--seeds", "3", "--max-tokens", "4096"]

@@ -93,7 +93,7 @@ def test_checkpointing_and_accumulation_leave_the_losses(config, one, tmp_path):
 
 
 def test_one_process_loads_the_weights(config, one, tmp_path):
-    """Experts' selection biases too, which are buffers; stopped at step 8 as a crash would, and gone on with."""
+    """Experts' selection biases too, which are buffers; stopped at step 8 as a crash would, and resumed."""
     settings = yaml.safe_load(config.read_text())
     del settings["config_overrides"]
     settings |= {"init": "weights", "model": str(write_biased(one / "model", tmp_path / "start"))}
@@ -132,7 +132,7 @@ def test_adapters_on_weights_of_one_process(tuning, tmp_path):
 
 
 def test_adapters_go_on(tuning, tmp_path):
-    """Stopped at step 3 as a crash would, gone on with from step 2: the losses of a run that was not stopped."""
+    """Stopped at step 3 as a crash would, resumed from step 2: the losses of a run that was not stopped."""
     flags = ("--lora_rank=2", "--lora_targets=mamba", "--max_steps=4", "--save_steps=2", "--logging_steps=1")
     launch(tuning, tmp_path / "whole", 2, -1, *flags, accelerate=ONE_COPY)
     launch(tuning, tmp_path / "stopped", 2, 3, *flags, accelerate=ONE_COPY)
@@ -171,7 +171,7 @@ def test_another_number_of_processes_goes_on(config, one, tmp_path):
 def test_fp8_goes_on_with_the_losses_of_one_process(config, tmp_path):
     """FP8 scales are those of the rows that one process holds, so the process alone takes the same rows at a time."""
     settings = yaml.safe_load(config.read_text())
-    # Rows for which no value lies so near a boundary of FP8 that another order of sums rounds it to the other side: the runs
+    # Rows for which no value is so near a boundary of FP8 that another order of sums rounds it to the other side: the runs
     # then part, with some orders after eight steps.
     settings["data_seed"] = 2
     settings["config_overrides"] |= {"hybrid_override_pattern": "M-M*-"}  # ten GEMMs: layer 2 is in FP8
@@ -278,7 +278,7 @@ def run(command: list[str], crash_after: int = -1, **more: str) -> str:
 
 
 def first_lines(output_dir: Path, count: int) -> list[str]:
-    """Of metrics.jsonl, with figures of the clock: a run that is gone on with has them still, one begun anew does not."""
+    """Of metrics.jsonl, with figures of the clock: a resumed run still has them, a new one does not."""
     return (output_dir / "metrics.jsonl").read_text().splitlines()[:count]
 
 

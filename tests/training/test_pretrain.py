@@ -361,7 +361,7 @@ def test_kill_in_the_middle_of_a_checkpoint_write(texts, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_see_the_rows_of_one(texts, tmp_path):
-    """Four rows a step on one process, two on each of two; then a run on two goes on on one, and the other way round."""
+    """Four rows a step on one process, two on each of two; then a run on two is resumed on one, and the reverse."""
     config = write_config(tmp_path, texts, shuffle_rows=6)
     launch(config, tmp_path / "one", processes=1)
     launch(config, tmp_path / "two", processes=2)
@@ -377,7 +377,7 @@ def test_two_processes_see_the_rows_of_one(texts, tmp_path):
 
 
 def launch(config: Path, output_dir: Path, processes: int, **flags) -> None:
-    """Four rows a step in all, on this many processes (accelerate calls several `multi_gpu` on a CPU too: gloo joins them)."""
+    """Four rows a step in total, on this many processes (accelerate calls several `multi_gpu` on a CPU too: gloo joins them)."""
     flags = {"output_dir": output_dir, "per_device_train_batch_size": 4 // processes, **flags}
     command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes),
                "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",

@@ -137,7 +137,7 @@ def test_full_fine_tuning_lowers_the_held_out_loss(kind, tmp_path):
 
 
 def test_long_context_joins_conversations(tmp_path):
-    """One conversation of a long row, where packing would have put many documents beside each other."""
+    """One conversation of a long row, where packing would have put many documents next to each other."""
     assert run(tmp_path, "--max_steps", "2", "--sequence_length", "256", "--long_context", kind="messages") == 0
     assert len(read_metrics(tmp_path / "run")) >= 2
     with pytest.raises(ValueError, match="long_context"):

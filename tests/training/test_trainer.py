@@ -269,7 +269,7 @@ def test_unfinished_and_damaged_checkpoints(texts, tmp_path):
     with pytest.raises(ValueError, match=rf"model.safetensors has {size - 1} bytes, it was written with {size}"):
         make_trainer(texts, tmp_path).train(resume_from_checkpoint=True)
     shard.unlink()
-    with pytest.raises(ValueError, match=r"model.safetensors is missing.*remove .*checkpoint-5 to go on"):
+    with pytest.raises(ValueError, match=r"model.safetensors is missing.*remove .*checkpoint-5 to resume"):
         make_trainer(texts, tmp_path).train(resume_from_checkpoint=True)
 
 
@@ -344,7 +344,7 @@ def test_data_loader_workers_are_refused(texts, tmp_path):
 
 
 def test_transformers_own_trainer_resumes_too(tmp_path):
-    """Its load_state_dict takes the saved file as it is: names must fit or it goes on with fresh weights."""
+    """Its load_state_dict takes the saved file as it is: names must fit or it continues with fresh weights."""
     rows = [{"input_ids": row, "labels": row} for row in prompt(8, LENGTH)]
     losses = []
     for _ in range(2):
@@ -405,7 +405,7 @@ def test_evaluation_makes_logits_only_for_metrics(tmp_path):
 
 
 def test_an_evaluation_before_the_first_step_is_logged_once(texts, tmp_path):
-    for _ in range(2):  # the second begins anew
+    for _ in range(2):  # the second starts over
         arguments = make_arguments(tmp_path, max_steps=1, eval_on_start=True, save_strategy="no")
         rows = rows_of_unequal_documents()
         NemotronHTrainer(fresh_model(), arguments, train_dataset=make_rows(texts), eval_dataset=rows).train()
@@ -484,7 +484,7 @@ def test_z_loss_is_part_of_training_only_where_asked_for(texts, tmp_path):
 
 @pytest.mark.parametrize("teacher", [False, True])
 def test_balance_loss_is_part_of_training_and_logged(texts, tmp_path, teacher):
-    """Against what the model itself says of the rows of a step, whose formula has a test of its own."""
+    """Against the model's own loss of the rows of a step, whose formula has its own test."""
     rows, found = first_rows(texts, 4), []
     kind, more = (DistillationTrainer, {"teacher": fresh_model()}) if teacher else (NemotronHTrainer, {})
     for coefficient in (None, 0.5):

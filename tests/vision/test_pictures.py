@@ -63,7 +63,7 @@ def reference_weighted_grid(width: int, height: int, most: int, side: int = 448)
 
 
 def grid_of(width: int, height: int, **fields) -> tuple[int, int]:
-    """Found in the pixels: each cell of the picture has a colour of its own."""
+    """Found in the pixels: each cell of the picture has its own colour."""
     processor = NemotronHVLImageProcessor(**{"image_size": 448, **fields})
     whole = np.zeros((height, width, 3), dtype=np.uint8)
     whole[..., 0] = np.linspace(0, 255, width).round().astype(np.uint8)[None]

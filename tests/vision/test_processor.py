@@ -170,7 +170,7 @@ def test_patches_of_a_picture_in_its_own_resolution():
 
 
 def test_a_released_folder_without_our_files(tmp_path):
-    """config.json, tokenizer and a preprocessor_config.json that names classes nobody has here."""
+    """config.json, tokenizer and a preprocessor_config.json that names classes that are not installed."""
     import json
 
     from vl_tiny import released_model

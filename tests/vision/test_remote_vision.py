@@ -1,4 +1,4 @@
-"""A vision-language checkpoint with its code beside the weights, where the package is not installed."""
+"""A vision-language checkpoint with its code next to the weights, where the package is not installed."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """Joins elastic to the model classes: `from_pretrained(..., budget=)`, and the checks of budgets and manifests.
 
-The model's own folder knows nothing of this, as it is also pushed with the weights. Importing the package attaches it;
+The model's own folder has nothing of this, because it is also pushed with the weights. Importing the package attaches it;
 where a checkpoint's code runs alone, `elastic` in a configuration is a field that is kept and not read.
 """
 

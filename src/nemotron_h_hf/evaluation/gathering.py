@@ -65,7 +65,7 @@ def _variables(rng: random.Random, size: int, num_letters: int) -> Question:
 
 
 def common_words(prose: Prose, key: str, size: int, depth: None) -> Question:
-    """Ten words many times among others a few times, `size` list items in all; with a worked example.
+    """Ten words many times among others a few times, `size` list items in total; with a worked example.
 
     Thirty times against three, as in RULER, where the list is long enough for the ten to make up half of it; in a
     shorter one they come `size / 20` times and the others once.

@@ -21,7 +21,7 @@ from .decode_graph import DecodeGraph, can_replay
 from .rows import find_padding, real_tokens
 
 MIN_STATIC_STEP = 64  # tokens; the room of static caches is a multiple of this
-# What transformers passes to those who make masks of their own; a causal mask without positions needs none of it.
+# What transformers passes to models that make their own masks; a causal mask without positions needs none of it.
 PASSED_FOR_MASKS = ("position_ids", "block_sequence_ids", "token_type_ids", "mm_token_type_ids", "is_first_iteration")
 MODES_WITH_FIXED_ROWS = (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)  # beams move rows to other memory
 

@@ -1,4 +1,4 @@
-"""One picture, in whatever form it is given, as RGB: a Pillow image, or a uint8 tensor (3, height, width) if it came as one.
+"""One picture, in any form, as RGB: a Pillow image, or a uint8 tensor (3, height, width) if it came as one.
 
 Transparency is laid on white, 16-bit greys become 8-bit ones, EXIF says which side is up, of an animation the first frame is
 taken (with a warning). Nothing is fetched from the network unless `fetch_urls` asks for it.
@@ -78,7 +78,7 @@ def _file(source: Any, name: str, fetch_urls: bool) -> "io.BytesIO | str":
 
 
 def _guarded(name: str, read: Callable) -> "Image.Image":
-    """What Pillow says of a picture that it cannot read, as a ValueError that names it."""
+    """Pillow's error about a picture that it cannot read, as a ValueError that names it."""
     try:
         return read()
     except Image.DecompressionBombError as error:
@@ -119,7 +119,7 @@ def _native(array: np.ndarray) -> np.ndarray:
 
 
 def _rgb_tensor(values: Tensor, name: str) -> Tensor:
-    """uint8 (3, h, w), where it lies."""
+    """uint8 (3, h, w), on its device."""
     shape = tuple(values.shape)
     if values.dim() == 2:
         values = values[None]

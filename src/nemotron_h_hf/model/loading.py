@@ -36,7 +36,7 @@ COMPUTED_WIDE = r"\.(A_log|D|dt_bias|gate\.weight|e_score_correction_bias|\w*nor
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 NO_WEIGHTS = ("summary_idxs",)
-"""Last names of integers that lie among the weights: RADIO's choice of class tokens."""
+"""Last names of integers among the weights: RADIO's choice of class tokens."""
 
 EXPERT = re.compile(r"(.*\.mixer\.experts)\.(0|[1-9]\d*)\.(up_proj|down_proj)\.weight")
 EXPERT_EXAMPLE = "backbone.layers.1.mixer.experts.0.up_proj.weight"

@@ -143,7 +143,7 @@ class NemotronHVLModel(NemotronHVLPreTrainedModel):
         return [self._final_norm(hidden).reshape(len(hidden), rows, columns, -1)]
 
     def _patches_of_grids(self, pixel_values: Tensor, image_grid_hw: Tensor) -> list[Tensor]:
-        """Images of several sizes, each a grid (1, r, c, v) of its own."""
+        """Images of several sizes, each its own grid (1, r, c, v)."""
         if int(image_grid_hw.prod(-1).sum()) != len(pixel_values):
             grids = "x".join(map(str, image_grid_hw.tolist()))
             raise ValueError(f"image_grid_hw={grids} has not the {len(pixel_values)} patches of pixel_values")
@@ -209,7 +209,7 @@ class NemotronHVLModel(NemotronHVLPreTrainedModel):
             return self.language_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
         positions = self.image_positions(input_ids, inputs_embeds)
         if inputs_embeds is None:
-            words = input_ids.masked_fill(positions, 0)  # the image token may lie past the table
+            words = input_ids.masked_fill(positions, 0)  # the image token may be past the table
             self.language_model._check_input(words, None)
             inputs_embeds = self.language_model.embeddings(words)
         if image_features is None:
@@ -217,7 +217,7 @@ class NemotronHVLModel(NemotronHVLPreTrainedModel):
         return self.language_model(inputs_embeds=self.join(positions, inputs_embeds, image_features), **kwargs)
 
     def _outside(self, input_ids: Tensor) -> bool:
-        """Whether image tokens stand in a prompt without images; a single token is what `generate` made, and not asked."""
+        """Whether a prompt without images has image tokens; a single token was made by `generate` and is not checked."""
         return input_ids.shape[1] > 1 and bool((input_ids == self.config.image_token_id).any())
 
 
@@ -288,7 +288,7 @@ class NemotronHVLForConditionalGeneration(NemotronHVLPreTrainedModel, NemotronHF
         return super()._expand_inputs_for_generation(expand_size, is_encoder_decoder, input_ids, **kwargs)
 
     def _prefill(self, input_ids: Tensor, generation_config, model_kwargs: dict, *args, **kwargs):
-        """As transformers', whose chunks know nothing of images: the stack runs long prompts in parts by itself."""
+        """As transformers', whose chunks ignore images: the stack runs long prompts in parts by itself."""
         if model_kwargs.get("image_features") is not None and generation_config.prefill_chunk_size is not None:
             generation_config.prefill_chunk_size = None
         return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)

@@ -25,7 +25,7 @@ OWN, RELEASED = "nemotron_h_vl", ("NemotronH_Nano_VL_V2", "NemotronH_Nano_Omni_R
 FIRST_PARTS = ("vision_model.", "mlp1.", "language_model.")
 AUDIO = re.compile(r"sound_(encoder|projection)\.")
 
-# on disk -> in the model; longer rules follow those that they go on from, and are undone first
+# on disk -> in the model; longer rules follow those that they extend, and are undone first
 NAMES = {
     "vision_model.": "model.vision_tower.",
     "model.vision_tower.radio_model.input_conditioner.": "model.conditioner.",

@@ -1,7 +1,7 @@
 """One token per row on a CPU: everything between in_proj and out_proj in one call, compiled by Numba.
 
 PyTorch needs three dozen operations for a Mamba layer's token, each of which starts and meets its threads for a few
-microseconds of arithmetic. A group of heads needs nothing of the other groups, so that here every row's group goes through
+microseconds of arithmetic. A group of heads needs nothing of the other groups, and here every row's group goes through
 the convolution, the step sizes, the state and the gated norm by itself, on one thread, and reads its state once.
 
 Importing this file compiles, for some seconds the first time (numba_compile.py).

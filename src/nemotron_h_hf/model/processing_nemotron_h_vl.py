@@ -61,7 +61,7 @@ class NemotronHVLProcessor(ProcessorMixin):
             self._check_tags()
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **_: Any) -> str:
-        """What stands in the text for a picture: its tiles' tokens and tags, or its patches' tokens."""
+        """What replaces a picture in the text: its tiles' tokens and tags, or its patches' tokens."""
         if "image_grid_hw" in image_inputs:
             count = self.image_processor.num_tokens(int(image_inputs["image_grid_hw"][image_idx].prod()))
             return self.image_start + self.image_token * count + self.image_end

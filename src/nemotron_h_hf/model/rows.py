@@ -46,7 +46,7 @@ class Rows:
     """What the rows of l new tokens hold. `attention_mask` is what attention takes, if `is_masked` says that it was made before."""
 
     length: int
-    real: Tensor | None  # (b, past + l), 0 for padding; None if nobody told
+    real: Tensor | None  # (b, past + l), 0 for padding; None if not given
     padding: Padding | None
     documents: Tensor | None = None  # (b, l)
     is_masked: bool = False

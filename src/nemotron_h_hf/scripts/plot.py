@@ -1,4 +1,4 @@
-"""Draw loss curves of several runs side by side.
+"""Draw the loss curves of several runs in one plot.
 
     nemotron-h plot runs/a runs/b                                  # writes loss.png
     nemotron-h plot bf16=runs/a fp8=runs/b --output gap.png        # with your own names
