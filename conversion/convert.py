@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from nemotron_h_hf.checkpoint import Checkpoint, parse_size
+from nemotron_h_hf.checkpoint import Checkpoint
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 from nemotron_h_hf.resumable import TOKENIZER_FILES, Journal, check_room
 from nemotron_h_hf.targets import stamps, writing
+from nemotron_h_hf.units import parse_bytes
 from nemotron_h_hf.whole_files import write_text
 
 from . import config as configs
@@ -80,7 +81,7 @@ def convert(
     tokenizer = _tokenizer(tokenizer)
     say(f"{source} is a {found.format} checkpoint in {found.folder}; converting to {format}")
     report = Report(str(source), found.format, str(target), format, dry_run=dry_run)
-    wanted, max_bytes = parse_dtype(dtype), parse_size(max_shard_size)
+    wanted, max_bytes = parse_dtype(dtype), parse_bytes(max_shard_size, "max_shard_size")
     layout = Layout(format, tp, pp, ep, vocab_divisible_by, core)
     allowed = (allow_unused, allow_missing)
     if to == "hf":

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from nemotron_h_hf.checkpoint import Digest
+from nemotron_h_hf.units import human_bytes
 
 from .plan import Plan
 from .write_megatron import Written
@@ -80,12 +81,12 @@ class Report:
         done = "would write" if self.dry_run else "wrote"
         lines = [
             f"{self.source} ({self.source_format}) -> {self.target} ({self.target_format})",
-            f"{done} {self.num_tensors:,} tensors, {self.num_elements:,} elements, {human(self.num_bytes)}"
+            f"{done} {self.num_tensors:,} tensors, {self.num_elements:,} elements, {human_bytes(self.num_bytes)}"
             + (f" in {len(self.files)} files" if self.files else ""),
         ]
         if not self.dry_run:
             lines.append(
-                f"read {human(self.bytes_read)} in {self.seconds:.1f} s; {self.num_nan} NaN, {self.num_inf} infinite"
+                f"read {human_bytes(self.bytes_read)} in {self.seconds:.1f} s; {self.num_nan} NaN, {self.num_inf} infinite"
             )
         if self.files_kept:
             lines.append(f"kept {len(self.files_kept)} finished files of an interrupted run, after checking them")
@@ -149,15 +150,6 @@ def finished_before(folder: Path, fingerprint: str) -> Written | None:
         return Written(digests, noted["files"], noted["files"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None
-
-
-def human(num_bytes: float) -> str:
-    """Bytes for people, in powers of 1024."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
 
 
 def parse_dtype(text: str | torch.dtype | None) -> torch.dtype | None:

@@ -11,7 +11,7 @@ headers.py         what a checkpoint folder holds, from its safetensors headers
 facts.py           the facts of one checkpoint, for `info` and model cards
 hub.py             model card, model code next to the weights, upload
 inputs.py          numbers, devices, YAML files and tokenizers given to a command
-token_counts.py    "380B" and "60%" as numbers of tokens
+units.py           "380B", "32Ki" and "7GiB" as numbers
 """
 
 from importlib import import_module

@@ -301,23 +301,6 @@ def plan_shards(groups: Iterable[Sequence[TensorSpec]], max_shard_bytes: int) ->
     return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
-def parse_size(text: str | int) -> int:
-    """Bytes of "5GB", "500MB", "2GiB" or a number; GB is 10**9 and GiB 2**30."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
-    number, factor = str(text).strip().upper(), 1
-    for unit in sorted(units, key=len, reverse=True):
-        if number.endswith(unit):
-            number, factor = number.removesuffix(unit), units[unit]
-            break
-    try:
-        num_bytes = int(float(number) * factor)
-    except (ValueError, OverflowError):  # inf
-        num_bytes = 0
-    if num_bytes < 1:
-        raise ValueError(f"max_shard_size={text!r}: allowed are sizes such as 5GB or 500MB")
-    return num_bytes
-
-
 def write_index(folder: str | os.PathLike, shards: Mapping[str, Sequence[TensorSpec]]) -> None:
     """Write the index of several shards; one file needs none."""
     if set(shards) == {SINGLE_NAME}:

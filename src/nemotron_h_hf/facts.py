@@ -125,22 +125,6 @@ def disagreements(config: NemotronHConfig, contents: Contents) -> list[str]:
     return lines
 
 
-def human_bytes(num_bytes: int) -> str:
-    """1536 -> '1.5 KiB'."""
-    size, units = float(num_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
-
-
-def human_count(count: int) -> str:
-    """8100852736 -> '8.10 B'."""
-    for limit, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
-        if count >= limit:
-            return f"{count / limit:.2f} {unit}"
-    return str(count)
-
-
 def _budget_facts(child: Child, dtype: str) -> BudgetFacts:
     config, budget = child.config, child.budget
     kinds = set(config.layers_block_type)

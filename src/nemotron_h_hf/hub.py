@@ -15,12 +15,13 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from .facts import LAYER_NAMES, Facts, describe, human_bytes, human_count, load_target
+from .facts import LAYER_NAMES, Facts, describe, load_target
 from .manifest import NAME as MANIFEST_NAME
 from .model.configuration_nemotron_h import with_plain_limit
 from .model.configuration_nemotron_h_vl import NemotronHNanoVLConfig, NemotronHOmniConfig, NemotronHVLConfig
 from .model.reading import read_index, read_json
 from .resumable import TOKENIZER_FILES, with_plain_tokenizer_class
+from .units import human_bytes, human_count
 from .whole_files import whole_file
 
 LOCAL_PATH = re.compile(

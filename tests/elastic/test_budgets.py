@@ -205,8 +205,9 @@ def test_a_fraction_gives_the_lowest_loss_that_fits(request_, fraction):
     assert losses == sorted(losses)
 
 
-@pytest.mark.parametrize("text, most, num_tokens", [("200KiB@1k", 200 * 1024, 1024), ("0.6MB@1000", 600_000, 1000),
-                                                    ("300kb", 300_000, 0), ("1.5GiB@1m", 1.5 * 2**30, 2**20)])  # fmt: skip
+@pytest.mark.parametrize("text, most, num_tokens", [("200KiB@1Ki", 200 * 1024, 1024), ("0.6MB@1000", 600_000, 1000),
+                                                    ("300kb", 300_000, 0), ("200KiB@1k", 200 * 1024, 1000),
+                                                    ("1.5GiB@1Mi", 1.5 * 2**30, 2**20)])  # fmt: skip
 def test_a_need_counts_weights_and_one_cache(text, most, num_tokens):
     config = parent()
     every = brute_force(config)
@@ -290,7 +291,7 @@ def test_nothing_is_small_enough():
     with pytest.raises(ValueError, match=f"{smallest:,} parameters or more"):
         resolve(parent(), 0.01)
     with pytest.raises(ValueError, match="iB or more"):
-        resolve(parent(), "1KiB@1k")
+        resolve(parent(), "1KiB@1Ki")
 
 
 def test_what_was_not_trained_is_said(caplog):

@@ -64,7 +64,7 @@ def test_same_weights_as_cutting_the_loaded_parent(tmp_path, shape, sizes, more,
 
 
 @pytest.mark.parametrize("budget, sizes", [
-    ("half", HALF), (Budget(name="b", **HALF), HALF), (0.62, None), ("61%", None), ("200KiB@1k", None), ("full", {}),
+    ("half", HALF), (Budget(name="b", **HALF), HALF), (0.62, None), ("61%", None), ("200KiB@1Ki", None), ("full", {}),
 ])  # fmt: skip
 def test_every_way_to_ask(parent, budget, sizes):
     model = AutoModelForCausalLM.from_pretrained(parent, budget=budget)

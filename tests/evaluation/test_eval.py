@@ -311,8 +311,8 @@ def test_another_folder_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     "argv, message",
     (
-        (["--lengths", "4k,x"], "--lengths has 'x'; allowed are tokens such as 4096"),
-        (["--lengths", "0"], "--lengths has '0'"),
+        (["--lengths", "4k,x"], "--lengths: got 'x', allowed is a number of tokens such as"),
+        (["--lengths", "0"], "--lengths: got '0'"),
         (["--depths", "101"], "--depths has '101'; allowed are numbers from 0 to 100"),
         (["--depths", "nan"], "--depths has 'nan'"),
         (["--tasks", ","], "--tasks is ','; give at least one"),
@@ -327,8 +327,8 @@ def test_wrong_options_are_named(argv, message):
 
 
 def test_options_are_read():
-    arguments = command.parse(["--lengths", "1k, 2K,1m,100", "--depths", "0,12.5", "--tasks", "bpb, needle,bpb"])
-    assert arguments.lengths == (1024, 2048, 2**20, 100)
+    arguments = command.parse(["--lengths", "1Ki, 2KI,1Mi,100,1k", "--depths", "0,12.5", "--tasks", "bpb, needle,bpb"])
+    assert arguments.lengths == (1024, 2048, 2**20, 100, 1000)
     assert arguments.depths == (0.0, 0.125) and arguments.tasks == ("bpb", "needle")
     assert arguments.stride == 1024
 

@@ -94,7 +94,7 @@ def test_a_closed_pipe_is_silence(argv):
         (["generate", "--seed", "-1"], 1, "--seed is -1"),
         (["info", "--memory-gib", "nan"], 2, "'nan', allowed is a finite number"),
         (["sft", "--data", "{}/b.yaml", "--learning_rate", "nan"], 1, "learning_rate: got nan"),
-        (["convert", EMBEDDED_MODEL, "{}/o", "--max-shard-size", "inf"], 1, "max_shard_size='inf'"),
+        (["convert", EMBEDDED_MODEL, "{}/o", "--max-shard-size", "inf"], 1, "max_shard_size: got 'inf'"),
         (["elasticize", EMBEDDED_MODEL, "{}/e", "--budgets", "{}/b.yaml"], 1, "b.yaml is not YAML"),
         (["info", "{}/deep"], 1, "config.json is not readable JSON"),
         (["generate", "--model", "{}/deep"], 1, "config.json is not readable JSON"),

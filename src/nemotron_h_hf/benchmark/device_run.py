@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ..model.configuration_nemotron_h import MAMBA_IMPLEMENTATIONS, NemotronHConfig
+from ..units import TOKENS_HELP, tokens
 from . import jobs, report, suite, vllm_peer
 from .device_gate import check_compiled, check_model, check_slice
 from .devices import describe_device, find_device, measure_rates
@@ -90,8 +91,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sides", nargs="+", choices=(*SIDES, "vllm"), default=["ours", "native"], help="models (ours native)")
     add("--variants", nargs="+", choices=VARIANTS, default=["eager"], help="decode and train: how they run (eager)")
     add("--rows", nargs="+", type=int, default=[1], help="batch sizes (1)")
-    add("--context", nargs="+", type=int, help="tokens before decoding, or of a prompt or training row")
-    add("--tokens-out", type=int, default=1024, help="throughput: tokens made for each prompt (1024)")
+    add("--context", nargs="+", type=tokens, help=f"tokens before decoding, or of a prompt or row; {TOKENS_HELP}")
+    add("--tokens-out", type=tokens, default=1024, help="throughput: tokens made for each prompt (1024)")
     add("--steps", type=int, default=32, help="decode: tokens timed (32)")
     add("--runs", type=int, default=5, help="prefill and train: rounds after the warm-up (5)")
     add("--most-rows", type=int, default=512, help="throughput: rows that are enough (512)")

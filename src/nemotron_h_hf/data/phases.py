@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
-from ..token_counts import parse_tokens
+from ..units import parse_tokens
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def from_pretrained(
 
     Args:
         budget: of an elastic parent, load only this smaller model: a name ("6b"), a fraction (0.5, "50%"), a need
-            ("7GiB@32k"), sizes (a mapping) or a `Budget`; see resolve.py. The parent is never built, and rows that are
+            ("7GiB@32Ki"), sizes (a mapping) or a `Budget`; see resolve.py. The parent is never built, and rows that are
             cut away are not read: `output_loading_info=True` tells `bytes_read` and `parent_bytes`.
 
     Raises:

@@ -2,7 +2,7 @@
 
     resolve(config, "6b")          a name in config.elastic
     resolve(config, 0.5)           at most half of the parent's parameters; also "0.5" and "50%"
-    resolve(config, "7GiB@32k")    weights and the cache of one sequence of 32 * 1024 tokens in at most 7 GiB
+    resolve(config, "7GiB@32Ki")    weights and the cache of one sequence of 32 * 1024 tokens in at most 7 GiB
     resolve(config, {"hidden_size": 3072, "layers": [0, 1, 2]})        sizes, also as JSON; or a `Budget`
 
 Of several children that fit a fraction or a need, it is the one with the lowest loss (search.py).

@@ -27,13 +27,11 @@ from ..cost import (
     weight_bytes,
 )
 from ..model.configuration_nemotron_h import NemotronHConfig
+from ..units import human_bytes, parse_need
 from .budgets import FIELDS_OF_KIND, SIZE_FIELDS, Budget, Elastic, heads_left, read_elastic
 from .child import Child, child_of
 
-UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-         "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
-TOKEN_UNITS = {"": 1, "k": 2**10, "m": 2**20}
-FORMS = 'a fraction such as 0.5 or "50%", or a need such as "7GiB@32k"'
+FORMS = 'a fraction such as 0.5 or "50%", or a need such as "7GiB@32Ki"'
 
 
 class Limit(NamedTuple):
@@ -68,7 +66,7 @@ class Candidate:
         if self.loss is not None:
             known += " measured" if self.measured else " predicted (a sum over single changes)"
         trained = "trained" if self.budget.trained else "NOT trained"
-        size = f"{self.child.num_parameters:,} parameters, {_bytes(self.num_bytes)}"
+        size = f"{self.child.num_parameters:,} parameters, {human_bytes(self.num_bytes)}"
         return f"{size}; {known}; {trained}"
 
 
@@ -119,11 +117,12 @@ def read_limit(config: NemotronHConfig, request: str | float, names: list[str]) 
         if not 0 < fraction <= 1:
             raise ValueError(f"budget={request!r}: allowed is a fraction above 0 and up to 1, or 100%")
         return Limit(fraction * num_parameters(config))
-    match = re.fullmatch(rf"(\d*\.?\d+)\s*({'|'.join(UNITS)})(?:@(\d+)([km]?))?", text, re.IGNORECASE)
-    if not match:
-        raise ValueError(f"budget={request!r}: allowed are {', '.join(map(repr, names))}{', ' * bool(names)}{FORMS}")
-    num_tokens = int(match[3] or 0) * TOKEN_UNITS[(match[4] or "").lower()]
-    return Limit(float(match[1]) * UNITS[match[2].upper()], in_bytes=True, num_tokens=num_tokens)
+    allowed = f"{', '.join(map(repr, names))}{', ' * bool(names)}{FORMS}"
+    try:
+        num_bytes, num_tokens = parse_need(text)
+    except ValueError:
+        raise ValueError(f"budget={request!r}: allowed are {allowed}") from None
+    return Limit(num_bytes, in_bytes=True, num_tokens=num_tokens)
 
 
 def predict_loss(config: NemotronHConfig, elastic: Elastic, budget: Budget) -> float | None:
@@ -296,8 +295,4 @@ def _interpolate(known: Mapping[int, float], size: int) -> float | None:
 
 
 def _human(wanted: Limit, amount: float) -> str:
-    return _bytes(amount) if wanted.in_bytes else f"{int(amount):,} parameters"
-
-
-def _bytes(amount: float) -> str:
-    return f"{amount / 2**30:.3g} GiB" if amount >= 2**29 else f"{amount / 2**20:.3g} MiB"
+    return human_bytes(amount) if wanted.in_bytes else f"{int(amount):,} parameters"

@@ -56,5 +56,5 @@ def lines(axes: Axes, rows: Sequence[dict]) -> None:
 
 
 def short(length: int) -> str:
-    """131072 -> 128k; lengths that are no multiple of 1024 as they are."""
-    return f"{length // 1024}k" if length % 1024 == 0 else f"{length:,}"
+    """131072 -> 128Ki; lengths that are no multiple of 1024 as they are."""
+    return f"{length // 1024}Ki" if length % 1024 == 0 else f"{length:,}"

@@ -40,7 +40,6 @@ from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source, sources_from
 from nemotron_h_hf.elastic.train.arguments import ElasticArguments
 from nemotron_h_hf.inputs import load_tokenizer, read_yaml
-from nemotron_h_hf.token_counts import parse_tokens
 from nemotron_h_hf.training.adapters import AdapterArguments
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments
 from nemotron_h_hf.training.data_arguments import (
@@ -51,6 +50,7 @@ from nemotron_h_hf.training.data_arguments import (
     set_chat_template,
 )
 from nemotron_h_hf.training.distillation import TeacherArguments
+from nemotron_h_hf.units import parse_tokens
 
 DEFAULT_SEED = 42  # transformers.TrainingArguments'
 # Argument classes of the commands whose configurations are read, without and with --records.

@@ -69,7 +69,7 @@ def parse(argv: Sequence[str] | None) -> ConvertArguments:
     parser.add_argument("--ep", type=int, default=1, help="expert-parallel ranks of --format torch (1)")
     parser.add_argument("--dtype", choices=("auto", "bfloat16", "float16", "float32"), help="of DST (as in SRC)")
     parser.add_argument("--config", help="preset or config.json for what a Megatron SRC does not say")
-    parser.add_argument("--max-shard-size", default="5GB", help="of the files of DST (5GB)")
+    parser.add_argument("--max-shard-size", default="5GB", help="of the files of DST, in GB (10^9) or GiB (2^30) (5GB)")
     parser.add_argument(
         "--tokenizer", metavar="DIR", help="folder whose tokenizer files are copied to a Hugging Face DST"
     )

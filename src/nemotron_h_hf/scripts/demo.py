@@ -20,7 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL, HybridCache, NemotronHConfig
 from nemotron_h_hf.cost import num_parameters
-from nemotron_h_hf.facts import human_bytes, human_count
+from nemotron_h_hf.units import human_bytes, human_count
 
 CONTEXTS = (256, 1024, 4096, 16384)
 PIECE_TOKENS = 1024

@@ -46,9 +46,10 @@ from nemotron_h_hf.data.finetuning import one_round, packed_blend, sources_and_p
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
+from nemotron_h_hf.errors import require
 from nemotron_h_hf.hub import save_tokenizer, upload_folder
 from nemotron_h_hf.targets import writing
-from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
+from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse
 from nemotron_h_hf.training.checkpoints import writing_run
 from nemotron_h_hf.training.data_arguments import DataArguments, RowArguments, set_chat_template
 from nemotron_h_hf.training.distillation import DistillationTrainer, TeacherArguments

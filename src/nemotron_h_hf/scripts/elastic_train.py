@@ -52,9 +52,10 @@ from nemotron_h_hf.elastic.train.routed import Route
 from nemotron_h_hf.elastic.train.router import RouterSettings
 from nemotron_h_hf.elastic.train.targets import parse_target, targets_of
 from nemotron_h_hf.elastic.train.trainer import ROUTER_FILE, ElasticTrainer, save_router
+from nemotron_h_hf.errors import require
 from nemotron_h_hf.hub import save_tokenizer, upload_folder
 from nemotron_h_hf.inputs import read_json
-from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
+from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse
 from nemotron_h_hf.training.checkpoints import writing_run
 from nemotron_h_hf.training.data_arguments import DataArguments, RowArguments, set_chat_template
 from nemotron_h_hf.training.fine_tuning import evaluate_every, take_push

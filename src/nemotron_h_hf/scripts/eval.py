@@ -1,8 +1,8 @@
 """What a checkpoint can do: held-out bits per byte, questions on long prompts, lm-evaluation-harness tasks.
 
-    nemotron-h eval                                              # the embedded model: bpb and needle, 1k to 4k tokens
+    nemotron-h eval                                              # the embedded model: bpb and needle, 1Ki to 4Ki tokens
     nemotron-h eval --model runs/my/checkpoint --tasks bpb --text "held_out/*.jsonl"
-    nemotron-h eval --model owner/name --tasks long --lengths 4k,32k,128k --device cuda --output runs/long
+    nemotron-h eval --model owner/name --tasks long --lengths 4Ki,32Ki,128Ki --device cuda --output runs/long
     nemotron-h eval --model owner/name --tasks mmlu_pro,gsm8k_cot --limit 100 --batch-size 8 --device cuda
     nemotron-h eval --model owner/name --tasks paper-reasoning --chat --device cuda
     nemotron-h eval --tasks my_task --include-path my_tasks      # your own task: YAML, local files
@@ -35,6 +35,7 @@ from transformers.utils.logging import disable_progress_bar
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
 from nemotron_h_hf.benchmark.report import machine, versions
 from nemotron_h_hf.data.stdlib_text import TOPICS_FILE, read_documents, split_documents
+from nemotron_h_hf.errors import require
 from nemotron_h_hf.evaluation import harness, held_out, long_context, report, texts
 from nemotron_h_hf.evaluation.answering import greedy_answers
 from nemotron_h_hf.evaluation.harness import HarnessOptions, HarnessTask
@@ -42,6 +43,7 @@ from nemotron_h_hf.evaluation.records import Records, check_folder, claim
 from nemotron_h_hf.inputs import load_tokenizer, read_device
 from nemotron_h_hf.model.loading import plain_parts
 from nemotron_h_hf.targets import writing
+from nemotron_h_hf.units import TOKENS_HELP, parse_tokens
 from nemotron_h_hf.whole_files import whole_file, write_json
 
 LONG_NAMES = tuple(task.name for task in long_context.TASKS)
@@ -124,7 +126,9 @@ def parse(argv: Sequence[str]) -> EvalArguments:
     part.add_argument("--window", type=int, default=2048, help="tokens per forward pass (2048)")
     part.add_argument("--stride", type=int, help="tokens by which the window moves (half the window)")
     part = parser.add_argument_group("long-context tasks")
-    part.add_argument("--lengths", default="1k,2k,4k", help="tokens of prompt and answer; 4k is 4096 (1k,2k,4k)")
+    part.add_argument(
+        "--lengths", default="1Ki,2Ki,4Ki", help=f"tokens of prompt and answer; {TOKENS_HELP} (1Ki,2Ki,4Ki)"
+    )
     part.add_argument("--depths", default="0,25,50,75,100", help="percent of the text before the needle (0,25,...,100)")
     part.add_argument("--haystack", nargs="+", metavar="FILES", help="text to hide things in (Python's language "
                       "reference)")  # fmt: skip
@@ -178,12 +182,10 @@ def split(value: str, option: str) -> list[str]:
 
 
 def read_length(word: str) -> int:
-    """4096 or 4k; 1k is 1024, 1m is 1024k."""
-    number, unit = (word[:-1], word[-1].lower()) if word[-1].isalpha() else (word, "")
-    units = {"": 1, "k": 2**10, "m": 2**20}
-    if unit not in units or not number.isdecimal() or int(number) < 1:
-        raise ValueError(f"--lengths has {word!r}; allowed are tokens such as 4096, 4k or 1m")
-    return int(number) * units[unit]
+    """Tokens, one or more."""
+    num_tokens = parse_tokens(word, "--lengths")
+    require(num_tokens >= 1, "--lengths", word, "1 or more")
+    return num_tokens
 
 
 def read_depth(word: str) -> float:

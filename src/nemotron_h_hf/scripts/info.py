@@ -29,13 +29,12 @@ from nemotron_h_hf.facts import (
     describe,
     describe_budgets,
     disagreements,
-    human_bytes,
-    human_count,
     load_target,
 )
 from nemotron_h_hf.headers import Contents
 from nemotron_h_hf.inputs import finite
 from nemotron_h_hf.model.loading import weight_files
+from nemotron_h_hf.units import TOKENS_HELP, human_bytes, human_count, tokens
 
 COLOURS = {"M": "\033[36m", "*": "\033[31;1m", "-": "\033[90m", "E": "\033[33m"}
 RESET = "\033[0m"
@@ -86,7 +85,9 @@ def parse(argv: Sequence[str] | None) -> InfoArguments:
         prog="nemotron-h info", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("target", nargs="?", default=EMBEDDED_MODEL, help="checkpoint folder, hub id or preset")
-    parser.add_argument("--context", type=int, default=8192, help="tokens per sequence for the memory figures (8192)")
+    parser.add_argument(
+        "--context", type=tokens, default=8192, help=f"tokens per sequence in the figures; {TOKENS_HELP} (8192)"
+    )
     parser.add_argument("--memory-gib", type=finite, default=80.0, help="device memory to fit sequences in (80)")
     parser.add_argument("--dtype", choices=tuple(BYTES_PER_ELEMENT), help="of weights and KV cache (as stored)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")

@@ -50,9 +50,10 @@ from nemotron_h_hf.data.documents import document_encoder
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.phases import Phase, check_windows, phases_from
 from nemotron_h_hf.data.sources import sources_from
+from nemotron_h_hf.errors import require
 from nemotron_h_hf.hub import save_tokenizer, upload_folder
 from nemotron_h_hf.model.saving import saving
-from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
+from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse
 from nemotron_h_hf.training.checkpoints import last_whole_checkpoint, writing_run
 from nemotron_h_hf.training.data_arguments import PretrainDataArguments
 from nemotron_h_hf.training.fine_tuning import take_push

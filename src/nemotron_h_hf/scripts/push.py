@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nemotron_h_hf.facts import human_bytes
 from nemotron_h_hf.hub import left_behind, plan_adapter_upload, plan_upload, size_of, upload
+from nemotron_h_hf.units import human_bytes
 
 
 @dataclass(frozen=True)

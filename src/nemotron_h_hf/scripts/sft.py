@@ -38,6 +38,7 @@ from nemotron_h_hf.data.finetuning import one_round, packed_blend, sources_and_p
 from nemotron_h_hf.data.packing import PackedRows
 from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
+from nemotron_h_hf.errors import require
 from nemotron_h_hf.hub import save_tokenizer, upload_folder
 from nemotron_h_hf.training.adapters import (
     AdapterArguments,
@@ -46,7 +47,7 @@ from nemotron_h_hf.training.adapters import (
     four_bit_loading,
     trained_adapters,
 )
-from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse, require
+from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse
 from nemotron_h_hf.training.checkpoints import writing_run
 from nemotron_h_hf.training.data_arguments import DataArguments, LongContextArguments, set_chat_template
 from nemotron_h_hf.training.fine_tuning import evaluate_every, take_push, tell_before, tell_held_out

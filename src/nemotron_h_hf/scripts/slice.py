@@ -2,8 +2,8 @@
 
     nemotron-h slice path/to/parent small/ --budget 6b            # a budget that the parent's config names
     nemotron-h slice owner/parent small/ --budget 50%             # the best one with at most half of the parameters
-    nemotron-h slice path/to/parent small/ --budget 7GiB@32k      # weights and the cache of 32k tokens in 7 GiB
-    nemotron-h slice path/to/parent --budget 7GiB@32k --candidates 5     # what else would fit; writes nothing
+    nemotron-h slice path/to/parent small/ --budget 7GiB@32Ki      # weights and the cache of 32,768 tokens in 7 GiB
+    nemotron-h slice path/to/parent --budget 7GiB@32Ki --candidates 5     # what else would fit; writes nothing
     nemotron-h slice path/to/parent small/ --budget '{"hidden_size": 3072, "layers": [0, 1, 2, 5]}'
 
 The parent is only read, and never built: peak memory is about its largest tensor. An interrupted cut resumes when the
@@ -23,10 +23,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from nemotron_h_hf.benchmark.memory import can_measure, status_bytes
-from nemotron_h_hf.checkpoint import parse_size
 from nemotron_h_hf.elastic.cut.cutting import SliceReport, local_folder, read_parent, slice_checkpoint
 from nemotron_h_hf.elastic.search import rank_budgets
-from nemotron_h_hf.facts import human_bytes
+from nemotron_h_hf.units import TOKENS_HELP, human_bytes, parse_bytes
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.parent,
             arguments.budget,
             arguments.output,
-            max_shard_bytes=None if arguments.max_shard_size is None else parse_size(arguments.max_shard_size),
+            max_shard_bytes=None
+            if arguments.max_shard_size is None
+            else parse_bytes(arguments.max_shard_size, "max_shard_size"),
             verify=arguments.verify,
             uniform=arguments.uniform,
             progress=progress,
@@ -78,8 +79,14 @@ def parse(argv: Sequence[str] | None) -> SliceArguments:
     parser.add_argument(
         "output", metavar="OUT", nargs="?", type=Path, help="new folder, or that of this cut interrupted"
     )
-    parser.add_argument("--budget", required=True, help="name, fraction, need such as 7GiB@32k, or sizes as JSON")
-    parser.add_argument("--max-shard-size", metavar="SIZE", help="of the files of OUT, such as 5GB (as in PARENT)")
+    parser.add_argument(
+        "--budget", required=True, help=f"name, fraction, need such as 7GiB@32Ki ({TOKENS_HELP}), or sizes as JSON"
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        metavar="SIZE",
+        help="of the files of OUT, 5GB (10^9) or 5GiB (2^30) (as in PARENT)",
+    )
     parser.add_argument(
         "--verify", action=argparse.BooleanOptionalAction,
         help="compare logits with the masked parent's, which is loaded whole in fp32 (only up to 1 GiB of it)",

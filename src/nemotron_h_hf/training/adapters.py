@@ -18,7 +18,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .arguments import nearest, require
+from ..errors import require
+from .arguments import nearest
 
 logger = logging.get_logger(__name__)
 

@@ -28,8 +28,9 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.utils import logging
 
+from ..errors import require
 from ..inputs import read_yaml
-from ..token_counts import parse_tokens
+from ..units import parse_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -89,7 +90,7 @@ class ModelArguments:
 class NemotronHTrainingArguments(TrainingArguments):
     """transformers.TrainingArguments with our defaults, lengths in tokens, and the options of NemotronHTrainer.
 
-    Numbers of tokens may be written 15T, 6.3B, 2.5M, 4K; a share of the run as 20%.
+    Numbers of tokens may be written 15T, 6.3B, 2.5M, 4K (4,000), 4Ki (4,096); a share of the run as 20%.
     """
 
     _argument_group_name = "training"
@@ -294,12 +295,6 @@ def as_mapping(value: str | Mapping | Sequence | None, name: str) -> Any:
         raise ValueError(f"{name}: got {value!r}, allowed is a mapping or list in YAML or JSON: {error}") from None
     require(isinstance(content, (dict, list)), name, value, "a mapping or list in YAML or JSON")
     return content
-
-
-def require(condition: bool, name: str, value: Any, allowed: str) -> None:
-    """`ValueError` naming field, value and what is allowed, unless the condition holds."""
-    if not condition:
-        raise ValueError(f"{name}: got {value!r}, allowed is {allowed}")
 
 
 def nearest(name: str, names: Sequence[str]) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from .arguments import as_mapping, require
+from ..errors import require
+from .arguments import as_mapping
 
 
 def _flag(default: Any, help_text: str, **more: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
-from .arguments import require
+from ..errors import require
 from .losses import DistillationLoss, LiveTeacher, TopK, distillation_loss
 from .one_copy import filled_after
 from .teacher_cache import TeacherCache, teacher_hidden_states

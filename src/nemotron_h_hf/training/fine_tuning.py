@@ -8,9 +8,10 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 
+from ..errors import require
 from ..inputs import read_json
 from ..whole_files import write_json
-from .arguments import NemotronHTrainingArguments, require
+from .arguments import NemotronHTrainingArguments
 from .checkpoints import last_whole_checkpoint
 from .data_arguments import DataArguments
 from .trainer import NemotronHTrainer

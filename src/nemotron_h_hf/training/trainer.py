@@ -32,11 +32,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, align_special_tokens
 from transformers.utils import logging
 
+from ..errors import require
 from ..inputs import read_json
-from ..token_counts import parse_tokens
+from ..units import parse_tokens
 from ..whole_files import write_json
 from . import checkpoints
-from .arguments import NemotronHTrainingArguments, require
+from .arguments import NemotronHTrainingArguments
 from .fp8 import refuse_double_conversion
 from .monitor import Monitor
 from .one_copy import let_accelerate_fill

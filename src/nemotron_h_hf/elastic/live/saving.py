@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ... import manifest
-from ...checkpoint import TensorSpec, parse_size, save
+from ...checkpoint import TensorSpec, save
 from ...cost import checkpoint_tensors
 from ...model.loading import warn_of_other_readers, weight_files
 from ...model.modeling_nemotron_h import NemotronHForCausalLM
 from ...model.saving import save_whole
 from ...model.stored import find_tensors
+from ...units import parse_bytes
 from ...whole_files import write_text
 from .ordered_linear import OrderedLinear
 from .views import find, module_path, tensor_of
@@ -77,7 +78,7 @@ def write_ordinary(
         config.save_pretrained(folder)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
-        digests = save(Path(folder), specs, tensors, parse_size(max_shard_size))
+        digests = save(Path(folder), specs, tensors, parse_bytes(max_shard_size, "max_shard_size"))
         write_manifest(folder, {name: digest.sha256 for name, digest in digests.items()})
 
     save_whole(directory, write)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...training.arguments import as_mapping, require
+from ...errors import require
+from ...training.arguments import as_mapping
 from .cost import METRICS
 
 

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...training.arguments import parse_tokens, require
+from ...errors import require
+from ...units import parse_tokens
 from .choices import Axis
 from .router import generator_of, gumbel_noise
 

@@ -1,16 +1,12 @@
 """How large the nested models shall be: shares of the parent, or numbers in the unit of the metric."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
-from ...training.arguments import require
+from ...errors import require
+from ...units import BYTES, COUNTS, SECONDS, parse
 
-UNITS = {
-    "parameters": {"": 1, "K": 10**3, "M": 10**6, "B": 10**9},
-    "memory": {"": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9},
-    "latency": {"": 1, "S": 1, "MS": 1e-3, "US": 1e-6},
-}
+UNITS = {"parameters": COUNTS, "memory": BYTES, "latency": SECONDS}
 
 
 def targets_of(budgets: Mapping[str, Any], metric: str, full: float) -> dict[str, float]:
@@ -33,11 +29,7 @@ def parse_target(value: Any, metric: str, full: float, name: str) -> float:
     """0.75, "75%", "8.9B" (parameters), "12GiB" (memory) or "30ms" (latency) -> the number in the unit of the metric."""
     allowed = {"parameters": "8.9B", "memory": "12GiB", "latency": "30ms"}[metric]
     allowed = f"a share such as 0.75 or 75%, or {allowed}; at most the parent's {full:g}"
-    match = re.fullmatch(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z%]*)", str(value).strip(), re.IGNORECASE)
-    require(match is not None and match[1].count(".") <= 1, name, value, allowed)
-    number, unit = float(match[1]), match[2].upper()
-    require(unit == "%" or unit in UNITS[metric], name, value, allowed)
-    is_share = unit == "%" or (unit == "" and number <= 1)
-    found = number * full / (100 if unit == "%" else 1) if is_share else number * UNITS[metric][unit]
-    require(0 < found <= full, name, value, allowed)
+    is_share = str(value).strip().replace(".", "", 1).isdecimal() and float(value) <= 1
+    found = float(value) * full if is_share else parse(value, name, UNITS[metric], allowed, full)
+    require(not isinstance(value, bool) and 0 < found <= full, name, value, allowed)
     return found

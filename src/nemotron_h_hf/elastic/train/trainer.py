@@ -25,12 +25,14 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
+from ...errors import require
 from ...inputs import open_tensors
 from ...model.loss import share_of_items
-from ...training.arguments import NemotronHTrainingArguments, parse_tokens, require
+from ...training.arguments import NemotronHTrainingArguments
 from ...training.distillation import DistillationTrainer
 from ...training.losses import IGNORE, DistillationLoss, LiveTeacher, TopK
 from ...training.schedule import Schedule
+from ...units import parse_tokens
 from ...whole_files import whole_file
 from ..child import Child
 from .choices import DEPTH
