@@ -1,7 +1,7 @@
 """One layer: x + mixer(norm(x)), where the mixer is Mamba-2, attention, an MLP or a mixture of experts.
 
-What a mixer needs beyond its input (cache, masks, padding, documents) is worked out once per forward in `NemotronHModel`,
-and each block gives its mixer what that kind takes.
+What a mixer needs beyond its input (cache, masks, padding, documents) is computed once per forward in `NemotronHModel`;
+each block passes on what its kind of mixer takes.
 
     b batch, l length
 """
@@ -176,7 +176,7 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **_: object,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out, for those who want its weights: query (b, heads, l, d), key, value (b, kv heads, past + l, d)."""
+    """Attention written out, for callers that want its weights: query (b, heads, l, d), key, value (b, kv heads, past + l, d)."""
     b, heads, l, d = query.shape
     query = query.reshape(b, key.shape[1], -1, d)  # (b, kv heads, heads per kv head * l, d)
     scores = (query @ key.transpose(-1, -2) * scaling).view(b, heads, l, -1)

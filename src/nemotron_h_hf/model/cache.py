@@ -1,9 +1,9 @@
 """The hybrid cache: keys and values for attention layers, convolution and state-space states for Mamba layers, nothing for the rest.
 
-Keys and values reuse transformers' layer classes. What they lack, and `MambaCacheLayer` adds, is the way back: a recurrent
-state forgets which tokens made it, so while recording is on the layer keeps the state before the last few tokens and what
-those tokens fed into the recurrence, and `crop(-n)` replays all but the last n of them. This is what assisted generation,
-prompt lookup and multi-token verification need.
+Keys and values reuse transformers' layer classes. `MambaCacheLayer` adds roll-back: a recurrent state does not know which
+tokens made it. While recording is on, the layer keeps the state before the last few tokens and what those tokens fed into
+the recurrence, and `crop(-n)` replays all but the last n of them. Assisted generation, prompt lookup and multi-token
+verification need this.
 
     cache = HybridCache(model.config)                       # grows;  max_cache_len=4096 makes it static
     model(**prompt, cache=cache)                            # or past_key_values=, as in older transformers
@@ -111,7 +111,9 @@ class MambaCacheLayer(LinearAttentionLayer):
         self.A = A
         if self.before is None:
             self.before = self._snapshot(before, fed)
-            self.recorded = {name: t.clone() for name, t in fed.items()}  # not views that keep larger tensors alive
+            self.recorded = {
+                name: t.clone() for name, t in fed.items()
+            }  # copies: views would keep larger tensors alive
         else:
             self.recorded = {name: torch.cat([kept, fed[name]], dim=1) for name, kept in self.recorded.items()}
         if (length := self.recorded["real"].shape[1]) > 2 * RECORDED_TOKENS:
@@ -198,8 +200,8 @@ class GrowingLayer(DynamicLayer):
     """Keys and values (b, kv heads, l, head_dim) that grow in place, in memory with room for a quarter more tokens:
     transformers' layer copies all of them at every token.
 
-    `keys` and `values` are views of the filled part. What replaces them (reordered rows, another device, a forward with
-    gradients) is no longer in that memory, and the next update makes new.
+    `keys` and `values` are views of the filled part. Tensors that replace them (reordered rows, another device, a forward
+    with gradients) are outside of that memory; the next update allocates new memory.
     """
 
     def __init__(self) -> None:

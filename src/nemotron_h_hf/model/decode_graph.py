@@ -1,10 +1,10 @@
-"""One token per row, replayed from a CUDA graph: what plain `generate()` calls for every token after the first few on a GPU,
-where our Triton kernels are chosen (kernels.py).
+"""One token per row, replayed from a CUDA graph: `generate()` calls it for every token after the first few on a GPU,
+if our Triton kernels are chosen (kernels.py).
 
-A step of the 8B is some five hundred launches, which Python issues more slowly than the GPU works them off. The graph is
-captured again in each call of `generate()`, after `WARM_STEPS` ordinary steps. That takes about as long as one of those, and
-nothing can be out of date: adapters, weights, hooks, implementations. The cache stays an ordinary one that grows: it gets room
-for more tokens, and the graph reads on the device how many there are. When the room is used up, there is a new graph.
+A step of the 8B is about five hundred launches, which Python issues more slowly than the GPU executes them. The graph is
+captured again in each call of `generate()`, after `WARM_STEPS` ordinary steps. A capture takes about as long as one step,
+and nothing can be outdated: adapters, weights, hooks, implementations. The cache stays an ordinary growing one: it reserves
+room for more tokens, and the graph reads their number on the device. When the room is used up, a new graph is captured.
 
     b batch, m columns of the mask
 """
@@ -28,7 +28,7 @@ NOT_CAPTURED = ("output_hidden_states", "output_attentions", "output_router_logi
 
 def can_replay(model: nn.Module) -> bool:
     """Whether steps of this model can be captured: everything on one GPU, our kernels for all that Triton does, no experts
-    (how many tokens each gets is known on the device alone), and no hook that would miss the replays."""
+    (their numbers of tokens are known only on the device), and no hook that would miss the replays."""
     config = model.config.get_text_config()
     if not attends_in_triton(model.get_input_embeddings().weight, config.head_dim, config.mamba_implementation):
         return False
@@ -50,7 +50,7 @@ def record(step: Callable[[], None]) -> Callable[[], None]:
 
 
 class DecodeGraph:
-    """Called as the model is. What a graph does not cover (prompts, padded tokens, recording, further outputs) runs as usual.
+    """Called like the model. What a graph does not cover (prompts, padded tokens, recording, further outputs) runs as usual.
 
     Args:
         forward: the model's own call.
@@ -92,7 +92,7 @@ class DecodeGraph:
 
     def _capture(self, name: str, cache: HybridCache, inputs: dict, mask: Tensor | None) -> None:
         """Make room, and record one step on the cache as it is now; the step is not computed."""
-        self.replay = None  # gives its memory back before the next takes some
+        self.replay = None  # frees its memory before the next allocates
         self.length, self.room = _make_room(cache)
         self.input_ids = inputs["input_ids"].clone()
         padded = mask is not None and not bool(mask[:, : self.length + 1].all())  # `generate` adds real tokens only

@@ -1,7 +1,7 @@
 """Children forked from a process that has computed (DataLoader workers, multiprocessing, preloading servers) on a CPU.
 
-A fork copies a process without its threads. OpenMP, which PyTorch and Numba start theirs in, waits for them in the child
-for ever, and Numba's library ends such a child. So the child computes on one thread, and without Numba.
+A fork copies a process without its threads. In the child, OpenMP (PyTorch's and Numba's) waits for them forever, and
+Numba's library ends the process. The child therefore computes on one thread, without Numba.
 """
 
 import os
@@ -14,7 +14,7 @@ _forked = False
 
 @cache
 def prepare_for_forks() -> None:
-    """From now on children that this process forks live on; to be called before threads start."""
+    """Make forked children of this process usable; call it before threads start."""
     if os.name == "posix":
         os.register_at_fork(after_in_child=_use_one_thread)
 

@@ -1,15 +1,15 @@
-"""Chooses, per call, who computes an op of a Mamba layer: our Triton kernels, those of mamba_ssm and causal_conv1d, or `ssd.py`.
+"""Chooses the implementation of each op of a Mamba layer, per call: our Triton kernels, mamba_ssm and causal_conv1d, or `ssd.py`.
 
-"auto" takes the packages' kernels where the tensor is on a GPU, the package is installed and the kernel can do what this
-call asks; where it cannot, PyTorch does it, with one warning that says why. "torch" takes no kernels; "kernels" insists on
-the packages' and "triton" on ours (triton_*.py), which need nothing but PyTorch for CUDA; both raise where they cannot.
-Ours were right and fast on an H200 (docs/results/gpu), then rewritten to be faster, and in this form have run in Triton's
-interpreter alone: until they have run on a GPU, "auto" leaves them out (`AUTO_TAKES_OURS`). On a CPU "auto" takes a whole
-token in numba_decode.py where Numba is installed. The other functions here have the signature and the result of their
-namesakes in `ssd.py`.
+"auto" takes the packages' kernels if the tensor is on a GPU, the package is installed and the kernel supports the call;
+otherwise PyTorch computes it, with one warning that says why. "torch" takes no kernels. "kernels" requires the packages'
+and "triton" ours (triton_*.py), which need nothing but PyTorch for CUDA; both raise if they cannot compute a call.
+Ours were correct and fast on an H200 (docs/results/gpu). They were then rewritten to be faster and have since run only in
+Triton's interpreter; until they have run on a GPU, "auto" does not take them (`AUTO_TAKES_OURS`). On a CPU with Numba,
+"auto" computes a whole token in numba_decode.py. The other functions here have the signature and the result of the
+functions of the same name in `ssd.py`.
 
-Only ops are replaced, never a module: the kernels that swallow `out_proj` are not used, because they read its weight
-past LoRA, quantised and FP8 layers.
+Only ops are replaced, never a module: kernels that include `out_proj` are not used, because they would bypass LoRA,
+quantised and FP8 layers.
 """
 
 import importlib.util
@@ -85,7 +85,7 @@ def causal_conv(
     if _ours(
         x, implementation, None if taps in CONV_TAPS else f"our convolution takes 2 to 4 taps, conv_kernel={taps}"
     ):
-        from .triton_conv import causal_conv as triton_causal_conv  # Triton is imported only by those who ask for it
+        from .triton_conv import causal_conv as triton_causal_conv  # Triton is imported only when it is asked for
 
         return triton_causal_conv(x, weight, bias, initial_state, seq_idx)
     obstacle = _conv_obstacle(weight)

@@ -1,9 +1,9 @@
-"""The product of a Linear, not slow for few rows on a CPU.
+"""The product of a Linear, fast for few rows on a CPU.
 
-PyTorch gives the product of one row and a matrix to one thread of MKL, and of a few rows to code that is slower still:
-both read the weights at half the speed of the memory or less. As a batch of products, one for a part of the output each,
-every thread reads its own part: 1.1 to 1.7 times as fast for 1 to 64 rows on two cores (docs/results/few_rows). Weights
-that torchao made int8 go to `int8.py` where Numba is installed.
+PyTorch multiplies one row by a matrix on one thread of MKL, and a few rows by even slower code: both read the weights
+at half the memory's speed or less. Here the product becomes a batch of products, one per part of the output, and every
+thread reads its own part: 1.1 to 1.7 times as fast for 1 to 64 rows on two cores (docs/results/few_rows). torchao's int8
+weights go to `int8.py` if Numba is installed.
 
     m rows, k input channels, n output channels, t parts
 """
@@ -23,7 +23,7 @@ from .plain import is_plain
 logger = logging.get_logger(__name__)
 
 MOST_ROWS = 64
-FEWEST_WEIGHTS = 2**18  # below this, synchronising threads takes longer than it saves
+FEWEST_WEIGHTS = 2**18  # below this, synchronising threads costs more than it saves
 
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:

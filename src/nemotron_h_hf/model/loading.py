@@ -1,7 +1,7 @@
 """Loading without surprises: files are checked before use, weights after.
 
 transformers renames `backbone.` to `model.` and merges per-expert matrices for its own classes only; the same rules are
-registered here for ours. Their key is shared with the native class in the process, which they fit as well.
+registered here for ours. The native class shares their key in this process, and they fit it as well.
 
 Tensors keep the dtype they have in the file: a checkpoint may hold A_log in fp32 and projections in bf16. Matrices stored in
 several dtypes are the exception, since a product needs one: see `stored_dtypes`.
@@ -51,7 +51,7 @@ ReadWeights = Callable[[list[str]], Mapping[str, Any] | None]
 
 @dataclass(frozen=True)
 class Loading:
-    """What `from_pretrained` was asked for: transformers does not hand it on to the place where files are read.
+    """The request of `from_pretrained`, which transformers does not pass on to where files are read.
 
     `keep_dtypes`: no dtype was given. `read_weights`: what reads the files instead of transformers, if it was given.
     """
@@ -178,8 +178,8 @@ def weight_files(folder: str | os.PathLike) -> list[str]:
 def check_files(files: Iterable[str], quantised: bool = False) -> None:
     """Refuse files that cannot be the weights of a model, before anything is read.
 
-    They are damaged, have a tensor twice, numbers that are no floating point (which are no weights, unless they are
-    `quantised`), or experts of one layer that differ in shape.
+    They are damaged, have a tensor twice, have numbers other than floating point (unless `quantised`), or have experts
+    of one layer that differ in shape.
 
     Raises:
         ValueError: naming the file or the tensors.
@@ -214,8 +214,8 @@ def check_files(files: Iterable[str], quantised: bool = False) -> None:
 
 
 def _check_code(file: str, name: str, code: str, half: dict[str, str]) -> None:
-    """`half`: the first tensor of F16 and of BF16. Both in one checkpoint load, with a warning, as no reader can tell them from
-    a damaged header: the same 16 bits are other numbers in the other one."""
+    """`half`: the first tensor of F16 and of BF16. A checkpoint with both loads with a warning, because a damaged header
+    looks the same: the same 16 bits are different numbers in the two dtypes."""
     if not re.fullmatch(r"B?F\d.*", code):
         raise ValueError(f"{file} has {name} in {code}: allowed for weights are {', '.join(DTYPES)} and 8-bit floats")
     if code in ("F16", "BF16") and code not in half:

@@ -14,7 +14,7 @@ from .ssd import under_func
 
 LOGITS_PER_CHUNK = 2**24  # 64 MiB in fp32
 CHUNKS_AT_ONCE = {"cuda": 8}  # fewer and larger: each adds its share to the gradient of lm_head, a pass over all of it
-KEPT_LOGITS = 2**26  # up to so many, all chunks are kept for the backward pass, beyond it they are made again
+KEPT_LOGITS = 2**26  # up to this size all chunks are kept for the backward pass; above it they are recomputed
 
 
 def next_token_loss(
@@ -65,10 +65,10 @@ def share_of_items(
     shift_labels: Tensor | None = None,
     ignore_index: int = -100,
 ) -> Tensor | float:
-    """What part of an accumulated batch this one is, 1 if it is all of it.
+    """The share of an accumulated batch that this one is; 1 for all of it.
 
-    A term that is a mean already (the balance loss of experts) is weighted with it; otherwise it would count once per
-    accumulation step and process, and the summed loss once.
+    It weighs terms that are means already (the balance loss of experts). Otherwise they would count once per
+    accumulation step and process, but the summed loss only once.
     """
     if num_items_in_batch is None or (labels is None and shift_labels is None):
         return 1.0

@@ -98,7 +98,7 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         """As transformers', with every tensor in the dtype it is stored in unless `dtype` is given.
 
         Args:
-            read_weights: given the checkpoint's files, may check them, and give the slices to load instead of all they hold.
+            read_weights: called with the checkpoint's files; may check them and return the slices to load instead of everything.
 
         Raises:
             ValueError: for files that are cut short, weights that do not fit the config, NaN or infinity, pickled weights.
@@ -149,7 +149,7 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         save_whole(save_directory, lambda folder: write(folder, push_to_hub=push_to_hub, **kwargs))
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, assign: bool = False):
-        """As torch's, also in the names that `save_pretrained` writes: so transformers' Trainer resumes."""
+        """As torch's, also in the names that `save_pretrained` writes, with which transformers' Trainer resumes."""
         return super().load_state_dict(module_names(state_dict, self.state_dict()), strict, assign)
 
     def named_modules(self, *args, **kwargs):
@@ -158,7 +158,7 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         return super().named_modules(*args, **kwargs)
 
     def set_mamba_implementation(self, implementation: str) -> None:
-        """Choose who computes the Mamba ops: "auto", "torch", "kernels" or "triton" (ImportError if they are not installed)."""
+        """Choose the implementation of the Mamba ops: "auto", "torch", "kernels" or "triton" (ImportError if not installed)."""
         check_implementation(implementation)
         self.config.get_text_config().mamba_implementation = implementation
 
@@ -178,7 +178,7 @@ class NemotronHPreTrainedModel(PreTrainedModel):
 class NemotronHModel(NemotronHPreTrainedModel):
     """Embeddings, the blocks, the final norm."""
 
-    # A longer input without gradients runs through the layers in parts of this many tokens, cache in hand: memory for
+    # A longer input without gradients runs through the layers in parts of this many tokens, with a cache: memory for
     # activations stops growing with the prompt. On a CPU small parts are also faster, as they reuse memory that is warm.
     tokens_per_pass = {"cpu": 1024, "cuda": 8192}
     _keys_to_ignore_on_load_unexpected = [r"^mtp\.", r"lm_head"]
@@ -222,7 +222,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
 
         Args:
             input_ids, inputs_embeds: (b, l) or (b, l, hidden); exactly one of them.
-            attention_mask: (b, past + l), 0 for padding, wherever it stands; or the masks that `create_masks_for_generate` made.
+            attention_mask: (b, past + l), 0 for padding at any place; or the masks that `create_masks_for_generate` made.
             position_ids: (b, l); the model has no position embedding, they only tell packed documents apart (by restarting).
             cache, past_key_values: a `HybridCache`, or an empty transformers cache, which is fitted to this model; two names
                 for one argument, the output has it under the one that the installed transformers uses.
@@ -347,7 +347,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
         return cache
 
     def _check_input(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        """The one of both that is given."""
+        """The one of the two that is given."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         source = input_ids if inputs_embeds is None else inputs_embeds
@@ -419,7 +419,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
         """Logits, and the next-token loss if there are labels. Arguments not listed are those of `NemotronHModel.forward`.
 
         Args:
-            labels: (b, l) token ids, -100 where there is nothing to learn; shifted here.
+            labels: (b, l) token ids, -100 for no label; shifted here.
             logits_to_keep: make logits for the last n positions only (0: all), or for the positions in this tensor.
             skip_logits: with a loss, compute that alone, without ever holding the logits of the whole batch; the output
                 then has none (`output.logits` is None). Default: `model.skip_logits`, which is False.

@@ -30,7 +30,7 @@ class NemotronHMLP(nn.Module):
 
 
 def squared_relu(x: Tensor, implementation: str = "torch") -> Tensor:
-    """relu(x)^2: one kernel of ours on a GPU where those are asked for, else with one new tensor where no gradient is needed."""
+    """relu(x)^2: our kernel on a GPU if it is asked for; otherwise with a single new tensor if no gradient is needed."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or under_func()
     if has_kernels_for(x, implementation) and x.numel() and type(x) is Tensor and not traced:
         from .triton_relu2 import squared_relu as fused  # Triton is imported only where it runs

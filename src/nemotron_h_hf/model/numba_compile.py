@@ -17,7 +17,7 @@ REORDER = {"reassoc", "contract", "nsz"}  # sums in any order, to fill vector re
 
 def compiled(signature: str) -> Callable[[Callable], Callable]:
     """`numba.njit`, at once, for all threads. The machine code is cached on disk, next to the function's file or
-    in the user's cache folder; where neither can be written to it is not."""
+    in the user's cache folder, if one of them can be written to."""
 
     def compile(function: Callable) -> Callable:
         options = {"parallel": True, "fastmath": REORDER}
@@ -34,7 +34,7 @@ def compiled(signature: str) -> Callable[[Callable], Callable]:
 
 @contextmanager
 def torch_threads_kept() -> Iterator[None]:
-    """Numba starts its threads once, in the OpenMP library that torch has loaded, and tells it how many there shall be."""
+    """Numba starts its threads once, in the OpenMP library that torch has loaded, and sets their number."""
     before = torch.get_num_threads()
     try:
         yield

@@ -1,10 +1,10 @@
 """One token per row on a CPU: everything between in_proj and out_proj in one call, compiled by Numba.
 
-PyTorch needs three dozen operations for a Mamba layer's token, each of which starts and meets its threads for a few
-microseconds of arithmetic. A group of heads needs nothing of the other groups, and here every row's group goes through
-the convolution, the step sizes, the state and the gated norm by itself, on one thread, and reads its state once.
+PyTorch needs three dozen operations for a Mamba layer's token, each of which forks and joins threads for a few
+microseconds of work. Groups of heads are independent: here one thread takes a row's group through the convolution, the
+step sizes, the state and the gated norm, and reads its state once.
 
-Importing this file compiles, for some seconds the first time (numba_compile.py).
+Importing this file compiles; the first time this takes a few seconds (numba_compile.py).
 
     b batch, h heads, p head_dim, g groups, r heads per group, n state, d channels (x, then B, then C), k taps
 """

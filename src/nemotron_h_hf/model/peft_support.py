@@ -1,9 +1,9 @@
 """LoRA on out_proj, which PEFT refuses for every model of `model_type: nemotron_h`.
 
-PEFT's reason is transformers' own class, whose fused kernel takes `out_proj.weight` and so computes past an adapter.
-Our mixer calls out_proj as a module, so an adapter on it is used. PEFT has no setting for this; its check is wrapped
-instead, for our classes and for out_proj alone: transformers' own nemotron_h is refused as before, and so is conv1d,
-whose weight our mixer reads.
+PEFT's reason is transformers' own class, whose fused kernel takes `out_proj.weight` and thereby bypasses an adapter.
+Our mixer calls out_proj as a module, so an adapter on it works. PEFT has no setting for this. Therefore its check is
+wrapped, for our classes and out_proj only: transformers' own nemotron_h is still refused, and so is conv1d, whose weight
+our mixer reads.
 
 An adapter with out_proj loads only where these classes do; `merge_and_unload()` gives a checkpoint that loads anywhere.
 """
@@ -24,7 +24,7 @@ _wrapped_in: ModuleType | None = None
 def allow_adapters_on_out_proj(model_class: type[nn.Module]) -> None:
     """Let PEFT, if it is in use, put adapters on the out_proj of `model_class`; cheap to call again.
 
-    The model calls it whenever its modules are walked, which PEFT does before its check. So PEFT need not be
+    The model calls it whenever its modules are walked, which PEFT does before its check. PEFT therefore need not be
     installed, is never imported from here, and may be imported before or after this package.
     """
     global _wrapped_in

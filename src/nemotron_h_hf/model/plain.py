@@ -1,8 +1,8 @@
 """When a layer may be computed from its weights, without calling it: it is not replaced and has no hooks.
 
 Every projection is a plain `nn.Linear` and the convolution a plain `nn.Conv1d`, because tools look for exactly these
-types find them (bitsandbytes, torchao, Model-Optimizer, torch's quantize_dynamic). What such a tool puts in their place,
-and a layer with a hook or a replaced `forward` (accelerate's offloading), is called as a module.
+types (bitsandbytes, torchao, Model-Optimizer, torch's quantize_dynamic). A layer that such a tool puts in their place, or
+one with a hook or a replaced `forward` (accelerate's offloading), is called as a module.
 """
 
 from torch import nn
@@ -25,8 +25,8 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether somebody looks at, or changes, what parts of the module compute. Accelerate's hooks, which only move tensors,
-    and those by which transformers records outputs, which act where outputs are asked for, do not count."""
+    """Whether hooks read or change what parts of the module compute. Accelerate's hooks, which only move tensors, do not
+    count, nor those by which transformers records outputs on request."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return True
     return any(_is_changed(part) for part in module.modules() if part is not module)

@@ -1,6 +1,6 @@
 """What the rows of a batch hold: padding, documents, masks. Every form of `attention_mask` becomes `Rows`, once per forward.
 
-Padding may stand anywhere (left, right, in the middle of a continued conversation). A recurrent layer must not see it, so
+Padding may be anywhere (left, right, in the middle of a continued conversation). A recurrent layer must not see it, so
 Mamba layers move the real tokens of each row to the front, run, and move the results back.
 
 Packing puts several documents in one row. They are found in `position_ids` that restart, in `seq_idx`, or in
@@ -43,7 +43,7 @@ class Padding:
 
 @dataclass
 class Rows:
-    """What the rows of l new tokens hold. `attention_mask` is what attention takes, if `is_masked` says that it was made before."""
+    """The content of rows of l new tokens. If `is_masked`, `attention_mask` is already in the form that attention takes."""
 
     length: int
     real: Tensor | None  # (b, past + l), 0 for padding; None if not given
