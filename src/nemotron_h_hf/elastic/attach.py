@@ -1,7 +1,7 @@
 """Joins elastic to the model classes: `from_pretrained(..., budget=)`, and the checks of budgets and manifests.
 
-The model's own folder has nothing of this, because it is also pushed with the weights. Importing the package attaches it;
-where a checkpoint's code runs alone, `elastic` in a configuration is a field that is kept and not read.
+This is outside of the model's folder, which is also pushed with the weights. Importing the package attaches it. Where a
+checkpoint's code runs alone, the field `elastic` of a configuration is kept and not read.
 """
 
 import os
@@ -21,7 +21,7 @@ plain_from_pretrained = NemotronHPreTrainedModel.from_pretrained.__func__
 
 
 def attach() -> None:
-    """Teach the configuration about budgets, the models to load one, and a save that it ends an older manifest."""
+    """Add budgets to the configuration and loading to the models; a save removes an older manifest."""
     NemotronHConfig.elastic, NemotronHConfig.fields_of_others = None, ("elastic",)
     NemotronHConfig.validate = validate
     NemotronHPreTrainedModel.from_pretrained = classmethod(from_pretrained)

@@ -1,6 +1,6 @@
 """Budgets: the smaller models nested in a parent, as its configuration names them, and the plain configuration of each.
 
-`config.elastic` is JSON that readers who do not know it ignore; they load the parent:
+`config.elastic` is JSON. Readers that do not know it load the parent:
 
     {"version": 1,
      "budgets": {"12b": {"trained": true, "loss": 1.71},                     nothing named: the parent itself

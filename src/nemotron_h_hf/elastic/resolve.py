@@ -1,4 +1,4 @@
-"""From what somebody asks for to a child of a parent.
+"""From a request for a size to a child of a parent.
 
     resolve(config, "6b")          a name in config.elastic
     resolve(config, 0.5)           at most half of the parent's parameters; also "0.5" and "50%"

@@ -1,9 +1,9 @@
 """The children of a parent that fit a fraction of its parameters, or so many bytes, the best first.
 
-Searched are the named budgets and all combinations of `elastic.choices`, with the least important layers of
-`elastic.layer_order` left out. What fits is ranked by loss: the measured one of a named budget, else a prediction,
-the parent's loss plus what each single change cost on the calibration text. That sum ignores how changes act together, and
-a combination that was never trained can be far worse than it says; every candidate tells whether it was trained.
+The search covers the named budgets and all combinations of `elastic.choices`, without the least important layers of
+`elastic.layer_order`. Fitting candidates are ranked by loss: the measured one of a named budget, otherwise a prediction,
+the parent's loss plus the cost of each single change on the calibration text. That sum ignores interactions, and a
+combination that was never trained can be far worse; every candidate says whether it was trained.
 """
 
 import copy

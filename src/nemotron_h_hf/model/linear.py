@@ -23,7 +23,7 @@ from .plain import is_plain
 logger = logging.get_logger(__name__)
 
 MOST_ROWS = 64
-FEWEST_WEIGHTS = 2**18  # below this, synchronising threads costs more than it saves
+FEWEST_WEIGHTS = 2**18  # below this, synchronising threads takes longer than it saves
 
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:

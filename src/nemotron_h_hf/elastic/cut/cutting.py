@@ -3,7 +3,7 @@
     report = slice_checkpoint("path/to/parent", "6b", "path/to/small")
 
 The parent is never built: each tensor of the small model is read from its rows in the parent's files, cut, written, and
-forgotten. Finished files are noted in a journal, so a killed run can resume; config.json comes last, so a folder that
+freed. Finished files are noted in a journal, so a killed run can resume; config.json comes last, so a folder that
 has one is whole. Next to the weights are the tokenizer's files, the generation config, and the manifest (manifest.py).
 
 The residual is the largest difference between the logits of the small model, loaded from what was written, and those of the

@@ -1,10 +1,10 @@
-"""Taking over what one nested model has read: its cache in the shape of another nested model of the same parent.
+"""Converts the cache of one nested model to the shape of another nested model of the same parent.
 
-States are cut where the other model has fewer heads or channels, and begin at zero where it has more, or a Mamba layer
-more. Attention has no such empty state, so a model with more attention layers or key/value heads cannot take over a cache.
+States are cut where the other model has fewer heads or channels, and start at zero where it has more, or has one more
+Mamba layer. Attention has no empty state, so a model with more attention layers or key/value heads cannot take over a cache.
 
-This is an approximation: the layers below computed something else. `Carried` says how far the next token is from
-an exact second reading; the published figure is 0.9 to 0.96 cosine and a small loss in accuracy (arXiv 2605.07182).
+This is an approximation: the layers below computed something else. `Carried` compares the next token's logits with
+those after reading all tokens again; the published figure is 0.9 to 0.96 cosine and a small loss in accuracy (arXiv 2605.07182).
 
     b batch, h heads, p head_dim, n state, k conv taps
 """

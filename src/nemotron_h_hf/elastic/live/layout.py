@@ -1,9 +1,9 @@
 """The order in which an elastic parent keeps its weights in memory: each budget's part of them is a prefix.
 
-Files keep the heads of a Mamba layer group by group, and query heads by their key/value head: "the first heads of every
-group" are then rows here and there. In memory the first head of every group comes first, then the second of every group:
-any number of heads per group is a prefix. Where budgets cut the channels of heads too, the rows of the smallest budget come
-first, then what the next one adds, as long as each holds the one before; a budget outside that chain gets copies.
+Files keep the heads of a Mamba layer group by group, and query heads by their key/value head: the first heads of every
+group are then scattered rows. In memory the first head of every group comes first, then the second of every group, and
+any number of heads per group is a prefix. Where budgets also cut the channels of heads, the rows of the smallest budget
+come first, then those that the next one adds, as long as each contains the one before. A budget outside that chain gets copies.
 
     in_proj    dt of all heads | B, C | gate and x, by (first budget that has them, head in its group, gate or x, group, channel)
     out_proj   columns likewise

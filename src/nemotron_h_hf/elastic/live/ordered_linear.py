@@ -1,7 +1,7 @@
 """A Linear whose weight is reordered, while its input and output are in the ordinary order.
 
 The weight of a smaller model is then a prefix of it. Checkpoints do not see the order: `state_dict` and `load_state_dict`
-speak of the ordinary weight. Adapters do not see it either, as they wrap the module.
+use the ordinary weight. Adapters do not see it either, because they wrap the module.
 """
 
 import math

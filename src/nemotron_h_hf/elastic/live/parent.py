@@ -5,19 +5,19 @@
     parent.generate(**prompt, assistant_model=small)
     parent.generate(**prompt, budget="6b")                                     # generating.py
 
-The parent keeps some weights in another order (layout.py), made when it is loaded and undone when it is saved:
+The parent keeps some weights in another order (layout.py), established on loading and undone on saving:
 `save_pretrained` and `state_dict` give the ordinary tensors. It computes the same function, with the same modules, cache and
 kernels, and adapters made for the ordinary model fit it.
 
 A submodel shares every matrix and most vectors. What the Mamba layers read in the ordinary order (convolution, gated norm,
 A_log, D, dt_bias) is copied, well under 1 % of the weights.
 
-Speed is that of a separate model in fp32, within 15 % by the clock; in bfloat16 on a CPU a token took 1.1 to 1.8 times as long, as the
-kernels there want whole rows (docs/results/elastic_sharing).
+In fp32 a submodel is as fast as a separate model, within 15 % of wall-clock time. In bfloat16 on a CPU a token took 1.1 to
+1.8 times as long, because the kernels there read whole rows (docs/results/elastic_sharing).
 
-- The parent moves (`to`, `half`, `cuda`): its submodels follow; while they live, old and new weights are there together.
-- The parent's weights are replaced some other way, or a submodel is moved: the submodel's next forward raises.
-- The parent trains: its submodels see each step; copies are made again before the next forward.
+- When the parent moves (`to`, `half`, `cuda`), its submodels follow; meanwhile old and new weights are both in memory.
+- When the parent's weights are replaced in another way, or a submodel is moved, the submodel's next forward raises.
+- When the parent trains, its submodels see each step; copies are refreshed before the next forward.
 - A submodel is not trained: its weights belong to the parent. Train the parent under masks (masks.py).
 """
 
@@ -92,7 +92,7 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
         return parent.train(model.training)
 
     def submodel(self, budget: Request) -> "NemotronHElasticForCausalLM":
-        """The complete model of a budget, without gradients; the same object as long as somebody holds it.
+        """The complete model of a budget, without gradients; the same object as long as it is referenced.
 
         Args:
             budget: a name, a fraction, a need or sizes, as for `resolve`.

@@ -1,4 +1,4 @@
-"""From the live layout back to an ordinary checkpoint, a tensor at a time; and which models can be laid out at all."""
+"""From the live layout back to an ordinary checkpoint, a tensor at a time; and which models have a live layout."""
 
 import copy
 import os

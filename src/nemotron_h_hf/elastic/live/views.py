@@ -1,7 +1,7 @@
-"""The tensors of a submodel: views into its parent's where what it keeps is a prefix there, else copies.
+"""The tensors of a submodel: views of its parent's if the kept part is a prefix there, otherwise copies.
 
 A view starts where the parent's tensor starts, and is the parent's as long as both have one address. Copies
-remember the version of what they were made from, and are made again when a training step has changed it.
+remember the version of their source, and are made again when a training step has changed it.
 """
 
 import re

@@ -1,9 +1,9 @@
 """Sizes and budgets for a parent when none are given: eighths of its widths, and models of 3/4 and 1/2 of its parameters.
 
-Widths are rounded to what hardware likes (multiples of 64 in models of full size) and to what the groups need. A default
+Widths are rounded to sizes that suit hardware (multiples of 64 in full-size models) and to the needs of the groups. A default
 budget takes the same share of every width, all layers, all heads of attention and all routed experts: at equal size, narrower
 models lose less than shallower ones (Nemotron Elastic, Minitron-SSM), and attention is too small to be worth cutting.
-Key/value heads are few and are no default choice.
+Key/value heads are few; by default they are not cut.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def default_budgets(config: NemotronHConfig, shares: Sequence[float] = (0.75, 0.
 
 
 def scaled(config: NemotronHConfig, field: str, whole: int, share: float) -> int:
-    """`share` of a size, rounded to the nearest that is allowed and never to none."""
+    """`share` of a size, rounded to the nearest allowed one, never to 0."""
     step = num_groups(config, field) if field in COUNTED else _step(whole)
     least = step
     if field == "n_routed_experts":

@@ -3,9 +3,8 @@
     elasticize(model, rows, held_out)                                   # default budgets: 3/4 and 1/2 of the parameters
     elasticize(model, rows, held_out, budgets={"6b": {"hidden_size": 3072, "mamba_num_heads": 96, "depth": 46}})
 
-The model computes the same function after as before. What was measured is kept in the folder `work` and is not measured again
-when the same call is repeated after an interruption, on the model loaded again: width scores every few batches, depth after
-every removal, losses after each.
+The function of the model does not change. Measurements are kept in the folder `work`: width scores every few batches, depth
+after every removal, losses one by one. After an interruption the same call, on the model loaded again, does not repeat them.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from .permuting import permute_model
 
 @dataclass(frozen=True)
 class Parent:
-    """What became of a model: scores, the order that its weights are in now, the removals, and `config.elastic`."""
+    """The result: scores, the order that its weights are in now, the removals, and `config.elastic`."""
 
     importance: Importance
     order: Kept

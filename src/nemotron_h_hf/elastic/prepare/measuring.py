@@ -1,6 +1,6 @@
-"""What is measured of a model that becomes a parent: width scores, depth scores, losses; each is kept and not repeated.
+"""Measures a model that becomes a parent: width scores, depth scores, losses; each is kept and not repeated.
 
-A record is known by a fingerprint of model and text, and one of another model is refused.
+A record has a fingerprint of model and text; a record of another model is refused.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Row = Mapping[str, Tensor]
 
 
 def fingerprint(model: NemotronHForCausalLM, rows: Sequence[Row]) -> str:
-    """Tells a model and a text apart from others: the configuration, all norms (they change with any training), the tokens."""
+    """A fingerprint of a model and a text: the configuration, all norms (they change with any training), the tokens."""
     digest = hashlib.sha256(json.dumps(model.config.to_dict(), sort_keys=True, default=str).encode())
     for norm in (*(block.norm for block in model.model.layers), model.model.norm_f):
         digest.update(norm.weight.detach().double().cpu().numpy().tobytes())

@@ -48,7 +48,7 @@ def permute_checkpoint(
 ) -> dict[str, Digest]:
     """Write the weights of the checkpoint `source` to the folder `output` in the order of `order`, in their own dtypes.
 
-    `progress` hears of the bytes of each tensor.
+    `progress` is called with the bytes of each tensor.
 
     Raises:
         ValueError: naming the tensor, if the files are not those of `config`, or if `output` has weights already.

@@ -1,7 +1,7 @@
 """A model whose layers are read from its checkpoint each time they run: one of them is in memory at a time.
 
-For measuring a model that is larger than the memory. Embeddings, norms and head stay; the mixer of a layer is read before
-it runs and let go after it, one that is bypassed is not read. A forward reads the file once, so larger batches read less.
+It measures a model larger than memory. Embeddings, norms and head stay; the mixer of a layer is read before it runs and
+freed after it. A bypassed one is not read. A forward reads the file once, so larger batches read less.
 """
 
 from __future__ import annotations
