@@ -1,7 +1,7 @@
 """The configuration of a Megatron checkpoint: from its arguments, its names and shapes, and what the user adds.
 
-Three witnesses are heard: the training arguments, the tensors themselves (how many layers, of which kinds and sizes),
-and `--config`. A field is taken from whoever knows it; where two know it and differ, that is an error that names both.
+There are three sources: the training arguments, the tensors themselves (how many layers, of which kinds and sizes), and
+`--config`. A field is taken from any source that has it; if two have it and differ, that is an error that names both.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 A whole tensor is cut for T ranks along one axis, part by part: each of the consecutive parts on it (z,
 x, B, C, dt of a Mamba in_proj) is cut in T, and rank t holds its piece of every part. A plain concatenation of the
-ranks' tensors therefore has the right shape and the wrong content wherever there is more than one part.
+ranks' tensors therefore has the right shape but the wrong content if there is more than one part.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Reads distributed checkpoints: `.metadata` says which bytes of which `.distcp` file hold which box of which tensor.
 
-Keys are global, so parallelism does not show. What is left to do is to join the parts of the Mamba tensors, which are
-their own keys (`in_proj.weight.z`), and to take the experts out of their stack `[E, out, in]`.
+Keys are global, so parallelism is not visible. Only the parts of the Mamba tensors are joined, which have their own keys
+(`in_proj.weight.z`), and the experts are taken out of their stack `[E, out, in]`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 A pickle is a program that may call any function it can name. Here a name gives one of three things: a plain value type
 (`OrderedDict`, `torch.bfloat16`, a size), a function of ours that only notes what a tensor would be, or `StandIn`, a
-class that swallows its arguments. Nothing named by the file is imported, so nothing named by the file can run.
+class that ignores its arguments. Nothing that the file names is imported, so nothing that it names can run.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Writes the older Megatron format: one torch.save file per (tensor, pipeline, expert) rank, stage by stage.
 
-All files of a pipeline stage are open together, so each tensor is read once, cut for the ranks, and forgotten. Layers
+All files of a pipeline stage are open together, so each tensor is read once, cut for the ranks, and freed. Layers
 are numbered from 0 in each stage, experts in each expert rank; expert matrices are cut over the same tensor ranks as
 the rest. The last stage has the embedding too with multi-token prediction, and as its output layer if they are tied.
 """

@@ -1,7 +1,7 @@
 """Writes a planned conversion as a distributed Megatron checkpoint, which Megatron loads under any parallelism.
 
 A `.distcp` file is torch.save zips one after another, one per chunk; `.metadata`, written last, says where each is.
-Besides the weights Megatron insists on an (empty) extra state per Transformer Engine module.
+Besides the weights Megatron requires an (empty) extra state per Transformer Engine module.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Caches at the length where decoding is timed: one row is prefilled, all rows of the batch are copies of it.
 
-What a step takes does not depend on what is in the cache, and one row of a long prompt takes seconds where a batch would
-take minutes. Keys and values of growing caches are in memory allocated once (`RoomyLayer`), for all models: transformers' own
+The time of a step does not depend on the content of the cache, and one row of a long prompt takes seconds where a batch
+would take minutes. Keys and values of growing caches are in memory allocated once (`RoomyLayer`), for all models: transformers' own
 growing layer copies everything it holds at every token, which would be most of what is timed, and ours keeps spare room,
 which would lower the largest batch (`RoomyGrowingLayer` keeps none).
 """

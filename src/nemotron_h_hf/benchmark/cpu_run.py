@@ -1,6 +1,6 @@
 """What `nemotron-h bench cpu` measures: the parts, their sizes, and their order.
 
-Lengths are in tokens. All sides take turns, and nothing is timed before the gate is passed.
+Lengths are in tokens. The sides are measured alternately, and nothing is timed before the gate is passed.
 """
 
 import os

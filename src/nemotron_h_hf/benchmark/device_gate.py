@@ -1,6 +1,6 @@
 """The gate of a GPU benchmark: what is timed there must compute what transformers' own model computes from the same weights.
 
-Twice: a shallow slice in fp32, gradients included, where a mistake cannot hide in rounding; and the model that is timed,
+It is checked twice: on a few layers in fp32, gradients included, where rounding cannot hide a mistake; and on the model that is timed,
 in the dtype that it is timed in, prefilled, continued step by step, and continued by replayed or compiled steps.
 """
 

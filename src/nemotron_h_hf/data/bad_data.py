@@ -1,4 +1,4 @@
-"""Records that cannot be used: each is reported with its place, counted by kind and left out, or stops the run."""
+"""Records that cannot be used: each is reported with its place, counted by kind and skipped, or stops the run."""
 
 import logging
 from collections import Counter

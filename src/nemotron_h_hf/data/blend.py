@@ -2,12 +2,12 @@
 
 Which source is next is decided as in fair queueing (WF2Q, Bennett and Zhang 1996). With T tokens handed out in a phase, a
 source of weight w and c tokens so far is owed w*T - c. Of the sources that are not ahead of their share, the one whose
-next document would be due first, at (c + its length) / w, comes next. So at every moment of a phase each source is within one
-(longest) document of its share; taking the one owed most would drift further than that.
+next document is due first, at (c + its length) / w, comes next. At every moment of a phase each source is therefore within
+one (longest) document of its share; always taking the source owed most would drift further.
 
-Phases end by the tokens of documents, or, where packing tells what it adds to them (`packed`), by the tokens of rows.
+Phases end by the tokens of documents or, if packing reports its padding (`packed`), by the tokens of rows.
 
-The state is small and JSON-able: token counts, and for each source where its next document stands.
+The state is small and JSON-able: token counts, and the place of each source's next document.
 """
 
 import logging

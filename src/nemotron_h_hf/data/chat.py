@@ -8,9 +8,9 @@ with something else in the assistant's place, and where a turn is more than word
 conversation up to each turn, which must give the beginning of the whole text. Token ids are those of
 `tokenizer.apply_chat_template(messages)`, cut where a prompt ends.
 
-The model must also learn to stop. What ends a turn is found by rendering a probe: the first added token after the
-assistant's words. Some templates write none (Nemotron-H's own ends a turn with a line break); then the token that opens the
-next turn is what a model ends its turn with, it counts for the loss, and one is put after the last turn.
+The model must also learn to stop. Rendering a probe finds the end of a turn: the first added token after the assistant's
+words. Some templates write none (Nemotron-H's own ends a turn with a line break). Then the token that opens the next turn
+ends the turn: it counts for the loss, and one is added after the last turn.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""What packing takes: documents in the forms they come in, from something that knows where it stands."""
+"""The documents that packing takes: their forms, and iterators that know their position."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -31,7 +31,7 @@ def resumable(documents: Resumable | Iterable[Any]) -> Resumable:
 def document_encoder(tokenizer: Any) -> Callable[[str | list[int]], list[int]]:
     """Text -> beginning of document (eos where the tokenizer has no bos), its tokens, eos; token ids stay as they are.
 
-    The encoder raises ValueError for what is neither, and for ids that the tokenizer does not have.
+    The encoder raises ValueError for anything else, and for ids that the tokenizer does not have.
     """
     end, size = tokenizer.eos_token_id, len(tokenizer)
     begin = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id

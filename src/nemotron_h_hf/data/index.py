@@ -1,7 +1,7 @@
 """Where every record of a local source is, to read them in any order.
 
-Kept for a line is its offset, for a parquet file nothing but its rows' number: a hundred million lines take 800 MB. A gzip
-file cannot be entered in its middle and a large parquet file only by whole row groups: such sources have no index.
+The index has the offset of each line, and of a parquet file only the number of rows: a hundred million lines take 800 MB.
+A gzip file cannot be read from its middle, and a large parquet file only by whole row groups: such sources have no index.
 """
 
 import os

@@ -7,7 +7,7 @@
 Splitting (pretraining) fills every row and lets a document continue in the next. Whole documents (fine-tuning) are placed
 by best fit decreasing among the documents of a window, and what stays free is padding, its own document at the end.
 
-Split rows follow one another through a long document, so a small batch holds little else; `shuffle_rows` deals them out of
+A long document fills consecutive rows, and a small batch may hold nothing else. `shuffle_rows` deals rows out in random
 order, a window of rows at a time.
 
     l sequence_length

@@ -1,4 +1,4 @@
-"""Phases of a training run: which weights hold from which token to which, and token counts as people write them.
+"""Phases of a training run: the weights of the sources, and the tokens from which to which they hold.
 
     phases:
       - {until: 60%, weights: {web: 0.6, code: 0.4}}

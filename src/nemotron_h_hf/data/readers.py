@@ -1,8 +1,8 @@
 """Reading records out of files: whole texts, lines, JSON lines, parquet, and shards of a `datasets` dataset.
 
-Each reader yields `(record, position)`: the position is small, JSON-able, and leads to the record after it when it is
-handed back as `start`. What cannot be used goes to the source's `BadData` with file and line. An error of the
-file system is no bad data and is raised.
+Each reader yields `(record, position)`. The position is small and JSON-able; given as `start`, it leads to the next
+record. Unusable records go to the source's `BadData` with file and line. An error of the file system is not bad data and
+is raised.
 """
 
 import codecs

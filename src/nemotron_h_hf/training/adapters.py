@@ -1,7 +1,7 @@
-"""Low-rank adapters (LoRA) on a Nemotron-H model, and its base in 4 bits (QLoRA): which modules, and what to warn of.
+"""Low-rank adapters (LoRA) on a Nemotron-H model, and its base in 4 bits (QLoRA): which modules, and the warnings.
 
-Targets may be a preset or names of modules. In a hybrid the choice matters more than elsewhere: adapters on attention
-alone, the usual default, reach 4 of the 52 layers of the 8B.
+Targets may be a preset or names of modules. In a hybrid the choice matters more than elsewhere: adapters on
+attention only, the usual default, reach 4 of the 52 layers of the 8B.
 
     all         in_proj, out_proj (Mamba), q/k/v/o_proj (attention), up/down_proj (MLP and shared experts), latent projections
     mamba, attention, mlp           one of the three kinds
@@ -67,7 +67,7 @@ class AdapterArguments:
 
 
 def add_adapters(model: PreTrainedModel, rank: int, alpha: float, dropout: float, targets: str) -> nn.Module:
-    """The model with LoRA adapters, which alone are trained (a PeftModel).
+    """The model with LoRA adapters (a PeftModel); only the adapters are trained.
 
     Args:
         targets: a preset, or names of modules separated by commas.

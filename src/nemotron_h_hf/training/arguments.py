@@ -1,4 +1,4 @@
-"""Flags and YAML of the training scripts: dataclasses, and `parse`, which fills them and says what is wrong where.
+"""Flags and YAML of the training scripts: dataclasses, and `parse`, which fills them, with errors that name the flag or key.
 
 A script has a few dataclasses (a field that takes nested values is typed `dict | str | None`, and its class calls
 `as_mapping` on it); together they are one flat set of names. Every name is a flag (`--learning_rate`, or

@@ -1,9 +1,9 @@
 """Which checkpoint folders are whole: a marker, written last and flushed to the disk, lists their files, sizes and checksums.
 
-transformers writes a dozen files into `checkpoint-N/` one after the other. First of all comes the file UNFINISHED, last of
-all the marker, and only then UNFINISHED goes. A folder that still has it and no marker is what a crash or a full disk
-left; it is never resumed from, and removed. A folder with the marker that lost a file afterwards is damage that somebody
-should know about: that is an error, and the run does not step back. A folder with neither is somebody else's and left alone.
+transformers writes a dozen files into `checkpoint-N/` one after the other. The file UNFINISHED is written first, the marker
+last, and then UNFINISHED is removed. A folder with UNFINISHED and no marker was left by a crash or a full disk: it is never
+resumed from, and is removed. A folder with the marker that lost a file later is damaged: this is an error, and the run does
+not fall back to an earlier checkpoint. A folder with neither is not ours and is left alone.
 """
 
 import json
@@ -33,7 +33,7 @@ SPARE_BYTES = 64 * 2**20  # for the small files next to weights and optimizer
 def writing_run(args: TrainingArguments, *sources: str | os.PathLike | None) -> AbstractContextManager:
     """Keep other runs out of `args.output_dir`, which may not be a source, hold one or be inside one (targets.py).
 
-    One process of a launch does so for all; the launcher ends the others when it is refused.
+    One process of a launch does this for all; if it is refused, the launcher ends the others.
     """
     return writing(args.output_dir, *sources) if args.process_index == 0 else nullcontext()
 
@@ -113,7 +113,7 @@ def _checksum(path: Path) -> str:
 
 
 def begin(folder: str | os.PathLike) -> None:
-    """Make the folder of a checkpoint that is to be written; it has its mark from the first moment on.
+    """Make the folder of a checkpoint that is to be written; the file UNFINISHED is there from the start.
 
     Raises:
         FileExistsError: if there is one already that is not empty.

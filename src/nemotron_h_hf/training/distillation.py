@@ -1,6 +1,6 @@
 """Distillation: its flags, and a trainer whose loss is the teacher's distribution, live from a model or from a cache on disk.
 
-The teacher is no part of the trained model: it is never saved, has no gradient and stays in eval mode. Under FSDP2 it is
+The teacher is not part of the trained model: it is never saved, has no gradient and stays in eval mode. Under FSDP2 it is
 sharded too (`shard_teacher`), on the processes of the student. The student's loss is computed inside its own forward,
 through `loss_from_hidden`, because only there a sharded lm_head has its weight.
 """
@@ -141,7 +141,7 @@ class DistillationTrainer(NemotronHTrainer):
 
 
 def check_teacher(teacher: PreTrainedModel | TeacherCache, student: nn.Module, temperature: float) -> None:
-    """`ValueError` unless teacher and student speak of the same tokens, and a cache of the same temperature."""
+    """`ValueError` unless teacher and student have the same tokens, and a cache the same temperature."""
     vocab_size = student.config.vocab_size
     if isinstance(teacher, TeacherCache):
         teacher.check(vocab_size=vocab_size, temperature=temperature)

@@ -1,4 +1,4 @@
-"""What the training commands do alike around a run: held-out loss, and where the result goes."""
+"""The common parts of the training commands: held-out loss, and the upload of the result."""
 
 from __future__ import annotations
 

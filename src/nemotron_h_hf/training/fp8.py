@@ -18,8 +18,8 @@ in high precision: their weights are one tensor per layer, no Linear. The same h
 attention's softmax, norms and the multi-token prediction layers.
 
 Convert before the optimizer, the Trainer, adapters, FSDP2 or torch.compile see the model, and leave mixed precision at bf16:
-Accelerate's "fp8" would convert once more with a filter that knows none of this. Parameters stay the same objects in
-high precision, so state dicts, checkpoints and optimizers notice nothing; FSDP2 gathers weights in high precision.
+Accelerate's "fp8" would convert once more with another filter. Parameters stay the same objects in high
+precision: state dicts, checkpoints and optimizers do not change, and FSDP2 gathers weights in high precision.
 Without torch.compile expect no gain in speed on a GPU.
 
 Transformer Engine's current scaling cannot be reached through Accelerate (1.15 read): it builds DelayedScaling, or

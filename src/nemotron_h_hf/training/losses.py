@@ -10,8 +10,8 @@ Where only the teacher's k largest logits are kept, S their tokens, all other to
     r = 1 - sum over S of p_i,    s = 1 - sum over S of q_i
     T^2 * (sum over S of p_i * (log p_i - log q_i) + r * (log r - log s))
 
-That is the KL of the same two distributions seen through coarser glasses: never more than the full one, zero when the
-student agrees, and it still pulls down what the student puts outside S. (Renormalising p over S would not.)
+That is the KL of the two distributions after merging outcomes: never more than the full one, zero when the student
+agrees, and it still lowers the probability that the student puts outside S. (Renormalising p over S would not.)
 
     b batch, l length, n positions (b * l), v vocabulary, k kept tokens
 """

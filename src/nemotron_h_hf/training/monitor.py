@@ -1,8 +1,8 @@
 """What a run reports: a progress bar, metrics.jsonl, and the figures in both (tokens/s, MFU, memory).
 
-MFU (model FLOPs utilisation) is the arithmetic of the model in the tokens seen per second, over the rate at which this
-machine multiplies large matrices in the same precision. That rate is measured when training begins and said aloud: it is
-what the device gives, not what its data sheet promises.
+MFU (model FLOPs utilisation) is the model's operations per second, divided by the rate at which this machine multiplies
+large matrices in the same precision. That rate is measured and printed when training begins; it is not the one on the
+device's data sheet.
 """
 
 import json

@@ -1,8 +1,8 @@
 """One copy of the weights in host memory: the first process holds them until they are sharded, the others hold none.
 
-Asked for by `fsdp_cpu_ram_efficient_loading: true` in Accelerate's file. transformers (5.23) reads every file in every
-process all the same, and Accelerate (1.15) sends parameters alone, no buffers, and those only to processes that have
-memory for them. So here:
+`fsdp_cpu_ram_efficient_loading: true` in Accelerate's file asks for it. transformers (5.23) still reads every file in
+every process, and Accelerate (1.15) sends only parameters, no buffers, and only to processes that have memory for them.
+Therefore here:
 
     load      the first process as always; the others build the model on the meta device, of dtypes and shapes alone
     shard     on the meta device, in every process; the first one's tensors wait in a state dict

@@ -1,7 +1,7 @@
 """The optimizers: AdamW with two groups, or torch's Muon for the matrices inside the layers and AdamW for the rest.
 
 Weight decay acts on matrices: linear layers, experts, the router, and, as in Megatron, embeddings and lm_head. It does
-not act on what has one dimension (norms, biases, A_log, D, dt_bias) nor on convolutions, whose few taps set a scale.
+not act on vectors (norms, biases, A_log, D, dt_bias) or convolutions, whose few taps set a scale.
 """
 
 from collections.abc import Iterable
@@ -71,7 +71,7 @@ def inner_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Two optimizers that look like one: their groups in one list, their states in one dictionary."""
+    """Two optimizers behind the interface of one: groups in one list, states in one dictionary."""
 
     def __init__(self, muon: torch.optim.Muon, adamw: torch.optim.AdamW):
         self.parts = (muon, adamw)

@@ -44,7 +44,7 @@ class Schedule:
             raise ValueError(f"shape: got {self.shape!r}, allowed are {', '.join(SHAPES)}")
 
     def factor(self, tokens: int) -> float:
-        """What the peak is multiplied with in the step that ends after `tokens` tokens."""
+        """Factor on the peak learning rate for the step ending at `tokens` tokens."""
         if tokens < self.warmup_tokens:
             return tokens / self.warmup_tokens
         remaining = self.total_tokens - tokens
@@ -56,7 +56,7 @@ class Schedule:
 
 
 def as_published(total_tokens: int) -> Schedule:
-    """The 8B model's schedule (warm-up of 8.3B of 15T tokens, decay over the last 3.6T, down to 1/100) at another length."""
+    """The 8B model's schedule (warm-up of 8.3B of 15T tokens, decay over the last 3.6T, down to 1/100) for another length."""
     return Schedule(total_tokens, round(total_tokens * 8.3e9 / 15e12), round(total_tokens * 3.6 / 15), min_ratio=0.01)
 
 

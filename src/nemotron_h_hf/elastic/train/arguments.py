@@ -1,4 +1,4 @@
-"""The flags of elastic training: what is nested in the parent, how the router finds it, and who teaches."""
+"""The flags of elastic training: what is nested in the parent, how the router finds it, and the teacher."""
 
 from __future__ import annotations
 

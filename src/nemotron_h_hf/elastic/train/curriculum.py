@@ -89,7 +89,7 @@ def draw(
 
 
 def shorter(batch: Mapping[str, Tensor], sequence_length: int) -> dict[str, Tensor]:
-    """Rows (b, l) cut into (b * l / sequence_length, sequence_length); what predicts across a cut is not learned."""
+    """Rows (b, l) cut into (b * l / sequence_length, sequence_length); predictions across a cut are not trained."""
     cut = {name: rows.reshape(-1, sequence_length) for name, rows in batch.items()}
     if "labels" in cut:
         cut["labels"] = cut["labels"].clone()

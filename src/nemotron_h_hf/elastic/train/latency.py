@@ -5,8 +5,8 @@
      "batch_size": 1, "sequence_length": 2048, "device": "cpu", "dtype": "float32", "repeats": 5}
 
 A time is that of a forward pass without gradients and without a cache over batch_size x sequence_length tokens, the best of
-several. `outside` is embeddings, final norm and lm_head. A model's time is the sum over its parts, so what runs next to
-each other on a device is counted twice: good for comparing sizes, not for promising a speed.
+several. `outside` is embeddings, final norm and lm_head. A model's time is the sum over its parts. Work that overlaps on a
+device is counted twice: compare sizes with it, do not predict a speed.
 """
 
 import itertools
@@ -93,7 +93,7 @@ def one_layer(parent: NemotronHConfig, sizes: dict[str, int], kind: str) -> Nemo
 
 
 class Outside(nn.Module):
-    """What a model has outside of its layers, from hidden states to logits; looking up embeddings is next to nothing."""
+    """What a model has outside of its layers, from hidden states to logits; looking up embeddings takes almost no time."""
 
     def __init__(self, config: NemotronHConfig) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """A model whose forward runs with the masks that its own router chooses: router and masks attached from outside.
 
-The router is a submodule of the model and is called inside the model's forward. So FSDP2 has gathered its weights when they
-are needed, reduces its gradients with all others, and saves it with the run's checkpoints; `save_pretrained` leaves it out.
+The router is a submodule of the model and is called inside the model's forward. FSDP2 therefore gathers its weights when
+they are needed, reduces its gradients with all others, and saves it with the run's checkpoints; `save_pretrained` omits it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ ROUTER = "elastic_router"
 
 @dataclass
 class Route:
-    """What a router is to decide, and by what it is judged.
+    """The axes that a router decides, and the targets and cost of its loss.
 
     `targets` are names of budgets and their sizes in the unit of the cost, the largest, the parent itself, first.
     """

@@ -1,4 +1,4 @@
-"""How large the nested models shall be: shares of the parent, or numbers in the unit of the metric."""
+"""Sizes of the nested models: shares of the parent, or numbers in the unit of the metric."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ def targets_of(budgets: Mapping[str, Any], metric: str, full: float) -> dict[str
     """Name -> target in the unit of the metric, the largest first. 1.0 or "100%" is the parent; one of them has to be.
 
     Raises:
-        ValueError: for a target that is no size, is larger than the parent, or no budget that is the parent.
+        ValueError: for a target that is no size or larger than the parent, or without a budget that is the parent.
     """
     require(bool(budgets) and isinstance(budgets, Mapping), "budgets", budgets, "a mapping of names to sizes")
     targets = {str(name): parse_target(value, metric, full, f"budgets.{name}") for name, value in budgets.items()}

@@ -4,9 +4,9 @@ Each micro-step draws a budget; the router chooses its sizes, the parent runs wi
 
     loss = (1 - w) T^2 KL(teacher || masked parent) + w cross-entropy + a * router's loss (expected_cost.py)
 
-reaches both weights and router (Nemotron Elastic, arXiv 2511.16664, eq. 14 and 17). The router has a learning rate of its
-own, a warm-up in steps and no weight decay; it decays with the model's, and its gradient is clipped by itself (grad_norm is
-that of the weights). Nothing that is random depends on the process.
+reaches both weights and router (Nemotron Elastic, arXiv 2511.16664, eq. 14 and 17). The router has its own learning
+rate, a warm-up in steps and no weight decay. The rate decays with the model's, and the router's gradient is clipped
+separately (grad_norm is that of the weights). No random number depends on the process.
 
 metrics.jsonl gets, for a budget called 6b: loss_6b, kl_6b, cross_entropy_6b, router_loss_6b (means since the last line),
 size_6b (expected, as a share of the parent) next to target_6b, and choice_6b_FIELD (the most likely size, mean over layers).
@@ -154,7 +154,7 @@ class ElasticTrainer(DistillationTrainer):
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        """As transformers', for the weights; the router by itself. The term that pins the whole model makes its gradient
+        """As transformers', for the weights; the router by itself. The term that keeps the whole model whole makes its gradient
         forty times theirs, and together they would be clipped away."""
         parameters = [p for p in self.routed.router.parameters() if p.grad is not None]
         nn.utils.clip_grad_norm_(parameters, self.args.max_grad_norm)
