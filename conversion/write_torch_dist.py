@@ -178,8 +178,9 @@ def _write_metadata(plan: Plan, folder: Path, records: list, object_file: str, o
 
 
 def _save(path: Path, value: Any) -> None:
+    # A path's name would become part of the archive
     with (
         whole_file(path, only_writer=True) as part,
         open(part, "wb") as file,
-    ):  # a path's name would become part of the archive
+    ):
         torch.save(value, file)

@@ -65,12 +65,8 @@ def read_yaml(path: str | os.PathLike, name: str) -> dict[str, Any]:
     """
     try:
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-        TypeError,
-    ) as error:  # ValueError: no UTF-8, a date without sense
+    # ValueError: not UTF-8, or an impossible date
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError) as error:
         raise ValueError(f"{name}: {path} is not YAML: {error}") from None
     if content is None:
         return {}

@@ -68,9 +68,8 @@ def test_between_choices_it_is_the_mean_over_them_and_differentiable():
     torch.testing.assert_close(found, expected)
     found_gradients, gradients = (torch.autograd.grad(value, list(soft.values())) for value in (found, expected))
     for one, other in zip(found_gradients, gradients):
-        torch.testing.assert_close(
-            one - one.mean(), other - other.mean()
-        )  # rows sum to 1: along them it does not matter
+        # Rows sum to 1: along them it does not matter
+        torch.testing.assert_close(one - one.mean(), other - other.mean())
 
 
 def test_loss_has_a_dead_zone_and_pins_the_whole_model():

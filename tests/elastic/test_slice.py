@@ -330,6 +330,5 @@ def test_a_wrong_cut_is_noticed(tmp_path, monkeypatch):
         slice_checkpoint(source, "half", tmp_path / "small")
     assert not (tmp_path / "small" / "config.json").exists()
     monkeypatch.setattr(cutting, "AUTO_VERIFY_BYTES", 1000)
-    assert (
-        slice_checkpoint(source, "half", tmp_path / "unseen").residual is None
-    )  # too large a parent to compare unasked
+    # Too large a parent to compare unasked
+    assert slice_checkpoint(source, "half", tmp_path / "unseen").residual is None

@@ -33,9 +33,8 @@ from nemotron_h_hf.scripts import (
     slice,  # noqa: A004
 )
 
-assert all(
-    (convert, distill, elastic_train, elasticize, eval, export, merge, pretrain, sft, slice)
-)  # imported once, before the children fork
+# Imported once, before the children fork
+assert all((convert, distill, elastic_train, elasticize, eval, export, merge, pretrain, sft, slice))
 
 # What a clock, a path or the road to the result is in; the rest must be the same bytes.
 UNSTEADY = {"conversion_report.json", "conversion_report.txt", "training_args.bin", "trainer_state.json", "metrics.jsonl",

@@ -29,9 +29,8 @@ def test_bitsandbytes_quantises_all_but_lm_head(bits):
     assert {name for name, module in packed.named_modules() if isinstance(module, kind)} == linears - {"lm_head"}
     assert packed.get_memory_footprint() < (0.55 if bits == 4 else 0.75) * plain.get_memory_footprint()
     ids = torch.arange(3, 40)[None]
-    with (
-        torch.no_grad()
-    ):  # in evaluation bitsandbytes' CPU kernel wants outputs in multiples of 32, which the box has not
+    # In evaluation bitsandbytes' CPU kernel wants outputs in multiples of 32, which the embedded model lacks
+    with torch.no_grad():
         packed.train()
         exact, rounded = plain(ids).logits.float(), packed(ids).logits.float()
     assert 1e-3 < (exact - rounded).square().mean().sqrt() / exact.std() < 0.5

@@ -123,9 +123,8 @@ def test_attention_implementations(implementation):
     expected = model(ids, attention_mask=mask).logits
     model.set_attn_implementation(implementation)
     assert_close(model(ids, attention_mask=mask).logits[mask.bool()], expected[mask.bool()])
-    if (
-        implementation == "flex_attention"
-    ):  # torch 2.13 compiles it wrongly on a CPU once lengths vary ('cur_kvSplitSize0')
+    # torch 2.13 compiles it wrongly on a CPU once lengths vary ('cur_kvSplitSize0')
+    if implementation == "flex_attention":
         return
     out = model(ids[:, :9], attention_mask=mask[:, :9], use_cache=True)
     rest = model(ids[:, 9:], attention_mask=mask, past_key_values=out.past_key_values)

@@ -36,10 +36,11 @@ def test_the_step(sizes, limit, k, bias):
     torch.manual_seed(sum(sizes))
     given = step_operands(*sizes, k=k, bias=bias)
     want = exact_step(**given, limit=limit)
+    # As caches have it
     for window in (
         given["states"][0],
         given["states"][0].transpose(1, 2).contiguous().transpose(1, 2),
-    ):  # as caches have it
+    ):
         states = window.clone(), given["states"][1].clone()
         out = kernels.whole_step(**{**given, "states": states}, limit=limit, implementation="auto")
         assert max(error(got, exact) for got, exact in zip((out, *states), want)) <= 2e-6

@@ -107,9 +107,8 @@ def test_saving_there_carries_the_code_and_the_released_names(folders, answer):
         assert set(hub.code_files()) <= {path.name for path in again.iterdir()}
         config = json.loads((again / "config.json").read_text())
         assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_nemotron_h.NemotronHForCausalLM"
-        assert config.get("elastic") == (
-            ELASTIC if folder.name == "parent" else None
-        )  # kept, though it is not read there
+        # Kept, though it is not read there
+        assert config.get("elastic") == (ELASTIC if folder.name == "parent" else None)
         first, second = load_file(folder / "model.safetensors"), load_file(again / "model.safetensors")
         assert first.keys() == second.keys()
         assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())

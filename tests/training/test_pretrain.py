@@ -328,9 +328,8 @@ def environment() -> dict[str, str]:
 
 @pytest.mark.slow
 def test_kill_in_the_middle_of_a_step(texts, tmp_path):
-    config = write_config(
-        tmp_path, texts, total_tokens=60 * 128, save_steps=10, shuffle_rows=17
-    )  # 80 rows at the cut, inside a window
+    # 80 rows at the cut, inside a window
+    config = write_config(tmp_path, texts, total_tokens=60 * 128, save_steps=10, shuffle_rows=17)
     whole = subprocess.run([*COMMAND, "--config", config, "--output_dir", tmp_path / "whole"], env=environment())
     assert whole.returncode == 0
     process = subprocess.Popen([*COMMAND, "--config", config], env=environment())

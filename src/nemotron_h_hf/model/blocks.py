@@ -37,9 +37,8 @@ class NemotronHRMSNorm(nn.Module):
         x, weight = hidden_states, self.weight
         if not (x.is_cuda and x.dtype == weight.dtype):  # a kernel that computes in fp32 and rounds once
             x, weight = wide(x), wide(weight)
-        if (
-            x.device.type == "cpu" and not torch.is_grad_enabled()
-        ):  # PyTorch's has no kernel there, but a dozen small ops
+        # There PyTorch's has no kernel, only a dozen small ops
+        if x.device.type == "cpu" and not torch.is_grad_enabled():
             normed = (x * inverse_rms(x, self.variance_epsilon)).mul_(weight)
         else:
             normed = nn.functional.rms_norm(x, weight.shape, weight, self.variance_epsilon)

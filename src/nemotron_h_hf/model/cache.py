@@ -111,9 +111,8 @@ class MambaCacheLayer(LinearAttentionLayer):
         self.A = A
         if self.before is None:
             self.before = self._snapshot(before, fed)
-            self.recorded = {
-                name: t.clone() for name, t in fed.items()
-            }  # copies: views would keep larger tensors alive
+            # Copies: views would keep larger tensors alive
+            self.recorded = {name: t.clone() for name, t in fed.items()}
         else:
             self.recorded = {name: torch.cat([kept, fed[name]], dim=1) for name, kept in self.recorded.items()}
         if (length := self.recorded["real"].shape[1]) > 2 * RECORDED_TOKENS:

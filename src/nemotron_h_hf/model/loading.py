@@ -40,9 +40,8 @@ NO_WEIGHTS = ("summary_idxs",)
 
 EXPERT = re.compile(r"(.*\.mixer\.experts)\.(0|[1-9]\d*)\.(up_proj|down_proj)\.weight")
 EXPERT_EXAMPLE = "backbone.layers.1.mixer.experts.0.up_proj.weight"
-LIKE_AN_EXPERT = re.compile(
-    r"mixer.experts.*.(up_proj|down_proj).weight"
-)  # what transformers takes for one: . is any letter
+# What transformers takes for an expert: . is any character
+LIKE_AN_EXPERT = re.compile(r"mixer.experts.*.(up_proj|down_proj).weight")
 
 
 ReadWeights = Callable[[list[str]], Mapping[str, Any] | None]
@@ -239,9 +238,8 @@ def stored_dtypes(codes: Mapping[str, str], dtype: torch.dtype) -> dict[str, tor
     float64 model all is float64, and float64 vectors of another model become fp32. Layers that agree share one expression:
     transformers tries them all on every name.
     """
-    text = {
-        name: code for name, code in codes.items() if not name.startswith(("vision_", "mlp1."))
-    }  # the rest is `dtype`
+    # The rest is `dtype`
+    text = {name: code for name, code in codes.items() if not name.startswith(("vision_", "mlp1."))}
     stored = {name: DTYPES[code] for name, code in text.items() if code in DTYPES}
     products = {found for name, found in stored.items() if not re.search(COMPUTED_WIDE, name)}
     working = products.pop() if len(products) == 1 else dtype

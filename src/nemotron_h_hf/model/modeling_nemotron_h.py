@@ -360,9 +360,8 @@ class NemotronHModel(NemotronHPreTrainedModel):
             raise ValueError(
                 f"inputs_embeds has width {source.shape[2]}: allowed is hidden_size={self.config.hidden_size}"
             )
-        one_token_on_gpu = (
-            source.shape[1] == 1 and source.device.type != "cpu"
-        )  # would wait for the device at every step
+        # Checking token ids would wait for the device at every step
+        one_token_on_gpu = source.shape[1] == 1 and source.device.type != "cpu"
         unread = torch.compiler.is_compiling() or one_token_on_gpu or source.is_meta or under_func()
         if inputs_embeds is None and not unread:
             low, high = int(source.min()), int(source.max())

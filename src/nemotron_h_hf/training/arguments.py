@@ -161,9 +161,8 @@ class NemotronHTrainingArguments(TrainingArguments):
         if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ and self.gradient_checkpointing:
             self.activation_checkpointing, self.gradient_checkpointing = True, None  # its name since transformers 5.23
         super().__post_init__()
-        if (
-            self.device.type == "cpu"
-        ):  # to ask for the device joins the other processes: only then is their number known
+        # Asking for the device joins the other processes; only then is their number known
+        if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch warns
         require(
             self.mixed_precision != "fp16", "mixed_precision", "fp16", f"bf16 or no (fp16: {KEPT_AT_DEFAULT['fp16']})"

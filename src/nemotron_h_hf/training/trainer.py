@@ -412,11 +412,8 @@ class NemotronHTrainer(Trainer):
             if self.is_world_process_zero():
                 step = self.state.global_step
                 checkpoints.mark_whole(folder, {"step": step, "tokens_per_step": self.args.tokens_per_step})
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # torch and safetensors raise their own on a full disk
+        # torch and safetensors raise their own errors on a full disk
+        except (OSError, RuntimeError, SafetensorError) as error:
             if self.is_world_process_zero():
                 checkpoints.discard_unfinished(output_dir)
             raise OSError(

@@ -94,9 +94,8 @@ def _carry_states(
     """Convolution state (b, channels, k) and state (b, h, p, n) of one layer, in the target's heads and channels."""
     conv, state = states
     size = parent.size("mamba_head_dim", index)
-    ours, theirs = (
-        (kept.heads[index][:, None] * size + kept.channels[index]).flatten() for kept in (source, target)
-    )  # channels of heads, in the parent's order
+    # Channels of heads, in the parent's order
+    ours, theirs = ((kept.heads[index][:, None] * size + kept.channels[index]).flatten() for kept in (source, target))
     shape = target.channels[index].shape
     shared = conv.shape[1] - len(ours)  # of B and C
     places = torch.full((parent.mamba_width(index),), len(ours))  # where the source has it, the end for nowhere
