@@ -16,7 +16,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from nemotron_h_hf.benchmark.report import machine, versions
+from nemotron_h_hf.environment import machine, versions
 from nemotron_h_hf.model.linear import product_in_parts
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "few_rows"

@@ -36,8 +36,8 @@ from tqdm import trange
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from nemotron_h_hf import EMBEDDED_MODEL
-from nemotron_h_hf.benchmark.report import machine, versions
 from nemotron_h_hf.data.stdlib_text import read_documents, split_documents
+from nemotron_h_hf.environment import machine, versions
 from nemotron_h_hf.training.fp8 import convert_to_fp8, converted_modules, print_fp8_modules
 from nemotron_h_hf.whole_files import write_json
 

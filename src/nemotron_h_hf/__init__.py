@@ -11,6 +11,8 @@ headers.py         what a checkpoint folder holds, from its safetensors headers
 facts.py           the facts of one checkpoint, for `info` and model cards
 hub.py             model card, model code next to the weights, upload
 inputs.py          numbers, devices, YAML files and tokenizers given to a command
+environment.py     the machine, versions, and the memory of this process
+errors.py          the form of every refusal
 units.py           "380B", "32Ki" and "7GiB" as numbers
 """
 

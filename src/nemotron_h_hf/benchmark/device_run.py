@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..environment import machine, versions
 from ..model.configuration_nemotron_h import MAMBA_IMPLEMENTATIONS, NemotronHConfig
 from ..units import TOKENS_HELP, tokens
 from . import jobs, report, suite, vllm_peer
@@ -120,9 +121,9 @@ def run(
     is_suite = arguments.part == suite.NAME
     head = {
         "command": command,
-        "machine": report.machine(),
+        "machine": machine(),
         "device": describe_device(device),
-        "versions": report.versions(),
+        "versions": versions(),
         "settings": {**asdict(arguments), "output": str(arguments.output), "dtype": str(dtype).removeprefix("torch.")},
         "pattern": config.hybrid_override_pattern,
     }

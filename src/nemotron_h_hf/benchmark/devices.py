@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .memory import CLEAR_REFS, RESET_PEAK, can_measure, memory_guard, out_of_memory, status_bytes
+from ..environment import can_measure, reset_peak, status_bytes
+from .memory import memory_guard, out_of_memory
 
 PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12}  # dense bf16, NVIDIA's data sheets of the SXM modules; what MFU is of
 MATRIX_SIZE = {"cuda": 8192, "cpu": 512}
@@ -149,7 +150,7 @@ def _reset_peak(device: torch.device) -> int:
         return 0
     if not can_measure():
         return 0
-    CLEAR_REFS.write_text(RESET_PEAK)
+    reset_peak()
     return status_bytes("VmRSS")
 
 

@@ -14,16 +14,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers.utils import logging
 
+from ..environment import available_bytes, can_measure, reset_peak, status_bytes
 from .sides import Shape, build_sides, random_tokens, train_step
 
-STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # what to write to clear_refs, man 5 proc
 WARM_UP_TOKENS = 32
 
 
@@ -35,11 +33,6 @@ class Footprint:
     seconds: float
     failure: str | None = None
     at_least_bytes: int | None = None  # of a failed job: what it had got, and what it asked for next
-
-
-def can_measure() -> bool:
-    """Whether this system tells and resets a process's peak."""
-    return STATUS.exists() and CLEAR_REFS.exists()
 
 
 def measure_apart(
@@ -74,7 +67,7 @@ def _measure(job: str, side: str, shape: Shape, length: int, threads: int, limit
 def footprint(job: Callable[[], object], limit_bytes: int | None = None) -> Footprint:
     """Run a job in this process and tell its memory and seconds."""
     gc.collect()
-    CLEAR_REFS.write_text(RESET_PEAK)
+    reset_peak()
     before = status_bytes("VmRSS")
     start = time.perf_counter()
     failure = None
@@ -94,12 +87,6 @@ def footprint(job: Callable[[], object], limit_bytes: int | None = None) -> Foot
     return Footprint(None, seconds, failure.splitlines()[0], at_least)
 
 
-def status_bytes(name: str) -> int:
-    """A size that the kernel keeps about this process: VmRSS, VmHWM (peak of it), VmData, ..."""
-    found = re.search(rf"^{name}:\s+(\d+) kB", STATUS.read_text(), re.MULTILINE)
-    return int(found.group(1)) * 1024
-
-
 @contextlib.contextmanager
 def memory_guard(limit_bytes: int | None = None) -> Iterator[None]:
     """Let allocations fail inside, with an error that can be caught, instead of the kernel ending the process.
@@ -110,7 +97,7 @@ def memory_guard(limit_bytes: int | None = None) -> Iterator[None]:
         yield
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    allowed = int(0.9 * _available_bytes()) if limit_bytes is None else limit_bytes
+    allowed = int(0.9 * available_bytes()) if limit_bytes is None else limit_bytes
     limit = status_bytes("VmData") + allowed
     limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
@@ -124,11 +111,6 @@ def out_of_memory(error: Exception) -> bool:
     """Whether an error of PyTorch says that an allocation failed."""
     signs = ("allocate memory", "bad_alloc", "could not create a primitive")  # the last is oneDNN's way of saying it
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
-
-
-def _available_bytes() -> int:
-    found = re.search(r"^MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    return int(found.group(1)) * 1024
 
 
 def _prefill(model: nn.Module, shape: Shape, length: int) -> object:

@@ -1,15 +1,9 @@
 """What a benchmark run found: the figures, the targets they are held against, the table, and the machine."""
 
-import os
-import platform
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
-import torch
-import transformers
-
+from ..environment import machine, versions
 from .memory import Footprint
 from .timing import Timing
 
@@ -175,21 +169,3 @@ def as_json(results: Results, found: list[Target], command: str, plan: dict) -> 
         },
         "targets": [{**asdict(target), "passed": target.passed} for target in found],
     }
-
-
-def machine() -> dict[str, str | int | float]:
-    """What runs the benchmark, without its name."""
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
-    return {
-        "cpu": found.group(1) if found else platform.processor(),
-        "cores": os.cpu_count() or 0,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": platform.system(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Of what computes."""
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}

@@ -33,8 +33,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
-from nemotron_h_hf.benchmark.report import machine, versions
 from nemotron_h_hf.data.stdlib_text import TOPICS_FILE, read_documents, split_documents
+from nemotron_h_hf.environment import machine, versions
 from nemotron_h_hf.errors import require
 from nemotron_h_hf.evaluation import harness, held_out, long_context, report, texts
 from nemotron_h_hf.evaluation.answering import greedy_answers

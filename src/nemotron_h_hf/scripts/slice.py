@@ -22,9 +22,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from nemotron_h_hf.benchmark.memory import can_measure, status_bytes
 from nemotron_h_hf.elastic.cut.cutting import SliceReport, local_folder, read_parent, slice_checkpoint
 from nemotron_h_hf.elastic.search import rank_budgets
+from nemotron_h_hf.environment import can_measure, status_bytes
 from nemotron_h_hf.units import TOKENS_HELP, human_bytes, parse_bytes
 
 

@@ -6,7 +6,6 @@ device's data sheet.
 """
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any, TextIO
 import torch
 from transformers import ProgressCallback, TrainerControl, TrainerState, TrainingArguments
 
+from ..environment import peak_memory_bytes
 from ..whole_files import write_text
 
 METRICS_FILE = "metrics.jsonl"
@@ -130,13 +130,6 @@ def measure_matrix_rate(device: torch.device, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory in use so far: PyTorch's on a GPU, the process's on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def describe(row: dict[str, Any]) -> str:
