@@ -32,7 +32,7 @@ from nemotron_h_hf import (
 
 VARIANTS = ("tags", "no_tags", "no_thumbnail", "blind", "attention")
 SEEDS = (0, 1, 2)
-STEPS, BATCH, PEAK, SAVE_EVERY = 700, 24, 4e-3, 100
+STEPS, BATCH, PEAK, SAVE_EVERY = 1100, 16, 4e-3, 100
 TILE = 32
 WORDS = "digit in tile read all of how many shapes bar".split()
 TEXT = {

@@ -76,10 +76,10 @@ class NemotronHVLProcessor(ProcessorMixin):
         Raises:
             ValueError: for more tiles than there are tags.
         """
-        if num_tiles > 13:
-            raise ValueError(f"a picture of {num_tiles} tiles: allowed with tile tags are 12 and a thumbnail")
         thumbnail = num_tiles == 1 or self.image_processor.use_thumbnail
         numbered = num_tiles - thumbnail
+        if numbered > 12:
+            raise ValueError(f"a picture of {num_tiles} tiles: allowed with tile tags are 12 and a thumbnail")
         return [self.tile_tag.format(i + 1) for i in range(numbered)] + [self.thumbnail_tag] * thumbnail
 
     def validate_inputs(self, images: Any = None, text: list[str] | None = None, **kwargs: Any) -> None:
@@ -114,7 +114,7 @@ class NemotronHVLProcessor(ProcessorMixin):
         return MultiModalData(num_image_tokens=tokens, num_image_patches=[1 if whole else n for n in patches])
 
     def _check_tags(self) -> None:
-        lengths = {tag: len(self.tokenizer.tokenize(tag)) for tag in self.tags(13)}
+        lengths = {tag: len(self.tokenizer.tokenize(tag)) for tag in self.tags(12) + self.tags(1)}
         if len(set(lengths.values())) > 1:
             shown = ", ".join(f"{tag} {length}" for tag, length in lengths.items())
             raise ValueError(
