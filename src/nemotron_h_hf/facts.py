@@ -13,9 +13,12 @@ from .elastic.budgets import FIELDS_OF_KIND, SIZE_FIELDS, Budget, read_elastic
 from .elastic.child import Child, child_of
 from .headers import Contents, read_contents
 from .model.configuration_nemotron_h import NemotronHConfig
+from .model.configuration_nemotron_h_vl import NemotronHNanoVLConfig, NemotronHOmniConfig, NemotronHVLConfig
 from .model.loading import released_name
 from .model.reading import read_json
+from .vision_facts import VisionFacts, describe_vision
 
+CONFIGS = (NemotronHConfig, NemotronHVLConfig, NemotronHNanoVLConfig, NemotronHOmniConfig)
 LAYER_NAMES = {"M": "Mamba-2", "*": "attention", "-": "MLP", "E": "MoE"}
 
 
@@ -37,6 +40,7 @@ class Facts:
     kv_bytes_per_token: int
     ssm_state_bytes: int
     conv_state_bytes: int
+    vision: VisionFacts | None = None
 
     @property
     def layer_counts(self) -> dict[str, int]:
@@ -59,7 +63,7 @@ class BudgetFacts:
     loss: float | None
 
 
-def load_target(target: str | os.PathLike) -> tuple[NemotronHConfig, Contents | None]:
+def load_target(target: str | os.PathLike) -> tuple[NemotronHConfig | NemotronHVLConfig, Contents | None]:
     """Configuration of a checkpoint folder, preset or hub id, and for a folder with weights what its headers say.
 
     Raises `ValueError` if the target is none of the three or is not a Nemotron-H model.
@@ -75,12 +79,17 @@ def load_target(target: str | os.PathLike) -> tuple[NemotronHConfig, Contents | 
         raise ValueError(f"target={target!r} is no folder and no hub id (owner/name); as a preset: {error}") from None
 
 
-def describe(target: str, config: NemotronHConfig, contents: Contents | None = None, dtype: str | None = None) -> Facts:
-    """Facts of `config`; `dtype` defaults to what most stored weights have, then to the configuration's, then bfloat16.
+def describe(
+    target: str, config: NemotronHConfig | NemotronHVLConfig, contents: Contents | None = None, dtype: str | None = None
+) -> Facts:
+    """Facts of `config`; of a vision-language model those of its language model, and in `vision` the rest.
 
-    The bytes of the weights are the stored ones where `contents` has them.
+    `dtype` defaults to what most stored weights have, then to the configuration's, then bfloat16. The bytes of the weights are
+    the stored ones where `contents` has them.
     """
     dtype = dtype or _main_dtype(config, contents)
+    vision = describe_vision(config) if isinstance(config, NemotronHVLConfig) else None
+    config = config.get_text_config()
     return Facts(
         target=str(target),
         pattern=config.hybrid_override_pattern,
@@ -96,11 +105,13 @@ def describe(target: str, config: NemotronHConfig, contents: Contents | None = N
         kv_bytes_per_token=cost.kv_bytes_per_token(config, dtype),
         ssm_state_bytes=cost.ssm_state_bytes(config),
         conv_state_bytes=cost.conv_state_bytes(config, dtype),
+        vision=vision,
     )
 
 
 def describe_budgets(config: NemotronHConfig, dtype: str) -> list[BudgetFacts]:
     """The parent and each budget that its configuration names, in that order; empty if it names none."""
+    config = config.get_text_config()
     if not config.elastic:
         return []
     budgets = [Budget(name="(parent)"), *read_elastic(config).budgets.values()]
@@ -114,7 +125,7 @@ def disagreements(config: NemotronHConfig, contents: Contents) -> list[str]:
     """
     stored = _by_template(contents)
     lines = []
-    for tensor in cost.checkpoint_tensors(config):
+    for tensor in cost.checkpoint_tensors(config.get_text_config()):
         shapes = stored.get(tensor.name, [])
         if len(shapes) != tensor.copies:
             expected = f"{tensor.copies} of shape {list(tensor.shape)}"
@@ -134,13 +145,16 @@ def _budget_facts(child: Child, dtype: str) -> BudgetFacts:
     return BudgetFacts(sizes, describe(budget.name, config, None, dtype), budget.trained, budget.loss)
 
 
-def _load_config(name: str) -> NemotronHConfig:
+def _load_config(name: str) -> NemotronHConfig | NemotronHVLConfig:
     if (path := Path(name) / "config.json").is_file():
         read_json(path)
     fields, _ = NemotronHConfig.get_config_dict(name)
-    if fields.get("model_type") != "nemotron_h":
-        raise ValueError(f"model_type of {name} is {fields.get('model_type')!r}; allowed: 'nemotron_h'")
-    return NemotronHConfig.from_dict(fields)
+    known = {config_class.model_type: config_class for config_class in CONFIGS}
+    if fields.get("model_type") not in known:
+        raise ValueError(
+            f"model_type of {name} is {fields.get('model_type')!r}; allowed: {', '.join(map(repr, known))}"
+        )
+    return known[fields["model_type"]].from_dict(fields)
 
 
 def _main_dtype(config: NemotronHConfig, contents: Contents | None) -> str:
@@ -154,7 +168,7 @@ def _by_template(contents: Contents) -> dict[str, list[tuple[int, ...]]]:
     """Stored shapes under released names; experts' numbers become `{e}`, stacked experts are taken apart."""
     shapes: dict[str, list[tuple[int, ...]]] = {}
     for tensor in contents.tensors.values():
-        name = re.sub(r"\.experts\.\d+\.", ".experts.{e}.", released_name(tensor.name))
+        name = re.sub(r"\.experts\.\d+\.", ".experts.{e}.", released_name(tensor.name.removeprefix("language_model.")))
         stacked = re.sub(r"\.experts\.(up|down)_proj$", r".experts.{e}.\1_proj.weight", name)
         if stacked != name:
             shapes[stacked] = [tensor.shape[1:]] * tensor.shape[0]

@@ -22,6 +22,7 @@ from .model.configuration_nemotron_h_vl import NemotronHNanoVLConfig, NemotronHO
 from .model.reading import read_index, read_json
 from .resumable import TOKENIZER_FILES, with_plain_tokenizer_class
 from .units import human_bytes, human_count
+from .vision_facts import VisionFacts
 from .whole_files import whole_file
 
 LOCAL_PATH = re.compile(
@@ -63,6 +64,14 @@ BELONGS = (
     "additional_chat_templates/*.jinja", *TOKENIZER_FILES,
 )  # fmt: skip
 """What a model repository holds, as patterns; besides it the shards that the index names and the code that config.json names."""
+USE_OF_TEXT = """tokenizer = AutoTokenizer.from_pretrained("{repo_id}")
+model = AutoModelForCausalLM.from_pretrained("{repo_id}"{arguments})
+inputs = tokenizer("Once", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))"""
+USE_OF_PICTURES = """processor = AutoProcessor.from_pretrained("{repo_id}"{arguments})
+model = AutoModelForImageTextToText.from_pretrained("{repo_id}"{arguments})
+inputs = processor(images="photo.png", text="<image>", return_tensors="pt")
+print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0]))"""
 PATH_FIELDS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
 
 
@@ -130,19 +139,35 @@ def model_card(folder: str | os.PathLike, repo_id: str, with_code: bool = False,
         if with_code
         else "Importing `nemotron_h_hf` is optional: transformers has its own `nemotron_h`."
     )
-    imports = ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    sees, arguments = facts.vision is not None, ", trust_remote_code=True" if with_code else ""
+    classes = "AutoModelForImageTextToText, AutoProcessor" if sees else "AutoModelForCausalLM, AutoTokenizer"
+    imports = [f"from transformers import {classes}"]
     return string.Template(CARD_TEMPLATE.read_text(encoding="utf-8")).substitute(
         _card_numbers(facts),
         license_line=f"license: {license}\n" if license else "",
         name=repo_id.split("/")[-1],
         repo_id=repo_id,
         dtypes=dtypes,
-        imports="\n".join(imports if with_code else ["import nemotron_h_hf  # optional", *imports]),
-        load_arguments=", trust_remote_code=True" if with_code else "",
+        imports="\n".join(
+            imports if with_code else [f"import nemotron_h_hf{'' if sees else '  # optional'}", *imports]
+        ),
+        use=(USE_OF_PICTURES if sees else USE_OF_TEXT).format(repo_id=repo_id, arguments=arguments),
+        pipeline_tag="image-text-to-text" if sees else "text-generation",
+        kind="vision-language model" if sees else "language model",
+        vision_rows=_vision_rows(facts.vision) if sees else "",
         code_note=code_note,
         training="Not described by the uploader.",
         limits="Not evaluated by the uploader. A language model's text can be wrong.",
     )
+
+
+def _vision_rows(vision: VisionFacts) -> str:
+    rows = {
+        "vision tower": f"{vision.tower}, {vision.tower_layers} layers of {vision.tower_width}, {vision.tower_parameters:,} parameters",
+        "projector": f"{vision.projector}, {vision.projector_parameters:,} parameters",
+        "tokens per image": vision.tokens_per_image,
+    }  # fmt: skip
+    return "".join(f"| {name} | {value} |\n" for name, value in rows.items())
 
 
 def plan_upload(
@@ -174,6 +199,9 @@ def plan_upload(
         plan.update(
             {name: content for name, content in code_files(_sees(text)).items() if _is_new(folder / name, content)}
         )
+        for name in PROCESSOR_FILES:
+            if _sees(text) and name in plan:
+                plan[name] = with_processor_map(_text_of(plan[name]))
     return plan
 
 

@@ -4,8 +4,10 @@
     nemotron-h generate --prompt "import os" --max-new-tokens 64
     echo "def main" | nemotron-h generate --prompt - --temperature 0
     nemotron-h generate --model owner/name --dtype bfloat16 --device cuda --cache static
+    nemotron-h generate --model a/vision-model --image photo.png --prompt "What is this?"      # --image may be given again
 
-The text goes to standard output, a line with the speed to standard error.
+Pictures stand in front of the prompt, or where it says <image>. The text goes to standard output, a line with the speed to
+standard error.
 """
 
 from __future__ import annotations
@@ -17,10 +19,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BatchEncoding,
+    BatchFeature,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+    set_seed,
+)
 from transformers.utils.logging import disable_progress_bar
 
-from nemotron_h_hf import EMBEDDED_MODEL
+from nemotron_h_hf import EMBEDDED_MODEL, NemotronHVLConfig
 from nemotron_h_hf.inputs import finite, load_tokenizer, read_device
 
 DEFAULT_PROMPT = "def read_lines(path):"
@@ -41,6 +54,7 @@ class GenerateArguments:
     dtype: str
     cache: str
     prompt_lookup: int
+    image: list[str]
 
 
 class TimedStreamer(TextStreamer):
@@ -75,16 +89,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     disable_progress_bar()
     device = read_device(arguments.device)
     set_seed(arguments.seed)
-    tokenizer = load_tokenizer(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype)
-    model = model.to(device).eval()
-    inputs = tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False).to(device)
+    model, tokenizer, inputs = look(arguments) if arguments.image else read(arguments)
+    model, inputs = model.to(device).eval(), inputs.to(device)
     if inputs["input_ids"].shape[1] == 0:
         raise ValueError(f"--prompt {arguments.prompt!r} has no tokens; at least one is needed")
     streamer = TimedStreamer(tokenizer)
     model.generate(**inputs, streamer=streamer, **generation_options(arguments))
     print(streamer.report(inputs["input_ids"].shape[1]), file=sys.stderr)
     return 0
+
+
+def read(arguments: GenerateArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BatchEncoding]:
+    """Model, tokenizer and inputs of a prompt of text; of a vision-language model too."""
+    tokenizer = load_tokenizer(arguments.model)
+    sees = isinstance(AutoConfig.from_pretrained(arguments.model), NemotronHVLConfig)
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model = auto.from_pretrained(arguments.model, dtype=arguments.dtype)
+    return model, tokenizer, tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False)
+
+
+def look(arguments: GenerateArguments) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, BatchFeature]:
+    """The same of a prompt with pictures, as a conversation where the model has a chat template.
+
+    Raises:
+        ValueError: for a model that does not see.
+    """
+    config = AutoConfig.from_pretrained(arguments.model)
+    if not isinstance(config, NemotronHVLConfig):
+        raise ValueError(f"--image with --model {arguments.model}: a {config.model_type} reads text alone")
+    processor = AutoProcessor.from_pretrained(arguments.model)
+    model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=arguments.dtype)
+    missing = len(arguments.image) - arguments.prompt.count("<image>")
+    prompt = "<image>" * max(0, missing) + arguments.prompt
+    if processor.chat_template is not None:
+        message = {"role": "user", "content": prompt}
+        prompt = processor.apply_chat_template([message], add_generation_prompt=True)
+    inputs = processor(images=arguments.image, text=prompt, return_tensors="pt")
+    return model, processor.tokenizer, inputs
 
 
 def parse(argv: Sequence[str] | None) -> GenerateArguments:
@@ -103,6 +144,9 @@ def parse(argv: Sequence[str] | None) -> GenerateArguments:
     parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="growing or fixed cache")
     parser.add_argument(
         "--prompt-lookup", type=int, default=0, metavar="N", help="guess up to N tokens from the prompt (0: off)"
+    )
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="a picture for a vision-language model"
     )
     arguments = GenerateArguments(**vars(parser.parse_args(argv)))
     if arguments.prompt == "-":

@@ -35,6 +35,7 @@ from nemotron_h_hf.headers import Contents
 from nemotron_h_hf.inputs import finite
 from nemotron_h_hf.model.loading import weight_files
 from nemotron_h_hf.units import TOKENS_HELP, human_bytes, human_count, tokens
+from nemotron_h_hf.vision_facts import VisionFacts
 
 COLOURS = {"M": "\033[36m", "*": "\033[31;1m", "-": "\033[90m", "E": "\033[33m"}
 RESET = "\033[0m"
@@ -171,7 +172,19 @@ def as_text(facts: Facts, contents: Contents | None, arguments: InfoArguments, c
     lines = [facts.target, "", draw_pattern(facts.pattern, colour), legend(facts, colour)]
     if facts.mtp_pattern:
         lines.append(f"multi-token prediction: {draw_pattern(facts.mtp_pattern, colour)}")
+    lines += [] if facts.vision is None else ["", *vision_lines(facts.vision)]
     return [*lines, "", *parameter_lines(facts), "", *memory_lines(facts, contents, arguments)]
+
+
+def vision_lines(vision: VisionFacts) -> list[str]:
+    """Tower, projector and what a picture costs; the figures below it are the language model's."""
+    return [
+        f"vision ({vision.model_type})",
+        f"  tower             {vision.tower}, {vision.tower_layers} layers of {vision.tower_width}, "
+        f"{human_count(vision.tower_parameters)} parameters",
+        f"  projector         {vision.projector}, {human_count(vision.projector_parameters)} parameters",
+        f"  tokens per image  {vision.tokens_per_image}",
+    ]
 
 
 def draw_pattern(pattern: str, colour: bool) -> str:
