@@ -1,4 +1,4 @@
-"""Draw loss over tokens of the runs: `python docs/results/tiny/plot_loss.py` writes loss.png beside the logs."""
+"""Draw loss over tokens of the runs: `python experiments/tiny/plot_loss.py` writes loss.png next to the logs."""
 
 import json
 from pathlib import Path
@@ -8,7 +8,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[2] / "docs" / "results" / "tiny"
 RUNS = {
     "pretrain_long": "Nemotron-H (M-M*-M-) by pretrain, the embedded model",
     "nemotron-h": "Nemotron-H by train-tiny, the first one",

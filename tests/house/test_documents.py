@@ -6,6 +6,7 @@ empty folder. The other commands need models or data that are not here: the help
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import io
@@ -32,6 +33,9 @@ COMMANDS = {name: module for name, module, _ in nemotron_h_cli.COMMANDS}
 FOREIGN = {"--config_file", "--no-deps", "--target", "--help", "--debug"}
 # Files that a run writes or a reader brings, not files of the tree.
 BROUGHT = ("runs/", "text/", "path/to/", "OUTPUT", "megatron/", "run/", "test/")
+# Files of others, in docstrings.
+OTHERS = {"pydoc_data/topics.py", "llava_model.py"}
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 
 def text_of(document: str) -> str:
@@ -145,6 +149,14 @@ def test_a_package_lists_its_files(package):
     """In its docstring: each file once, and no other."""
     listed = re.findall(r"\b(\w+\.py)\b", (package / "__init__.py").read_text().split('"""')[1])
     assert sorted(listed) == sorted(path.name for path in package.glob("*.py") if path.name != "__init__.py")
+
+
+@pytest.mark.parametrize("path", [*PACKAGE.rglob("*.py"), *(ROOT / "conversion").rglob("*.py")], ids=lambda p: p.stem)
+def test_docstrings_name_files_that_exist(path):
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, DOCUMENTED)]
+    text = "\n".join(ast.get_docstring(node) or "" for node in nodes)
+    named = set(re.findall(r"(?<![\w/.*-])[\w/]*\w\.(?:py|md)\b", text)) - OTHERS
+    assert [name for name in sorted(named) if not is_there(name, path.parent)] == []
 
 
 # The model card

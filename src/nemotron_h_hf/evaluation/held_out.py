@@ -1,6 +1,6 @@
 """Held-out bits per byte of any causal language model, document by document; an interrupted run can resume.
 
-The protocol is that of training/bits_per_byte.py: a document is an end token, its tokens and an end token; all after
+The protocol is that of evaluation/bits_per_byte.py: a document is an end token, its tokens and an end token; all after
 the first are scored, in windows that overlap. Bits per byte compare models with different tokenizers.
 """
 
