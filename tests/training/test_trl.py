@@ -80,14 +80,31 @@ def test_sft_loss_is_that_of_the_documents_alone(how, shape, tmp_path, tokenizer
     assert set(before) - changed(trainer.model, before) <= unused
 
 
-def test_sft_with_adapters_saves_adapters(tmp_path, tokenizer):
+@pytest.mark.parametrize("shape", ["dense", "moe"])
+def test_sft_with_adapters_saves_adapters(shape, tmp_path, tokenizer):
     args = SFTConfig(**settings(tmp_path, packing=True, max_length=64))
     dataset = Dataset.from_dict({"prompt": [text[:8] for text in TEXTS], "completion": [text[8:] for text in TEXTS]})
-    trainer = SFTTrainer(model_of(), args, train_dataset=dataset, processing_class=tokenizer, peft_config=lora())
+    trainer = SFTTrainer(model_of(shape), args, train_dataset=dataset, processing_class=tokenizer, peft_config=lora())
     trainer.train()
     assert len(losses(trainer)) == 2
     trainer.save_model(str(tmp_path / "adapter"))
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
+
+
+@pytest.mark.parametrize("adapters", [False, True])
+@pytest.mark.parametrize("shape", ["dense", "moe"])
+def test_sft_with_checkpointing_has_the_losses_of_sft_without(shape, adapters, tmp_path, tokenizer):
+    seen = []
+    for checkpointing in (False, True):
+        args = SFTConfig(**settings(tmp_path, max_steps=3, gradient_checkpointing=checkpointing, max_length=32))
+        torch.manual_seed(0)
+        trainer = SFTTrainer(
+            model_of(shape), args, train_dataset=Dataset.from_dict({"text": TEXTS}), processing_class=tokenizer,
+            peft_config=lora() if adapters else None,
+        )  # fmt: skip
+        trainer.train()
+        seen.append(losses(trainer))
+    assert seen[1] == pytest.approx(seen[0], abs=1e-4) and len(set(seen[0])) == 3
 
 
 def test_sft_with_checkpointing_and_balance_loss(tmp_path, tokenizer):
@@ -99,16 +116,17 @@ def test_sft_with_checkpointing_and_balance_loss(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("adapters", [False, True])
-def test_dpo(adapters, tmp_path, tokenizer):
+@pytest.mark.parametrize("shape", ["dense", "moe"])
+def test_dpo(shape, adapters, tmp_path, tokenizer):
     dataset = Dataset.from_dict({
         "prompt": [text[:10] for text in TEXTS], "chosen": [text[10:] for text in TEXTS],
         "rejected": ["    pass\n" for _ in TEXTS],
     })  # fmt: skip
-    model = model_of()
+    model = model_of(shape)
     before = copy_of(model)
     args = DPOConfig(**settings(tmp_path, max_length=64))
     trainer = DPOTrainer(
-        model, ref_model=None if adapters else model_of(), args=args, train_dataset=dataset,
+        model, ref_model=None if adapters else model_of(shape), args=args, train_dataset=dataset,
         processing_class=tokenizer, peft_config=lora() if adapters else None,
     )  # fmt: skip
     trainer.train()
@@ -119,8 +137,9 @@ def test_dpo(adapters, tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("adapters", [False, True])
-def test_grpo(adapters, tmp_path, tokenizer):
-    model = model_of()
+@pytest.mark.parametrize("shape", ["dense", "moe"])
+def test_grpo(shape, adapters, tmp_path, tokenizer):
+    model = model_of(shape)
     before = copy_of(model)
     args = GRPOConfig(**settings(tmp_path, per_device_train_batch_size=4, num_generations=4, max_completion_length=8))
     asked = []
