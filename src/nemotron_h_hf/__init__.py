@@ -9,6 +9,7 @@ targets.py         folders that commands write: locked, separate from their sour
 manifest.py        checksums next to the weights, and the check on loading
 headers.py         what a checkpoint folder holds, from its safetensors headers
 facts.py           the facts of one checkpoint, for `info` and model cards
+vision_facts.py    the facts of a vision-language model
 hub.py             model card, model code next to the weights, upload
 inputs.py          numbers, devices, YAML files and tokenizers given to a command
 environment.py     the machine, versions, and the memory of this process
