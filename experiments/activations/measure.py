@@ -25,9 +25,10 @@ from matplotlib.figure import Figure
 
 from nemotron_h_hf.benchmark.memory import WARM_UP_TOKENS, footprint
 from nemotron_h_hf.benchmark.sides import Shape, build_sides, train_step
-from nemotron_h_hf.compression.scaling import KEPT_TOKENS, Plan, activation_bytes, working_bytes
+from nemotron_h_hf.compression.scaling import Plan, activation_bytes, working_bytes
 from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
+from nemotron_h_hf.model.ssd import KEPT_TOKENS
 
 REPORT = Path(__file__).parents[2] / "docs" / "results" / "activations" / "activations.json"
 SHAPE = Shape(

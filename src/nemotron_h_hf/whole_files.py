@@ -6,6 +6,8 @@ from typing import Any
 
 from .model.saving import whole_file
 
+__all__ = ["whole_file", "write_json", "write_text"]
+
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """A text file in UTF-8."""
