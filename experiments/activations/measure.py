@@ -9,13 +9,15 @@ What counts is how far the kernel's peak of resident memory (VmHWM) rises above 
 part of it in all cases. Resident memory counts what glibc keeps of freed blocks, too, and the formula does not: with
 MALLOC_MMAP_THRESHOLD_=1048576 in the environment our model without its attention layer takes 0.56 instead of 1.30 GB at
 16,384 tokens, with checkpointing. A step that wants more than the limit is no point, nor are longer ones. `formula` is
-compression/scaling.py's activations, working memory and gradients. Finished points are kept: the same command resumes.
+experiments/scaling/formulas.py's activations, working memory and gradients. Finished points are kept: the same command
+resumes.
 """
 
 import argparse
 import json
 import os
 import platform
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -25,10 +27,12 @@ from matplotlib.figure import Figure
 
 from nemotron_h_hf.benchmark.memory import WARM_UP_TOKENS, footprint
 from nemotron_h_hf.benchmark.sides import Shape, build_sides, train_step
-from nemotron_h_hf.compression.scaling import Plan, activation_bytes, working_bytes
 from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 from nemotron_h_hf.model.ssd import KEPT_TOKENS
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scaling"))
+from formulas import Plan, activation_bytes, working_bytes  # noqa: E402
 
 REPORT = Path(__file__).parents[2] / "docs" / "results" / "activations" / "activations.json"
 SHAPE = Shape(
@@ -100,7 +104,7 @@ def write(report: dict, limit_gb: float) -> None:
 
 
 def formula(config: NemotronHConfig, length: int, checkpointing: bool) -> int:
-    """What compression/scaling.py expects: activations, working memory, gradients."""
+    """What experiments/scaling/formulas.py expects: activations, working memory, gradients."""
     plan = Plan(tokens_per_pass=length, checkpointing=checkpointing, element_bytes=4, fused_norm=False)
     return activation_bytes(config, plan) + working_bytes(config, plan) + 4 * num_parameters(config)
 

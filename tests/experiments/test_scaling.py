@@ -1,4 +1,4 @@
-"""The formulas of compression/scaling.py against small runs: what autograd keeps, what ranks hold, what they send."""
+"""The formulas of experiments/scaling against small runs: what autograd keeps, what ranks hold, what they send."""
 
 import json
 import os
@@ -8,12 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import table
 import torch
-from tiny import prompt, tiny_config, tiny_model
-
-from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
-from nemotron_h_hf.compression import scaling_table
-from nemotron_h_hf.compression.scaling import (
+from formulas import (
     Plan,
     activation_bytes,
     fsdp_bytes_sent,
@@ -27,6 +24,9 @@ from nemotron_h_hf.compression.scaling import (
     tensor_parallel_traffic,
     working_bytes,
 )
+from tiny import prompt, tiny_config, tiny_model
+
+from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.model import loss
 
@@ -149,7 +149,7 @@ def test_what_is_refused():
 
 
 def test_the_document_holds_the_tables(capsys):
-    assert scaling_table.main([]) == 0
+    assert table.main([]) == 0
     printed = capsys.readouterr().out
     tables = [line for line in DOC.read_text().splitlines() if line.startswith("| ") and line.count("|") > 10]
     assert tables == [line for line in printed.splitlines() if line.startswith("| ")]

@@ -1,8 +1,8 @@
 """What training costs one of many GPUs: bytes of states and activations, bytes sent, under FSDP2 and tensor parallelism.
 
 Nothing is allocated: all follows from the configuration. The formulas count what this model and torch really do, and
-tests/compression/test_scaling.py compares them with small runs; docs/scaling.md says which, and what is assumed. Dense models only.
-`scaling_table.py` prints the tables of docs/scaling.md.
+tests/experiments/test_scaling.py compares them with small runs; docs/scaling.md says which, and what is assumed. Dense models only.
+`table.py` prints the tables of docs/scaling.md.
 
     D data-parallel ranks (FSDP2 shards over them), T tensor-parallel ranks, D T GPUs; t tokens in one pass of a rank
     d hidden, i heads x head_dim of Mamba, c what the convolution sees, w MLP width, V vocabulary
@@ -16,10 +16,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ..cost import Tensor, checkpoint_tensors, forward_flops_per_token
-from ..model.configuration_nemotron_h import NemotronHConfig
-from ..model.loss import CHUNKS_AT_ONCE, KEPT_LOGITS, LOGITS_PER_CHUNK
-from ..model.ssd import KEPT_TOKENS, SEGMENT_TOKENS
+from nemotron_h_hf import NemotronHConfig
+from nemotron_h_hf.cost import Tensor, checkpoint_tensors, forward_flops_per_token
+from nemotron_h_hf.model.loss import CHUNKS_AT_ONCE, KEPT_LOGITS, LOGITS_PER_CHUNK
+from nemotron_h_hf.model.ssd import KEPT_TOKENS, SEGMENT_TOKENS
 
 PAPER_TOKENS_PER_STEP = 768 * 8192
 LM_HEAD_RULE = {"lm_head": "colwise_gather_output"}

@@ -1,7 +1,7 @@
 """Prints what training costs on 8 to 1024 GPUs: the tables of docs/scaling.md.
 
-python -m nemotron_h_hf.compression.scaling_table                             # the 8B and the 56B
-python -m nemotron_h_hf.compression.scaling_table nemotron-h-47b 3-nano-4b
+python experiments/scaling/table.py                             # the 8B and the 56B
+python experiments/scaling/table.py nemotron-h-47b 3-nano-4b
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..model.configuration_nemotron_h import NemotronHConfig
-from .scaling import (
+from formulas import (
     Plan,
     activation_bytes,
     flops_per_gpu,
@@ -21,6 +20,8 @@ from .scaling import (
     tensor_parallel_bytes_sent,
     working_bytes,
 )
+
+from nemotron_h_hf import NemotronHConfig
 
 GPU_BYTES, USABLE = 80e9, 0.9  # a tenth is left to what is not counted: gradients inside a block, buffers, fragments
 FLOPS, NVLINK, NETWORK = 400e12, 450e9, 50e9  # assumed: 40 % of an H100's bfloat16 peak; bytes/s each way, per GPU
