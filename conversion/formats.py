@@ -135,7 +135,7 @@ def _args_from_yaml(found: Found, table: torch_dist.Table) -> tuple[dict[str, An
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML's safe loader, which besides takes any unknown tag for nothing."""
+    """YAML's safe loader, which also reads any unknown tag as nothing."""
 
 
 _PlainLoader.add_multi_constructor("", lambda loader, tag, node: None)

@@ -274,7 +274,7 @@ def read_log(path: Path) -> list[dict[str, float]]:
 
 
 def table(rows: Sequence[dict]) -> str:
-    """Markdown: mean and standard deviation over the seeds; a seed's elastic and separate models have the same sizes, so that
+    """Markdown: mean and standard deviation over the seeds; a seed's elastic and separate models have the same sizes, and
     the last column holds the differences within a seed."""
 
     def cell(values: Sequence[float] | None, digits: int = 3) -> str:

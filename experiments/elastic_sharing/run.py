@@ -7,7 +7,7 @@ A parent of more than 1 GB with random weights is written to a temporary folder.
 it, and then takes one submodel after the other, all kept alive; what counts is how far the proportional set size (PSS) of
 the process rises by each, after that submodel has run too. Speed: submodel and separate model take turns in one process,
 at every prompt and every token, and the ratio is that of the medians: of CPU seconds, which other work on the machine
-disturbs least, and of the clock's. Writes --output beside this file. Linux.
+disturbs least, and of the clock's. Writes --output in docs/results/elastic_sharing. Linux.
 """
 
 import argparse

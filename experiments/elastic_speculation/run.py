@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--draft-tokens", nargs="+", type=int, default=[1, 2, 4, 8])
     for name, default in (("new-tokens", 64), ("rounds", 3), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--output", default="speculation.json", help="file beside this script")
+    parser.add_argument("--output", default="speculation.json", help="file in docs/results/elastic_speculation")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     torch.set_num_threads(arguments.threads)

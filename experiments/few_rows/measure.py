@@ -1,6 +1,6 @@
 """Products of few rows with a matrix on a CPU, fp32: torch's linear against the same in parts, one for each thread (linear.py).
 
-    python experiments/few_rows/measure.py        # few_rows.json beside this file; about a minute
+    python experiments/few_rows/measure.py        # few_rows.json in docs/results/few_rows; about a minute
 
 So many matrices take turns that none is in a cache. Milliseconds, medians of nine rounds.
 """

@@ -2,7 +2,7 @@
 
     python experiments/fp8/gap.py train --precision bf16 --seeds 0 1 2 --threads 1    # stops and resumes at any moment
     python experiments/fp8/gap.py train --precision fp8 --seeds 0 1 2 --threads 1
-    python experiments/fp8/gap.py plot            # gap.png and gap.json from the logs beside this file
+    python experiments/fp8/gap.py plot            # gap.png and gap.json from the logs in docs/results/fp8
     python experiments/fp8/gap.py speed           # speed.json: tokens per second of each way to compute
 
 Text, tokenizer, shape and settings are those of `nemotron-h train-tiny`. A seed decides initial weights and batches, so

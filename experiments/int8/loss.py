@@ -1,6 +1,6 @@
 """What int8 weights cost the embedded model: bits per byte of its held-out files, in fp32 and with int8 weights.
 
-    python experiments/int8/loss.py        # loss.json beside this file; checkpoints and samples under runs/int8
+    python experiments/int8/loss.py        # loss.json in docs/results/int8; checkpoints and samples under runs/int8
 
 Weights are quantised by torchao when they are loaded, one scale per row, and multiplied by int8.py; `nemotron-h eval` then
 reads what was saved, as it would any checkpoint.

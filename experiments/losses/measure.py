@@ -1,4 +1,4 @@
-"""Peak memory of the training losses in chunks against the same losses on whole logits: `losses.json` beside this file.
+"""Peak memory of the training losses in chunks against the same losses on whole logits: `losses.json` in docs/results/losses.
 
     python experiments/losses/measure.py [--positions 4096] [--vocab 32768] [--hidden 512]
 
