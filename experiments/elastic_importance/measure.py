@@ -5,7 +5,7 @@
 Orders: by importance (compression/importance.py); by importance, but with one order of channels for all heads of a layer,
 as NVIDIA's tool has it, rather than one for each head; the order of the released weights; five random ones, all inside their
 groups. Every axis is cut alone, then all together. Text: this Python's standard library, scored on 64 rows of 512 tokens,
-losses on 16 rows of held-out files. Writes results.json and results.png in docs/results/elastic_importance; about 70 seconds of one core.
+losses on 16 rows of held-out files. Writes docs/results/elastic_importance; about 70 seconds of one core.
 
 scores/ holds the scores themselves and a plot for each axis, as the command writes them into a parent:
 
