@@ -141,6 +141,21 @@ def test_hub_folder_does_not_know_elastic():
     assert len(texts) > 20 and not {name: found[0] for name, text in texts.items() if (found := words.search(text))}
 
 
+# room of elastic/ -> the rooms that it may import; all may import the files above them
+ROOMS = {"prepare": {"live"}, "live": {"cut"}, "cut": set(), "train": set()}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_rooms_of_elastic(room):
+    names = [name.split(".") for path in (PACKAGE / "elastic" / room).glob("*.py") for name in imported_names(path)]
+    rooms = {name[2] for name in names if name[:2] == ["nemotron_h_hf", "elastic"]} & ROOMS.keys()
+    assert names and rooms - {room} <= ROOMS[room]
+
+
+def test_every_folder_of_elastic_is_a_room():
+    assert {path.parent.name for path in (PACKAGE / "elastic").glob("*/*.py")} == ROOMS.keys()
+
+
 def parts_of(path: Path) -> tuple[str, ...]:
     """scripts/info.py -> ("scripts", "info"), inside the package; the command line is its own part."""
     base = next(base for base in (PACKAGE, PACKAGE.parent, ROOT) if path.is_relative_to(base))
