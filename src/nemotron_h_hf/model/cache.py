@@ -8,6 +8,8 @@ verification need this.
     cache = HybridCache(model.config)                       # grows;  max_cache_len=4096 makes it static
     model(**prompt, cache=cache)                            # or past_key_values=, as in older transformers
     branch = cache.fork()                                   # continue many times from one prompt
+    batch = HybridCache.join([cache, other])                # rows of different lengths next to each other, padded on the left
+    batch.keep([1], drop=3); batch.take(0)                  # rows that go on; one row as a cache of its own
     cache.save("prompt.safetensors"); HybridCache.load("prompt.safetensors", model.config)
 
     b batch, l length, d convolution channels, k conv taps, h heads, p head_dim, g groups, n state
@@ -16,7 +18,7 @@ verification need this.
 import copy
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import repeat
 from pathlib import Path
 
@@ -342,6 +344,70 @@ class HybridCache(Cache):
         graph = {id(t): t.detach().clone() for t in tensors if not t.is_leaf}  # results of a forward with gradients
         return copy.deepcopy(self, graph)
 
+    @staticmethod
+    def join(caches: Sequence["HybridCache"]) -> "HybridCache":
+        """A cache of all rows of several, which stay as they are; rows of shorter ones are padded on the left.
+
+        The model has no position embedding, so keys and values mean the same at any place. The forward that follows needs an
+        `attention_mask` with 0 at the padding.
+
+        Raises:
+            ValueError: for no cache, an empty or a static one, one that records, or caches of different models.
+        """
+        if not caches:
+            raise ValueError("caches=[]: allowed is one cache or more")
+        length = max(cache._rows_length() for cache in caches)
+        joined = copy.copy(caches[0])
+        joined.layers = [
+            _join_layers(layers, length) for layers in zip(*(cache.layers for cache in caches), strict=True)
+        ]
+        return joined
+
+    def keep(self, rows: Sequence[int], drop: int = 0) -> None:
+        """Keep these rows, in this order, without the `drop` columns on the left, which are padding in all of them.
+
+        Raises:
+            ValueError: for a row that is not there, more columns than there are, a static cache, or one that records.
+        """
+        length = self._rows_length()
+        if not 0 <= drop < length:
+            raise ValueError(f"drop={drop}: allowed is 0 to {length - 1}, the cache holds {length} tokens")
+        indices = torch.tensor(self._row_numbers(rows))
+        for layer in self.layers:
+            if isinstance(layer, MambaCacheLayer):
+                layer.batch_select_indices(indices)
+                layer.tokens_seen -= drop
+            elif isinstance(layer, GrowingLayer):
+                index = indices.to(layer.keys.device)
+                layer.keys, layer.values = (t[:, :, drop:].index_select(0, index) for t in (layer.keys, layer.values))
+                layer.drop_memory()
+
+    def take(self, row: int, padding: int = 0) -> "HybridCache":
+        """A copy of one row, without the `padding` columns on its left; raises as `keep`."""
+        taken = copy.copy(self)
+        taken.layers = [_copied(layer) for layer in self.layers]
+        taken.keep([row], padding)
+        return taken
+
+    def _rows_length(self) -> int:
+        """Tokens held, of a cache whose rows can be moved."""
+        if self.max_cache_len is not None:
+            raise ValueError(
+                f"max_cache_len={self.max_cache_len}: rows of a static cache cannot be moved; use one that grows"
+            )
+        if any(isinstance(layer, MambaCacheLayer) and layer.recorded for layer in self.layers):
+            raise ValueError("the cache records its last tokens: call crop(0) before moving rows")
+        length = int(self.get_seq_length())
+        if length == 0:
+            raise ValueError("the cache is empty: allowed is one that has read at least one token")
+        return length
+
+    def _row_numbers(self, rows: Sequence[int]) -> list[int]:
+        held = next(len(t) for layer in self.layers for t in _row_tensors(layer))
+        if not len(rows) or not all(0 <= row < held for row in rows):
+            raise ValueError(f"rows={list(rows)}: allowed are some of 0 to {held - 1}")
+        return list(rows)
+
     def to(self, device: torch.device | str | None, non_blocking: bool = False) -> "HybridCache":
         """Move everything, for example to "cpu" while a conversation waits. Accelerate calls it as it calls a tensor's, with
         None where it does not know the device: then everything stays."""
@@ -445,6 +511,41 @@ class DynamicHybridCache(HybridCache, DynamicCache):
 
 class StaticHybridCache(HybridCache, StaticCache):
     """A `HybridCache` with a fixed room; what `HybridCache(config, max_cache_len)` makes."""
+
+
+def _row_tensors(layer) -> list[Tensor]:
+    """What a layer holds of each row: Mamba states, or keys and values."""
+    if isinstance(layer, MambaCacheLayer):
+        return layer.tensors()
+    return [layer.keys, layer.values] if isinstance(layer, CacheLayerMixin) and layer.is_initialized else []
+
+
+def _copied(layer):
+    """The layer with own lists and the same tensors: what replaces them does not change the first one."""
+    copied = copy.copy(layer)
+    for name, held in vars(layer).items():
+        if isinstance(held, (list, dict)):
+            setattr(copied, name, copy.copy(held))
+    return copied
+
+
+def _join_layers(layers: Sequence, length: int):
+    """One layer with the rows of all, keys and values padded on the left to `length`."""
+    joined = _copied(layers[0])
+    if isinstance(joined, MambaCacheLayer):
+        joined._assign(*(torch.cat(states) for states in zip(*(read_states(layer) for layer in layers), strict=True)))
+        joined.tokens_seen = length
+    elif isinstance(joined, GrowingLayer):
+        joined.keys, joined.values = (
+            torch.cat([_padded(t, length) for t in tensors]) for tensors in zip(*map(_row_tensors, layers), strict=True)
+        )
+        joined.drop_memory()
+    return joined
+
+
+def _padded(states: Tensor, length: int) -> Tensor:
+    """(b, kv heads, l, head_dim) with zeros on the left, `length` tokens in all."""
+    return torch.nn.functional.pad(states, (0, 0, length - states.shape[2], 0))
 
 
 def _is_recorded() -> bool:
