@@ -1,4 +1,4 @@
-"""The facts of what a vision-language model sees with, from its configuration: tower, projector, tokens per picture."""
+"""The facts of a vision-language model's vision part, from its configuration: tower, projector, tokens per picture."""
 
 from __future__ import annotations
 

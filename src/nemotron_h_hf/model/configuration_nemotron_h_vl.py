@@ -1,7 +1,7 @@
 """The configuration of a vision-language model on Nemotron-H: a vision tower, a projector, a language model.
 
 One class, under three `model_type`s. The papers' own form (NVLM-D: InternViT, tiles with tags) is `nemotron_h_vl`. The two
-released families differ in what their config.json calls a field, which is read, and written back as it was read:
+released families spell some fields of config.json in other ways; each is written back as it was read:
 
     nemotron_h_vl                       text_config, vision_config, image_token_id, image_size
     NemotronH_Nano_VL_V2                llm_config, img_context_token_id, force_image_size, vision_config of RADIO's own code
@@ -125,7 +125,7 @@ class NemotronHVLConfig(PreTrainedConfig):
 
     @property
     def has_final_norm(self) -> bool:
-        """Whether a norm stands between tower and projector: in omni models whose language model predicts several tokens."""
+        """Whether there is a norm between tower and projector: in omni models whose language model predicts several tokens."""
         return False
 
     # Writing.

@@ -1,8 +1,8 @@
-"""Pictures as the vision tower wants them: cut into square tiles (NVLM's way), or whole as a grid of patches (omni's).
+"""Pictures for the vision tower: cut into square tiles (NVLM's way), or whole as a grid of patches (omni's).
 
-Tiles, as NVIDIA's `dynamic_preprocess` does: of all grids of at most `max_tiles` tiles the one whose aspect ratio is closest to the
-picture's; of equally close ones a larger if the picture has more than half its area. The picture is resized to the grid, cut
-row by row, and a thumbnail of the whole follows if there is more than one tile. By this rule 1920 x 1080 is 4 x 2 tiles and a
+Tiles follow NVIDIA's `dynamic_preprocess`: the grid of at most `max_tiles` tiles whose aspect ratio is closest to the
+picture's; on a tie a larger one if the picture has more than half its area. The picture is resized to the grid and cut
+row by row. A thumbnail of the whole follows if there is more than one tile. By this rule 1920 x 1080 is 4 x 2 tiles and a
 thumbnail; the paper's own example (3 x 2) follows only from the area-weighted rule with 6 tiles.
 
 Pillow resizes Pillow images, as in the reference. Tensors stay where they are and are resized by torch (the kernel that

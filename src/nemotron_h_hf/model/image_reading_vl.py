@@ -1,7 +1,7 @@
 """One picture, in any form, as RGB: a Pillow image, or a uint8 tensor (3, height, width) if it came as one.
 
-Transparency is laid on white, 16-bit greys become 8-bit ones, EXIF says which side is up, of an animation the first frame is
-taken (with a warning). Nothing is fetched from the network unless `fetch_urls` asks for it.
+Transparency becomes white, 16-bit greys become 8-bit ones, EXIF orientation is applied, and of an animation the first frame
+is taken (with a warning). Nothing is fetched from the network unless `fetch_urls` asks for it.
 """
 
 import base64

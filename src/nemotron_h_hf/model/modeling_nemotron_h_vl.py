@@ -1,4 +1,4 @@
-"""Nemotron-H that sees (NVLM-D): a vision tower's patches, shuffled and projected, stand among the embeddings of the text.
+"""Nemotron-H with vision (NVLM-D): a vision tower's patches are shuffled, projected, and placed among the text's embeddings.
 
 The tower is transformers' own (`internvl_vision`, `radio`, any that gives patches). Ours are the pixel shuffle (version 2 of
 Megatron's), the projector and the joining. The text holds `image_token_id` once for each embedding, in the order of the images.
@@ -51,7 +51,7 @@ class NemotronHVLProjector(nn.Module):
 
 
 class NemotronHVLPreTrainedModel(NemotronHPreTrainedModel):
-    """What both classes share: names on disk, fresh weights, parts of a checkpoint that are not loaded."""
+    """Common to both classes: names on disk, fresh weights, parts of a checkpoint that are not loaded."""
 
     config_class = NemotronHVLConfig
     config: NemotronHVLConfig
@@ -260,7 +260,7 @@ class NemotronHVLForConditionalGeneration(NemotronHVLPreTrainedModel, NemotronHF
     ) -> MoeCausalLMOutputWithPast:
         """Logits, and the next-token loss if there are labels, as `NemotronHForCausalLM.forward`; images as the base model's.
 
-        Labels count nowhere on an image, nor on the text token just before one.
+        Labels on an image, and on the text token just before one, do not count.
         `mm_token_type_ids` (b, l), 1 on images, come from processors; the ids say the same.
         """
         if labels is not None and input_ids is not None:

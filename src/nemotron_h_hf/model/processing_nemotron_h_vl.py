@@ -3,7 +3,7 @@
     NVLM       <Image><tile_01><image>...<image><tile_02><image>...<tile_global_thumbnail><image>...</Image>
     released   <img><image>...<image></img>
 
-A picture of one tile has the thumbnail's tag. The tags are ordinary text, and all as long as each other in tokens.
+A picture of one tile has the thumbnail's tag. The tags are ordinary text of equal length in tokens.
 """
 
 from typing import Any
@@ -105,7 +105,7 @@ class NemotronHVLProcessor(ProcessorMixin):
     def _get_num_multimodal_tokens(
         self, image_sizes: list[tuple[int, int]] | None = None, **kwargs: Any
     ) -> MultiModalData:
-        """Tokens and tiles of pictures of these (height, width), which are not made: vLLM plans its memory by them."""
+        """Numbers of tokens and tiles for pictures of these (height, width), for vLLM's memory planning; no picture is made."""
         if image_sizes is None:
             return MultiModalData()
         patches = [self.image_processor.get_number_of_image_patches(*size, kwargs) for size in image_sizes]

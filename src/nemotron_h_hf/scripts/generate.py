@@ -6,7 +6,7 @@
     nemotron-h generate --model owner/name --dtype bfloat16 --device cuda --cache static
     nemotron-h generate --model a/vision-model --image photo.png --prompt "What is this?"      # --image may be given again
 
-Pictures stand in front of the prompt, or where it says <image>. The text goes to standard output, a line with the speed to
+Pictures go in front of the prompt, or where it says <image>. The text goes to standard output, a line with the speed to
 standard error.
 """
 

@@ -5,7 +5,7 @@
     nemotron-h make-vl ... --image-size 512 --max-tiles 6 --tile-tags no new-model/
 
 The tower is any that transformers' AutoModel knows (`internvl_vision`, `radio`, ...). The tokenizer gets a token <image>, and the
-table of embeddings a row for it if it has none to spare. Next: `nemotron-h sft --train projector`.
+embeddings a row for it if there is no spare one. Next: `nemotron-h sft --train projector`.
 """
 
 from __future__ import annotations
