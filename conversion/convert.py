@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from nemotron_h_hf.checkpoint import Checkpoint
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
+from nemotron_h_hf.model.weights import Checkpoint
 from nemotron_h_hf.resumable import TOKENIZER_FILES, Journal, check_room
 from nemotron_h_hf.targets import stamps, writing
 from nemotron_h_hf.units import parse_bytes

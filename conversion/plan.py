@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemotron_h_hf.checkpoint import Checkpoint, TensorSpec
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
+from nemotron_h_hf.model.weights import Checkpoint, TensorSpec
 
 from . import layouts
 from .names import PARTS, QKV, VOCAB, Link, links

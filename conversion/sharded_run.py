@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 
-from nemotron_h_hf.checkpoint import Checkpoint, TensorSpec, save
+from nemotron_h_hf.checkpoint import save
 from nemotron_h_hf.inputs import read_json
 from nemotron_h_hf.model.configuration_nemotron_h import with_plain_limit
+from nemotron_h_hf.model.weights import Checkpoint, Name, TensorSpec, read_name
 from nemotron_h_hf.resumable import TOKENIZER_FILES, copy_files
 from nemotron_h_hf.whole_files import write_text
 
@@ -23,7 +24,6 @@ from .torch_dist import chunks_of, pieces_by_expert, read_metadata
 
 WEIGHTS_FOLDER = "pytorch_model_fsdp_0"
 WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.")  # of activation checkpointing and torch.compile
-STACK = re.compile(r"(.*\.experts)\.(up_proj|down_proj)")
 ADAPTED = "base_model."  # PEFT's, around every name; a run saves its adapters alone
 ROUTER = "elastic_router."  # of elastic training; it decided the sizes and is no part of the model
 FLOAT32 = "e_score_correction_bias"  # in every release
@@ -74,23 +74,22 @@ def open_sharded(folder: Path) -> MegatronCheckpoint:
     entries: dict[str, Entry] = {}
     for key, found in chunks_of(folder, table.tensors, table).items():
         dtype, shape, _ = table.tensors[key]
-        name = released_name(key)
-        if name.startswith(ROUTER):
+        name = plain_name(key)
+        if name.local.startswith(ROUTER):
             continue
-        if stack := STACK.fullmatch(name):
+        if "{e}" in name.local:
             for expert, pieces in pieces_by_expert(key, shape, found).items():
-                entries[f"{stack[1]}.{expert}.{stack[2]}.weight"] = Entry(dtype, shape[1:], pieces)
+                entries[name._replace(expert=expert).released] = Entry(dtype, shape[1:], pieces)
         else:
-            entries[name] = Entry(
+            entries[name.released] = Entry(
                 dtype, shape, [Piece(chunk, 0, box or (1,), corner or (0,)) for corner, box, chunk in found]
             )
     return MegatronCheckpoint(folder, "fsdp", entries, {})
 
 
-def released_name(key: str) -> str:
-    """`model.model.layers.0.norm.weight` -> `backbone.layers.0.norm.weight`; `model.` at the front is Accelerate's."""
-    name = WRAPPERS.sub("", key).removeprefix("model.")
-    return re.sub(r"^model\.", "backbone.", name)
+def plain_name(key: str) -> Name:
+    """`model.model.layers.0.norm.weight` -> that of `backbone.layers.0.norm.weight`; `model.` at the front is Accelerate's."""
+    return read_name(WRAPPERS.sub("", key).removeprefix("model."))
 
 
 def _spec(stored: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nemotron_h_hf.checkpoint import PIECE_BYTES, TensorSpec, read_into
+from nemotron_h_hf.checkpoint import PIECE_BYTES
+from nemotron_h_hf.model.weights import TensorSpec, read_into
 
 from . import torchzip
 from .unpickle import Extent
@@ -153,7 +154,8 @@ class MegatronCheckpoint(Mapping[str, Tensor]):
         for start in range(0, num_rows, max(step, 1)):
             target = box[start : start + step]
             rows = target if direct else torch.empty(target.shape, dtype=whole.dtype)
-            read_into(extent.path, extent.offset + (piece.first + start) * row_bytes, rows)
+            with open(extent.path, "rb", buffering=0) as file:
+                read_into(file, extent.offset + (piece.first + start) * row_bytes, rows)
             self.bytes_read += rows.nbytes
             yield target, rows
 

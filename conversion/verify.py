@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-from nemotron_h_hf.checkpoint import PIECE_BYTES, Checkpoint, Digest
+from nemotron_h_hf.checkpoint import PIECE_BYTES, Digest
 from nemotron_h_hf.inputs import read_json
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 from nemotron_h_hf.model.modeling_nemotron_h import NemotronHForCausalLM
+from nemotron_h_hf.model.weights import Checkpoint
 from nemotron_h_hf.resumable import checksum
 from nemotron_h_hf.whole_files import write_text
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from nemotron_h_hf.checkpoint import ShardWriter, TensorSpec, plan_shards
+from nemotron_h_hf.checkpoint import ShardWriter, plan_shards
+from nemotron_h_hf.model.weights import TensorSpec
 from nemotron_h_hf.resumable import TOKENIZER_FILES, Journal, copy_files, write_shards
 from nemotron_h_hf.whole_files import write_text
 

@@ -19,8 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nemotron_h_hf.checkpoint import Digest, Digester, byte_view, pieces
+from nemotron_h_hf.checkpoint import Digest, Digester, pieces
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
+from nemotron_h_hf.model.weights import byte_view
 from nemotron_h_hf.resumable import Journal
 from nemotron_h_hf.whole_files import whole_file
 

@@ -25,7 +25,8 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )  # fmt: skip
 
-from nemotron_h_hf.checkpoint import Digest, Digester, byte_view, pieces, plan_shards
+from nemotron_h_hf.checkpoint import Digest, Digester, pieces, plan_shards
+from nemotron_h_hf.model.weights import byte_view
 from nemotron_h_hf.resumable import Journal
 from nemotron_h_hf.whole_files import whole_file, write_text
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file
 
-from nemotron_h_hf.checkpoint import Checkpoint
+from nemotron_h_hf.model.weights import Checkpoint
 
 ROOT = Path(__file__).parent.parent
 OWN = ROOT / "tests" / "fixtures" / "megatron"

@@ -24,7 +24,8 @@ import torch
 from nemotron_h_hf.conversion import convert, names
 
 from nemotron_h_hf import NemotronHConfig
-from nemotron_h_hf.checkpoint import TensorSpec, save
+from nemotron_h_hf.checkpoint import save
+from nemotron_h_hf.model.weights import TensorSpec
 from nemotron_h_hf.whole_files import write_text
 
 COPY_PIECE_BYTES = 16 * 2**20

@@ -27,12 +27,13 @@ from pathlib import Path
 import torch
 
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
-from nemotron_h_hf.checkpoint import TensorSpec, save
+from nemotron_h_hf.checkpoint import save
 from nemotron_h_hf.cost import checkpoint_tensors, weight_bytes
 from nemotron_h_hf.elastic.budgets import Budget
 from nemotron_h_hf.elastic.cut.cutting import slice_checkpoint
 from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.environment import status_bytes
+from nemotron_h_hf.model.weights import TensorSpec
 from nemotron_h_hf.whole_files import write_text
 
 SIZES = {

@@ -7,7 +7,6 @@ resumable.py       a checkpoint folder that an interrupted run continues to writ
 whole_files.py     files that are complete or absent
 targets.py         folders that commands write: locked, separate from their sources, resumed
 manifest.py        checksums next to the weights, and the check on loading
-headers.py         what a checkpoint folder holds, from its safetensors headers
 facts.py           the facts of one checkpoint, for `info` and model cards
 vision_facts.py    the facts of a vision-language model
 hub.py             model card, model code next to the weights, upload

@@ -1,9 +1,9 @@
-"""Sharded safetensors checkpoints, in and out, one tensor (or some rows of one) at a time.
+"""Writes sharded safetensors checkpoints, one tensor at a time.
 
-Reading is a mapping from names to tensors that reads a tensor when it is asked for. Writing takes the list of what will
-come, because a safetensors file begins with the offsets of all its tensors, and then the tensors in that order:
+Writing takes the list of what will come, because a safetensors file begins with the offsets of all its tensors, and then
+the tensors in that order:
 
-    source = Checkpoint("path/to/model")
+    source = Checkpoint("path/to/model")                                    (model/weights.py)
     specs = [source.spec(name) for name in source]
     save("path/to/copy", specs, ((name, source[name]) for name in source), max_shard_bytes=5 * 2**30)
 
@@ -15,51 +15,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .model.reading import read_header, read_index
+from .model.weights import DTYPES, INDEX_NAME, SINGLE_NAME, TensorSpec, byte_view
 from .whole_files import whole_file, write_text
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 PIECE_BYTES = 16 * 2**20
 WORTH_A_THREAD_BYTES = 2**20
 
-# https://github.com/huggingface/safetensors#format
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-
-
-class TensorSpec(NamedTuple):
-    """What is known about a tensor before it is read."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_elements(self) -> int:
-        """Elements by the shape."""
-        return math.prod(self.shape)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the data."""
-        return self.num_elements * self.dtype.itemsize
 
 
 class Digest(NamedTuple):
@@ -68,110 +40,6 @@ class Digest(NamedTuple):
     sha256: str
     num_nan: int
     num_inf: int
-
-
-@dataclass(frozen=True)
-class _Stored:
-    spec: TensorSpec
-    path: Path
-    offset: int
-
-
-class Checkpoint(Mapping[str, Tensor]):
-    """The tensors of a folder (or of one .safetensors file), read when asked for.
-
-    Raises:
-        ValueError: naming the file, when one is missing, cut short, or not what the index says.
-    """
-
-    def __init__(self, path: str | os.PathLike) -> None:
-        self.path = Path(path)
-        self.bytes_read = 0
-        self._stored: dict[str, _Stored] = {}
-        for file, names in _files_of(self.path).items():
-            if not file.is_file():
-                raise ValueError(f"{file} is missing; the index names it")
-            found = _read_header(file)
-            for name in names or found:
-                if name not in found:
-                    raise ValueError(f"{file} lacks the tensor {name} that the index puts there")
-                self._stored[name] = found[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._stored)
-
-    def __len__(self) -> int:
-        return len(self._stored)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._stored
-
-    def spec(self, name: str) -> TensorSpec:
-        """Name, dtype and shape, without reading the data."""
-        return self._stored[name].spec
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self.rows(name, 0, None)
-
-    def rows(self, name: str, start: int, stop: int | None) -> Tensor:
-        """Rows `start` to `stop` of a tensor (all of them to the end if `stop` is None); only those are read."""
-        stored = self._stored[name]
-        shape = stored.spec.shape
-        stop = (shape[0] if shape else 1) if stop is None else stop
-        if not shape:
-            start, stop = 0, 1
-        elif not 0 <= start <= stop <= shape[0]:
-            raise ValueError(f"rows={start}:{stop} of {name}: allowed are 0 to {shape[0]}")
-        tensor = torch.empty((stop - start, *shape[1:]) if shape else (), dtype=stored.spec.dtype)
-        row_bytes = math.prod(shape[1:]) * stored.spec.dtype.itemsize
-        read_into(stored.path, stored.offset + start * row_bytes, tensor)
-        self.bytes_read += tensor.nbytes
-        return tensor
-
-
-def _files_of(path: Path) -> dict[Path, list[str]]:
-    if path.is_file():
-        return {path: []}
-    if (path / SINGLE_NAME).is_file():
-        return {path / SINGLE_NAME: []}
-    if (path / INDEX_NAME).is_file():
-        files: dict[Path, list[str]] = {}
-        for name, file in read_index(path / INDEX_NAME).items():
-            files.setdefault(path / file, []).append(name)
-        return files
-    raise ValueError(f"{path} holds neither {SINGLE_NAME} nor {INDEX_NAME}")
-
-
-def _read_header(path: Path) -> dict[str, _Stored]:
-    header = read_header(path)
-    data = os.path.getsize(path) - max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    stored = {}
-    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        if entry["dtype"] not in DTYPES:
-            raise ValueError(f"{path} has {name} in {entry['dtype']}: allowed are {', '.join(DTYPES)}")
-        spec = TensorSpec(name, DTYPES[entry["dtype"]], tuple(entry["shape"]))
-        stored[name] = _Stored(spec, path, data + entry["data_offsets"][0])
-    return stored
-
-
-def byte_view(tensor: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor, not copied."""
-    if tensor.numel() == 0:
-        return memoryview(b"")
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-
-
-def read_into(path: Path, offset: int, tensor: Tensor) -> None:
-    """Fill a contiguous tensor with the bytes of a file from `offset` on."""
-    view = byte_view(tensor)
-    with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
-        done = 0
-        while done < len(view):
-            count = file.readinto(view[done:])
-            if not count:
-                raise ValueError(f"{path} is cut short: {len(view)} bytes at {offset} are needed, {done} are there")
-            done += count
 
 
 def pieces(tensor: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import cost
 from .elastic.budgets import FIELDS_OF_KIND, SIZE_FIELDS, Budget, read_elastic
 from .elastic.child import Child, child_of
-from .headers import Contents, read_contents
 from .model.configuration_nemotron_h import NemotronHConfig
 from .model.configuration_nemotron_h_vl import NemotronHNanoVLConfig, NemotronHOmniConfig, NemotronHVLConfig
-from .model.loading import released_name
 from .model.reading import read_json
+from .model.weights import DTYPES, Stored, files_of, read_header, read_name
 from .vision_facts import VisionFacts, describe_vision
 
 CONFIGS = (NemotronHConfig, NemotronHVLConfig, NemotronHNanoVLConfig, NemotronHOmniConfig)
@@ -61,6 +61,54 @@ class BudgetFacts:
     facts: Facts
     trained: bool
     loss: float | None
+
+
+@dataclass
+class Contents:
+    """All tensors of a folder, and what is wrong with its files."""
+
+    tensors: dict[str, Stored] = field(default_factory=dict)
+    missing_files: list[str] = field(default_factory=list)
+    damaged_files: dict[str, str] = field(default_factory=dict)  # file -> what is wrong with it
+    missing_tensors: list[str] = field(default_factory=list)  # in the index, in none of the files read
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every file that should be there is, whole."""
+        return not (self.missing_files or self.damaged_files or self.missing_tensors)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of tensor data, headers not counted."""
+        return sum(tensor.num_bytes for tensor in self.tensors.values())
+
+    def elements_by_dtype(self) -> dict[str, int]:
+        """Elements of each dtype, the most common first."""
+        counts: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            counts[str(DTYPES.get(tensor.code, tensor.code)).removeprefix("torch.")] += math.prod(tensor.shape)
+        return dict(counts.most_common())
+
+
+def read_contents(folder: str | os.PathLike) -> Contents:
+    """Read the headers of a checkpoint folder, sharded or not; damage is collected, not raised.
+
+    Raises `ValueError` when the folder has no safetensors weights at all, or an index that is not one.
+    """
+    contents = Contents()
+    places = files_of(Path(folder))
+    for path in sorted(places):
+        if not path.is_file():
+            contents.missing_files.append(path.name)
+            continue
+        try:
+            contents.tensors |= read_header(path)
+        except ValueError as error:
+            contents.damaged_files[path.name] = str(error)
+    unread = {*contents.missing_files, *contents.damaged_files}
+    wanted = [name for path, names in places.items() if path.name not in unread for name in names]
+    contents.missing_tensors = [name for name in wanted if name not in contents.tensors]
+    return contents
 
 
 def load_target(target: str | os.PathLike) -> tuple[NemotronHConfig | NemotronHVLConfig, Contents | None]:
@@ -168,10 +216,7 @@ def _by_template(contents: Contents) -> dict[str, list[tuple[int, ...]]]:
     """Stored shapes under released names; experts' numbers become `{e}`, stacked experts are taken apart."""
     shapes: dict[str, list[tuple[int, ...]]] = {}
     for tensor in contents.tensors.values():
-        name = re.sub(r"\.experts\.\d+\.", ".experts.{e}.", released_name(tensor.name.removeprefix("language_model.")))
-        stacked = re.sub(r"\.experts\.(up|down)_proj$", r".experts.{e}.\1_proj.weight", name)
-        if stacked != name:
-            shapes[stacked] = [tensor.shape[1:]] * tensor.shape[0]
-        else:
-            shapes.setdefault(name, []).append(tensor.shape)
+        plain = tensor._replace(name=tensor.name.removeprefix("language_model."))
+        for name, one in plain.experts().items():
+            shapes.setdefault(read_name(name).template, []).append(one.shape)
     return shapes

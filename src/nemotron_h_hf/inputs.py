@@ -12,7 +12,8 @@ import torch
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .model.reading import open_tensors, read_checked, read_index, read_json, tensors_digest
+from .model.reading import read_json
+from .model.weights import open_tensors, read_checked, read_index, tensors_digest
 
 __all__ = [
     "finite",

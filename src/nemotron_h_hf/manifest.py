@@ -20,7 +20,7 @@ from transformers.utils import cached_file
 
 from .model.loading import HUB_ARGUMENTS
 from .model.reading import read_json
-from .model.stored import PIECE_BYTES, Stored, find_tensors
+from .model.weights import PIECE_BYTES, Stored, find_tensors
 
 NAME = "elastic_manifest.json"
 VERSION = 1
@@ -40,7 +40,7 @@ def fingerprint(stored: Mapping[str, Stored]) -> str:
     """A digest of the tensors that is quick to make: see above. The same for one file and for many."""
     digest = hashlib.sha256()
     for name, entry in sorted(stored.items()):
-        digest.update(f"{name} {entry.dtype} {list(entry.shape)}\n".encode())
+        digest.update(f"{name} {entry.code} {list(entry.shape)}\n".encode())
         with open(entry.file, "rb", buffering=0) as file:
             for start in sorted({0, max(0, entry.num_bytes - EDGE_BYTES)}):
                 file.seek(entry.offset + start)
@@ -51,7 +51,7 @@ def fingerprint(stored: Mapping[str, Stored]) -> str:
 def make_manifest(stored: Mapping[str, Stored], sha256: Mapping[str, str], **more: Any) -> dict[str, Any]:
     """The manifest of written files; `sha256` by released name; `more`: budget, parent, residual."""
     tensors = {
-        name: {"dtype": entry.dtype, "shape": list(entry.shape), "sha256": sha256[name]}
+        name: {"dtype": entry.code, "shape": list(entry.shape), "sha256": sha256[name]}
         for name, entry in stored.items()
     }
     count = sum(math.prod(entry.shape) for entry in stored.values())
@@ -94,9 +94,9 @@ def check_manifest(path: str | os.PathLike, files: Iterable[str | os.PathLike], 
         where = "lack" if name in noted else "have"
         raise ValueError(f"{path} does not fit the weights, which {where} {name}; {REMEDY}")
     for name, entry in stored.items():
-        if [entry.dtype, list(entry.shape)] != [noted[name]["dtype"], noted[name]["shape"]]:
+        if [entry.code, list(entry.shape)] != [noted[name]["dtype"], noted[name]["shape"]]:
             expected = f"{noted[name]['dtype']} {noted[name]['shape']}"
-            raise ValueError(f"{path} has {name} as {expected}, it is {entry.dtype} {list(entry.shape)}; {REMEDY}")
+            raise ValueError(f"{path} has {name} as {expected}, it is {entry.code} {list(entry.shape)}; {REMEDY}")
     count = sum(math.prod(entry.shape) for entry in stored.values())
     if count != manifest["num_parameters"]:
         raise ValueError(f"{path} has num_parameters={manifest['num_parameters']:,}, the files {count:,}; {REMEDY}")

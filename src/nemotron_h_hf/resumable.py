@@ -17,8 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import Checkpoint, Digest, ShardWriter, TensorSpec, byte_view, pieces, write_index
+from .checkpoint import Digest, ShardWriter, pieces, write_index
 from .model.reading import read_json
+from .model.weights import Checkpoint, TensorSpec, byte_view
 from .targets import is_empty
 from .whole_files import whole_file, write_text
 

@@ -10,7 +10,7 @@ from megatron_fixtures import FIXTURES, assert_same
 from nemotron_h_hf.conversion import convert, read_megatron
 
 from nemotron_h_hf import NemotronHForCausalLM
-from nemotron_h_hf.checkpoint import Checkpoint
+from nemotron_h_hf.model.weights import Checkpoint
 
 NOT_IN_OURS = {"torch_dtype", "mamba_proj_bias"}
 # sidecars of these formats do not say it

@@ -19,7 +19,8 @@ from nemotron_h_hf.conversion import convert, write_megatron
 from tiny import prompt, tiny_model
 
 from nemotron_h_hf import NemotronHForCausalLM
-from nemotron_h_hf.checkpoint import Checkpoint, save
+from nemotron_h_hf.checkpoint import save
+from nemotron_h_hf.model.weights import Checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
 

@@ -57,7 +57,7 @@ def test_hugging_face_output_goes_on(tmp_path, monkeypatch, count):
 
 @pytest.mark.parametrize("options", [OPTIONS, {"format": "torch", "tp": 2, "pp": 3, "ep": 2}])
 def test_megatron_output_goes_on(tmp_path, monkeypatch, options):
-    from nemotron_h_hf.checkpoint import Checkpoint
+    from nemotron_h_hf.model.weights import Checkpoint
 
     convert(SUPER.path, tmp_path / "hf")
     with monkeypatch.context() as patched, pytest.raises(Stopped):
@@ -186,7 +186,8 @@ def big_checkpoint(folder: Path, num_bytes: int) -> dict[str, torch.Tensor]:
     from nemotron_h_hf.conversion import names
 
     from nemotron_h_hf import NemotronHConfig
-    from nemotron_h_hf.checkpoint import TensorSpec, save, write_text
+    from nemotron_h_hf.checkpoint import save, write_text
+    from nemotron_h_hf.model.weights import TensorSpec
 
     config = NemotronHConfig(
         vocab_size=1000, hidden_size=512, hybrid_override_pattern="M-" * max(1, num_bytes // 8_000_000), head_dim=64,

@@ -22,7 +22,7 @@ from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.elastic import child_files
 from nemotron_h_hf.elastic.budgets import Budget
 from nemotron_h_hf.model.loading import weight_files
-from nemotron_h_hf.model.stored import find_tensors
+from nemotron_h_hf.model.weights import find_tensors
 
 HALF = {"hidden_size": 32, "mamba_num_heads": 4}
 

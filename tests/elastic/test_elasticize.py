@@ -11,7 +11,6 @@ from tiny import prompt, tiny_config, tiny_model
 from torch import nn
 
 from nemotron_h_hf import NemotronHElasticForCausalLM, NemotronHModel
-from nemotron_h_hf.checkpoint import Checkpoint
 from nemotron_h_hf.compression.importance import Importance, WidthScores, importance_order
 from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.elastic.budgets import Budget, read_elastic
@@ -24,6 +23,7 @@ from nemotron_h_hf.elastic.prepare.scores import write_scores
 from nemotron_h_hf.elastic.prepare.scores_plot import draw_scores
 from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
+from nemotron_h_hf.model.weights import Checkpoint
 from nemotron_h_hf.slicing import Kept, everything
 
 MTP = {"num_nextn_predict_layers": 1, "mtp_layers_block_type": ["full_attention", "moe"]}

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from nemotron_h_hf import checkpoint
-from nemotron_h_hf.checkpoint import Checkpoint, ShardWriter, TensorSpec, plan_shards, save
+from nemotron_h_hf.checkpoint import ShardWriter, plan_shards, save
+from nemotron_h_hf.model.weights import Checkpoint, TensorSpec
 
 
 def tensors() -> dict[str, torch.Tensor]:

@@ -22,11 +22,9 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from nemotron_h_hf import EMBEDDED_MODEL, HybridCache
-from nemotron_h_hf.checkpoint import Checkpoint
-from nemotron_h_hf.headers import read_contents
+from nemotron_h_hf.facts import read_contents
 from nemotron_h_hf.model import loading
-from nemotron_h_hf.model.reading import read_header
-from nemotron_h_hf.model.stored import find_tensors
+from nemotron_h_hf.model.weights import Checkpoint, find_tensors, read_header
 from nemotron_h_hf.training import checkpoints
 
 NORM = "backbone.layers.0.norm.weight"

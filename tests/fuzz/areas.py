@@ -178,7 +178,7 @@ class Manifest(Area):
     def prepare(self, folder: Path) -> None:
         from nemotron_h_hf.manifest import checksum
         from nemotron_h_hf.model.loading import weight_files
-        from nemotron_h_hf.model.stored import find_tensors
+        from nemotron_h_hf.model.weights import find_tensors
 
         tiny_model().save_pretrained(folder)
         stored = find_tensors(weight_files(folder))

@@ -12,7 +12,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausa
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM, NemotronHModel
 from nemotron_h_hf.facts import disagreements, load_target
-from nemotron_h_hf.model import stored
+from nemotron_h_hf.model import weights
 from nemotron_h_hf.resumable import TOKENIZER_FILES, copy_files
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -41,7 +41,7 @@ def test_the_embedding_in_the_singular(shape, tmp_path):
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     config, contents = load_target(tmp_path)
     assert disagreements(config, contents) == []
-    assert "backbone.embeddings.weight" in stored.find_tensors([tmp_path / "model.safetensors"])
+    assert "backbone.embeddings.weight" in weights.find_tensors([tmp_path / "model.safetensors"])
     fresh = tiny_model(shape, seed=3)
     fresh.load_state_dict(load_file(tmp_path / "model.safetensors"))
     assert torch.equal(fresh(ids).logits, model(ids).logits)

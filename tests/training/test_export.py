@@ -106,9 +106,9 @@ def test_adapters_alone_are_refused(sharded, tmp_path):
 
 def test_names_under_wrappers():
     wrapped = "model.model.layers.3._checkpoint_wrapped_module.mixer.in_proj.weight"
-    assert sharded_run.released_name(wrapped) == "backbone.layers.3.mixer.in_proj.weight"
-    assert sharded_run.released_name("model._orig_mod.model.norm_f.weight") == "backbone.norm_f.weight"
-    assert sharded_run.released_name("model.lm_head.weight") == "lm_head.weight"
+    assert sharded_run.plain_name(wrapped).released == "backbone.layers.3.mixer.in_proj.weight"
+    assert sharded_run.plain_name("model._orig_mod.model.norm_f.weight").released == "backbone.norm_f.weight"
+    assert sharded_run.plain_name("model.lm_head.weight").released == "lm_head.weight"
 
 
 def test_what_is_wrong_is_named(tmp_path):

@@ -20,8 +20,8 @@ from transformers.utils import logging
 
 from ..cost import checkpoint_tensors
 from ..model.configuration_nemotron_h import NemotronHConfig
-from ..model.loading import DTYPES, HUB_ARGUMENTS, check_folder
-from ..model.stored import PIECE_BYTES, Stored, find_tensors, read_into
+from ..model.loading import HUB_ARGUMENTS, check_folder
+from ..model.weights import PIECE_BYTES, Stored, find_tensors, read_into
 from ..slicing import Cut, runs
 from .child import Child
 from .resolve import Request, resolve
@@ -113,12 +113,12 @@ class PendingCut:
         return list(self.cut.shape)
 
     def get_dtype(self) -> str:
-        return self.stored.dtype
+        return self.stored.code
 
     @property
     def dtype(self) -> torch.dtype:
         """Torch's."""
-        return DTYPES[self.stored.dtype]
+        return self.stored.dtype
 
     def __getitem__(self, index) -> Tensor:
         return self.read()[index]

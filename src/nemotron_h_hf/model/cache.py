@@ -38,9 +38,9 @@ from transformers.cache_utils import (
 
 from .arguments import CACHE_NAME
 from .loading import is_finite
-from .reading import read_checked, tensors_digest
 from .saving import whole_file
 from .ssd import conv_window, final_state
+from .weights import read_checked, tensors_digest
 
 try:
     from transformers.cache_utils import DummyLayer

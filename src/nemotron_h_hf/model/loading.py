@@ -24,11 +24,11 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 from transformers.utils import logging
 
-from .reading import read_header, read_index, read_json
+from .reading import read_json
+from .weights import FLOATS, INDEX_NAME, Name, Stored, files_of, read_header, read_index, read_name
 
 logger = logging.get_logger(__name__)
 
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 COMPUTED_WIDE = r"\.(A_log|D|dt_bias|gate\.weight|e_score_correction_bias|\w*norm(_f)?\.weight)$"
 """Names of tensors that are made fp32 where they are used, in whichever dtype they are stored."""
 
@@ -38,7 +38,6 @@ HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "
 NO_WEIGHTS = ("summary_idxs",)
 """Last names of integers among the weights: RADIO's choice of class tokens."""
 
-EXPERT = re.compile(r"(.*\.mixer\.experts)\.(0|[1-9]\d*)\.(up_proj|down_proj)\.weight")
 EXPERT_EXAMPLE = "backbone.layers.1.mixer.experts.0.up_proj.weight"
 # What transformers takes for an expert: . is any character
 LIKE_AN_EXPERT = re.compile(r"mixer.experts.*.(up_proj|down_proj).weight")
@@ -90,11 +89,6 @@ def expert_rules() -> list[WeightConverter]:
     ]
 
 
-def released_name(name: str) -> str:
-    """The released spelling of a tensor's name in a file: `backbone.` for `model.`, `embeddings` for `embedding`."""
-    return re.sub(r"^backbone\.embedding\.", "backbone.embeddings.", re.sub(r"^model\.", "backbone.", name))
-
-
 def module_names(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """A state dict in released names (`backbone.`, one matrix per expert) under the names of the modules.
 
@@ -103,19 +97,17 @@ def module_names(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
     Args:
         own: the model's own state dict; experts that `state_dict` lacks (another shard has them) stay as they are there.
     """
-    if not any(name.startswith("backbone.") or re.search(r"mixer\.experts\.\d+\.", name) for name in state_dict):
+    names = {name: read_name(name) for name in state_dict}
+    if not any(text.startswith("backbone.") or name.expert is not None for text, name in names.items()):
         return state_dict
     renamed: dict[str, Tensor] = {}
-    for name, tensor in state_dict.items():
-        name = re.sub(r"^backbone\.", "model.", released_name(name))
-        match = re.fullmatch(r"(.*mixer\.experts)\.(\d+)\.(up_proj|down_proj)\.weight", name)
-        if match is None:
-            renamed[name] = tensor
+    for text, name in names.items():
+        if name.expert is None:
+            renamed[name.module] = state_dict[text]
         else:
-            merged = f"{match[1]}.{match[3]}"
-            if merged not in renamed:
-                renamed[merged] = own[merged].detach().clone()
-            renamed[merged][int(match[2])] = tensor
+            if name.module not in renamed:
+                renamed[name.module] = own[name.module].detach().clone()
+            renamed[name.module][name.expert] = state_dict[text]
     return renamed
 
 
@@ -146,7 +138,7 @@ def check_index(folder: str | os.PathLike) -> None:
     Raises:
         ValueError: naming the file.
     """
-    path = Path(folder) / "model.safetensors.index.json"
+    path = Path(folder) / INDEX_NAME
     if path.is_file():
         read_index(path)
         if "metadata" not in read_json(path):
@@ -163,15 +155,10 @@ def weight_files(folder: str | os.PathLike) -> list[str]:
         ValueError: if there are none, or the index is damaged.
     """
     check_index(folder)
-    index, single = Path(folder) / "model.safetensors.index.json", Path(folder) / "model.safetensors"
-    if single.is_file():  # first, as in transformers: a save that is under way may have both for a moment (saving.py)
-        return [str(single)]
-    if index.is_file():
-        names = sorted(set(read_index(index).values()))
-        if missing := [name for name in names if not (Path(folder) / name).is_file()]:
-            raise ValueError(f"{index} names {missing[0]}, which is missing")
-        return [str(Path(folder) / name) for name in names]
-    raise ValueError(f"{folder} holds neither {single.name} nor {index.name}")
+    files = sorted(map(str, files_of(Path(folder))))
+    if missing := [os.path.basename(file) for file in files if not os.path.isfile(file)]:
+        raise ValueError(f"{Path(folder) / INDEX_NAME} names {missing[0]}, which is missing")
+    return files
 
 
 def check_files(files: Iterable[str], quantised: bool = False) -> None:
@@ -183,26 +170,27 @@ def check_files(files: Iterable[str], quantised: bool = False) -> None:
     Raises:
         ValueError: naming the file or the tensors.
     """
-    first: dict[str, tuple[str, list[int]]] = {}
+    first: dict[str, Stored] = {}
     half: dict[str, str] = {}
     seen: dict[str, str] = {}
     experts: dict[str, set[int]] = {}
     for file in files:
-        for name, entry in read_header(file).items():
-            if name in seen:
-                raise ValueError(f"{name} is in {seen[name]} and in {file}: allowed is one of them")
-            seen[name] = file
-            if LIKE_AN_EXPERT.search(name):
-                match = EXPERT.fullmatch(name)
-                if match is None:
-                    raise ValueError(f"{file} has {name}: allowed for an expert is a name such as {EXPERT_EXAMPLE}")
-                experts.setdefault(f"{match[1]}.*.{match[3]}", set()).add(int(match[2]))
-            if not quantised and name.rpartition(".")[2] not in NO_WEIGHTS:
-                _check_code(file, name, entry["dtype"], half)
-            kind = re.sub(r"experts\.\d+\.", "experts.*.", name)
-            if kind != name and entry["shape"] != first.setdefault(kind, (name, entry["shape"]))[1]:
-                other, shape = first[kind]
-                raise ValueError(f"{file} has {name} in shape {tuple(entry['shape'])}, but {other} in {tuple(shape)}")
+        for text, stored in read_header(file).items():
+            if text in seen:
+                raise ValueError(f"{text} is in {seen[text]} and in {file}: allowed is one of them")
+            seen[text] = file
+            name = read_name(text.removeprefix("language_model."))
+            if LIKE_AN_EXPERT.search(text) and name.expert is None:
+                raise ValueError(f"{file} has {text}: allowed for an expert is a name such as {EXPERT_EXAMPLE}")
+            if not quantised and text.rpartition(".")[2] not in NO_WEIGHTS:
+                _check_code(file, text, stored.code, half)
+            if name.expert is None:
+                continue
+            place = text.replace(f"experts.{name.expert}.", "experts.*.")
+            experts.setdefault(place.removesuffix(".weight"), set()).add(name.expert)
+            other = first.setdefault(place, stored)
+            if stored.shape != other.shape:
+                raise ValueError(f"{file} has {text} in shape {stored.shape}, but {other.name} in {other.shape}")
 
     for place, numbers in experts.items():
         if numbers != set(range(len(numbers))):
@@ -216,7 +204,7 @@ def _check_code(file: str, name: str, code: str, half: dict[str, str]) -> None:
     """`half`: the first tensor of F16 and of BF16. A checkpoint with both loads with a warning, because a damaged header
     looks the same: the same 16 bits are different numbers in the two dtypes."""
     if not re.fullmatch(r"B?F\d.*", code):
-        raise ValueError(f"{file} has {name} in {code}: allowed for weights are {', '.join(DTYPES)} and 8-bit floats")
+        raise ValueError(f"{file} has {name} in {code}: allowed for weights are {', '.join(FLOATS)} and 8-bit floats")
     if code in ("F16", "BF16") and code not in half:
         half[code] = name
         if len(half) > 1:
@@ -227,7 +215,7 @@ def _check_code(file: str, name: str, code: str, half: dict[str, str]) -> None:
 
 def file_dtypes(files: Iterable[str]) -> dict[str, str]:
     """Name of each tensor -> the code of its dtype, such as BF16."""
-    return {name: entry["dtype"] for file in files for name, entry in read_header(file).items()}
+    return {name: stored.code for file in files for name, stored in read_header(file).items()}
 
 
 def stored_dtypes(codes: Mapping[str, str], dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -240,27 +228,27 @@ def stored_dtypes(codes: Mapping[str, str], dtype: torch.dtype) -> dict[str, tor
     """
     # The rest is `dtype`
     text = {name: code for name, code in codes.items() if not name.startswith(("vision_", "mlp1."))}
-    stored = {name: DTYPES[code] for name, code in text.items() if code in DTYPES}
+    stored = {name: FLOATS[code] for name, code in text.items() if code in FLOATS}
     products = {found for name, found in stored.items() if not re.search(COMPUTED_WIDE, name)}
     working = products.pop() if len(products) == 1 else dtype
     if products:
         names = ", ".join(sorted(str(found).removeprefix("torch.") for found in products))
         logger.warning(f"The matrices are stored in several dtypes ({names}); all are loaded in {working}.")
-    by_place: dict[str, dict[str, torch.dtype]] = {}
-    for name, found in stored.items():
-        is_wide = re.search(COMPUTED_WIDE, name) and working != torch.float64
+    by_place: dict[Name, dict[Name, torch.dtype]] = {}
+    for text, found in stored.items():
+        is_wide = re.search(COMPUTED_WIDE, text) and working != torch.float64
         wanted = (torch.float32 if found == torch.float64 else found) if is_wide else working
-        name = re.sub(r"experts\.\d+\.(up_proj|down_proj)\.weight$", r"experts.\1", name)
-        name = re.sub(r"^backbone\.", "", released_name(name.removeprefix("language_model.")))
-        place = re.sub(r"^((?:mtp\.)?layers)\.\d+\.", r"\1.N.", name)
-        by_place.setdefault(place, {})[name] = wanted
+        name = read_name(text.removeprefix("language_model."))
+        name = name._replace(root="mtp" if name.root == "mtp" else "", expert=None)
+        by_place.setdefault(name._replace(layer=None), {})[name] = wanted
     plan = {}
-    for place, names in by_place.items():
-        if len(set(names.values())) == 1:
-            names = {place: next(iter(names.values()))}
-        for name, wanted in names.items():
+    for names in by_place.values():
+        alike = len(set(names.values())) == 1
+        for name, wanted in list(names.items())[: 1 if alike else None]:
             if wanted != dtype:
-                pattern = re.escape(name).replace(r"layers\.N\.", r"layers\.\d+\.")
+                pattern = re.escape(name.module)
+                if alike:
+                    pattern = pattern.replace(rf"layers\.{name.layer}\.", r"layers\.\d+\.", 1)
                 plan[rf"^(?:model\.)?(?:language_model\.)?{pattern}$"] = wanted
     return plan
 

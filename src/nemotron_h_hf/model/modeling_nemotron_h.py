@@ -66,7 +66,7 @@ from .plain import is_watched
 from .rows import Rows, check_mask, flash_offsets, read_rows, real_tokens
 from .saving import save_whole
 from .ssd import under_func
-from .stored import empty_tensors
+from .weights import empty_tensors
 
 
 class NemotronHPreTrainedModel(PreTrainedModel):

@@ -19,7 +19,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping, regist
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, WeightTransform
 
 from .loading import OldName, expert_rules
-from .reading import read_header
+from .weights import read_header
 
 OWN, RELEASED = "nemotron_h_vl", ("NemotronH_Nano_VL_V2", "NemotronH_Nano_Omni_Reasoning_V3")
 FIRST_PARTS = ("vision_model.", "mlp1.", "language_model.")

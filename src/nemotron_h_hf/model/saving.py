@@ -30,6 +30,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from .weights import INDEX_NAME, SINGLE_NAME
+
 try:
     import fcntl
 except ImportError:  # Windows: nothing is locked there
@@ -42,8 +44,6 @@ MOVED_NAME = ".moved.json"  # in a staging folder: what a first save puts into a
 WORK_NAME = ".work"  # in a target: what a long command has measured so far
 PART_SUFFIX = ".part"
 OWN_PART = re.compile(r"\.\d+-[0-9a-f]{8}\.part")
-SINGLE_NAME = "model.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 OWN_WEIGHTS = re.compile(r"model((-\d+)?-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 WAIT_SECONDS = 60.0  # for another save to move its files in

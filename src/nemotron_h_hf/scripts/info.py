@@ -25,13 +25,13 @@ from nemotron_h_hf.cost import BYTES_PER_ELEMENT
 from nemotron_h_hf.facts import (
     LAYER_NAMES,
     BudgetFacts,
+    Contents,
     Facts,
     describe,
     describe_budgets,
     disagreements,
     load_target,
 )
-from nemotron_h_hf.headers import Contents
 from nemotron_h_hf.inputs import finite
 from nemotron_h_hf.model.loading import weight_files
 from nemotron_h_hf.units import TOKENS_HELP, human_bytes, human_count, tokens

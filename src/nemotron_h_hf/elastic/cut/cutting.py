@@ -26,12 +26,12 @@ from huggingface_hub import snapshot_download
 from transformers import GenerationConfig
 
 from ... import manifest
-from ...checkpoint import Digest, ShardWriter, TensorSpec, plan_shards
+from ...checkpoint import Digest, ShardWriter, plan_shards
 from ...cost import num_parameters
 from ...model.configuration_nemotron_h import NemotronHConfig
 from ...model.loading import limits_of_other_readers, weight_files
 from ...model.modeling_nemotron_h import NemotronHForCausalLM
-from ...model.stored import find_tensors
+from ...model.weights import TensorSpec, find_tensors
 from ...resumable import TOKENIZER_FILES, Journal, check_room, copy_files, write_shards
 from ...targets import writing
 from ...whole_files import write_text

@@ -5,22 +5,19 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from ... import manifest
-from ...checkpoint import TensorSpec, save
+from ...checkpoint import save
 from ...cost import checkpoint_tensors
 from ...model.loading import warn_of_other_readers, weight_files
 from ...model.modeling_nemotron_h import NemotronHForCausalLM
 from ...model.saving import save_whole
-from ...model.stored import find_tensors
+from ...model.weights import FLOATS, TensorSpec, find_tensors, read_name
 from ...units import parse_bytes
 from ...whole_files import write_text
 from .ordered_linear import OrderedLinear
-from .views import find, module_path, tensor_of
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from .views import find, tensor_of
 
 
 def check_plain(model: nn.Module) -> None:
@@ -33,7 +30,7 @@ def check_plain(model: nn.Module) -> None:
         raise ValueError(
             f"model is a {type(model).__name__}: allowed is a NemotronHForCausalLM; merge adapters first (merge_and_unload)"
         )
-    expected = {module_path(name) for name in checkpoint_names(model)}
+    expected = {read_name(name).module for name in checkpoint_names(model)}
     expected |= {"lm_head.weight"} if model.config.tie_word_embeddings else set()
     devices = set()
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
@@ -42,11 +39,11 @@ def check_plain(model: nn.Module) -> None:
                 f"{name} is no weight that the configuration names: adapters must be merged first (merge_and_unload), and "
                 "quantised weights cannot be viewed; load the parent in bfloat16"
             )
-        plain = type(weight) in (nn.Parameter, Tensor) and (weight.dtype in DTYPES or name.endswith(".blocks"))
+        plain = type(weight) in (nn.Parameter, Tensor) and (weight.dtype in FLOATS.values() or name.endswith(".blocks"))
         if not plain or type(weight.data) is not Tensor:
             raise ValueError(
                 f"{name} is a {type(weight.data).__name__} of {weight.dtype}: allowed are plain tensors of "
-                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}; quantised or sharded weights cannot "
+                f"{', '.join(str(dtype).removeprefix('torch.') for dtype in FLOATS.values())}; quantised or sharded weights cannot "
                 "be viewed, load the parent in bfloat16 on one device"
             )
         devices.add(weight.device)
@@ -68,7 +65,7 @@ def write_ordinary(
     names = list(checkpoint_names(model))
     tensors = ((name, ordinary_tensor(model, name, state_dict)) for name in names)
     specs = [
-        TensorSpec(name, tensor_of(*find(model, module_path(name))).dtype, shape)
+        TensorSpec(name, tensor_of(*find(model, read_name(name).module)).dtype, shape)
         for name, shape in zip(names, _shapes(model))
     ]
 
@@ -100,14 +97,14 @@ def checkpoint_names(model: NemotronHForCausalLM) -> Iterator[str]:
 
 def ordinary_tensor(model: nn.Module, name: str, state_dict: Mapping[str, Tensor] | None = None) -> Tensor:
     """One tensor of a checkpoint, by its released name, on the CPU and contiguous."""
-    path = module_path(name)
-    module, own = find(model, path)
+    place = read_name(name)
+    module, own = find(model, place.module)
     if state_dict is not None:
-        tensor = state_dict[path]
+        tensor = state_dict[place.module]
     else:
         tensor = module.ordinary(own) if isinstance(module, OrderedLinear) else tensor_of(module, own).detach()
-    if path.endswith(("experts.up_proj", "experts.down_proj")):
-        tensor = tensor[int(name.split("experts.")[1].split(".")[0])]
+    if place.expert is not None:
+        tensor = tensor[place.expert]
     return tensor.cpu().contiguous()
 
 

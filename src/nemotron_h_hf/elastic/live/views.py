@@ -4,13 +4,13 @@ A view starts where the parent's tensor starts, and is the parent's as long as b
 remember the version of their source, and are made again when a training step has changed it.
 """
 
-import re
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
+from ...model.weights import read_name
 from ..child import Child
 from .ordered_linear import OrderedLinear
 
@@ -67,23 +67,17 @@ class Tie:
 def tie_tensors(parent: nn.Module, small: nn.Module, child: Child) -> list[Tie]:
     """Give a submodel on the meta device its tensors; where each of them comes from."""
     ties = []
-    for path, group in groupby(child.cuts(), key=lambda cut: module_path(cut.name)):
+    for path, group in groupby(child.cuts(), key=lambda cut: read_name(cut.name).module):
         cut, *others = group
         own, name = find(small, path)
-        source, _ = find(parent, module_path(cut.source))
+        source, _ = find(parent, read_name(cut.source).module)
         indices = [cut.rows, cut.columns]
-        if path.endswith(("experts.up_proj", "experts.down_proj")):
-            numbers = [int(re.search(r"experts\.(\d+)\.", one.source)[1]) for one in (cut, *others)]
+        if read_name(cut.source).expert is not None:
+            numbers = [read_name(one.source).expert for one in (cut, *others)]
             indices = [torch.tensor(numbers, device="cpu"), *indices]
         tied = small.lm_head if small.config.tie_word_embeddings and own is small.model.embeddings else None
         ties.append(_tie_one(path, own, source, name, indices[: tensor_of(own, name).dim()], tied))
     return ties
-
-
-def module_path(name: str) -> str:
-    """The name in our modules of a checkpoint's tensor: the stack is `model`, the experts of a layer are one tensor."""
-    name = re.sub(r"^backbone\.", "model.", name)
-    return re.sub(r"experts\.\d+\.(up_proj|down_proj)\.weight$", r"experts.\1", name)
 
 
 def find(model: nn.Module, path: str) -> tuple[nn.Module, str]:

@@ -5,16 +5,15 @@ Memory: one tensor and its copy; of a live model's experts, those of one layer.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint import Checkpoint, Digest, TensorSpec, save
+from ...checkpoint import Digest, save
 from ...model.configuration_nemotron_h import NemotronHConfig
-from ...model.loading import released_name
+from ...model.weights import Checkpoint, TensorSpec, read_name, released_name
 from ...slicing import Kept, cuts
 
 
@@ -24,19 +23,16 @@ def permute_model(model: nn.Module, order: Kept) -> None:
     state = model.state_dict(keep_vars=True)
     stacked: dict[str, Tensor] = {}
     for cut in cuts(model.config, order):
-        expert = re.fullmatch(r"(.*\.experts)\.(\d+)\.(up_proj|down_proj)\.weight", _module_name(cut.name))
-        if expert is None:
-            target = state[_module_name(cut.name)]
+        own = read_name(cut.name)
+        name, number, target = own.module, own.expert, state[own.module]
+        if number is None:
             target.copy_(cut.of(target))
             continue
-        name, number = f"{expert[1]}.{expert[3]}", int(expert[2])
-        source = re.search(r"\.experts\.(\d+)\.", cut.source)
-        experts = state[name]
         if name not in stacked:
-            stacked[name] = torch.empty_like(experts)
-        stacked[name][number] = cut.of(experts[int(source[1])])
-        if number + 1 == len(experts):  # the layer's last: none of the old ones is needed any more
-            experts.copy_(stacked.pop(name))
+            stacked[name] = torch.empty_like(target)
+        stacked[name][number] = cut.of(target[read_name(cut.source).expert])
+        if number + 1 == len(target):  # the layer's last: none of the old ones is needed any more
+            target.copy_(stacked.pop(name))
 
 
 def permute_checkpoint(
@@ -72,7 +68,3 @@ def permute_checkpoint(
             progress(tensor.nbytes)
 
     return save(output, specs, reordered())
-
-
-def _module_name(name: str) -> str:
-    return re.sub(r"^backbone\.", "model.", name)

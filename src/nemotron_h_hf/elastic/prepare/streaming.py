@@ -6,16 +6,14 @@ freed after it. A bypassed one is not read. A forward reads the file once, so la
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ...checkpoint import Checkpoint
 from ...model.configuration_nemotron_h import NemotronHConfig
 from ...model.modeling_nemotron_h import NemotronHForCausalLM
-from ..live.views import module_path
+from ...model.weights import Checkpoint, read_name
 
 STACKED = ("experts.up_proj", "experts.down_proj")  # one tensor here, a matrix for each expert in files
 
@@ -35,17 +33,19 @@ def streamed(
     with torch.device("meta"):
         model = NemotronHForCausalLM(config)
     stored = Checkpoint(folder)
-    places = {name: module_path(name) for name in stored}
+    places = {name: read_name(name) for name in stored}
 
     def read(module: nn.Module, prefix: str) -> None:
         own = dict([*module.named_parameters(), *module.named_buffers()])
         found: dict[str, Tensor] = {}
         missing = set(own)
         experts = {place: set(range(len(own[place]))) for place in own if place.endswith(STACKED)}
-        for name in (name for name, place in places.items() if place.startswith(prefix)):
-            place = places[name].removeprefix(prefix)
-            expert = re.search(r"\.experts\.(\d+)\.", name)  # its matrix is a part of that of all experts
-            shape = () if place not in own else own[place].shape[1:] if expert else own[place].shape
+        for name, own_name in places.items():
+            if not own_name.module.startswith(prefix):
+                continue
+            place = own_name.module.removeprefix(prefix)
+            expert = own_name.expert  # its matrix is a part of that of all experts
+            shape = () if place not in own else own[place].shape[1:] if expert is not None else own[place].shape
             if stored.spec(name).shape != tuple(shape):
                 raise ValueError(
                     f"{folder} has {name} in shape {stored.spec(name).shape}, its config asks for {tuple(shape)}"
@@ -58,8 +58,8 @@ def streamed(
                 continue
             if place not in found:
                 found[place] = torch.empty(own[place].shape, dtype=kind, device=device)
-            found[place][int(expert[1])] = tensor
-            experts[place].discard(int(expert[1]))
+            found[place][expert] = tensor
+            experts[place].discard(expert)
             if not experts[place]:
                 missing.discard(place)
         if missing:
