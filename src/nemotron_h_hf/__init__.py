@@ -70,9 +70,9 @@ for model_class, image_processor, processor in (
     AutoModelForImageTextToText.register(config_class, model_class, exist_ok=True)
     AutoImageProcessor.register(config_class, slow_image_processor_class=image_processor, exist_ok=True)
     AutoProcessor.register(config_class, processor, exist_ok=True)
-    if model_class is not NemotronHVLForConditionalGeneration:  # the released config.json maps these to it as well
+    AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
+    if model_class is not NemotronHVLForConditionalGeneration:  # the released config.json maps this to it as well
         AutoModel.register(config_class, model_class, exist_ok=True)
-        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
 
 # Public names that are imported when they are first asked for -> the module that has them.
 LATER = {

@@ -35,6 +35,7 @@ ROOT = Path(__file__).parents[2]
 RECIPES, ACCELERATE = ROOT / "examples" / "recipes", ROOT / "examples" / "accelerate"
 TEMPLATE = RECIPES / "nemotron_h.jinja"
 SFT = (DataArguments, sft.LongContextArguments, sft.AdapterArguments, ModelArguments)
+SEES = (*SFT, sft.VisionArguments)
 ELASTIC = (DataArguments, elastic_train.ElasticArguments, elastic_train.TeacherArguments, ModelArguments)
 # recipe -> its command and the dataclasses of that command
 COMMANDS = {
@@ -44,6 +45,8 @@ COMMANDS = {
     "sft_8b": (sft, SFT),
     "lora_8b_one_gpu": (sft, SFT),
     "align_1_sft": (sft, SFT),
+    "vl_1_projector": (sft, SEES),
+    "vl_2_all": (sft, SEES),
     "distill_56b_to_47b": (distill, (DataArguments, distill.TeacherArguments, ModelArguments)),
     "elastic_12b": (elastic_train, ELASTIC),
     "elastic_tiny": (elastic_train, ELASTIC),

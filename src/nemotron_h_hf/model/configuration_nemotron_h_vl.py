@@ -124,6 +124,15 @@ class NemotronHVLConfig(PreTrainedConfig):
         return self.text_config.initializer_range
 
     @property
+    def use_cache(self) -> bool:
+        """The language model's."""
+        return self.text_config.use_cache
+
+    @use_cache.setter
+    def use_cache(self, value: bool) -> None:
+        self.text_config.use_cache = value
+
+    @property
     def has_final_norm(self) -> bool:
         """Whether there is a norm between tower and projector: in omni models whose language model predicts several tokens."""
         return False

@@ -13,7 +13,14 @@ Each line of a data file is one record:
     {"prompt": "...", "completion": "..."}                                                          loss on the completion
     {"text": "..."}                                                                                 loss on everything
 
-Records are packed into rows of --sequence_length tokens, never cut; the model keeps the records of a row apart.
+A vision-language model (`nemotron-h make-vl`) is trained alike, on records with pictures (data/pictures.py):
+
+    nemotron-h sft --data pairs.jsonl --model new-model --train projector --learning_rate 1e-4         # first stage
+    nemotron-h sft --data chats.jsonl --model runs/first/model --train all                             # second stage
+    {"messages": [{"role": "user", "content": "<image>What is this?"}, ...], "images": ["cat.png"]}
+
+Its records are not packed. All others are packed into rows of --sequence_length tokens, never cut; the model keeps the
+records of a row apart.
 The same command given again resumes from the last whole checkpoint, at the next row. In OUTPUT_DIR: checkpoint-N/,
 metrics.jsonl, held_out.json, and at the end model/, an ordinary checkpoint, or adapter/, which `nemotron-h merge` joins
 with its base.
@@ -28,14 +35,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import AutoProcessor, PreTrainedTokenizerBase, ProcessorMixin, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
+from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig, NemotronHVLConfig
 from nemotron_h_hf.cost import adapter_training_flops_per_token, training_flops_per_token
 from nemotron_h_hf.data.bad_data import tell_left_out
 from nemotron_h_hf.data.finetuning import one_round, packed_blend, sources_and_phases
 from nemotron_h_hf.data.packing import PackedRows
+from nemotron_h_hf.data.pictures import PictureCollator, PictureRows
 from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.errors import require
@@ -54,27 +62,29 @@ from nemotron_h_hf.training.fine_tuning import evaluate_every, take_push, tell_b
 from nemotron_h_hf.training.finished import save_finished
 from nemotron_h_hf.training.starting_point import load_model, load_tokenizer
 from nemotron_h_hf.training.trainer import NemotronHTrainer
+from nemotron_h_hf.training.vision import VisionArguments, choose_stage, freeze
 
 DEFAULTS = {"output_dir": "runs/sft", "learning_rate": 2e-5, "weight_decay": 0.0, "warmup_tokens": "3%"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Train (or resume), save, and push if asked to."""
-    data, packing, adapters, start, training = parse(
-        (DataArguments, LongContextArguments, AdapterArguments, ModelArguments, NemotronHTrainingArguments), argv,
-        __doc__, "nemotron-h sft", **DEFAULTS,
+    data, packing, adapters, vision, start, training = parse(
+        (DataArguments, LongContextArguments, AdapterArguments, VisionArguments, ModelArguments, NemotronHTrainingArguments),
+        argv, __doc__, "nemotron-h sft", **DEFAULTS,
     )  # fmt: skip
     check(adapters, start)
     evaluate_every(data, training)
     repo_id = take_push(training)
     with writing_run(training, start.model):
-        return run(data, packing, adapters, start, training, repo_id)
+        return run(data, packing, adapters, vision, start, training, repo_id)
 
 
 def run(
     data: DataArguments,
     packing: LongContextArguments,
     adapters: AdapterArguments,
+    vision: VisionArguments,
     start: ModelArguments,
     training: NemotronHTrainingArguments,
     repo_id: str | None,
@@ -82,18 +92,26 @@ def run(
     """The work, in a folder that no other run writes to."""
     disable_progress_bar()
     set_seed(training.seed)
-    model = make_model(adapters, start, training)
-    tokenizer = load_tokenizer(start, EMBEDDED_MODEL, model.config.vocab_size)
-    set_chat_template(tokenizer, data.chat_template)
-    rows, held_out = make_rows(data, packing.long_context, training, tokenizer)
+    model = make_model(adapters, vision, start, training)
+    tokenizer = load_tokenizer(start, EMBEDDED_MODEL, model.config.get_text_config().vocab_size)
+    processor = collator = None
+    if isinstance(model.config, NemotronHVLConfig):
+        processor = AutoProcessor.from_pretrained(start.tokenizer or start.model)
+        tokenizer = processor.tokenizer
+        set_chat_template(tokenizer, data.chat_template)
+        rows, held_out = make_picture_rows(data, packing.long_context, training, processor)
+        collator = PictureCollator(pad_of(tokenizer))
+    else:
+        set_chat_template(tokenizer, data.chat_template)
+        rows, held_out = make_rows(data, packing.long_context, training, tokenizer)
     trainer = NemotronHTrainer(
-        model, training, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
+        model, training, collator, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
         flops_per_token=count_flops(adapters, model, training.sequence_length),
     )  # fmt: skip
     tell_before(trainer)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or True)
-    tell_left_out(rows.documents.left_out())
-    folder = save(trainer, tokenizer, "adapter" if adapters.lora_rank else "model")
+    tell_left_out(rows.documents.left_out() if processor is None else {"data": rows.bad.counts})
+    folder = save(trainer, tokenizer, "adapter" if adapters.lora_rank else "model", processor)
     tell_held_out(trainer, "after")
     if repo_id is not None and trainer.is_world_process_zero():
         print(upload_folder(folder, repo_id, bool(training.hub_private_repo)))
@@ -115,8 +133,7 @@ def make_rows(
 ) -> tuple[PackedRows, list | None]:
     """Training rows for the whole run, and held-out rows; sets `training.max_steps` from the epochs if it is not given."""
     sources, phases = sources_and_phases(data.data, data.sources, data.phases)
-    length, pad = training.sequence_length, tokenizer.pad_token_id
-    pad = tokenizer.eos_token_id if pad is None else pad
+    length, pad = training.sequence_length, pad_of(tokenizer)
 
     def encode(record: Any) -> Mapping[str, list[int]]:
         return encode_record(record, tokenizer)
@@ -148,10 +165,38 @@ def make_rows(
     return rows, list(one_round(held_out, encode, length, pad, on_bad_data=data.on_bad_data))
 
 
-def make_model(adapters: AdapterArguments, start: ModelArguments, training: NemotronHTrainingArguments) -> nn.Module:
+def make_picture_rows(
+    data: DataArguments, long_context: bool, training: NemotronHTrainingArguments, processor: ProcessorMixin
+) -> tuple[PictureRows, list | None]:
+    """As `make_rows`, of records with pictures, each a row alone."""
+    require(not long_context, "long_context", True, "none for a vision-language model")
+    require(bool(data.data), "sources", data.sources, "none for a vision-language model; --data")
+    source, length = Source("data", path=list(data.data), column=None), training.sequence_length
+    rows = PictureRows(source, processor, length, training.seed_of_data, data.on_bad_data)
+    if training.max_steps <= 0:
+        num_rows = sum(1 for _ in rows.once())
+        require(num_rows > 0, "data", data.data, f"files with usable records; {rows.bad.last}")
+        training.max_steps = math.ceil(training.num_train_epochs * num_rows * length / training.tokens_per_step)
+        print(f"{num_rows:,} records in an epoch, {training.max_steps:,} steps", file=sys.stderr)
+    if not data.eval_data:
+        return rows, None
+    held_out = Source("eval_data", path=data.eval_data, column=None, shuffle_window=0)
+    return rows, list(PictureRows(held_out, processor, length, on_bad_data=data.on_bad_data).once())
+
+
+def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills rows: the padding token, or where there is none the end token."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def make_model(
+    adapters: AdapterArguments, vision: VisionArguments, start: ModelArguments, training: NemotronHTrainingArguments
+) -> nn.Module:
     """The model to train, in the form the flags ask for."""
     loading = four_bit_loading(training.use_cpu) if adapters.load_in_4bit else {}
     model = load_model(start, EMBEDDED_MODEL, NemotronHConfig.from_preset, **loading)
+    if (stage := choose_stage(vision, adapters, isinstance(model.config, NemotronHVLConfig))) is not None:
+        freeze(model, stage)
     if adapters.load_in_4bit:
         print(check_four_bit(model), file=sys.stderr)
     if not adapters.lora_rank:
@@ -160,16 +205,21 @@ def make_model(adapters: AdapterArguments, start: ModelArguments, training: Nemo
 
 
 def count_flops(adapters: AdapterArguments, model: nn.Module, sequence_length: int) -> float:
-    """Of training, per token."""
+    """Of training, per token; of a vision-language model the language model's."""
+    config = model.config.get_text_config()
     if not adapters.lora_rank:
-        return training_flops_per_token(model.config, sequence_length)
-    return adapter_training_flops_per_token(model.config, sequence_length, *trained_adapters(model))
+        return training_flops_per_token(config, sequence_length)
+    return adapter_training_flops_per_token(config, sequence_length, *trained_adapters(model))
 
 
-def save(trainer: NemotronHTrainer, tokenizer: PreTrainedTokenizerBase, name: str) -> Path:
-    """The model or adapters with the tokenizer in a folder of OUTPUT_DIR."""
+def save(
+    trainer: NemotronHTrainer, tokenizer: PreTrainedTokenizerBase, name: str, processor: ProcessorMixin | None = None
+) -> Path:
+    """The model or adapters with the tokenizer, or the processor, in a folder of OUTPUT_DIR."""
     folder = Path(trainer.args.output_dir, name)
     if save_finished(trainer, folder):
+        if processor is not None:
+            processor.save_pretrained(folder)
         save_tokenizer(tokenizer, folder)
         print(f"{folder} holds the trained {name}", file=sys.stderr)
     return folder

@@ -25,9 +25,10 @@ logger = logging.get_logger(__name__)
 
 MAMBA, ATTENTION = ("in_proj", "out_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("up_proj", "down_proj", "fc1_latent_proj", "fc2_latent_proj")
+PROJECTOR = ("linear_1", "linear_2")  # of a vision-language model; its tower never has adapters
 PRESETS = {
-    "all": (*MAMBA, *ATTENTION, *MLP), "mamba": MAMBA, "attention": ATTENTION, "mlp": MLP,
-    "experts": (*MAMBA, *ATTENTION, *MLP),
+    "all": (*MAMBA, *ATTENTION, *MLP, *PROJECTOR), "mamba": MAMBA, "attention": ATTENTION, "mlp": MLP,
+    "experts": (*MAMBA, *ATTENTION, *MLP, *PROJECTOR),
 }  # fmt: skip
 EXPERTS = ("experts.up_proj", "experts.down_proj")
 FEW_PARAMETERS = 0.001  # of the model's own
@@ -81,13 +82,15 @@ def add_adapters(model: PreTrainedModel, rank: int, alpha: float, dropout: float
     from peft import LoraConfig, get_peft_model
 
     require(rank >= 1, "lora_rank", rank, "1 or more")
+    text = model.config.get_text_config()
+    left_out = ([r"mtp\..*"] if text.num_nextn_predict_layers else []) + [r".*vision_tower\..*"]
     config = LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=target_modules(model, targets),
         target_parameters=list(EXPERTS) if targets == "experts" else None,
-        exclude_modules=r"mtp\..*" if model.config.num_nextn_predict_layers else None, task_type="CAUSAL_LM",
+        exclude_modules="|".join(left_out), task_type="CAUSAL_LM",
     )  # fmt: skip
     adapted = get_peft_model(model, config)
-    warn_of_few_weights(adapted, model.config)
+    warn_of_few_weights(adapted, text)
     return adapted
 
 
@@ -128,7 +131,7 @@ def warn_of_few_weights(model: nn.Module, config: PreTrainedConfig) -> None:
 
 def trained_adapters(model: nn.Module) -> tuple[float, int]:
     """Elements of the adapters' matrices that each token meets, and the lowest layer that has one (lm_head counts as one more)."""
-    config, elements, layers = model.config, 0.0, []
+    config, elements, layers = model.config.get_text_config(), 0.0, []
     for name, weight in model.named_parameters():
         if weight.requires_grad and weight.dim() == 2:
             routed = ".experts." in name

@@ -130,9 +130,9 @@ class NemotronHTrainer(Trainer):
         )
         refuse_double_conversion(self.model, self.accelerator)
         if (coefficient := args.router_aux_loss_coef) is not None:
-            has_experts = "moe" in self.model.config.layers_block_type
+            has_experts = "moe" in self.model.config.get_text_config().layers_block_type
             require(has_experts, "router_aux_loss_coef", coefficient, "for a model with experts; this one has none")
-            self.model.config.router_aux_loss_coef = coefficient
+            self.model.config.get_text_config().router_aux_loss_coef = coefficient
         let_accelerate_fill(self.model)
         self.pop_callback(ProgressCallback)
         self.pop_callback(PrinterCallback)
@@ -265,7 +265,7 @@ class NemotronHTrainer(Trainer):
         """
         if self.args.z_loss and model.training and "labels" in inputs:
             loss_from_hidden = partial(
-                next_token_loss_with_z, labels=inputs["labels"], vocab_size=self.model.config.vocab_size,
+                next_token_loss_with_z, labels=inputs["labels"], vocab_size=self.model.config.get_text_config().vocab_size,
                 z_weight=self.args.z_loss, num_items_in_batch=num_items_in_batch,
             )  # fmt: skip
             inputs = {**inputs, "loss_from_hidden": loss_from_hidden}
