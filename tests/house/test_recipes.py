@@ -15,8 +15,9 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_multi_gpu_env
+from PIL import Image
 from tiny import tiny_config, tiny_model
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig, TrlParser
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig, NemotronHForCausalLM
@@ -26,7 +27,7 @@ from nemotron_h_hf.elastic.train.choices import axes_of, one_hot
 from nemotron_h_hf.elastic.train.cost import ExpectedCost
 from nemotron_h_hf.elastic.train.curriculum import stages_of
 from nemotron_h_hf.elastic.train.targets import targets_of
-from nemotron_h_hf.scripts import distill, elastic_train, elasticize, merge, plot, pretrain, sft
+from nemotron_h_hf.scripts import distill, elastic_train, elasticize, make_vl, merge, plot, pretrain, sft
 from nemotron_h_hf.scripts import slice as slice_command
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse
 from nemotron_h_hf.training.data_arguments import DataArguments, PretrainDataArguments
@@ -51,7 +52,7 @@ COMMANDS = {
     "elastic_12b": (elastic_train, ELASTIC),
     "elastic_tiny": (elastic_train, ELASTIC),
 }
-BESIDE = {"elasticize": elasticize, "merge": merge, "plot": plot, "slice": slice_command}
+BESIDE = {"elasticize": elasticize, "make-vl": make_vl, "merge": merge, "plot": plot, "slice": slice_command}
 LINE = re.compile(rf"(?m)^#   nemotron-h ((?:{'|'.join(BESIDE)}) .*)")
 GPUS = {"pretrain_8b": 64, "pretrain_56b_fp8": 256, "distill_56b_to_47b": 128}  # as their comments say
 TINY = {
@@ -153,7 +154,15 @@ def box(tmp_path_factory):
     chats = [{"messages": [{**CHAT[0], "content": f"Say {number}."}, CHAT[1]]} for number in range(20)]
     texts = [{"text": f"def f{number}(x):\n    return x + {number}\n" * 3} for number in range(40)]
     pairs = [{"prompt": f"def f{n}(x):", "chosen": f"\n    return {n}\n", "rejected": "\n    pass\n"} for n in range(8)]
-    for name, records in (("chats", chats), ("texts", texts), ("pairs", pairs)):
+    tower = {"model_type": "internvl_vision", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 48, "image_size": 16, "patch_size": 8}  # fmt: skip
+    AutoModel.from_config(AutoConfig.for_model(**tower)).save_pretrained(folder / "tower")
+    parts = ["--language-model", str(folder / "model"), "--vision-model", str(folder / "tower"), "--tile-tags", "no"]
+    make_vl.main([*parts, str(folder / "sees")])
+    Image.new("RGB", (16, 16), "red").save(folder / "red.png")
+    seen = [{**chat, "messages": [{**chat["messages"][0], "content": f"<image>{chat['messages'][0]['content']}"}, CHAT[1]],
+             "images": ["red.png"]} for chat in chats]  # fmt: skip
+    for name, records in (("chats", chats), ("texts", texts), ("pairs", pairs), ("seen", seen)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     return folder
 
@@ -186,6 +195,8 @@ def overrides_of(recipe: str, box: Path, output_dir: Path) -> dict:
     if content.get("init") == "random":
         found["config_overrides"] = {"hybrid_override_pattern": "M-M*-M-"}
     found |= {"sequence_length": 128} if content.get("long_context") else {}
+    if "train" in content:
+        return found | {"model": str(box / "sees"), "data": str(box / "seen.jsonl"), "max_steps": 4}
     found |= {"num_train_epochs": 1} if "num_train_epochs" in content else {"total_tokens": 1024}
     return found
 
@@ -205,12 +216,14 @@ def test_runs_at_tiny_size(recipe, box, tmp_path):
         assert max(losses) < 0.01
     elif recipe.startswith("elastic"):  # least for the whole parent, which is its own teacher
         assert min(losses) < 1 and max(losses) < 2 * chance
+    elif recipe.startswith("vl"):  # one stage moves the projector alone, the other everything a little
+        assert losses[0] < chance + 1
     else:  # weights that were spread out are worse than chance, and learn
         assert chance < losses[0] < chance + 1 and losses[-1] < losses[0]
     if recipe == "lora_8b_one_gpu":
         assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 16
     else:
-        assert torch.isfinite(NemotronHForCausalLM.from_pretrained(tmp_path / "model").lm_head.weight).all()
+        assert torch.isfinite(AutoModelForCausalLM.from_pretrained(tmp_path / "model").lm_head.weight).all()
 
 
 def run(command: list[str], folder: Path) -> None:

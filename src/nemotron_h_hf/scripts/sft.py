@@ -48,6 +48,7 @@ from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.errors import require
 from nemotron_h_hf.hub import save_tokenizer, upload_folder
+from nemotron_h_hf.model.processing_nemotron_h_vl import CHAT_PREAMBLE
 from nemotron_h_hf.training.adapters import (
     AdapterArguments,
     add_adapters,
@@ -98,7 +99,9 @@ def run(
     if isinstance(model.config, NemotronHVLConfig):
         processor = AutoProcessor.from_pretrained(start.tokenizer or start.model)
         tokenizer = processor.tokenizer
-        set_chat_template(tokenizer, data.chat_template)
+        if data.chat_template is not None:
+            set_chat_template(tokenizer, data.chat_template)
+            tokenizer.chat_template = processor.chat_template = CHAT_PREAMBLE + tokenizer.chat_template
         rows, held_out = make_picture_rows(data, packing.long_context, training, processor)
         collator = PictureCollator(pad_of(tokenizer))
     else:
