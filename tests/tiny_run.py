@@ -8,7 +8,7 @@ from tiny import tiny_config
 
 from nemotron_h_hf import NemotronHForCausalLM
 from nemotron_h_hf.data.blend import Blend
-from nemotron_h_hf.data.packing import PackedRows
+from nemotron_h_hf.data.packing import SplitRows
 from nemotron_h_hf.data.phases import phases_from
 from nemotron_h_hf.data.sources import sources_from
 from nemotron_h_hf.training.arguments import NemotronHTrainingArguments
@@ -32,7 +32,7 @@ def write_texts(folder: Path) -> Path:
     return folder
 
 
-def make_rows(texts: Path, steps: int = STEPS) -> PackedRows:
+def make_rows(texts: Path, steps: int = STEPS) -> SplitRows:
     """Rows of a blend whose weights change in the middle of the run; a letter is a token."""
     sources = {name: {"path": str(texts / name / "*.txt")} for name in ("low", "high")}
     phases = [{"until": "50%", "weights": {"low": 3, "high": 1}}, {"weights": {"low": 1, "high": 3}}]
@@ -42,7 +42,7 @@ def make_rows(texts: Path, steps: int = STEPS) -> PackedRows:
         lambda text: [ord(c) % 90 + 3 for c in text],
         steps * TOKENS_PER_STEP,
     )
-    return PackedRows(blend, LENGTH)
+    return SplitRows(blend, LENGTH)
 
 
 def make_arguments(output_dir: Path, **fields) -> NemotronHTrainingArguments:

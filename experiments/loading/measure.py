@@ -22,7 +22,7 @@ from transformers import AutoTokenizer
 from nemotron_h_hf import EMBEDDED_MODEL
 from nemotron_h_hf.data.blend import Blend
 from nemotron_h_hf.data.documents import document_encoder
-from nemotron_h_hf.data.packing import PackedRows
+from nemotron_h_hf.data.packing import SplitRows
 from nemotron_h_hf.data.phases import Phase
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.data.stdlib_text import read_documents
@@ -56,7 +56,7 @@ def main() -> None:
 
 def tokens_per_second(path: Path, encode) -> int:
     source = Source("data", path=str(path), column=path.stem)
-    rows = PackedRows(Blend([source], [Phase({"data": 1.0})], encode, NUM_ROWS * LENGTH), LENGTH)
+    rows = SplitRows(Blend([source], [Phase({"data": 1.0})], encode, NUM_ROWS * LENGTH), LENGTH)
     started = time.process_time()
     count = sum(len(row["input_ids"]) for row in islice(rows, NUM_ROWS))
     return round(count / (time.process_time() - started))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nemotron_h_hf.data.bad_data import tell_left_out
 from nemotron_h_hf.data.blend import Blend
 from nemotron_h_hf.data.finetuning import one_round, packed_blend
-from nemotron_h_hf.data.packing import PackedRows
+from nemotron_h_hf.data.packing import Rows, SplitRows, WholeRows
 from nemotron_h_hf.data.phases import Phase, phases_from, resolve_phases
 from nemotron_h_hf.data.sources import Source
 
@@ -128,7 +128,9 @@ def test_state_does_not_grow(sources):
 @pytest.mark.parametrize("split", [True, False])
 def test_rows_resume_at_any_row(sources, split):
     """The same through packing: rows cut documents, and phases change inside of rows."""
-    make_rows = lambda: PackedRows(make(sources), 128, split_documents=split, window_documents=20)  # noqa: E731
+    make_rows = lambda: (  # noqa: E731
+        SplitRows(make(sources), 128) if split else WholeRows(make(sources), 128, window_documents=20)
+    )
     whole = list(make_rows())
     for cut in range(0, len(whole), 7):
         before = make_rows()
@@ -178,9 +180,9 @@ def test_padded_rows_resume_at_any_row(padded, joined, window):
     ]  # fmt: skip
     encode = lambda text: {**join(talk_of(words(text))), "messages": talk_of(words(text))}  # noqa: E731
 
-    def make() -> PackedRows:
+    def make() -> Rows:
         rows = packed_blend(padded, phases, encode, 60 * 100, 100, 0, seed=3, join=join if joined else None)
-        return PackedRows(rows.documents, 100, False, window_documents=window, on_packed=rows.on_packed)
+        return WholeRows(rows.documents, 100, window_documents=window)
 
     first = make()
     whole = list(first)
@@ -200,25 +202,15 @@ def test_shares_within_a_phase_stay_exact_when_phases_end_by_rows(padded):
     weights = {"wide": 3, "full": 2, "short": 1}
     blend = Blend(padded, [Phase(weights, until="50%"), Phase({"short": 1})], words, 10_000)
     counts, tokens = dict.fromkeys(weights, 0), 0
-    for name, ids in blend:
+    while blend.phase == 0:
+        name, ids = blend.take(round(1.5 * tokens))
         if blend.phase == 1:
             break
         counts[name] += len(ids)
         tokens += len(ids)
-        blend.packed(round(1.5 * tokens))
         for other, weight in weights.items():
             assert abs(counts[other] - weight / 6 * tokens) <= 90
     assert 5000 <= 1.5 * tokens <= 5000 + 1.5 * 90
-
-
-def test_a_state_from_before_rows_counted(sources):
-    before, after = make(sources), make(sources)
-    for _ in zip(range(50), before):
-        pass
-    state = before.state_dict()
-    del state["packed"]
-    after.load_state_dict(state)
-    assert list(after) == list(before)
 
 
 def test_report(sources):
@@ -245,12 +237,12 @@ def test_a_short_run_sees_rows_of_all_documents(tmp_path):
     """A tenth of an epoch, dealt out of windows as long as an epoch: rows of nearly all documents; resumed exactly."""
     source = source_of(tmp_path / "text", [100] * 50, 1000)
 
-    def rows_of(tokens: int) -> PackedRows:
+    def rows_of(tokens: int) -> Rows:
         return packed_blend(
             [source], [Phase({"text": 1.0})], words, tokens, 10, 0, split_documents=True, shuffle_rows=500
         )
 
-    def taken(rows: PackedRows, count: int) -> list[int]:
+    def taken(rows: Rows, count: int) -> list[int]:
         return [int(row["input_ids"][0]) for row, _ in zip(rows, range(count), strict=False)]
 
     seen = taken(rows_of(500), 50)
@@ -315,7 +307,7 @@ def test_encoded_mappings_pass_through():
     first = next(iter(Blend([source], [Phase({"chat": 1})], encode, 4)))
     assert first == ("chat", {"input_ids": [1, 2], "labels": [-100, 9], "origin": "chat, shard 0:1"})
     blend = Blend([source], [Phase({"chat": 1})], encode, 4)
-    (row,) = PackedRows(blend, 4)
+    (row,) = SplitRows(blend, 4)
     assert row["input_ids"].tolist() == [1, 2, 3, 4] and row["labels"].tolist() == [-100, 9, -100, 9]
 
 

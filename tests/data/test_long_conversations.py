@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from nemotron_h_hf import EMBEDDED_MODEL
 from nemotron_h_hf.data.chat import encode_conversation
 from nemotron_h_hf.data.long_conversations import LongConversations, add_references, join_conversations
-from nemotron_h_hf.data.packing import PackedRows
+from nemotron_h_hf.data.packing import WholeRows
 
 
 def user(text: str) -> dict:
@@ -151,7 +151,7 @@ def test_through_a_tokenizer_into_rows():
     tokenizer.chat_template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     tokenizer.chat_template += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     long = LongConversations(TALKS, lambda m, tools: encode_conversation(m, tokenizer, tools), 700, 4, seed=1)
-    rows = list(PackedRows(long, 700, split_documents=False))
+    rows = list(WholeRows(long, 700))
     assert len(rows) > 3
     learned = tokenizer.decode(rows[0]["labels"][rows[0]["labels"] != -100])
     assert "It is 0 .<|im_end|>" in learned and "user" not in learned

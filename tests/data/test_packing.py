@@ -14,7 +14,7 @@ from tiny_run import write_texts
 from torch.utils.data import DataLoader
 
 from nemotron_h_hf.data.blend import Blend
-from nemotron_h_hf.data.packing import STATES_KEPT, PackedRows, best_fit
+from nemotron_h_hf.data.packing import STATES_KEPT, Rows, ShuffledRows, SplitRows, WholeRows, best_fit
 from nemotron_h_hf.data.phases import phases_from
 from nemotron_h_hf.data.sources import sources_from
 
@@ -41,7 +41,7 @@ def equal_rows(left: list[dict], right: list[dict]) -> bool:
 @given(LENGTHS, st.integers(1, 25))
 def test_split_rows_hold_all_tokens_in_order(lengths, sequence_length):
     documents = documents_of(lengths)
-    rows = list(PackedRows(documents, sequence_length))
+    rows = list(SplitRows(documents, sequence_length))
     flat = [token for document in documents for token in document]
     missing = -len(flat) % sequence_length
     assert torch.cat([row["input_ids"] for row in rows]).tolist() == flat + [0] * missing
@@ -58,8 +58,8 @@ def test_split_rows_hold_all_tokens_in_order(lengths, sequence_length):
 @given(LENGTHS, st.integers(1, 25), st.integers(1, 12), st.integers(0, 3))
 def test_shuffled_rows_are_the_same_rows_a_window_at_a_time(lengths, sequence_length, shuffle, seed):
     documents = documents_of(lengths)
-    plain = list(PackedRows(documents, sequence_length))
-    dealt = list(PackedRows(documents, sequence_length, shuffle_rows=shuffle, seed=seed))
+    plain = list(SplitRows(documents, sequence_length))
+    dealt = list(ShuffledRows(documents, sequence_length, shuffle_rows=shuffle, seed=seed))
     assert len(dealt) == len(plain)
 
     def contents(rows: list[dict]) -> list[str]:
@@ -72,13 +72,13 @@ def test_shuffled_rows_are_the_same_rows_a_window_at_a_time(lengths, sequence_le
 def test_the_order_of_shuffled_rows_is_the_seeds_and_changes_from_window_to_window_and_round_to_round():
     documents = [[number + 3] * 4 for number in range(40)]
 
-    def order(rows: PackedRows) -> list[int]:
+    def order(rows: Rows) -> list[int]:
         return [row["input_ids"][0].item() - 3 for row in rows]
 
-    rows = PackedRows(documents, 4, shuffle_rows=20, seed=1)
+    rows = ShuffledRows(documents, 4, shuffle_rows=20, seed=1)
     first, second = order(rows), order(rows)
-    assert first == order(PackedRows(documents, 4, shuffle_rows=20, seed=1))
-    assert first != order(PackedRows(documents, 4, shuffle_rows=20, seed=2))
+    assert first == order(ShuffledRows(documents, 4, shuffle_rows=20, seed=1))
+    assert first != order(ShuffledRows(documents, 4, shuffle_rows=20, seed=2))
     assert len({tuple(first[:20]), tuple(n - 20 for n in first[20:]), tuple(second[:20])}) == 3
     assert sum(abs(a - b) == 1 for a, b in zip(first, first[1:])) < 12  # 38 neighbours when nothing is shuffled
 
@@ -87,7 +87,7 @@ def test_the_order_of_shuffled_rows_is_the_seeds_and_changes_from_window_to_wind
 @given(LENGTHS, st.integers(40, 90), st.integers(1, 12))
 def test_whole_documents_are_never_cut(lengths, sequence_length, window):
     documents = documents_of(lengths)
-    rows = list(PackedRows(documents, sequence_length, split_documents=False, window_documents=window))
+    rows = list(WholeRows(documents, sequence_length, window_documents=window))
     found = []
     for row in rows:
         real = int((row["position_ids"] == 0).sum())
@@ -101,7 +101,7 @@ def test_whole_documents_are_never_cut(lengths, sequence_length, window):
 
 def test_whole_documents_keep_their_labels():
     documents = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}, {"input_ids": [9, 10], "labels": [9, -100]}]
-    (row,) = PackedRows(documents, 8, split_documents=False, pad_token_id=1)
+    (row,) = WholeRows(documents, 8, pad_token_id=1)
     assert row["input_ids"].tolist() == [5, 6, 7, 8, 9, 10, 1, 1]
     assert row["labels"].tolist() == [-100, -100, 7, 8, -100, -100, -100, -100]
     assert row["position_ids"].tolist() == [0, 1, 2, 3, 0, 1, 0, 1]
@@ -132,7 +132,7 @@ def test_model_sees_each_document_alone(shape, split):
     if shape == "moe":
         model.set_experts_implementation("eager")  # grouped matrix products have no float64
     documents = documents_of([9, 1, 30, 2, 17, 3, 40, 5])
-    rows = list(PackedRows(documents, 40, split_documents=split))
+    rows = list((SplitRows if split else WholeRows)(documents, 40))
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     assert any(len(pieces_of(row)) > 2 for row in rows)
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_model_sees_each_document_alone(shape, split):
 def test_gradients_do_not_cross_documents():
     """The loss of one document has no gradient at the embeddings of another."""
     model = tiny_model().double()
-    (row,) = PackedRows([[3, 4, 5, 6, 7], [8, 9, 10], [11, 12, 13, 14]], 12)
+    (row,) = SplitRows([[3, 4, 5, 6, 7], [8, 9, 10], [11, 12, 13, 14]], 12)
     labels = row["labels"].clone()
     labels[:5] = labels[8:] = -100
     model(row["input_ids"][None], labels=labels[None], position_ids=row["position_ids"][None]).loss.backward()
@@ -170,10 +170,12 @@ def test_gradients_do_not_cross_documents():
 def test_resume_goes_on_exactly(lengths, sequence_length, split, window, shuffle, data):
     documents = [document[:sequence_length] for document in documents_of(lengths)]
 
-    def make() -> PackedRows:
-        return PackedRows(
-            documents, sequence_length, split, window_documents=window, shuffle_rows=shuffle if split else 0, seed=3
-        )
+    def make() -> Rows:
+        if not split:
+            return WholeRows(documents, sequence_length, window_documents=window)
+        if not shuffle:
+            return SplitRows(documents, sequence_length)
+        return ShuffledRows(documents, sequence_length, shuffle_rows=shuffle, seed=3)
 
     both = make()
     whole = [*both, *both]  # two rounds
@@ -198,7 +200,7 @@ def test_a_longer_run_goes_on_with_every_token_once(split):
     for _ in range(60):
         documents = [[number + 1] * draw.randint(5, 30) for number in range(24)]
         shorter, longer = (
-            PackedRows(part, 40, split, window_documents=8, shuffle_rows=8 if split else 0)
+            ShuffledRows(part, 40, shuffle_rows=8) if split else WholeRows(part, 40, window_documents=8)
             for part in (documents[: draw.randint(2, 20)], documents)
         )
         rows = list(shorter)
@@ -213,10 +215,10 @@ def test_a_change_of_phase_that_a_begun_window_has_seen_may_not_move(tmp_path):
     write_texts(tmp_path)
     phases = [{"until": "50%", "weights": {"low": 3, "high": 1}}, {"weights": {"low": 1, "high": 3}}]
 
-    def make(total_tokens: int) -> PackedRows:
+    def make(total_tokens: int) -> Rows:
         sources = sources_from({name: {"path": str(tmp_path / name / "*.txt")} for name in ("low", "high")})
         blend = Blend(sources, phases_from(phases), lambda text: [ord(c) for c in text], total_tokens)
-        return PackedRows(blend, 20, shuffle_rows=16)
+        return ShuffledRows(blend, 20, shuffle_rows=16)
 
     rows = make(600)  # the phase changes at 300, the window ends at 320
     assert len(list(islice(rows, 15))) == 15
@@ -227,34 +229,20 @@ def test_a_change_of_phase_that_a_begun_window_has_seen_may_not_move(tmp_path):
         make(2000).load_state_dict(state)
 
 
-def test_a_state_from_before_rows_were_shuffled():
-    documents = documents_of([50, 30, 20])
-    for split in (True, False):
-        before = PackedRows(documents, 64, split)
-        iterator = iter(before)
-        next(iterator)
-        state = before.state_dict()
-        for field in ("dealt", "window", "shuffle_rows", "seed"):
-            del state[field]
-        after = PackedRows(documents, 64, split)
-        after.load_state_dict(state)
-        assert equal_rows(list(after), list(iterator))
-
-
 def test_loader_reads_ahead_and_state_stays_exact():
     documents = documents_of(range(1, 60))
-    rows = PackedRows(documents, 32)
+    rows = SplitRows(documents, 32)
     loader = DataLoader(rows, batch_size=4)
     batches = iter(loader)
     seen = [next(batches) for _ in range(3)]
-    resumed = PackedRows(documents, 32)
+    resumed = SplitRows(documents, 32)
     resumed.load_state_dict(rows.state_after(8))
     third = next(iter(DataLoader(resumed, batch_size=4)))
     assert all(torch.equal(third[name], seen[2][name]) for name in third)
 
 
 def test_states_are_kept_for_the_last_rows():
-    rows = PackedRows(documents_of([700]), 1)
+    rows = SplitRows(documents_of([700]), 1)
     list(rows)
     assert rows.state_after(700)["rows"] == 700
     assert rows.state_after(700 - STATES_KEPT + 1)["done"] == 700 - STATES_KEPT + 1
@@ -264,68 +252,68 @@ def test_states_are_kept_for_the_last_rows():
 
 def test_another_row_length_may_go_on_where_documents_are_split():
     documents = documents_of([50, 30, 20])
-    before = PackedRows(documents, 16)
+    before = SplitRows(documents, 16)
     iterator = iter(before)
     for _ in range(3):
         next(iterator)
-    after = PackedRows(documents, 20)
+    after = SplitRows(documents, 20)
     after.load_state_dict(before.state_after(3))
     flat = [token for document in documents for token in document]
     assert torch.cat([row["input_ids"] for row in after]).tolist()[: 100 - 48] == flat[48:]
-    dealing = PackedRows(documents, 16, shuffle_rows=4)
+    dealing = ShuffledRows(documents, 16, shuffle_rows=4)
     next(iter(dealing))
-    with pytest.raises(ValueError, match="sequence_length is 20, the state was saved with 16"):
+    with pytest.raises(ValueError, match="sequence_length of the rows is 20, the state was saved with 16"):
         after.load_state_dict(dealing.state_dict())
-    with pytest.raises(ValueError, match="shuffle_rows is 0, the state was saved with 4"):
+    with pytest.raises(ValueError, match="shuffle_rows of the rows is 0, the state was saved with 4"):
         before.load_state_dict(dealing.state_dict())
-    with pytest.raises(ValueError, match="seed is 1, the state was saved with 0"):
-        PackedRows(documents, 16, shuffle_rows=4, seed=1).load_state_dict(dealing.state_dict())
-    whole = PackedRows(documents, 64, split_documents=False)
-    with pytest.raises(ValueError, match="split_documents is False, the state was saved with True"):
+    with pytest.raises(ValueError, match="seed of the rows is 1, the state was saved with 0"):
+        ShuffledRows(documents, 16, shuffle_rows=4, seed=1).load_state_dict(dealing.state_dict())
+    whole = WholeRows(documents, 64)
+    with pytest.raises(ValueError, match="kind of the rows is whole, the state was saved with split"):
         whole.load_state_dict(before.state_after(3))
-    other = PackedRows(documents, 60, split_documents=False)
-    with pytest.raises(ValueError, match="sequence_length is 60, the state was saved with 64"):
+    other = WholeRows(documents, 60)
+    with pytest.raises(ValueError, match="sequence_length of the rows is 60, the state was saved with 64"):
         other.load_state_dict(whole.state_dict())
 
 
 def test_documents_longer_than_a_row(caplog):
     documents = documents_of([5, 90, 6, 70])
-    rows = PackedRows(documents, 16, split_documents=False)
+    rows = WholeRows(documents, 16)
     assert len(list(rows)) == 1
     assert dict(rows.bad.counts) == {"longer than a row": 2}
     assert "90 tokens, 16 fit" in caplog.text
-    again = PackedRows(documents, 16, split_documents=False)
+    again = WholeRows(documents, 16)
     again.load_state_dict(rows.state_dict())
     assert again.bad.counts == rows.bad.counts
     assert len(list(again)) == 1
     with pytest.raises(ValueError, match="90 tokens, 16 fit"):
-        list(PackedRows(documents, 16, split_documents=False, on_long_document="error"))
+        list(WholeRows(documents, 16, on_long_document="error"))
     with pytest.raises(ValueError, match="sequence_length is 4, and no document fits"):
-        list(PackedRows(documents, 4, split_documents=False))
+        list(WholeRows(documents, 4))
 
 
 def test_what_packing_refuses():
     with pytest.raises(ValueError, match="documents is a generator, which can be read once"):
-        PackedRows((document for document in [[1]]), 8)
+        SplitRows((document for document in [[1]]), 8)
     with pytest.raises(ValueError, match="sequence_length is 0"):
-        PackedRows([[1]], 0)
-    with pytest.raises(ValueError, match="shuffle_rows is -1; 0 or more is allowed"):
-        PackedRows([[1]], 8, shuffle_rows=-1)
-    with pytest.raises(ValueError, match="shuffle_rows is 5; whole documents allow 0"):
-        PackedRows([[1]], 8, split_documents=False, shuffle_rows=5)
+        SplitRows([[1]], 0)
+    with pytest.raises(ValueError, match="shuffle_rows is -1; 1 or more is allowed"):
+        ShuffledRows([[1]], 8, shuffle_rows=-1)
+    with pytest.raises(ValueError, match="window_documents is 0; 1 or more is allowed"):
+        WholeRows([[1]], 8, window_documents=0)
     with pytest.raises(ValueError, match=r"input_ids of shape \(2,\) and labels of \(1,\)"):
-        list(PackedRows([{"input_ids": [1, 2], "labels": [1]}], 8))
+        list(SplitRows([{"input_ids": [1, 2], "labels": [1]}], 8))
     with pytest.raises(ValueError, match="at least one token"):
-        list(PackedRows([[]], 8))
+        list(SplitRows([[]], 8))
     with pytest.raises(ValueError, match="num_workers of the data loader is not 0"):
-        list(DataLoader(PackedRows([[1]], 8), num_workers=1))
+        list(DataLoader(SplitRows([[1]], 8), num_workers=1))
 
 
 def test_resumed_rows_that_have_ended_are_no_error():
     """A run that stops after its last row, with documents left out before: there is just nothing more."""
-    rows = PackedRows(EndsOnce([[5] * 4, [5] * 99, [5] * 4]), 4, split_documents=False)
+    rows = WholeRows(EndsOnce([[5] * 4, [5] * 99, [5] * 4]), 4)
     list(rows)
-    again = PackedRows(EndsOnce([[5] * 4, [5] * 99, [5] * 4]), 4, split_documents=False)
+    again = WholeRows(EndsOnce([[5] * 4, [5] * 99, [5] * 4]), 4)
     again.load_state_dict(rows.state_dict())
     assert again.rows_yielded == 2 and list(again) == []
 
@@ -336,10 +324,13 @@ class EndsOnce:
     def __init__(self, documents):
         self.documents, self.taken = documents, 0
 
-    def __iter__(self):
-        while self.taken < len(self.documents):
-            self.taken += 1
-            yield self.documents[self.taken - 1]
+    asks_filled = False
+
+    def take(self, filled=0):
+        if self.taken == len(self.documents):
+            return None
+        self.taken += 1
+        return self.documents[self.taken - 1]
 
     def state_dict(self):
         return {"taken": self.taken}

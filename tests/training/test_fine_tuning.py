@@ -14,12 +14,12 @@ from nemotron_h_hf import EMBEDDED_MODEL, hub
 from nemotron_h_hf.scripts import distill, elastic_train, sft
 from nemotron_h_hf.training.arguments import NemotronHTrainingArguments
 from nemotron_h_hf.training.data_arguments import DataArguments
-from nemotron_h_hf.training.distillation import TeacherArguments
+from nemotron_h_hf.training.rows import make_rows
 
 ROWS = {
-    "sft": lambda data, training, tokenizer: sft.make_rows(data, False, training, tokenizer),
-    "distill": lambda data, training, tokenizer: distill.make_rows(data, 0, TeacherArguments(), training, tokenizer),
-    "elastic": lambda data, training, tokenizer: elastic_train.make_rows(data, 0, training, tokenizer),
+    "sft": lambda data, training, tokenizer: sft.rows_of(data, False, training, tokenizer),
+    "distill": make_rows,
+    "elastic": make_rows,
 }
 FLAGS = {
     "sft": [],

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM, hub
 from nemotron_h_hf.data.blend import Blend
-from nemotron_h_hf.data.packing import PackedRows
+from nemotron_h_hf.data.packing import SplitRows
 from nemotron_h_hf.data.phases import Phase
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.scripts import plot, pretrain
@@ -198,7 +198,7 @@ def test_token_ids_are_taken_as_they_are(texts, tmp_path):
         )
         for column in ("text", "input_ids")
     ]
-    ours, expected = (list(PackedRows(blend, 32)) for blend in blends)
+    ours, expected = (list(SplitRows(blend, 32)) for blend in blends)
     assert len(ours) > 10 and all(
         torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(ours, expected, strict=True)
     )

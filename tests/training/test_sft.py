@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM
 from nemotron_h_hf.data.finetuning import one_round
-from nemotron_h_hf.data.packing import PackedRows
+from nemotron_h_hf.data.packing import Rows, WholeRows
 from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.scripts import push, sft
@@ -158,7 +158,7 @@ def test_long_context_keeps_tools(tmp_path, tokenizer):
     training = NemotronHTrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, sequence_length=512, max_steps=1, per_device_train_batch_size=1
     )
-    rows, _ = sft.make_rows(data, True, training, tokenizer)
+    rows, _ = sft.rows_of(data, True, training, tokenizer)
     whole = tokenizer.decode(torch.cat([row["input_ids"] for row in rows]))
     assert whole.startswith("<clock>") and names(4, 5)[-1] in whole
     assert whole.count("<clock>") == whole.count("<map>") == 1, "one list of tools for each joined conversation"
@@ -188,7 +188,7 @@ def test_epochs_set_the_steps(tmp_path, capsys):
 
 
 def test_epochs_are_counted_without_keeping_rows(tmp_path, tokenizer, monkeypatch):
-    alive, most, make = weakref.WeakSet(), [0], PackedRows._row
+    alive, most, make = weakref.WeakSet(), [0], Rows._row
 
     def counted(self, pieces):
         row = make(self, pieces)
@@ -196,12 +196,12 @@ def test_epochs_are_counted_without_keeping_rows(tmp_path, tokenizer, monkeypatc
         most[0] = max(most[0], len(alive))
         return row
 
-    monkeypatch.setattr(PackedRows, "_row", counted)
+    monkeypatch.setattr(Rows, "_row", counted)
     path = write(tmp_path / "data.jsonl", "text", 60)
     training = NemotronHTrainingArguments(
         output_dir=str(tmp_path), use_cpu=True, sequence_length=64, num_train_epochs=2, per_device_train_batch_size=1
     )
-    sft.make_rows(DataArguments(data=[path]), False, training, tokenizer)
+    sft.rows_of(DataArguments(data=[path]), False, training, tokenizer)
     source = Source("data", path=path, column=None)
     assert most[0] <= 2
     rows = list(one_round(source, lambda record: encode_record(record, tokenizer), 64, 1))
@@ -345,7 +345,7 @@ def test_four_bits_need_bitsandbytes_that_works(monkeypatch):
 def test_packed_records_do_not_see_each_other(tokenizer):
     """The loss of a packed row is that of its records alone."""
     documents = [encode_record(RECORDS["text"](name), tokenizer) for name in names(5, 3)]
-    (row,) = PackedRows(documents, 160, split_documents=False, pad_token_id=1)
+    (row,) = WholeRows(documents, 160, pad_token_id=1)
     model = NemotronHForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
     packed = model(**{name: tensor[None] for name, tensor in row.items()}, use_cache=False, num_items_in_batch=1).loss
     alone = sum(

@@ -25,7 +25,7 @@ from tiny_run import (
 from transformers import Trainer, TrainerCallback
 
 from nemotron_h_hf import NemotronHForCausalLM
-from nemotron_h_hf.data.packing import PackedRows
+from nemotron_h_hf.data.packing import SplitRows
 from nemotron_h_hf.training import checkpoints
 from nemotron_h_hf.training.checkpoints import last_whole_checkpoint, whole_checkpoints
 from nemotron_h_hf.training.distillation import DistillationTrainer
@@ -321,7 +321,7 @@ def test_rows_that_end_too_early_stop(texts, tmp_path):
 def test_rows_of_a_list_go_round(tmp_path):
     """Batches run over the end of a round: 5 rows, 4 in a step."""
     documents = [prompt(1, LENGTH, seed=seed)[0] for seed in range(5)]
-    trainer = NemotronHTrainer(fresh_model(), make_arguments(tmp_path), train_dataset=PackedRows(documents, LENGTH))
+    trainer = NemotronHTrainer(fresh_model(), make_arguments(tmp_path), train_dataset=SplitRows(documents, LENGTH))
     trainer.train()
     assert json.loads((tmp_path / "checkpoint-8" / "data_state.json").read_text())["rows"] == 4 * STEPS
 
@@ -329,10 +329,10 @@ def test_rows_of_a_list_go_round(tmp_path):
 def test_states_of_steps_outlast_reading_ahead():
     """Steps of 700 rows, as on hundreds of GPUs, read 300 rows too far: the state of each step is that of its last row."""
     documents = [torch.arange(3, 3 + length) for length in range(1, 90)]
-    rows = EndlessRows(PackedRows(documents, 4), rows_per_step=700)
+    rows = EndlessRows(SplitRows(documents, 4), rows_per_step=700)
     taken = list(itertools.islice(rows, 1700))
     assert list(rows.states) == [700, 1400]
-    again = PackedRows(documents, 4)
+    again = SplitRows(documents, 4)
     again.load_state_dict(json.loads(json.dumps(rows.states[700])))
     following = list(itertools.islice(EndlessRows(again, 700), 1000))
     assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(following, taken[700:], strict=True))

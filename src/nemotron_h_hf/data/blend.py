@@ -5,7 +5,7 @@ source of weight w and c tokens so far is owed w*T - c. Of the sources that are 
 next document is due first, at (c + its length) / w, comes next. At every moment of a phase each source is therefore within
 one (longest) document of its share; always taking the source owed most would drift further.
 
-Phases end by the tokens of documents or, if packing reports its padding (`packed`), by the tokens of rows.
+Phases end by the tokens of documents, or, where documents stay whole, by the tokens of the rows that they fill.
 
 The state is small and JSON-able: token counts, and the place of each source's next document.
 """
@@ -59,7 +59,7 @@ class Blend:
         self.seed = seed
         self.spans: list[Span] = resolve_phases(phases, names, total_tokens)
         self.tokens = 0
-        self._packed = 0
+        self._filled = 0
         self._phase_tokens = [dict.fromkeys(span.weights, 0) for span in self.spans]
         used = {name for span in self.spans for name in span.weights}
         self._feeds = {
@@ -71,28 +71,41 @@ class Blend:
     @property
     def phase(self) -> int:
         """Number of the current phase, from 0; after the end the last one."""
-        place = max(self.tokens, self._packed)
+        place = max(self.tokens, self._filled)
         return next((i for i, span in enumerate(self.spans) if place < span.end), len(self.spans) - 1)
 
-    def __iter__(self) -> Iterator[tuple[str, Encoded]]:
-        while self.tokens < self.total_tokens + self.read_ahead:
-            phase = self.phase
-            name = self._choose(self.spans[phase].weights, self._phase_tokens[phase])
-            encoded, length = self._feeds[name].take()
-            self._phase_tokens[phase][name] += length
-            self.tokens += length
-            yield name, encoded
+    @property
+    def asks_filled(self) -> bool:
+        """Whether the tokens of rows decide anything: where phases change."""
+        return len(self.spans) > 1
 
-    def packed(self, tokens: int) -> None:
-        """Learn how many tokens the rows have that the documents so far fill, padding included; phases then end by that."""
-        self._packed = max(self._packed, tokens)
+    def __iter__(self) -> Iterator[tuple[str, Encoded]]:
+        while (item := self.take()) is not None:
+            yield item
+
+    def take(self, filled: int = 0) -> tuple[str, Encoded] | None:
+        """The next (source name, document), None after the last.
+
+        Args:
+            filled: tokens, padding included, of the rows that the documents so far fill; phases end by that if it is more
+                than the tokens of the documents.
+        """
+        if self.tokens >= self.total_tokens + self.read_ahead:
+            return None
+        self._filled = max(self._filled, filled)
+        phase = self.phase
+        name = self._choose(self.spans[phase].weights, self._phase_tokens[phase])
+        encoded, length = self._feeds[name].take()
+        self._phase_tokens[phase][name] += length
+        self.tokens += length
+        return name, encoded
 
     def state_dict(self) -> dict[str, Any]:
         """JSON-able state: the next document is the one that follows the last one handed out."""
         return {
             "seed": self.seed,
             "tokens": self.tokens,
-            "packed": self._packed,
+            "filled": self._filled,
             "phase_tokens": [dict(tokens) for tokens in self._phase_tokens],
             "spans": [[span.start, span.end, span.weights] for span in self.spans],
             "sources": {name: feed.state_dict() for name, feed in self._feeds.items()},
@@ -108,13 +121,7 @@ class Blend:
             raise ValueError(f"seed is {self.seed}, the state was saved with {state['seed']}; that one is allowed")
         if set(state["sources"]) != set(self._feeds):
             raise ValueError(f"sources are {sorted(self._feeds)}, the state was saved with {sorted(state['sources'])}")
-        packed = state.get("packed", 0)
-        if "packed" not in state and len(self.spans) > 1:
-            logger.warning(
-                "the state is of an earlier version, where phases ended by tokens of documents; where whole documents are packed, "
-                "rows near a change of phase may come twice or not at all"
-            )
-        begun = sum(start <= max(state["tokens"], packed) for start, _, _ in state["spans"])
+        begun = sum(start <= max(state["tokens"], state["filled"]) for start, _, _ in state["spans"])
         spans = [[span.start, span.end, span.weights] for span in self.spans]
         # the end of the phase that runs may move, where it begins and its weights may not
         if [s[::2] for s in spans[:begun]] != [s[::2] for s in state["spans"][:begun]]:
@@ -123,7 +130,7 @@ class Blend:
             )
         if spans != state["spans"]:
             logger.warning("phases that had not ended when the state was saved are changed: %s", spans)
-        self.tokens, self._packed = state["tokens"], packed
+        self.tokens, self._filled = state["tokens"], state["filled"]
         self._phase_tokens = [dict.fromkeys(span.weights, 0) for span in self.spans]
         for now, saved in zip(self._phase_tokens[:begun], state["phase_tokens"], strict=False):
             now.update(saved)

@@ -75,6 +75,8 @@ def as_document(item: Any) -> Document:
 class Counted:
     """Documents that can be iterated again, with a state: how many were taken in which round."""
 
+    asks_filled = False
+
     def __init__(self, documents: Iterable[Any]):
         if iter(documents) is documents:
             raise ValueError(
@@ -83,8 +85,16 @@ class Counted:
         self.documents = documents
         self.taken = 0
         self.rounds = 0
+        self._round: Iterator[Any] | None = None
 
-    def __iter__(self) -> Iterator[Any]:
+    def take(self, filled: int = 0) -> Any | None:
+        """The next document of the round; None ends it, and the next call begins another."""
+        self._round = self._round or self._rest()
+        if (item := next(self._round, None)) is None:
+            self._round = None
+        return item
+
+    def _rest(self) -> Iterator[Any]:
         skipped = self.taken
         for index, item in enumerate(self.documents):
             if index >= skipped:
@@ -94,10 +104,10 @@ class Counted:
         self.taken = 0
         self.rounds += 1
         if at_end:
-            yield from self
+            yield from self._rest()
 
     def state_dict(self) -> dict[str, int]:
         return {"taken": self.taken, "rounds": self.rounds}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        self.taken, self.rounds = state["taken"], state["rounds"]
+        self.taken, self.rounds, self._round = state["taken"], state["rounds"], None

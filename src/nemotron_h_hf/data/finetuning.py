@@ -8,7 +8,7 @@ from torch import Tensor
 from .bad_data import tell_left_out
 from .blend import Blend, encoded_document
 from .long_conversations import LongConversations
-from .packing import PackedRows
+from .packing import Rows, ShuffledRows, SplitRows, WholeRows
 from .phases import Phase, check_windows, phases_from
 from .sources import Source, SourceStream, sources_from
 
@@ -16,13 +16,13 @@ Encode = Callable[[Any], Mapping[str, Any]]
 
 
 def sources_and_phases(
-    data: Sequence[str] | None, sources: Mapping | None, phases: Sequence[Mapping] | None
+    data: Sequence[str] | None, sources: Mapping | None, phases: Sequence[Mapping] | None, column: str | None = None
 ) -> tuple[list[Source], list[Phase]]:
     """Files as one source of whole records, or else a blend's two mappings; without phases all sources weigh the same."""
     if data:
         found = [Source("data", path=list(data), column=None)]
     else:
-        found = sources_from({name: {"column": None, **item} for name, item in sources.items()})
+        found = sources_from({name: {"column": column, **item} for name, item in sources.items()})
     return found, phases_from(phases) if phases else [Phase({source.name: 1.0 for source in found})]
 
 
@@ -38,7 +38,7 @@ def packed_blend(
     on_bad_data: str = "skip",
     join: Callable[..., Mapping[str, Any]] | None = None,
     shuffle_rows: int = 0,
-) -> PackedRows:
+) -> Rows:
     """Rows that last for `total_tokens` of row, padding included; phases change where they should by tokens of row.
 
     Documents of both sides of a change may share the rows of one window of packing.
@@ -54,16 +54,11 @@ def packed_blend(
     check_windows(documents.spans, shuffle_rows, sequence_length)
     if join is not None:
         documents = LongConversations(documents, join, sequence_length, seed=seed, on_bad_data=on_bad_data)
-    on_packed = documents.packed if len(phases) > 1 else None
-    return PackedRows(
-        documents,
-        sequence_length,
-        split_documents,
-        pad_token_id,
-        on_packed=on_packed,
-        shuffle_rows=shuffle_rows,
-        seed=seed,
-    )
+    if not split_documents:
+        return WholeRows(documents, sequence_length, pad_token_id)
+    if shuffle_rows:
+        return ShuffledRows(documents, sequence_length, pad_token_id, shuffle_rows=shuffle_rows, seed=seed)
+    return SplitRows(documents, sequence_length, pad_token_id)
 
 
 def one_round(
@@ -80,7 +75,7 @@ def one_round(
         ValueError: if no record of it can be used.
     """
     documents = Round(source, encode, on_bad_data, None if split_documents else sequence_length)
-    rows = PackedRows(documents, sequence_length, split_documents, pad_token_id)
+    rows = (SplitRows if split_documents else WholeRows)(documents, sequence_length, pad_token_id)
     yield from rows
     if not rows.rows_yielded:
         raise ValueError(f"{source.name}: {source.path or source.dataset} has no usable record; {documents.bad.last}")

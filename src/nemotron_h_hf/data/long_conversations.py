@@ -74,34 +74,48 @@ class LongConversations:
         self.reference_share = reference_share
         self.seed = seed
         self.bad = BadData("long conversations", on_bad_data)
-        self._made = self._packed = 0
+        self._made = 0
         self._state = self.conversations.state_dict()
+        self._at: int | None = None  # how far the rows were when the conversation after `_state` was taken
+        self._filled = 0
+        self._stream: Iterator[Mapping[str, list[int]]] | None = None
+
+    @property
+    def asks_filled(self) -> bool:
+        """Whether the Blend that conversations come from asks how far the rows are."""
+        return self.conversations.asks_filled
 
     def __iter__(self) -> Iterator[Mapping[str, list[int]]]:
+        while (item := self.take()) is not None:
+            yield item
+
+    def take(self, filled: int = 0) -> Mapping[str, list[int]] | None:
+        """The next long conversation, None after the last; `filled` as the Blend's."""
+        self._filled, self._stream = filled, self._stream or self._long()
+        if (item := next(self._stream, None)) is None:
+            self._stream = None
+        return item
+
+    def _long(self) -> Iterator[Mapping[str, list[int]]]:
         self.conversations.load_state_dict(self._state)
         parts: list[Conversation] = []
         budget = round(self.target_tokens * (1 - self.reference_share))
         total, before = 0, self._state
-        for item in self.conversations:
+        at = self._filled if self._at is None else self._at
+        while (item := self.conversations.take(at)) is not None:
             conversation = _conversation_of(item)
             length = self._length(conversation)
             if length is not None:
                 if parts and (total + length > budget or not _may_join(parts[-1], conversation)):
+                    self._at = at
                     yield from self._finish(parts, total, before)
                     parts, total = [], 0
                 parts, total = [*parts, conversation], total + length
-            if self._packed:  # again after a resume, where the state of the conversations is older
-                self.conversations.packed(self._packed)
-            before = self.conversations.state_dict()
-        before = self.conversations.state_dict()
+            before, at = self.conversations.state_dict(), self._filled
+        before, self._at = self.conversations.state_dict(), None
         if parts:
             yield from self._finish(parts, total, before)
         self._state = before
-
-    def packed(self, tokens: int) -> None:
-        """Tell the Blend that conversations come from how far the rows are."""
-        self._packed = tokens
-        self.conversations.packed(tokens)
 
     def left_out(self) -> dict[str, dict[str, int]]:
         """As the Blend's that conversations come from, with those that could not be joined."""
@@ -112,14 +126,15 @@ class LongConversations:
         return {
             "conversations": self._state,
             "made": self._made,
-            "packed": self._packed,
+            "at": self._at,
             "bad": dict(self.bad.counts),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly after the conversations that `state` saw."""
         self._state, self._made = state["conversations"], state["made"]
-        self._packed, self.bad.counts = state.get("packed", 0), Counter(state.get("bad", {}))  # earlier ones lack both
+        self._at, self._stream = state["at"], None
+        self.bad.counts = Counter(state["bad"])
 
     def _tokens(self, messages: Sequence[Message], tools: Sequence[Any] | None = None) -> int:
         return len(self.encode(messages, tools)["input_ids"])

@@ -4,20 +4,20 @@
     position_ids  0 1 2 3 4 0 1 2 | 0 1 2 3     convolution, scan and attention restart at every 0
     labels        . a a a a . b b | . c c c     not shifted (the model shifts); . is -100: nothing predicts a first token
 
-Splitting (pretraining) fills every row and lets a document continue in the next. Whole documents (fine-tuning) are placed
-by best fit decreasing among the documents of a window, and what stays free is padding, its own document at the end.
+Three ways, one protocol (`Rows`):
 
-A long document fills consecutive rows, and a small batch may hold nothing else. `shuffle_rows` deals rows out in random
-order, a window of rows at a time.
+    SplitRows       every row is full and a document continues in the next one (pretraining)
+    ShuffledRows    the same rows dealt in random order, a window at a time: in order, a long document fills whole batches
+    WholeRows       no document is cut (fine-tuning): best fit decreasing among a window of documents, the rest is padding
 
     l sequence_length
 """
 
 from bisect import bisect_left, insort
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,10 +32,28 @@ TOO_LONG = "longer than a row"
 STATES_KEPT = 512  # more rows than any data loader reads ahead
 
 
-class PackedRows(IterableDataset):
+class Place(NamedTuple):
+    """Where rows stand.
+
+    documents: their state; at the beginning of a window, where there is one.
+    done: tokens of the next document (rows of the window, for whole documents) that are used.
+    too_long: documents left out before it.
+    dealt: rows of a shuffled window that are yielded.
+    window: size of the window that is begun, in rows (shuffled) or documents (whole). The last window of a run is short; a
+        longer run that goes on from it has to make it as it was.
+    """
+
+    documents: dict[str, Any]
+    done: int
+    too_long: int
+    dealt: int
+    window: int
+
+
+class Rows(IterableDataset):
     """Rows `{"input_ids", "labels", "position_ids"}`, each (l) int64, from documents.
 
-    A new iterator continues at the current row. After the last document (the last row is padded) the next iterator begins
+    A new iterator goes on where the rows stand. After the last document (the last row is padded) the next iterator begins
     again with the first, unless `documents` is a Blend, which ends once.
 
     Args:
@@ -43,54 +61,29 @@ class PackedRows(IterableDataset):
             dataset. A document is token ids, a mapping with `input_ids` and perhaps `labels` of the same length, or a
             pair (source name, one of these).
         sequence_length: l.
-        split_documents: whether a document may continue in the next row.
         pad_token_id: fills rows that stay partly empty.
-        window_documents: whole documents that are placed together; more waste less and take more memory.
-        on_long_document: what to do with a document that may not be split and is longer than a row: "skip" (with a
-            warning, counted in `bad.counts`) or "error".
-        on_packed: for documents that are not split, called with each one: how many tokens, padding included, have the rows
-            that it and all before it fill; see Blend.packed.
-        shuffle_rows: of split documents, rows that are made at once and dealt out in random order; 0 keeps the order.
-        seed: of that order.
     """
 
-    def __init__(
-        self,
-        documents: Resumable | Iterable[Any],
-        sequence_length: int,
-        split_documents: bool = True,
-        pad_token_id: int = 0,
-        window_documents: int = 256,
-        on_long_document: str = "skip",
-        on_packed: Callable[[int], None] | None = None,
-        shuffle_rows: int = 0,
-        seed: int = 0,
-    ):
-        for field, value in (("sequence_length", sequence_length), ("window_documents", window_documents)):
-            if value < 1:
-                raise ValueError(f"{field} is {value}; 1 or more is allowed")
-        if shuffle_rows < 0 or (shuffle_rows and not split_documents):
-            allowed = "0 or more is allowed" if split_documents else "whole documents allow 0"
-            raise ValueError(f"shuffle_rows is {shuffle_rows}; {allowed}")
+    kind: ClassVar[str]  # a state goes on in rows of the same kind alone
+
+    def __init__(self, documents: Resumable | Iterable[Any], sequence_length: int, pad_token_id: int = 0):
+        if sequence_length < 1:
+            raise ValueError(f"sequence_length is {sequence_length}; 1 or more is allowed")
         self.documents = resumable(documents)
-        self.sequence_length = sequence_length
-        self.split_documents = split_documents
-        self.pad_token_id = pad_token_id
-        self.window_documents = window_documents
-        self.on_packed = on_packed
-        self.shuffle_rows, self.seed = shuffle_rows, seed
+        self.sequence_length, self.pad_token_id = sequence_length, pad_token_id
         self.rows_yielded = 0
-        self.bad = BadData("rows", on_long_document)
+        self.bad = BadData("rows")
         self._place = self._here()
         self._states: OrderedDict[int, dict[str, Any]] = OrderedDict()
         self._remember()
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         if get_worker_info() is not None:
-            raise ValueError("num_workers of the data loader is not 0; PackedRows allows 0, or its state would be lost")
+            raise ValueError(
+                "num_workers of the data loader is not 0; packed rows allow 0, or their state would be lost"
+            )
         self.documents.load_state_dict(self._place.documents)
-        rows = self._split_rows() if self.split_documents else self._whole_rows()
-        for pieces, place in self._dealt(rows) if self.shuffle_rows else rows:
+        for pieces, place in self._rows():
             self._place = place
             self.rows_yielded += 1
             self._remember()
@@ -116,92 +109,37 @@ class PackedRows(IterableDataset):
         return self._states[num_rows]
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue exactly after the rows that `state` saw; running iterators are not affected.
+        """Go on exactly after the rows that `state` saw; an iterator that is running does not notice.
 
         Raises:
             ValueError: for a state of rows that were made in another way, or of other documents.
         """
-        state = {"dealt": 0, "shuffle_rows": 0, "seed": 0, "window": 0, **state}  # of rows that were never shuffled
-        fields = ("split_documents",)  # splitting can continue at any length
-        if not self.split_documents:
-            fields += ("sequence_length", "window_documents")
-        elif state["dealt"]:
-            fields += ("sequence_length", "shuffle_rows", "seed")
-        for field in fields:
-            if state[field] != getattr(self, field):
-                raise ValueError(f"{field} is {getattr(self, field)}, the state was saved with {state[field]}")
-        if "read" in state:  # the documents of a begun window may not change either: let them be checked
-            self.documents.load_state_dict(state["read"])
+        now = {"kind": self.kind, **self._settings()}
+        for field in ("kind", *self._fixed(state)):
+            if state[field] != now[field]:
+                raise ValueError(f"{field} of the rows is {now[field]}, the state was saved with {state[field]}")
+        self.documents.load_state_dict(state["read"])  # the documents of a begun window may not change: check them
         self.documents.load_state_dict(state["documents"])
         self.rows_yielded = state["rows"]
-        self._place = _Place(*(state[field] for field in _Place._fields))
+        self._place = Place(*(state[field] for field in Place._fields))
         self.bad.counts = Counter({TOO_LONG: state["too_long"]})
         self._states.clear()
         self._remember()
 
-    def _split_rows(self) -> Iterator[tuple[list[Document], "_Place"]]:
-        """Rows cut from the documents laid end to end; the place is a document and how many of its tokens are used."""
-        pieces, free = [], self.sequence_length
-        used, before = self._place.done, self._here()
-        for item in self.documents:
-            document = as_document(item)
-            length = len(document.input_ids)
-            while used < length:
-                piece = Document(*(part[used : used + free] for part in document))
-                pieces.append(piece)
-                used, free = used + len(piece.input_ids), free - len(piece.input_ids)
-                if free == 0:
-                    yield pieces, before._replace(done=used) if used < length else self._here()
-                    pieces, free = [], self.sequence_length
-            used, before = 0, self._here()
-        if pieces:
-            yield pieces, self._here()
+    def _rows(self) -> Iterator[tuple[list[Document], Place]]:
+        """The pieces of each row, and the place after it."""
+        raise NotImplementedError
 
-    def _dealt(self, rows: Iterator[tuple[list[Document], "_Place"]]) -> Iterator[tuple[list[Document], "_Place"]]:
-        """`shuffle_rows` rows at a time, out of order but for a padded one; the place is before them, and how many are dealt."""
-        place = self._place
-        before, dealt, size = place._replace(dealt=0, window=0), place.dealt, place.window or self.shuffle_rows
-        while window := list(islice(rows, size)):
-            full = len(window) - (sum(len(piece.input_ids) for piece in window[-1][0]) < self.sequence_length)
-            order = [*shuffled(full, self.seed, self.rows_yielded - dealt), *range(full, len(window))]
-            for number in range(dealt, len(window)):
-                all_dealt = number + 1 >= full
-                place = window[number][1] if all_dealt else before._replace(dealt=number + 1, window=full)
-                yield window[order[number]][0], place
-            before, dealt, size = window[-1][1], 0, self.shuffle_rows
+    def _settings(self) -> dict[str, int]:
+        """How the rows are made."""
+        return {"sequence_length": self.sequence_length, "window_documents": 0, "shuffle_rows": 0, "seed": 0}
 
-    def _whole_rows(self) -> Iterator[tuple[list[Document], "_Place"]]:
-        """Rows of whole documents; the place is the beginning of a window and how many of its rows are done."""
-        done, size, before = self._place.done, self._place.window or self.window_documents, self._here()
-        window: list[Document] = []
-        for item in self.documents:
-            document = as_document(item)
-            if len(document.input_ids) > self.sequence_length:
-                self.bad.report("a document", TOO_LONG, f"{len(document.input_ids)} tokens, {self.sequence_length} fit")
-                continue
-            window.append(document)
-            if self.on_packed is not None:
-                rows = self._fit(window)
-                self.on_packed((self.rows_yielded - done + len(rows)) * self.sequence_length)
-            if len(window) == size:
-                yield from self._rows_of(window, before, done)
-                window, done, size, before = [], 0, self.window_documents, self._here()
-        if window:
-            yield from self._rows_of(window, before, done)
+    def _fixed(self, state: Mapping[str, Any]) -> tuple[str, ...]:
+        """The settings that a run from this state on must share."""
+        raise NotImplementedError
 
-    def _rows_of(
-        self, window: list[Document], before: "_Place", done: int
-    ) -> Iterator[tuple[list[Document], "_Place"]]:
-        rows = self._fit(window)
-        for number in range(done, len(rows)):
-            place = self._here() if number + 1 == len(rows) else before._replace(done=number + 1, window=len(window))
-            yield [window[index] for index in rows[number]], place
-
-    def _fit(self, window: list[Document]) -> list[list[int]]:
-        return best_fit([len(document.input_ids) for document in window], self.sequence_length)
-
-    def _here(self) -> "_Place":
-        return _Place(self.documents.state_dict(), 0, self.bad.counts[TOO_LONG], 0, 0)
+    def _here(self) -> Place:
+        return Place(self.documents.state_dict(), 0, self.bad.counts[TOO_LONG], 0, 0)
 
     def _row(self, pieces: list[Document]) -> dict[str, Tensor]:
         """One row (l) of pieces, padded at its end."""
@@ -216,18 +154,147 @@ class PackedRows(IterableDataset):
         return {"input_ids": torch.cat(ids), "labels": torch.cat(labels), "position_ids": torch.cat(positions)}
 
     def _remember(self) -> None:
-        self._states[self.rows_yielded] = {
+        read = self.documents.state_dict()
+        state = {
+            "kind": self.kind,
             "rows": self.rows_yielded,
             **self._place._asdict(),
-            "read": self.documents.state_dict(),
-            "sequence_length": self.sequence_length,
-            "split_documents": self.split_documents,
-            "window_documents": self.window_documents,
-            "shuffle_rows": self.shuffle_rows,
-            "seed": self.seed,
+            "read": read,
+            **self._settings(),
         }
+        self._states[self.rows_yielded] = state
         while len(self._states) > STATES_KEPT:
             self._states.popitem(last=False)
+
+
+class SplitRows(Rows):
+    """Rows cut from the documents laid end to end. Between rows another length may go on."""
+
+    kind = "split"
+
+    def _rows(self) -> Iterator[tuple[list[Document], Place]]:
+        """The place is a document and how many of its tokens are used."""
+        pieces, free = [], self.sequence_length
+        used, before = self._place.done, self._here()
+        while (item := self.documents.take()) is not None:
+            document = as_document(item)
+            length = len(document.input_ids)
+            while used < length:
+                piece = Document(*(part[used : used + free] for part in document))
+                pieces.append(piece)
+                used, free = used + len(piece.input_ids), free - len(piece.input_ids)
+                if free == 0:
+                    yield pieces, before._replace(done=used) if used < length else self._here()
+                    pieces, free = [], self.sequence_length
+            used, before = 0, self._here()
+        if pieces:
+            yield pieces, self._here()
+
+    def _fixed(self, state: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("sequence_length", "shuffle_rows", "seed") if state["dealt"] else ()
+
+
+class ShuffledRows(SplitRows):
+    """Split rows, `shuffle_rows` made at once and dealt in random order.
+
+    Args:
+        shuffle_rows: rows of a window. With as many as the data has, a short run sees pieces of all documents.
+        seed: of the order.
+    """
+
+    def __init__(
+        self,
+        documents: Resumable | Iterable[Any],
+        sequence_length: int,
+        pad_token_id: int = 0,
+        *,
+        shuffle_rows: int,
+        seed: int = 0,
+    ):
+        if shuffle_rows < 1:
+            raise ValueError(f"shuffle_rows is {shuffle_rows}; 1 or more is allowed")
+        self.shuffle_rows, self.seed = shuffle_rows, seed
+        super().__init__(documents, sequence_length, pad_token_id)
+
+    def _rows(self) -> Iterator[tuple[list[Document], Place]]:
+        """All but a padded row out of order; the place is before the window, and how many of its rows are dealt."""
+        before, dealt = self._place._replace(dealt=0, window=0), self._place.dealt
+        rows, size = super()._rows(), self._place.window or self.shuffle_rows
+        while window := list(islice(rows, size)):
+            full = len(window) - (sum(len(piece.input_ids) for piece in window[-1][0]) < self.sequence_length)
+            order = [*shuffled(full, self.seed, self.rows_yielded - dealt), *range(full, len(window))]
+            for number in range(dealt, len(window)):
+                all_dealt = number + 1 >= full
+                place = window[number][1] if all_dealt else before._replace(dealt=number + 1, window=full)
+                yield window[order[number]][0], place
+            before, dealt, size = window[-1][1], 0, self.shuffle_rows
+
+    def _settings(self) -> dict[str, int]:
+        return super()._settings() | {"shuffle_rows": self.shuffle_rows, "seed": self.seed}
+
+
+class WholeRows(Rows):
+    """Rows of whole documents.
+
+    Args:
+        window_documents: documents that are placed together; more waste less and take more memory.
+        on_long_document: what to do with a document longer than a row: "skip" (with a warning, counted in `bad.counts`)
+            or "error".
+    """
+
+    kind = "whole"
+
+    def __init__(
+        self,
+        documents: Resumable | Iterable[Any],
+        sequence_length: int,
+        pad_token_id: int = 0,
+        *,
+        window_documents: int = 256,
+        on_long_document: str = "skip",
+    ):
+        if window_documents < 1:
+            raise ValueError(f"window_documents is {window_documents}; 1 or more is allowed")
+        self.window_documents = window_documents
+        super().__init__(documents, sequence_length, pad_token_id)
+        self.bad = BadData("rows", on_long_document)
+
+    def _rows(self) -> Iterator[tuple[list[Document], Place]]:
+        """The place is the beginning of a window and how many of its rows are done."""
+        done, size, before = self._place.done, self._place.window or self.window_documents, self._here()
+        window: list[Document] = []
+        while (item := self.documents.take(self._filled(window, done))) is not None:
+            document = as_document(item)
+            if len(document.input_ids) > self.sequence_length:
+                self.bad.report("a document", TOO_LONG, f"{len(document.input_ids)} tokens, {self.sequence_length} fit")
+                continue
+            window.append(document)
+            if len(window) == size:
+                yield from self._rows_of(window, before, done)
+                window, done, size, before = [], 0, self.window_documents, self._here()
+        if window:
+            yield from self._rows_of(window, before, done)
+
+    def _filled(self, window: list[Document], done: int) -> int:
+        """Tokens, padding included, of the rows of all documents so far; 0 where the documents do not ask."""
+        if not self.documents.asks_filled:
+            return 0
+        return (self.rows_yielded - done + len(self._fit(window))) * self.sequence_length
+
+    def _rows_of(self, window: list[Document], before: Place, done: int) -> Iterator[tuple[list[Document], Place]]:
+        rows = self._fit(window)
+        for number in range(done, len(rows)):
+            place = self._here() if number + 1 == len(rows) else before._replace(done=number + 1, window=len(window))
+            yield [window[index] for index in rows[number]], place
+
+    def _fit(self, window: list[Document]) -> list[list[int]]:
+        return best_fit([len(document.input_ids) for document in window], self.sequence_length)
+
+    def _settings(self) -> dict[str, int]:
+        return super()._settings() | {"window_documents": self.window_documents}
+
+    def _fixed(self, state: Mapping[str, Any]) -> tuple[str, ...]:
+        return ("sequence_length", "window_documents")
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -248,21 +315,3 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         rows[row].append(index)
         insort(free, (room - lengths[index], row))
     return sorted(sorted(row) for row in rows)
-
-
-class _Place(NamedTuple):
-    """Where rows stand.
-
-    documents: their state; at the beginning of a window, where there is one.
-    done: tokens of the next document (rows of the window, where documents are whole) that are used.
-    too_long: documents left out before it.
-    dealt: rows of a shuffled window that are yielded.
-    window: rows of a shuffled window, or documents of one of whole documents, that is begun. The last window of a run is
-        short; a longer run that continues from it must make the same one.
-    """
-
-    documents: dict[str, Any]
-    done: int
-    too_long: int
-    dealt: int
-    window: int

@@ -24,7 +24,7 @@ held_out.json (with --eval_data: the loss before and after), and at the end mode
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
@@ -42,10 +42,6 @@ from transformers.utils.logging import disable_progress_bar
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
 from nemotron_h_hf.cost import training_flops_per_token
 from nemotron_h_hf.data.bad_data import tell_left_out
-from nemotron_h_hf.data.finetuning import one_round, packed_blend, sources_and_phases
-from nemotron_h_hf.data.packing import PackedRows
-from nemotron_h_hf.data.records import encode_record
-from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.errors import require
 from nemotron_h_hf.hub import save_tokenizer, upload_folder
 from nemotron_h_hf.targets import writing
@@ -56,6 +52,7 @@ from nemotron_h_hf.training.distillation import DistillationTrainer, TeacherArgu
 from nemotron_h_hf.training.fine_tuning import evaluate_every, take_push, tell_before, tell_held_out
 from nemotron_h_hf.training.finished import save_finished
 from nemotron_h_hf.training.one_copy import device_to_load_on
+from nemotron_h_hf.training.rows import make_rows
 from nemotron_h_hf.training.starting_point import load_model, load_tokenizer, load_weights
 from nemotron_h_hf.training.teacher_cache import TeacherCache, fingerprint, write_cache
 
@@ -96,7 +93,8 @@ def run(
     model = load_model(start, EMBEDDED_MODEL, NemotronHConfig.from_preset)
     teacher = find_teacher(knowledge)
     tokenizer = find_tokenizer(start, knowledge, data, model.config.vocab_size)
-    rows, held_out = make_rows(data, dealt.shuffle_rows, knowledge, training, tokenizer)
+    whole = knowledge.whole_documents
+    rows, held_out = make_rows(data, training, tokenizer, split_documents=not whole, shuffle_rows=dealt.shuffle_rows)
     trainer = DistillationTrainer(
         model, training, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
         flops_per_token=training_flops_per_token(model.config, training.sequence_length),
@@ -125,32 +123,6 @@ def find_tokenizer(
     tokenizer = load_tokenizer(replace(start, tokenizer=name), EMBEDDED_MODEL, vocab_size)
     set_chat_template(tokenizer, data.chat_template)
     return tokenizer
-
-
-def make_rows(
-    data: DataArguments,
-    shuffle_rows: int,
-    knowledge: TeacherArguments,
-    training: NemotronHTrainingArguments,
-    tokenizer: PreTrainedTokenizerBase,
-) -> tuple[PackedRows, list | None]:
-    """Rows for the whole run, and held-out rows."""
-    sources, phases = sources_and_phases(data.data, data.sources, data.phases)
-    length, pad = training.sequence_length, tokenizer.pad_token_id
-    pad = tokenizer.eos_token_id if pad is None else pad
-    how = {"split_documents": not knowledge.whole_documents, "on_bad_data": data.on_bad_data}
-
-    def encode(record: Any) -> Mapping[str, list[int]]:
-        return encode_record(record, tokenizer)
-
-    total = training.max_steps * training.tokens_per_step
-    rows = packed_blend(
-        sources, phases, encode, total, length, pad, training.seed_of_data, shuffle_rows=shuffle_rows, **how
-    )
-    if not data.eval_data:
-        return rows, None
-    held_out = Source("eval_data", path=data.eval_data, column=None, shuffle_window=0)
-    return rows, list(one_round(held_out, encode, length, pad, **how))
 
 
 def find_teacher(knowledge: TeacherArguments) -> PreTrainedModel | TeacherCache:
@@ -189,9 +161,8 @@ def cache(
             "(examples/accelerate/multi_gpu.yaml), as every process runs the whole teacher"
         )
     vocab_size = AutoConfig.from_pretrained(knowledge.teacher or EMBEDDED_MODEL).vocab_size
-    rows, held_out = make_rows(
-        data, shuffle_rows, knowledge, training, find_tokenizer(start, knowledge, data, vocab_size)
-    )
+    tokenizer, whole = find_tokenizer(start, knowledge, data, vocab_size), knowledge.whole_documents
+    rows, held_out = make_rows(data, training, tokenizer, split_documents=not whole, shuffle_rows=shuffle_rows)
     count = training.max_steps * training.tokens_per_step // training.sequence_length
     mine = slice(training.process_index, None, training.world_size)
     share = islice(islice(rows, count), mine.start, mine.stop, mine.step)

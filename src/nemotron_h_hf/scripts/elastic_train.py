@@ -27,7 +27,6 @@ import copy
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -36,10 +35,6 @@ from transformers.utils.logging import disable_progress_bar
 from nemotron_h_hf import NemotronHConfig
 from nemotron_h_hf.cost import num_parameters, training_flops_per_token
 from nemotron_h_hf.data.bad_data import tell_left_out
-from nemotron_h_hf.data.finetuning import one_round, packed_blend, sources_and_phases
-from nemotron_h_hf.data.packing import PackedRows
-from nemotron_h_hf.data.records import encode_record
-from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.elastic.budgets import read_elastic
 from nemotron_h_hf.elastic.live.saving import write_manifest
 from nemotron_h_hf.elastic.train.arguments import ElasticArguments, TeacherArguments
@@ -61,6 +56,7 @@ from nemotron_h_hf.training.data_arguments import DataArguments, RowArguments, s
 from nemotron_h_hf.training.fine_tuning import evaluate_every, take_push
 from nemotron_h_hf.training.finished import require_trained, save_finished
 from nemotron_h_hf.training.one_copy import device_to_load_on
+from nemotron_h_hf.training.rows import make_rows
 from nemotron_h_hf.training.starting_point import load_model, load_tokenizer, load_weights
 from nemotron_h_hf.whole_files import write_json
 
@@ -101,7 +97,8 @@ def run(
     route = find_route(model.config, axes, layer_order, elastic)
     more = interpolated_targets(elastic, route)
     tokenizer = load_tokenizer(start, start.model, model.config.vocab_size)
-    rows, held_out = make_rows(data, rows_dealt.shuffle_rows, training, tokenizer)
+    set_chat_template(tokenizer, data.chat_template)
+    rows, held_out = make_rows(data, training, tokenizer, shuffle_rows=rows_dealt.shuffle_rows)
     total = training.max_steps * training.tokens_per_step
     trainer = ElasticTrainer(
         model, training, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
@@ -164,27 +161,6 @@ def write_latency(
     write_json(path, table)
     print(f"wrote {path}", file=sys.stderr)
     return 0
-
-
-def make_rows(
-    data: DataArguments, shuffle_rows: int, training: NemotronHTrainingArguments, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PackedRows, list | None]:
-    """Rows for the whole run, and held-out rows."""
-    set_chat_template(tokenizer, data.chat_template)
-    sources, phases = sources_and_phases(data.data, data.sources, data.phases)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    how = {"split_documents": True, "on_bad_data": data.on_bad_data}
-
-    def encode(record: Any) -> Mapping[str, list[int]]:
-        return encode_record(record, tokenizer)
-
-    total = training.max_steps * training.tokens_per_step
-    rows = packed_blend(sources, phases, encode, total, training.sequence_length, pad, training.seed_of_data,
-                        shuffle_rows=shuffle_rows, **how)  # fmt: skip
-    if not data.eval_data:
-        return rows, None
-    held_out = Source("eval_data", path=data.eval_data, column=None, shuffle_window=0)
-    return rows, list(one_round(held_out, encode, training.sequence_length, pad, **how))
 
 
 def find_teacher(model: PreTrainedModel, knowledge: TeacherArguments) -> PreTrainedModel:

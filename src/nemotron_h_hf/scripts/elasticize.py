@@ -42,7 +42,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
-from nemotron_h_hf.data.packing import PackedRows
+from nemotron_h_hf.data.packing import SplitRows
 from nemotron_h_hf.data.stdlib_text import read_documents, split_documents
 from nemotron_h_hf.elastic.cut.cutting import local_folder
 from nemotron_h_hf.elastic.live.saving import write_manifest
@@ -225,7 +225,7 @@ def packed(tokenizer, texts: Iterable[str], name: str, num_rows: int, length: in
             num_tokens += len(documents[-1])
             bar.update(len(documents[-1]))
             if num_tokens >= num_rows * length:
-                return list(islice(PackedRows(documents, length), num_rows))
+                return list(islice(SplitRows(documents, length), num_rows))
     raise ValueError(
         f"{name}: {num_rows} rows of {length} tokens are asked for, the text has {num_tokens:,} tokens; give more text "
         f"or at most {num_tokens // length} rows"

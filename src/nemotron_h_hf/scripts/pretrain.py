@@ -45,11 +45,7 @@ from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
 from nemotron_h_hf.conversion.sharded_run import export_run
 from nemotron_h_hf.cost import training_flops_per_token
 from nemotron_h_hf.data.bad_data import tell_left_out
-from nemotron_h_hf.data.blend import Blend
 from nemotron_h_hf.data.documents import document_encoder
-from nemotron_h_hf.data.packing import PackedRows
-from nemotron_h_hf.data.phases import Phase, check_windows, phases_from
-from nemotron_h_hf.data.sources import sources_from
 from nemotron_h_hf.errors import require
 from nemotron_h_hf.hub import save_tokenizer, upload_folder
 from nemotron_h_hf.model.saving import saving
@@ -57,6 +53,7 @@ from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingAr
 from nemotron_h_hf.training.checkpoints import last_whole_checkpoint, writing_run
 from nemotron_h_hf.training.data_arguments import PretrainDataArguments
 from nemotron_h_hf.training.fine_tuning import take_push
+from nemotron_h_hf.training.rows import make_rows
 from nemotron_h_hf.training.starting_point import load_model, load_tokenizer
 from nemotron_h_hf.training.trainer import NemotronHTrainer
 
@@ -92,7 +89,9 @@ def run(
     trainer = NemotronHTrainer(
         model,
         training,
-        train_dataset=make_rows(data, training, tokenizer),
+        train_dataset=make_rows(data, training, tokenizer, document_encoder(tokenizer), shuffle_rows=data.shuffle_rows)[
+            0
+        ],
         processing_class=tokenizer,
         flops_per_token=training_flops_per_token(model.config, training.sequence_length),
     )
@@ -123,28 +122,6 @@ def save(trainer: NemotronHTrainer, tokenizer: PreTrainedTokenizerBase) -> Path:
     save_tokenizer(tokenizer, folder)
     print(f"{folder} holds the trained model", file=sys.stderr)
     return folder
-
-
-def make_rows(
-    data: PretrainDataArguments, training: NemotronHTrainingArguments, tokenizer: PreTrainedTokenizerBase
-) -> PackedRows:
-    """Full rows from the blend of sources, for the whole run."""
-    sources = sources_from(data.sources)
-    alike = [Phase({source.name: 1.0 for source in sources})]
-    blend = Blend(
-        sources,
-        phases_from(data.phases) if data.phases else alike,
-        document_encoder(tokenizer),
-        total_tokens=training.max_steps * training.tokens_per_step,
-        seed=training.seed_of_data,
-        on_bad_data=data.on_bad_data,
-        read_ahead=data.shuffle_rows * training.sequence_length,
-    )
-    check_windows(blend.spans, data.shuffle_rows, training.sequence_length)
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    return PackedRows(
-        blend, training.sequence_length, pad_token_id=pad, shuffle_rows=data.shuffle_rows, seed=training.seed_of_data
-    )
 
 
 def describe(model: torch.nn.Module, training: NemotronHTrainingArguments) -> str:

@@ -28,7 +28,6 @@ with its base.
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -41,10 +40,8 @@ from transformers.utils.logging import disable_progress_bar
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig, NemotronHVLConfig
 from nemotron_h_hf.cost import adapter_training_flops_per_token, training_flops_per_token
 from nemotron_h_hf.data.bad_data import tell_left_out
-from nemotron_h_hf.data.finetuning import one_round, packed_blend, sources_and_phases
-from nemotron_h_hf.data.packing import PackedRows
+from nemotron_h_hf.data.packing import Rows
 from nemotron_h_hf.data.pictures import PictureCollator, PictureRows
-from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.errors import require
 from nemotron_h_hf.hub import save_tokenizer, upload_folder
@@ -61,6 +58,7 @@ from nemotron_h_hf.training.checkpoints import writing_run
 from nemotron_h_hf.training.data_arguments import DataArguments, LongContextArguments, set_chat_template
 from nemotron_h_hf.training.fine_tuning import evaluate_every, take_push, tell_before, tell_held_out
 from nemotron_h_hf.training.finished import save_finished
+from nemotron_h_hf.training.rows import make_rows, pad_token, record_encoder, set_steps
 from nemotron_h_hf.training.starting_point import load_model, load_tokenizer
 from nemotron_h_hf.training.trainer import NemotronHTrainer
 from nemotron_h_hf.training.vision import VisionArguments, choose_stage, freeze
@@ -103,10 +101,10 @@ def run(
             set_chat_template(tokenizer, data.chat_template)
             tokenizer.chat_template = processor.chat_template = CHAT_PREAMBLE + tokenizer.chat_template
         rows, held_out = make_picture_rows(data, packing.long_context, training, processor)
-        collator = PictureCollator(pad_of(tokenizer))
+        collator = PictureCollator(pad_token(tokenizer))
     else:
         set_chat_template(tokenizer, data.chat_template)
-        rows, held_out = make_rows(data, packing.long_context, training, tokenizer)
+        rows, held_out = rows_of(data, packing.long_context, training, tokenizer)
     trainer = NemotronHTrainer(
         model, training, collator, train_dataset=rows, eval_dataset=held_out, processing_class=tokenizer,
         flops_per_token=count_flops(adapters, model, training.sequence_length),
@@ -131,15 +129,17 @@ def check(adapters: AdapterArguments, start: ModelArguments) -> None:
         require(not start.fp8, "load_in_4bit", True, "without --fp8")
 
 
-def make_rows(
+def rows_of(
     data: DataArguments, long_context: bool, training: NemotronHTrainingArguments, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PackedRows, list | None]:
+) -> tuple[Rows, list | None]:
     """Training rows for the whole run, and held-out rows; sets `training.max_steps` from the epochs if it is not given."""
-    sources, phases = sources_and_phases(data.data, data.sources, data.phases)
-    length, pad = training.sequence_length, pad_of(tokenizer)
-
-    def encode(record: Any) -> Mapping[str, list[int]]:
-        return encode_record(record, tokenizer)
+    if not long_context:
+        set_steps(data, training, tokenizer)
+        return make_rows(data, training, tokenizer, split_documents=False)
+    require(
+        training.max_steps > 0, "max_steps", training.max_steps, "with --long_context: --max_steps or --total_tokens"
+    )
+    encode = record_encoder(tokenizer)
 
     def encode_with_messages(record: Any) -> Mapping[str, Any]:
         if not isinstance(record, Mapping) or "messages" not in record:
@@ -149,29 +149,13 @@ def make_rows(
     def join(messages: Sequence[Mapping], tools: Sequence[Any] | None) -> Mapping[str, list[int]]:
         return encode({"messages": messages, "tools": tools})
 
-    if training.max_steps <= 0:
-        require(not long_context, "max_steps", training.max_steps, "with --long_context: --max_steps or --total_tokens")
-        require(
-            len(sources) == 1, "max_steps", training.max_steps, "with several sources: --max_steps or --total_tokens"
-        )
-        num_rows = sum(1 for _ in one_round(sources[0], encode, length, pad, on_bad_data=data.on_bad_data))
-        training.max_steps = math.ceil(training.num_train_epochs * num_rows * length / training.tokens_per_step)
-        print(f"{num_rows:,} rows of {length:,} tokens in an epoch, {training.max_steps:,} steps", file=sys.stderr)
-    total = training.max_steps * training.tokens_per_step
-    rows = packed_blend(
-        sources, phases, encode_with_messages if long_context else encode, total, length, pad, training.seed_of_data,
-        on_bad_data=data.on_bad_data, join=join if long_context else None,
-    )  # fmt: skip
-    if not data.eval_data:
-        return rows, None
-    held_out = Source("eval_data", path=data.eval_data, column=None, shuffle_window=0)
-    return rows, list(one_round(held_out, encode, length, pad, on_bad_data=data.on_bad_data))
+    return make_rows(data, training, tokenizer, encode_with_messages, split_documents=False, join=join)
 
 
 def make_picture_rows(
     data: DataArguments, long_context: bool, training: NemotronHTrainingArguments, processor: ProcessorMixin
 ) -> tuple[PictureRows, list | None]:
-    """As `make_rows`, of records with pictures, each a row alone."""
+    """As `rows_of`, of records with pictures, each a row alone."""
     require(not long_context, "long_context", True, "none for a vision-language model")
     require(bool(data.data), "sources", data.sources, "none for a vision-language model; --data")
     source, length = Source("data", path=list(data.data), column=None), training.sequence_length
@@ -185,11 +169,6 @@ def make_picture_rows(
         return rows, None
     held_out = Source("eval_data", path=data.eval_data, column=None, shuffle_window=0)
     return rows, list(PictureRows(held_out, processor, length, on_bad_data=data.on_bad_data).once())
-
-
-def pad_of(tokenizer: PreTrainedTokenizerBase) -> int:
-    """What fills rows: the padding token, or where there is none the end token."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def make_model(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
@@ -21,6 +21,7 @@ class DataArguments:
     """Where records come from; shared by sft, distill and elastic-train."""
 
     _argument_group_name = "data"
+    column: ClassVar[None] = None  # of a source that names none: the whole record
 
     data: list[str] | None = _flag(
         None, "files, folders or patterns: JSON lines with messages, prompt and completion, or text; or text files"
@@ -63,6 +64,9 @@ class PretrainDataArguments(RowArguments):
     """What pretrain reads."""
 
     _argument_group_name = "data"
+    column: ClassVar[str] = "text"
+    data: ClassVar[None] = None
+    eval_data: ClassVar[None] = None
 
     sources: dict | str | None = _flag(None, "name -> {path: FILES} or {dataset: HUB_ID, split: train}; needed")
     phases: dict | str | None = _flag(

@@ -3,7 +3,7 @@
 What it adds to transformers.Trainer, which does all the rest:
 
     optimizer and schedule    AdamW in the paper's groups or Muon, warm-up-stable-decay by tokens; flags win on resume
-    rows with a state         PackedRows: every process reads the same rows and takes its own; the state is saved with
+    rows with a state         data/packing.py: every process reads the same rows and takes its own; the state is saved with
                               each checkpoint and restored, so nothing is read twice and nothing is skipped
     checkpoints               whole or ignored (checkpoints.py): a crash or a full disk at any moment loses nothing
     divergence                a loss or gradient that is no number, or a jump of the loss, stops before the weights change
@@ -59,7 +59,7 @@ class TrainingStopped(ValueError):
 
 @runtime_checkable
 class RowsWithState(Protocol):
-    """Training rows that know where they stand, such as PackedRows; rows are counted from the beginning of the run."""
+    """Training rows that know where they stand, such as those of data/packing.py; rows are counted from the beginning of the run."""
 
     rows_yielded: int
 

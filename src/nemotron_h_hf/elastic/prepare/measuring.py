@@ -29,7 +29,7 @@ from ..masks import MaskedForward, Masks, attach_masks, child_masks
 SAVE_EVERY_SECONDS = 60.0
 MAX_LOGITS = 2**27  # in a batch whose logits are compared: 512 MiB in fp32, several times
 Row = Mapping[str, Tensor]
-"""`input_ids` (l), and perhaps `position_ids` and `labels` (l), as `PackedRows` makes them; without padding."""
+"""`input_ids` (l), and perhaps `position_ids` and `labels` (l), as data/packing.py makes them; without padding."""
 
 
 def fingerprint(model: NemotronHForCausalLM, rows: Sequence[Row]) -> str:
