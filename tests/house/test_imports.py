@@ -38,7 +38,7 @@ MAY_IMPORT = {
         "training",
         "whole_files",
     },
-    "training": {"environment", "errors", "inputs", "units", "targets", "whole_files"},
+    "training": {"data", "environment", "errors", "inputs", "units", "targets", "whole_files"},
     "compression": {"errors", "inputs", "model", "checkpoint", "cost", "slicing", "whole_files"},
     "elastic": {
         "units",

@@ -9,9 +9,15 @@ from torch import Tensor
 
 @runtime_checkable
 class Resumable(Protocol):
-    """Documents that know their position, such as a Blend: iterating continues from there."""
+    """Documents that know their position, such as a Blend.
 
-    def __iter__(self) -> Iterator[Any]: ...
+    `take` gives the next one, None at the end. `filled` is how many tokens, padding included, the rows of all documents
+    before it have; it counts where `asks_filled`.
+    """
+
+    asks_filled: bool
+
+    def take(self, filled: int = 0) -> Any | None: ...
     def state_dict(self) -> dict[str, Any]: ...
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 

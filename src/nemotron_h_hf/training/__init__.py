@@ -2,6 +2,7 @@
 
 arguments.py         flags and YAML
 data_arguments.py    the flags of the data
+rows.py              the rows of a run, of any command
 starting_point.py    the model and tokenizer that the flags name
 trainer.py           NemotronHTrainer: schedule by tokens, exact resume, safe checkpoints
 checkpoints.py       which checkpoint folders are whole
