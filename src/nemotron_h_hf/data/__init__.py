@@ -12,6 +12,7 @@ packing.py               documents into full rows, kept apart
 chat.py                  conversations to tokens, with a loss on the assistant
 records.py               fine-tuning records to tokens and labels
 finetuning.py            rows for fine-tuning and distillation
+pictures.py              fine-tuning records with pictures
 long_conversations.py    long conversations from short ones
 stdlib_text.py           the standard library as text
 byte_bpe.py              a tokenizer trained on a text

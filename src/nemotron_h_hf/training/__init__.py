@@ -16,6 +16,7 @@ z_loss.py            next-token loss with a z-loss
 losses.py            distillation loss in chunks
 distillation.py      the trainer that learns from a teacher
 teacher_cache.py     a teacher's largest logits on disk
+vision.py            which parts of a vision-language model are trained
 fp8.py               the paper's FP8 recipe
 adapters.py          LoRA and QLoRA
 """
