@@ -11,10 +11,12 @@ from typing import Any
 from ..manifest import NAME, check_manifest, find_manifest
 from ..model import saving
 from ..model.configuration_nemotron_h import NemotronHConfig
+from ..model.configuration_nemotron_h_vl import NemotronHVLConfig
 from ..model.modeling_nemotron_h import NemotronHPreTrainedModel
 from .budgets import check_elastic
 from .child_files import ChildFiles, find_child
 from .resolve import Request
+from .vision import VisionChildFiles, find_vision_child
 
 plain_validate = NemotronHConfig.validate
 plain_from_pretrained = NemotronHPreTrainedModel.from_pretrained.__func__
@@ -56,8 +58,10 @@ def from_pretrained(
     path, reader = pretrained_model_name_or_path, None
     manifest = None if path is None else find_manifest(path, kwargs)
     if budget is not None:
-        child, kwargs = find_child(cls.config_class, path, budget, kwargs)
-        reader = ChildFiles(child)
+        sees = issubclass(cls.config_class, NemotronHVLConfig)
+        find, files_of = (find_vision_child, VisionChildFiles) if sees else (find_child, ChildFiles)
+        child, kwargs = find(cls.config_class, path, budget, kwargs)
+        reader = files_of(child)
 
     def read_weights(files: list[str]) -> Mapping[str, Any] | None:
         if manifest is not None:

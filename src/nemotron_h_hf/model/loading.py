@@ -25,7 +25,7 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter, We
 from transformers.utils import logging
 
 from .reading import read_json
-from .weights import FLOATS, INDEX_NAME, Name, Stored, files_of, read_header, read_index, read_name
+from .weights import FLOATS, INDEX_NAME, NO_WEIGHTS, Name, Stored, files_of, read_header, read_index, read_name
 
 logger = logging.get_logger(__name__)
 
@@ -34,9 +34,6 @@ COMPUTED_WIDE = r"\.(A_log|D|dt_bias|gate\.weight|e_score_correction_bias|\w*nor
 
 # Arguments of `from_pretrained` that say where the files are.
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-NO_WEIGHTS = ("summary_idxs",)
-"""Last names of integers among the weights: RADIO's choice of class tokens."""
 
 EXPERT_EXAMPLE = "backbone.layers.1.mixer.experts.0.up_proj.weight"
 # What transformers takes for an expert: . is any character

@@ -38,6 +38,8 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 """The format's code -> torch's dtype."""
+# Last names of integers that are stored among the weights: RADIO's choice of class tokens.
+NO_WEIGHTS = ("summary_idxs",)
 FLOATS = {code: dtype for code, dtype in DTYPES.items() if dtype.is_floating_point and dtype.itemsize > 1}
 """Those that a model computes in."""
 
@@ -174,6 +176,8 @@ def find_tensors(files: Iterable[str | os.PathLike]) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for file in files:
         for stored in read_header(file).values():
+            if stored.name.rpartition(".")[2] in NO_WEIGHTS:
+                continue
             if stored.code not in FLOATS:
                 raise ValueError(f"{file} has {stored.name} in {stored.code}: allowed are {', '.join(FLOATS)}")
             found |= stored.experts()

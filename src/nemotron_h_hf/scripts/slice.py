@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from nemotron_h_hf.elastic.cut.cutting import SliceReport, local_folder, read_parent, slice_checkpoint
 from nemotron_h_hf.elastic.search import rank_budgets
+from nemotron_h_hf.elastic.vision import sees, slice_vision
 from nemotron_h_hf.environment import can_measure, status_bytes
 from nemotron_h_hf.units import TOKENS_HELP, human_bytes, parse_bytes
 
@@ -48,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = read_parent(local_folder(arguments.parent))
         for candidate in rank_budgets(config, arguments.budget, limit=arguments.candidates):
             print(f"{candidate.budget.name}: {candidate.describe()}\n    {candidate.budget.to_dict()}")
+        return 0
+    if sees(arguments.parent):
+        print(slice_vision(arguments.parent, arguments.budget, arguments.output))
         return 0
     with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty(), desc="slice") as bar:
 

@@ -1,0 +1,89 @@
+"""Children of a vision-language parent: its language model's budgets. The tower stays whole; of the projector's last matrix,
+whose rows are the language model's hidden channels, the first `hidden_size` rows stay.
+
+    model = NemotronHVLForConditionalGeneration.from_pretrained("parent", budget="half")
+    slice_vision("parent", "half", "small")            # the same, as a checkpoint with its processor
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoModelForImageTextToText
+
+from ..model.configuration_nemotron_h_vl import NemotronHVLConfig
+from ..model.saving import saving
+from ..model.weights import find_tensors
+from ..resumable import TOKENIZER_FILES, copy_files
+from ..slicing import Cut
+from ..targets import is_made, note_made, stamps, writing
+from .child import Child
+from .child_files import ChildFiles, PendingCut, check_tensors
+from .resolve import Request, resolve
+
+TEXT, LAST_OF_PROJECTOR = "language_model.", "mlp1.3.weight"
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "generation_config.json")
+
+
+def find_vision_child(
+    config_class: type[NemotronHVLConfig], path: str | os.PathLike | None, budget: Request, arguments: dict[str, Any]
+) -> tuple[Child, dict[str, Any]]:
+    """The language model's child that a budget asks for, and the arguments of `from_pretrained` that load it with the tower."""
+    if path is None:
+        raise ValueError(f"budget={budget!r} without a checkpoint: allowed is a folder or hub id of the parent")
+    config = arguments.get("config")
+    config = copy.deepcopy(config) if isinstance(config, NemotronHVLConfig) else config_class.from_pretrained(path)
+    child = resolve(config.text_config, budget)
+    config.text_config = child.config
+    return child, {**arguments, "config": config}
+
+
+class VisionChildFiles(ChildFiles):
+    """A child's tensors in the files of a vision-language parent, under the names that such files have."""
+
+    def tensors(self, files: Iterable[str | os.PathLike]) -> dict[str, PendingCut]:
+        stored = find_tensors(files)
+        text = {name.removeprefix(TEXT): it for name, it in stored.items() if name.startswith((TEXT, "mtp."))}
+        check_tensors(text, self.child.parent)
+        self.parent_bytes = sum(entry.num_bytes for entry in stored.values())
+        found = {
+            cut.name if cut.name.startswith("mtp.") else TEXT + cut.name: PendingCut(self, text[cut.source], cut)
+            for cut in self.child.cuts()
+        }
+        for name, it in stored.items():
+            if not name.startswith((TEXT, "mtp.")):
+                rows = self.child.kept.hidden if name == LAST_OF_PROJECTOR else None
+                shape = it.shape if rows is None else (len(rows), *it.shape[1:])
+                found[name] = PendingCut(self, it, Cut(name, name, shape, rows, None))
+        return found
+
+
+def slice_vision(parent: str | os.PathLike, budget: Request, output: str | os.PathLike) -> str:
+    """Write a child as a checkpoint with its processor; what was written, in words.
+
+    The child is in memory, the parent never is.
+
+    Raises:
+        ValueError: for a budget that does not fit, or a folder that has something else in it.
+    """
+    with writing(output, parent) as target:
+        made_from = {"command": "slice", "parent": stamps(parent), "budget": str(budget)}
+        if is_made(target, made_from):
+            return f"{output} is already there and whole: budget {budget!r}"
+        model = AutoModelForImageTextToText.from_pretrained(parent, budget=budget)
+        with saving(target) as staging:
+            model.save_pretrained(staging)
+            if Path(parent).is_dir():
+                copy_files([*TOKENIZER_FILES, *PROCESSOR_FILES], Path(parent), staging)
+            note_made(staging, made_from)
+    count = sum(weight.numel() for weight in model.parameters())
+    return f"{output} holds budget {budget!r}: {count:,} parameters, tower and projector included"
+
+
+def sees(parent: str | os.PathLike) -> bool:
+    """Whether a checkpoint is a vision-language model's."""
+    return isinstance(AutoConfig.from_pretrained(parent), NemotronHVLConfig)
