@@ -1,0 +1,268 @@
+"""The engine: rows of many budgets in running batches write what `generate` writes for each of them alone."""
+
+import random
+
+import pytest
+import torch
+from tiny import tiny_model
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
+
+from nemotron_h_hf import NemotronHElasticForCausalLM
+from nemotron_h_hf.serving.engine import Engine
+from nemotron_h_hf.serving.requests import Busy, Request, TooLarge
+
+BUDGETS = {
+    "large": {},
+    "small": {"hidden_size": 32, "mamba_num_heads": 4, "num_attention_heads": 2, "intermediate_size": 40},
+    "short": {"layers": [0, 1, 3, 4, 5], "mamba_num_heads": 6},
+}
+SOME = [None, *BUDGETS]
+
+
+@pytest.fixture(scope="module")
+def parent():
+    ordinary = tiny_model("dense", elastic={"version": 1, "budgets": BUDGETS})
+    ordinary.generation_config.eos_token_id = 96
+    return NemotronHElasticForCausalLM.from_model(ordinary)
+
+
+@pytest.fixture(scope="module")
+def words():
+    """Token i is the letter chr(i + 32), but for the two of thinking."""
+    letters = {chr(i + 32): i for i in range(97)}
+    vocabulary = {**letters, "<think>": 97, "</think>": 98}
+    del vocabulary["!"], vocabulary['"']
+    vocabulary |= {"<think>": 1, "</think>": 2}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=" "))
+    tokenizer.decoder = Fuse()
+    tokenizer.add_special_tokens(["<think>", "</think>"])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def ids(seed, length):
+    return torch.randint(3, 95, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+@torch.no_grad()
+def greedy(parent, tokens, count, budget):
+    written = parent.generate(
+        torch.tensor([tokens]), max_new_tokens=count, do_sample=False, pad_token_id=0, budget=budget
+    )
+    return written[0, len(tokens) :].tolist()
+
+
+def test_many_at_once_write_what_each_writes_alone(parent):
+    engine = Engine(parent, piece=8, max_batch=6)
+    requests = [
+        Request(tokens=ids(i, 1 + 5 * i % 37), budget=SOME[i % 4], max_tokens=3 + i % 9, temperature=0)
+        for i in range(10)
+    ]
+    for request, (answer,) in zip(requests, engine.generate(requests)):
+        assert answer.tokens == greedy(parent, list(request.tokens), request.max_tokens, request.budget)
+        assert answer.finish_reason == ("stop" if answer.tokens[-1] == 96 else "length")
+    assert not engine.running and not engine.room.reserved() and not engine.turn()
+
+
+def test_rows_that_leave_do_not_change_the_others(parent):
+    engine, choose = Engine(parent, piece=5), random.Random(0)
+    written, jobs = {}, []
+    for i in range(8):
+        request = Request(tokens=ids(i, 4 + 3 * i), budget=SOME[i % 4], max_tokens=8, temperature=0, ignore_eos=True)
+        jobs.append(engine.submit(request, lambda piece, i=i: written.setdefault(i, []).extend(piece.tokens)))
+        for _ in range(choose.randrange(4)):
+            engine.turn()
+    gone = [2, 3, 7]
+    for i in gone:
+        jobs[i].cancel()
+        engine.turn()
+    while engine.turn():
+        pass
+    for i, job in enumerate(jobs):
+        alone = greedy_past_eos(parent, job.request)
+        assert written.get(i, []) == alone[: len(written.get(i, []))] and (i in gone or len(written[i]) == 8)
+
+
+@torch.no_grad()
+def greedy_past_eos(parent, request):
+    tokens = list(request.tokens)
+    model = parent if request.budget is None else parent.submodel(request.budget)
+    for _ in range(request.max_tokens):
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(request.tokens) :]
+
+
+def test_copies_read_the_prompt_once_and_are_drawn_apart(parent):
+    engine, read = Engine(parent), []
+    plain = engine._read_piece
+    engine._read_piece = lambda reading: read.append(1) or plain(reading)
+    settings = {"tokens": ids(0, 20), "budget": "small", "max_tokens": 6, "ignore_eos": True}
+    ((one, two, three),) = engine.generate([Request(**settings, n=3, seed=5)])
+    assert len(read) == 2 and one.tokens != two.tokens != three.tokens
+    alone = engine.generate([Request(**settings, seed=5), Request(**settings, seed=7)])
+    assert [alone[0][0].tokens, alone[1][0].tokens] == [one.tokens, three.tokens]
+
+
+def test_kept_prompts_give_the_same_answers(parent):
+    engine, fresh = Engine(parent, piece=8), Engine(parent, piece=8)
+    first = Request(tokens=ids(1, 40), budget="small", max_tokens=8, temperature=0, marks=(11,), ignore_eos=True)
+    ((answer,),) = engine.generate([first])
+    turns = [
+        first,
+        Request(tokens=[*first.tokens, *answer.tokens, *ids(2, 9)], budget="small", temperature=0),
+        Request(tokens=[*first.tokens[:11], *ids(3, 9)], budget="small", temperature=0),
+        Request(tokens=first.tokens, budget="large", temperature=0),
+    ]
+    cached = []
+    for request in turns:
+        job = engine.submit(request, lambda piece: None)
+        engine.turn()
+        cached.append(job.num_cached)
+        job.cancel()
+    assert cached == [39, 47, 11, 0]
+    again, new = (it.generate(turns) for it in (engine, fresh))
+    assert [a.tokens for (a,) in again] == [a.tokens for (a,) in new]
+
+
+def test_memory_bounds_what_is_kept_and_what_runs(parent):
+    one = Request(tokens=ids(0, 30), max_tokens=10, temperature=0, ignore_eos=True)
+    room = Engine(parent).room
+    job = Engine(parent).submit(one, print)
+    engine = Engine(parent, memory=2 * room.alone(job))
+    requests = [Request(tokens=ids(i, 30), max_tokens=10, temperature=0, ignore_eos=True) for i in range(5)]
+    rows = []
+    for request in requests:
+        engine.submit(request, lambda piece: rows.append(len(engine.running)))
+    while engine.turn():
+        assert engine.room.reserved() + engine.prefixes.num_bytes <= engine.room.limit
+    assert len(rows) == 50 and max(rows) == 2 and len(engine.prefixes)
+    with pytest.raises(TooLarge, match="n=3: this takes .* allowed are"):
+        engine.submit(Request(tokens=ids(0, 30), max_tokens=10, n=3), print)
+    with pytest.raises(TooLarge, match="allowed are 50 tokens together"):
+        Engine(parent, max_context=50).submit(Request(tokens=ids(0, 30), max_tokens=21), print)
+
+
+def test_a_full_queue_says_when_to_come_again(parent):
+    engine = Engine(parent, queue=2, max_batch=1)
+    for _ in range(2):
+        engine.submit(Request(tokens=[5]), print)
+    with pytest.raises(Busy) as busy:
+        engine.submit(Request(tokens=[5]), print)
+    assert busy.value.seconds >= 1
+
+
+def test_a_failing_row_fails_alone(parent, monkeypatch):
+    """A batch that cannot be computed with one of its rows: that row's request fails, the others write what they would."""
+    small = parent.submodel("small")
+    plain = type(small).forward
+
+    def forward(self, input_ids, *args, **kwargs):
+        if self is small and input_ids.shape[1] == 1 and bool((input_ids == 3).any()):
+            raise RuntimeError("token 3")
+        return plain(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(type(small), "forward", forward)
+    engine, got = Engine(parent), {}
+    always = {"logit_bias": {3: 100}, "max_tokens": 4}
+    for i in range(4):
+        request = Request(tokens=ids(i, 6), budget="small", **(always if i == 2 else {"max_tokens": 8, "temperature": 0,
+                          "logit_bias": {3: -100}, "ignore_eos": True}))  # fmt: skip
+        engine.submit(request, lambda piece, i=i: got.setdefault(i, []).append(piece))
+    while engine.turn():
+        pass
+    monkeypatch.undo()
+    assert isinstance(got[2][-1], RuntimeError)
+    alone = Engine(parent)
+    for i in (0, 1, 3):
+        ((answer,),) = alone.generate([Request(tokens=ids(i, 6), budget="small", max_tokens=8, temperature=0,
+                                               logit_bias={3: -100}, ignore_eos=True)])  # fmt: skip
+        assert [token for piece in got[i] for token in piece.tokens] == answer.tokens
+
+
+def test_nan_fails_one_request(parent, monkeypatch):
+    engine, got = Engine(parent), {}
+    plain = Engine._read_piece
+    monkeypatch.setattr(
+        Engine, "_read_piece", lambda self, it: plain(self, it) * (float("nan") if it.tokens[0] == 7 else 1)
+    )
+    for first in (7, 8):
+        engine.submit(Request(tokens=[first, 9]), lambda piece, first=first: got.setdefault(first, []).append(piece))
+    while engine.turn():
+        pass
+    assert isinstance(got[7][0], ArithmeticError) and got[8][-1].finish_reason
+
+
+def test_stops_and_thinking_in_the_text(parent, words):
+    engine, plain = Engine(parent, words), Engine(parent, words)
+    settings = {
+        "tokens": ids(3, 9),
+        "max_tokens": 20,
+        "temperature": 0,
+        "ignore_eos": True,
+        "logit_bias": {1: -100, 2: -100},
+    }
+    ((whole,),) = plain.generate([Request(**settings)])
+    assert whole.text == "".join(words.convert_ids_to_tokens(whole.tokens))
+    stop = whole.text[7:10]
+    ((short,),) = engine.generate([Request(**settings, stop=(stop, "never"))])
+    assert short.text == whole.text[: whole.text.find(stop)] and short.finish_reason == "stop"
+    thinking = {**settings, "tokens": [*ids(3, 9), 1]}
+    ((thought,),) = engine.generate([Request(**thinking, thinking_budget=5)])
+    assert 2 in thought.tokens and thought.tokens.index(2) in (5, 6) and thought.num_thinking_tokens in (6, 7)
+    ((free,),) = engine.generate([Request(**settings, thinking_budget=5)])
+    assert 2 not in free.tokens
+
+
+def test_the_small_one_thinks_and_the_large_one_answers(parent, words):
+    tokens = [*ids(4, 9), 1]
+    ((answer,),) = Engine(parent, words).generate([
+        Request(tokens=tokens, budget="small", answer_budget="large", max_tokens=14, temperature=0, ignore_eos=True,
+                thinking_budget=4)
+    ])  # fmt: skip
+    end = answer.tokens.index(2) + 1
+    thought = greedy_past_eos(parent, Request(tokens=tokens, budget="small", max_tokens=4))
+    said = greedy_past_eos(parent, Request(tokens=[*tokens, *answer.tokens[:end]], max_tokens=14 - end))
+    assert answer.tokens == [*thought, 0, 2, *said] and end == 6
+
+
+def test_scores_are_the_models_own(parent):
+    tokens = ids(5, 12)
+    ((answer,),) = Engine(parent).generate([
+        Request(tokens=tokens, max_tokens=5, seed=1, temperature=1.7, logprobs=3, logit_bias={4: 6}, ignore_eos=True)
+    ])  # fmt: skip
+    with torch.no_grad():
+        logits = parent(torch.tensor([[*tokens, *answer.tokens]])).logits[0, len(tokens) - 1 : -1].log_softmax(-1)
+    for place, score in enumerate(answer.scores):
+        assert score.token == answer.tokens[place]
+        assert score.logprob == pytest.approx(float(logits[place, score.token]), abs=1e-4)
+        assert [token for token, _ in score.top] == logits[place].topk(3).indices.tolist()
+
+
+def test_the_running_thread_ends_in_order(parent):
+    engine = Engine(parent)
+    engine.start()
+    answers = engine.generate([Request(tokens=[5, 6], max_tokens=3, temperature=0)])
+    assert answers[0][0].tokens == greedy(parent, [5, 6], 3, None) and engine.is_alive()
+    got = []
+    engine.submit(Request(tokens=[5], max_tokens=4000, ignore_eos=True), got.append)
+    engine.stop(0.2)
+    assert type(got[-1]).__name__ == "Stopped" and not engine.is_alive()
+
+
+@pytest.mark.parametrize(("field", "value"), [
+    ("temperature", 2.1), ("temperature", float("nan")), ("top_p", 0), ("min_p", 1.1), ("n", 0), ("seed", 2**64), ("stop", ("",)),
+    ("max_tokens", 0), ("logprobs", 21), ("presence_penalty", 3), ("repetition_penalty", 0), ("logit_bias", {1: 101}),
+])  # fmt: skip
+def test_what_is_out_of_range_is_named(field, value):
+    with pytest.raises(ValueError, match=f"{field}: got .*allowed is"):
+        Request(tokens=[1], **{field: value})
+
+
+def test_tokens_and_budgets_that_are_not_there(parent):
+    engine = Engine(parent)
+    with pytest.raises(ValueError, match=r"ids from 0 to 96"):
+        engine.submit(Request(tokens=[97]), print)
+    with pytest.raises(ValueError, match="budget='7b'"):
+        engine.submit(Request(tokens=[5], budget="7b"), print)
