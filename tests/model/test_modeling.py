@@ -467,3 +467,23 @@ def test_bf16_router_weights_route_as_in_fp32():
     expected = torch.nn.functional.linear(x.float(), wide.weight)
     assert torch.equal(stored[0], expected) and stored[0].dtype == torch.float32
     assert all(torch.equal(a, b) for a, b in zip(stored, wide(x)))
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without torch.distributed")
+def test_fsdp2_takes_blocks_of_one_dtype():
+    """Why the router's weight keeps its dtype: in fp32 among bf16, FSDP2 refuses the block."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        mesh, ids = torch.distributed.init_device_mesh("cpu", (1,)), prompt(2, 9)
+        plain, wide = (tiny_model("moe").bfloat16() for _ in range(2))
+        expected = plain(ids).logits
+        gate = wide.model.layers[1].mixer.gate
+        gate.weight.data = gate.weight.data.float()
+        for model in (plain, wide):
+            for layer in model.model.layers:
+                torch.distributed.fsdp.fully_shard(layer, mesh=mesh)
+        assert torch.equal(plain(ids).logits, expected)
+        with pytest.raises(AssertionError, match="uniform original parameter dtype"):
+            wide(ids)
+    finally:
+        torch.distributed.destroy_process_group()

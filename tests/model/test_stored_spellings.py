@@ -30,13 +30,14 @@ def singular(name, tensor):
     return name.replace("embeddings", "embedding"), tensor
 
 
+@pytest.mark.parametrize("prefix", ["backbone.", "model."])
 @pytest.mark.parametrize("shape", ["dense", "moe"])
-def test_the_embedding_in_the_singular(shape, tmp_path):
+def test_the_embedding_in_the_singular(shape, prefix, tmp_path):
     """transformers 5.3 to 5.15 wrote it; what we write again has the released name."""
     model, ids = tiny_model(shape), prompt(2, 9)
     model.save_pretrained(tmp_path)
-    rewrite(tmp_path, singular)
-    assert "backbone.embedding.weight" in load_file(tmp_path / "model.safetensors")
+    rewrite(tmp_path, lambda name, tensor: (singular(name, tensor)[0].replace("backbone.", prefix), tensor))
+    assert f"{prefix}embedding.weight" in load_file(tmp_path / "model.safetensors")
     loaded = NemotronHForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     config, contents = load_target(tmp_path)
@@ -47,6 +48,19 @@ def test_the_embedding_in_the_singular(shape, tmp_path):
     assert torch.equal(fresh(ids).logits, model(ids).logits)
     loaded.save_pretrained(tmp_path / "again")
     assert "backbone.embeddings.weight" in load_file(tmp_path / "again/model.safetensors")
+
+
+@pytest.mark.parametrize("shape", ["dense", "latent"])
+def test_names_of_transformers_modules_are_saved_as_released(shape, tmp_path):
+    """A bare state dict (`model.`, all experts in one tensor) loads, and is saved in released names, one matrix per expert."""
+    model, ids = tiny_model(shape), prompt(2, 9)
+    model.save_pretrained(tmp_path)
+    released = set(load_file(tmp_path / "model.safetensors"))
+    save_file(model.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = NemotronHForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    loaded.save_pretrained(tmp_path / "again")
+    assert set(load_file(tmp_path / "again/model.safetensors")) == released
 
 
 def test_the_embedding_in_the_singular_without_a_head(tmp_path):

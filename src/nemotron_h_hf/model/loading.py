@@ -69,10 +69,9 @@ class OldName(WeightRenaming):
 
 def register_names() -> None:
     """Teach transformers to read and write the released names for these classes."""
-    # transformers 5.3 to 5.15 wrote `embedding` (transformers#48075)
-    singular = [
-        OldName(f"{at}embedding.weight", f"{to}embeddings.weight") for at, to in (("backbone.", "backbone."), ("^", ""))
-    ]
+    # transformers 5.3 to 5.15 wrote `embedding` (transformers#48075); read under every prefix that is read
+    singular = [OldName(f"{at}embedding.weight", f"{at}embeddings.weight") for at in ("backbone.", "model.")]
+    singular.append(OldName("^embedding.weight", "embeddings.weight"))
     register_checkpoint_conversion_mapping(
         "nemotron_h", [*singular, WeightRenaming("backbone.", "model."), *expert_rules()], overwrite=True
     )
@@ -95,7 +94,9 @@ def module_names(state_dict: Mapping[str, Tensor], own: Mapping[str, Tensor]) ->
         own: the model's own state dict; experts that `state_dict` lacks (another shard has them) stay as they are there.
     """
     names = {name: read_name(name) for name in state_dict}
-    if not any(text.startswith("backbone.") or name.expert is not None for text, name in names.items()):
+    if not any(
+        text.startswith(("backbone.", "model.embedding.")) or name.expert is not None for text, name in names.items()
+    ):
         return state_dict
     renamed: dict[str, Tensor] = {}
     for text, name in names.items():

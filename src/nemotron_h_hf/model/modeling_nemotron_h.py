@@ -117,6 +117,8 @@ class NemotronHPreTrainedModel(PreTrainedModel):
             loading.reset(token)
         if str(kwargs.get("device_map")) == "meta":
             model.to("meta").tie_weights()  # transformers 5.17 makes zeros of it in some processes of FSDP
+        if getattr(model, "hf_quantizer", None) is None:
+            model._weight_conversions = None  # saving writes the released names, also where others were read
         drop_absent_mtp(model, info)
         ignore = model._keys_to_ignore_on_load_unexpected or []
         accepted = {**info, "mismatched_keys": set()} if kwargs.get("ignore_mismatched_sizes") else info

@@ -66,8 +66,6 @@ class NemotronHVLPreTrainedModel(NemotronHPreTrainedModel):
         """As `NemotronHPreTrainedModel.from_pretrained`; audio weights of omni are left out, with one warning."""
         with_info = kwargs.pop("output_loading_info", False)
         model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        if getattr(model, "hf_quantizer", None) is None:
-            model._weight_conversions = None  # transformers would rename on saving what it renamed on loading alone
         return (model, info) if with_info else model
 
     @staticmethod
