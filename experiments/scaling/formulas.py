@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nemotron_h_hf import NemotronHConfig
-from nemotron_h_hf.cost import Tensor, checkpoint_tensors, forward_flops_per_token
+from nemotron_h_hf.cost import WeightShape, checkpoint_tensors, forward_flops_per_token
 from nemotron_h_hf.model.loss import CHUNKS_AT_ONCE, KEPT_LOGITS, LOGITS_PER_CHUNK
 from nemotron_h_hf.model.ssd import KEPT_TOKENS, SEGMENT_TOKENS
 
@@ -79,7 +79,7 @@ def state_bytes(config: NemotronHConfig, plan: Plan, data_rank: int = 0, tensor_
 
 def tensor_parallel_shapes(
     config: NemotronHConfig, tensor_parallel: int, rank: int = 0
-) -> Iterator[tuple[Tensor, tuple[int, ...]]]:
+) -> Iterator[tuple[WeightShape, tuple[int, ...]]]:
     """Each tensor of the model with the shape that one tensor-parallel rank holds, by the model's own plan."""
     if "moe" in config.layers_block_type or config.num_nextn_predict_layers:
         raise ValueError(f"pattern is {config.hybrid_override_pattern}: allowed are M, * and -, without MTP layers")
@@ -267,5 +267,5 @@ def _chunk(size: int, parts: int, number: int = 0) -> int:
     return max(0, min(full, size - number * full))
 
 
-def _total(shapes: Iterator[tuple[Tensor, tuple[int, ...]]]) -> int:
+def _total(shapes: Iterator[tuple[WeightShape, tuple[int, ...]]]) -> int:
     return sum(math.prod(shape) for _, shape in shapes)

@@ -45,7 +45,7 @@ KINDS = (
 """The kinds that parameters are counted by. `mtp` is all of the multi-token-prediction block, its norms included."""
 
 
-class Tensor(NamedTuple):
+class WeightShape(NamedTuple):
     """One tensor of a checkpoint, or `copies` alike ones (`{e}` in the name is the expert's number)."""
 
     name: str
@@ -59,13 +59,13 @@ class Tensor(NamedTuple):
         return math.prod(self.shape) * self.copies
 
 
-def checkpoint_tensors(config: NemotronHConfig) -> Iterator[Tensor]:
+def checkpoint_tensors(config: NemotronHConfig) -> Iterator[WeightShape]:
     """Every tensor of a released-style checkpoint of `config`, in order of depth."""
-    yield Tensor("backbone.embeddings.weight", (config.vocab_size, config.hidden_size), "embeddings")
+    yield WeightShape("backbone.embeddings.weight", (config.vocab_size, config.hidden_size), "embeddings")
     yield from _stack(config)
-    yield Tensor("backbone.norm_f.weight", (config.hidden_size,), "norms")
+    yield WeightShape("backbone.norm_f.weight", (config.hidden_size,), "norms")
     if not config.tie_word_embeddings:
-        yield Tensor("lm_head.weight", (config.vocab_size, config.hidden_size), "lm_head")
+        yield WeightShape("lm_head.weight", (config.vocab_size, config.hidden_size), "lm_head")
     yield from _mtp(config)
 
 
@@ -102,13 +102,13 @@ def weight_bytes(config: NemotronHConfig, dtype: str = "bfloat16") -> int:
     return sum(stored_bytes(tensor, dtype) for tensor in checkpoint_tensors(config))
 
 
-def stored_bytes(tensor: Tensor, dtype: str) -> int:
+def stored_bytes(tensor: WeightShape, dtype: str) -> int:
     """Bytes of one tensor (and its copies) of a checkpoint in `dtype`."""
     in_float32 = tensor.name.endswith("e_score_correction_bias")
     return tensor.num_elements * (4 if in_float32 else bytes_per_element(dtype))
 
 
-def layer_of(config: NemotronHConfig, tensor: Tensor) -> int | str | None:
+def layer_of(config: NemotronHConfig, tensor: WeightShape) -> int | str | None:
     """The layer of the stack that a tensor belongs to; of multi-token prediction the layer's kind; else None."""
     match = re.match(r"(mtp|backbone)\.layers\.(\d+)\.", tensor.name)
     if match is None:
@@ -225,14 +225,14 @@ def layers_of_kind(config: NemotronHConfig, kind: str) -> list[int]:
     return [index for index, found in enumerate(config.layers_block_type) if found == kind]
 
 
-def _stack(config: NemotronHConfig) -> Iterator[Tensor]:
+def _stack(config: NemotronHConfig) -> Iterator[WeightShape]:
     for index, block_type in enumerate(config.layers_block_type):
         prefix = f"backbone.layers.{index}."
-        yield Tensor(prefix + "norm.weight", (config.hidden_size,), "norms")
+        yield WeightShape(prefix + "norm.weight", (config.hidden_size,), "norms")
         yield from _mixer(config, block_type, prefix + "mixer.", index)
 
 
-def _mixer(config: NemotronHConfig, block_type: str, prefix: str, index: int) -> Iterator[Tensor]:
+def _mixer(config: NemotronHConfig, block_type: str, prefix: str, index: int) -> Iterator[WeightShape]:
     if block_type == "linear_attention":
         yield from _mamba(config, prefix, index)
     elif block_type == "full_attention":
@@ -245,26 +245,26 @@ def _mixer(config: NemotronHConfig, block_type: str, prefix: str, index: int) ->
         yield from _moe(config, prefix)
 
 
-def _linear(name: str, num_in: int, num_out: int, bias: bool, kind: str) -> Iterator[Tensor]:
-    yield Tensor(f"{name}.weight", (num_out, num_in), kind)
+def _linear(name: str, num_in: int, num_out: int, bias: bool, kind: str) -> Iterator[WeightShape]:
+    yield WeightShape(f"{name}.weight", (num_out, num_in), kind)
     if bias:
-        yield Tensor(f"{name}.bias", (num_out,), kind)
+        yield WeightShape(f"{name}.bias", (num_out,), kind)
 
 
-def _mamba(config: NemotronHConfig, prefix: str, index: int) -> Iterator[Tensor]:
+def _mamba(config: NemotronHConfig, prefix: str, index: int) -> Iterator[WeightShape]:
     inner, heads, channels = config.mamba_width(index), config.size("mamba_num_heads", index), config.conv_width(index)
     num_in_proj = inner + channels + heads  # gate, what the convolution sees, dt
     yield from _linear(prefix + "in_proj", config.hidden_size, num_in_proj, config.use_bias, "mamba")
-    yield Tensor(prefix + "conv1d.weight", (channels, 1, config.conv_kernel), "mamba")
+    yield WeightShape(prefix + "conv1d.weight", (channels, 1, config.conv_kernel), "mamba")
     if config.use_conv_bias:
-        yield Tensor(prefix + "conv1d.bias", (channels,), "mamba")
+        yield WeightShape(prefix + "conv1d.bias", (channels,), "mamba")
     for name in ("A_log", "D", "dt_bias"):
-        yield Tensor(prefix + name, (heads,), "mamba")
-    yield Tensor(prefix + "norm.weight", (inner,), "mamba")
+        yield WeightShape(prefix + name, (heads,), "mamba")
+    yield WeightShape(prefix + "norm.weight", (inner,), "mamba")
     yield from _linear(prefix + "out_proj", inner, config.hidden_size, config.use_bias, "mamba")
 
 
-def _attention(config: NemotronHConfig, prefix: str, index: int) -> Iterator[Tensor]:
+def _attention(config: NemotronHConfig, prefix: str, index: int) -> Iterator[WeightShape]:
     hidden, bias = config.hidden_size, config.attention_bias
     query = config.size("num_attention_heads", index) * config.head_dim
     key_value = config.num_key_value_heads * config.head_dim
@@ -274,14 +274,14 @@ def _attention(config: NemotronHConfig, prefix: str, index: int) -> Iterator[Ten
     yield from _linear(prefix + "o_proj", query, hidden, bias, "attention")
 
 
-def _moe(config: NemotronHConfig, prefix: str) -> Iterator[Tensor]:
+def _moe(config: NemotronHConfig, prefix: str) -> Iterator[WeightShape]:
     hidden, experts, bias = config.hidden_size, config.n_routed_experts, config.mlp_bias
-    yield Tensor(prefix + "gate.weight", (experts, hidden), "moe_router")
-    yield Tensor(prefix + "gate.e_score_correction_bias", (experts,), "moe_router")
+    yield WeightShape(prefix + "gate.weight", (experts, hidden), "moe_router")
+    yield WeightShape(prefix + "gate.e_score_correction_bias", (experts,), "moe_router")
     width, latent = config.moe_intermediate_size, config.moe_latent_size
     size = latent or hidden
-    yield Tensor(prefix + "experts.{e}.up_proj.weight", (width, size), "moe_routed", experts)
-    yield Tensor(prefix + "experts.{e}.down_proj.weight", (size, width), "moe_routed", experts)
+    yield WeightShape(prefix + "experts.{e}.up_proj.weight", (width, size), "moe_routed", experts)
+    yield WeightShape(prefix + "experts.{e}.down_proj.weight", (size, width), "moe_routed", experts)
     if latent:
         yield from _linear(prefix + "fc1_latent_proj", hidden, latent, bias, "moe_latent")
         yield from _linear(prefix + "fc2_latent_proj", latent, hidden, bias, "moe_latent")
@@ -290,15 +290,15 @@ def _moe(config: NemotronHConfig, prefix: str) -> Iterator[Tensor]:
     yield from _linear(prefix + "shared_experts.down_proj", shared, hidden, bias, "moe_shared")
 
 
-def _mtp(config: NemotronHConfig) -> Iterator[Tensor]:
+def _mtp(config: NemotronHConfig) -> Iterator[WeightShape]:
     """The multi-token-prediction blocks: each joins embedding and hidden state, runs its layers, and norms."""
     for step in range(config.num_nextn_predict_layers):
         block_types = config.mtp_layers_block_type
         for inner, block_type in enumerate(block_types):
             prefix = f"mtp.layers.{step * len(block_types) + inner}."
             for name, shape in _mtp_extras(config, first=inner == 0, last=inner == len(block_types) - 1):
-                yield Tensor(prefix + name, shape, "mtp")
-            yield Tensor(prefix + "norm.weight", (config.hidden_size,), "mtp")
+                yield WeightShape(prefix + name, shape, "mtp")
+            yield WeightShape(prefix + "norm.weight", (config.hidden_size,), "mtp")
             for tensor in _mixer(config, block_type, prefix + "mixer.", config.num_hidden_layers + inner):
                 yield tensor._replace(kind="mtp")
 
