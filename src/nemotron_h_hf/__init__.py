@@ -52,6 +52,8 @@ __version__ = "0.1.0"
 
 # The small trained model that comes with the package.
 EMBEDDED_MODEL = str(Path(__file__).parent / "assets" / "nemotron-h-tiny")
+# A smaller one that sees; `digits.png` in its folder is a picture for it.
+EMBEDDED_VISION_MODEL = str(Path(__file__).parent / "assets" / "nemotron-h-vl-tiny")
 
 attach()
 AutoConfig.register("nemotron_h", NemotronHConfig, exist_ok=True)
@@ -89,6 +91,7 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "EMBEDDED_MODEL",
+    "EMBEDDED_VISION_MODEL",
     "BudgetSchedule",
     "HybridCache",
     "NemotronHElasticForCausalLM",

@@ -1,4 +1,4 @@
-"""Load the embedded model, generate text, and compare its cache with a transformer's.
+"""Load the embedded models, generate text, look at a picture, and compare the cache with a transformer's.
 
     nemotron-h demo            # what `make demo` runs; nothing is downloaded
 
@@ -15,10 +15,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, LlamaConfig, PreTrainedModel, set_seed
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    DynamicCache,
+    LlamaConfig,
+    PreTrainedModel,
+    set_seed,
+)
+from transformers.utils import is_vision_available
 from transformers.utils.logging import disable_progress_bar
 
-from nemotron_h_hf import EMBEDDED_MODEL, HybridCache, NemotronHConfig
+from nemotron_h_hf import EMBEDDED_MODEL, EMBEDDED_VISION_MODEL, HybridCache, NemotronHConfig
 from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.units import human_bytes, human_count
 
@@ -43,7 +53,7 @@ class DemoArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print three sections: text, memory, next steps."""
+    """Print four sections: text, a picture, memory, next steps."""
     arguments = parse(argv)
     disable_progress_bar()
     set_seed(arguments.seed)
@@ -55,6 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"  {human_count(num_parameters(model.config))} parameters, {model.dtype}, on {model.device}\n")
     print(f"It continues {arguments.prompt!r} like this:\n")
     print(write(model, tokenizer, arguments))
+    print()
+    print(look())
     print()
     print("\n".join(memory_table(model)))
     print(f"\n{NEXT_STEPS}")
@@ -89,6 +101,23 @@ def write(model: PreTrainedModel, tokenizer, arguments: DemoArguments) -> str:
     text = tokenizer.decode(output[0], skip_special_tokens=True)
     body = "\n".join(f"  | {line}" for line in text.splitlines())
     return f"{body}\n\n{num_new} tokens in {seconds:.1f} s, {num_new / seconds:.0f} tokens/s with the prompt."
+
+
+def look() -> str:
+    """What the embedded vision-language model says of its picture; where Pillow is missing, what to install."""
+    if not is_vision_available():
+        return "Looking at a picture needs Pillow: pip install 'nemotron-h-hf[vision]'"
+    processor = AutoProcessor.from_pretrained(EMBEDDED_VISION_MODEL)
+    model = AutoModelForImageTextToText.from_pretrained(EMBEDDED_VISION_MODEL)
+    picture, questions = f"{EMBEDDED_VISION_MODEL}/digits.png", [f"digit in tile {n:02d} ?" for n in range(1, 7)]
+    texts = [f"<bos><image>{question}" for question in questions]
+    inputs = processor(images=[[picture]] * len(texts), text=texts, return_tensors="pt", add_special_tokens=False)
+    answers = model.generate(**inputs, max_new_tokens=1, do_sample=False)[:, -1]
+    tiles = len(inputs["pixel_values"]) // len(texts)
+    lines = [
+        f"  | {question} {answer}" for question, answer in zip(questions, processor.batch_decode(answers[:, None]))
+    ]
+    return "\n".join([f"A smaller one that sees is asked about digits.png, which it gets as {tiles} tiles:\n", *lines])
 
 
 def memory_table(model: PreTrainedModel) -> list[str]:
