@@ -200,3 +200,16 @@ def test_trainer_resumes_from_names_on_disk(kind, tmp_path):
     assert not loaded.unexpected_keys and all("layer_scale" in name for name in loaded.missing_keys)
     for name, weight in model.state_dict().items():
         assert torch.equal(weight, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("what", ["file", "header", "tensor"])
+def test_a_file_cut_short_is_refused(what, tmp_path):
+    vl_model().save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    data = path.read_bytes()
+    if what == "tensor":
+        save_file({name: t for name, t in load_file(path).items() if name != "mlp1.1.weight"}, path, {"format": "pt"})
+    else:
+        path.write_bytes(data[: len(data) // 2] if what == "file" else data[:100])
+    with pytest.raises(ValueError, match="linear_1" if what == "tensor" else "model.safetensors"):
+        AutoModelForImageTextToText.from_pretrained(tmp_path)

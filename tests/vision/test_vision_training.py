@@ -9,10 +9,11 @@ import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
-from vl_tiny import SIDE, vl_model, vl_processor, word_tokenizer
+from vl_tiny import IMAGE, SIDE, prompt, tiles, vl_model, vl_processor, word_tokenizer
 
 from nemotron_h_cli import main
 from nemotron_h_hf.data.pictures import PictureCollator, encode_pictures
+from nemotron_h_hf.training.fp8 import fp8_module_names
 
 TEMPLATE = "{% for m in messages %}{{ m.role + ' ' + m.content + '<eos>\n' }}{% endfor %}"
 SHORT = ["--sequence_length", "96", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--use_cpu", "true",
@@ -133,6 +134,20 @@ def test_adapters_are_on_language_model_and_projector(start, tmp_path):
         "in_proj" in name for name in places
     )
     assert not any("vision_tower" in name for name in places)
+    assert main(["merge", str(tmp_path / "run" / "adapter"), "--output", str(tmp_path / "merged")]) == 0
+    merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+    batch = prompt([3, "1", 4])
+    ids = batch["input_ids"].masked_fill(batch["input_ids"] == IMAGE, merged.config.image_token_id)
+    with torch.no_grad():
+        wanted = adapted(ids, pixel_values=tiles(1)).logits
+        torch.testing.assert_close(merged(ids, pixel_values=tiles(1)).logits, wanted, atol=1e-4, rtol=1e-4)
+    assert type(AutoProcessor.from_pretrained(tmp_path / "merged")).__name__ == "NemotronHVLProcessor"
+
+
+def test_fp8_is_of_the_language_model():
+    names = fp8_module_names(vl_model())
+    assert names and all(name.startswith("model.language_model.layers.") for name in names)
+    assert len(names) == len(fp8_module_names(vl_model().config.text_config))
 
 
 @pytest.mark.parametrize(

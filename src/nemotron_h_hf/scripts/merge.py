@@ -14,14 +14,16 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedModel
 
+from nemotron_h_hf import NemotronHVLConfig
 from nemotron_h_hf.hub import save_tokenizer
 from nemotron_h_hf.inputs import load_tokenizer
 from nemotron_h_hf.model.saving import saving
@@ -73,7 +75,9 @@ def merge(arguments: MergeArguments, base_name: str, folder: Path) -> None:
     after = logits_of(merged)
     give_dtypes(merged, dtypes, arguments.dtype)
     merged.save_pretrained(folder)
-    save_tokenizer(find_tokenizer(arguments.adapter, base_name), folder)
+    if isinstance(merged.config, NemotronHVLConfig):
+        find(AutoProcessor.from_pretrained, arguments.adapter, base_name).save_pretrained(folder)
+    save_tokenizer(find(load_tokenizer, arguments.adapter, base_name), folder)
     difference, size = (after - before).abs().max().item(), before.abs().max().item()
     print(f"largest difference of logits {difference:.1e} in float32, the largest logit is {size:.3g}")
 
@@ -98,10 +102,11 @@ def parse(argv: Sequence[str] | None) -> MergeArguments:
 
 @torch.no_grad()
 def logits_of(model: nn.Module) -> Tensor:
-    """(1, l, vocabulary) for a few random tokens."""
-    ids = torch.randint(
-        0, model.config.vocab_size, (1, NUM_COMPARED_TOKENS), generator=torch.Generator().manual_seed(0)
-    )
+    """(1, l, vocabulary) for a few random tokens of text."""
+    generator, size = torch.Generator().manual_seed(0), model.config.get_text_config().vocab_size
+    ids = torch.randint(0, size, (1, NUM_COMPARED_TOKENS), generator=generator)
+    if isinstance(model.config, NemotronHVLConfig):
+        ids = ids.masked_fill(ids == model.config.image_token_id, 0)
     return model(input_ids=ids, use_cache=False).logits
 
 
@@ -116,10 +121,10 @@ def give_dtypes(model: PreTrainedModel, dtypes: dict[str, torch.dtype], wanted: 
     model.config.dtype = max(set(dtypes.values()), key=list(dtypes.values()).count)
 
 
-def find_tokenizer(adapter: str, base: str) -> PreTrainedTokenizerBase:
-    """The adapters' own tokenizer, if they have one, or the base's."""
+def find(load: Callable[[str], Any], adapter: str, base: str) -> Any:
+    """The adapters' own tokenizer or processor, if they have one, or the base's."""
     own = not Path(adapter).is_dir() or Path(adapter, "tokenizer_config.json").is_file()
-    return load_tokenizer(adapter if own else base)
+    return load(adapter if own else base)
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def convert_to_fp8(
     names = fp8_module_names(model, skip_first, skip_last)
     check_modules(model, names)
     emulated = set(choose_emulated(model, names, emulate))
-    if "moe" in model.config.layers_block_type:
+    if "moe" in model.config.get_text_config().layers_block_type:
         logger.warning_once("FP8: routed experts stay in high precision, only shared experts and projections convert")
     for how, chosen in ((True, emulated), (False, set(names) - emulated)):
         # Padding acts on the inner size of each product, which is the number of tokens for a weight's gradient.
@@ -112,8 +112,9 @@ def fp8_module_names(
 def decoder_gemms(model_or_config: PreTrainedModel | PreTrainedConfig) -> list[tuple[str, ...]]:
     """Every GEMM of the decoder blocks in execution order: the names of the Linear modules it consists of."""
     if isinstance(model_or_config, PreTrainedModel):
-        config, base = model_or_config.config, model_or_config.base_model
+        config, base = model_or_config.config.get_text_config(), model_or_config.base_model
         prefix = "" if base is model_or_config else model_or_config.base_model_prefix + "."
+        prefix += "language_model." if config is not model_or_config.config else ""
     else:
         config, prefix = model_or_config, "model."
     latent = config.moe_latent_size is not None
