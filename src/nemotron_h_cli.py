@@ -17,6 +17,7 @@ from collections.abc import Sequence
 COMMANDS = (
     ("demo", "nemotron_h_hf.scripts.demo", "load the embedded model, generate, compare cache memory"),
     ("generate", "nemotron_h_hf.scripts.generate", "continue a prompt, printing tokens as they come"),
+    ("serve", "nemotron_h_hf.scripts.serve", "an OpenAI API for a model and every budget of an elastic parent"),
     ("info", "nemotron_h_hf.scripts.info", "pattern, parameters and memory of a folder, hub id or preset"),
     (
         "elasticize",

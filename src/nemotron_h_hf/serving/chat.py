@@ -1,0 +1,226 @@
+"""Conversations: messages to a prompt by the tokenizer's chat template, and the text that comes back to deltas.
+
+Reasoning and tool calls are found by transformers' parser with the tokenizer's `response_template`; of tokenizers without
+one, the template is taken that fits their chat template (FORMATS). With neither, everything is content.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ..errors import require
+from .protocol import Message
+
+CAN_PARSE = "get_response_parser" in vars(PreTrainedTokenizerBase)  # not in older transformers
+CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
+FORMATS: dict[str, dict[str, Any]] = {
+    "<|im_start|>assistant": {  # Nano v3
+        "start_anchor": "<|im_start|>assistant\n",
+        "fields": {
+            "reasoning_content": {"open": "<think>", "close": "</think>"},
+            "tool_calls": {
+                "open_pattern": r"<tool_call>\s*<function=(?P<name>[^>\n]+)>",
+                "close_pattern": r"</function>\s*</tool_call>",
+                "content": "xml-inline",
+                "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"},
+                "repeats": True,
+                "transform": CALL,
+            },
+            "content": {"close": ["<|im_end|>", "</s>"]},
+        },
+    },
+    "<SPECIAL_11>Assistant": {  # Nano v2
+        "start_anchor": "<SPECIAL_11>Assistant\n",
+        "fields": {
+            "reasoning_content": {"open": "<think>", "close": "</think>"},
+            "tool_calls": {
+                "open": "<TOOLCALL>", "close": "</TOOLCALL>", "content": "json", "transform_each": True,
+                "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}},
+            },
+            "content": {"close": ["<SPECIAL_12>", "</s>"]},
+        },
+    },
+}  # fmt: skip
+"""What a chat template holds -> how to read its answers."""
+
+
+def response_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
+    """The tokenizer's own, or the one that fits its chat template; None if there is neither, or no parser for it."""
+    if not CAN_PARSE:
+        return None
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    return tokenizer.response_template or next((form for marker, form in FORMATS.items() if marker in template), None)
+
+
+class Conversation:
+    """A prompt of messages: `text`, `tokens`, and `marks` where a part ends that later prompts may share.
+
+    Raises:
+        ValueError: if the tokenizer has no chat template, the template refuses, or tools cannot be read back.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        messages: Sequence[Message],
+        tools: list[dict[str, Any]] | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> None:
+        self.tokenizer, self.tools, self.options = tokenizer, tools or None, options or {}
+        self.template = response_template(tokenizer)
+        require(
+            bool(tokenizer.chat_template),
+            "messages",
+            "a conversation",
+            "/v1/completions: the model has no chat template",
+        )
+        require(
+            not tools or self.template is not None,
+            "tools",
+            len(tools or ()),
+            "none: the model has no response template",
+        )
+        plain = [_plain(message) for message in messages]
+        self.text = self._render(plain, add_generation_prompt=True)
+        self.tokens = self._encode(self.text)
+        self.marks = [mark for mark in map(self._mark, self._parts(plain)) if mark]
+
+    def parser(self) -> Any:
+        """transformers' parser of the answer, or None."""
+        if self.template is None:
+            return None
+        return self.tokenizer.get_response_parser(self.template, prefix=self.text, tools=self.tools)
+
+    def _render(self, messages: list[dict], **options: Any) -> str:
+        try:
+            options = {"tools": self.tools, **options, **self.options}
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        except Exception as error:  # templates raise errors of Jinja
+            raise ValueError(f"messages: the chat template refuses them: {error}") from None
+
+    def _encode(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _parts(self, messages: list[dict]) -> list[str]:
+        """The system message, and all but the last message, rendered."""
+        counts = {1 if messages[0]["role"] in ("system", "developer") else 0, len(messages) - 1} - {0}
+        parts = []
+        for count in sorted(counts):
+            try:
+                parts.append(self._render(messages[:count]))
+            except ValueError:  # a template may refuse a conversation that ends there
+                continue
+        return parts
+
+    def _mark(self, part: str) -> int:
+        tokens = self._encode(part) if self.text.startswith(part) else []
+        return len(tokens) if self.tokens[: len(tokens)] == tokens else 0
+
+
+class Reader:
+    """Reads one answer as it comes, into OpenAI's deltas."""
+
+    def __init__(self, parser: Any) -> None:
+        self.parser, self.num_calls, self.unread, self.said = parser, 0, "", set()
+        self.finished = False
+
+    def feed(self, text: str) -> list[dict[str, Any]]:
+        """The deltas of more text."""
+        deltas: list[dict[str, Any]] = []
+        for place, letter in enumerate(text):  # one by one: a failure loses what it was given
+            if self.parser is None:
+                return [*deltas, {"content": text[place:]}]
+            try:
+                deltas += self._deltas(self.parser.feed(letter))
+            except (ValueError, KeyError):
+                deltas += self._give_up()
+        return _merged(deltas)
+
+    def finish(self) -> list[dict[str, Any]]:
+        """The deltas of what was held back."""
+        if self.parser is None:
+            return []
+        try:
+            return self._deltas(self.parser.finalize()[1])
+        except (ValueError, KeyError):
+            return self._give_up()
+
+    def _give_up(self) -> list[dict[str, Any]]:
+        """A tool call that is none is shown as it is, and all that follows."""
+        self.parser = None
+        return [{"content": self.unread}] if self.unread else []
+
+    def _deltas(self, events: list[dict]) -> list[dict[str, Any]]:
+        deltas = []
+        for event in events:
+            name = event["field"]
+            if event["type"] == "region_chunk" and event["dirty"]:
+                self.unread += event["text"]
+            elif event["type"] == "region_chunk":
+                text = event["text"] if name in self.said else event["text"].lstrip("\n")
+                if text:
+                    self.said.add(name)
+                    deltas.append({name: text})
+            elif event["type"] == "region_close" and name == "tool_calls":
+                self.unread = ""
+                calls = event["value"] if isinstance(event["value"], list) else [event["value"]]
+                deltas.append({"tool_calls": [self._call(call["function"]) for call in calls]})
+        return deltas
+
+    def _call(self, function: dict[str, Any]) -> dict[str, Any]:
+        self.num_calls += 1
+        arguments = json.dumps(function["arguments"], ensure_ascii=False)
+        return {
+            "index": self.num_calls - 1, "id": f"call_{uuid.uuid4().hex[:24]}", "type": "function",
+            "function": {"name": function["name"], "arguments": arguments},
+        }  # fmt: skip
+
+
+def _merged(deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Neighbours of one kind of text as one."""
+    merged: list[dict[str, Any]] = []
+    for delta in deltas:
+        ((name, value),) = delta.items()
+        if merged and name in merged[-1] and name != "tool_calls":
+            merged[-1][name] += value
+        else:
+            merged.append(delta)
+    return merged
+
+
+def joined(deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The message that deltas make."""
+    message: dict[str, Any] = {"role": "assistant", "content": None}
+    for delta in deltas:
+        for name, value in delta.items():
+            if name == "tool_calls":
+                calls = [{key: part for key, part in call.items() if key != "index"} for call in value]
+                message.setdefault("tool_calls", []).extend(calls)
+            else:
+                message[name] = (message.get(name) or "") + value
+    if message["content"] is None and "tool_calls" not in message:
+        message["content"] = ""
+    return message
+
+
+def _plain(message: Message) -> dict[str, Any]:
+    """As chat templates want it: text as one string, arguments as objects."""
+    plain = message.model_dump(exclude_none=True, exclude={"annotations"})
+    if isinstance(message.content, list):
+        plain["content"] = "".join(part.text for part in message.content)
+    plain.setdefault("content", "")
+    for call in plain.get("tool_calls", ()):
+        arguments = call["function"]["arguments"]
+        if isinstance(arguments, str):
+            try:
+                call["function"]["arguments"] = json.loads(arguments or "{}")
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"messages: got tool_calls with arguments {arguments!r}, allowed is JSON ({error})"
+                ) from None
+    return plain

@@ -1,0 +1,55 @@
+"""Answers of conversations, read as they come: reasoning, content and tool calls, however the text is cut."""
+
+import json
+
+import pytest
+
+pytest.importorskip("fastapi")
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast  # noqa: E402
+
+from nemotron_h_hf.serving.chat import CAN_PARSE, FORMATS, Reader, joined  # noqa: E402
+
+pytestmark = pytest.mark.skipif(not CAN_PARSE, reason="this transformers has no parser")
+V3, V2 = FORMATS.values()
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {
+    "a": {"type": "integer"}, "note": {"type": "string"}}}}}]  # fmt: skip
+ANSWERS = {
+    "v3": (V3, "<|im_start|>assistant\n<think>\n", "Add <them>.\n</think>\n\nI will.\n<tool_call>\n<function=add>\n<parameter=a>\n41\n"
+           "</parameter>\n<parameter=note>\nx < 3\n</parameter>\n</function>\n</tool_call><|im_end|>"),
+    "v2": (V2, "<SPECIAL_11>Assistant\n<think>\n", "Add <them>.\n</think>\n\nI will.\n"
+           '<TOOLCALL>[{"name": "add", "arguments": {"a": 41, "note": "x < 3"}}]</TOOLCALL><SPECIAL_12>'),
+}  # fmt: skip
+
+
+def reader(template, prefix):
+    parser = PreTrainedTokenizerBase.get_response_parser(PreTrainedTokenizerFast, template, prefix=prefix, tools=TOOLS)
+    return Reader(parser)
+
+
+@pytest.mark.parametrize("size", [1, 3, 7, 1000])
+@pytest.mark.parametrize("name", ANSWERS)
+def test_reasoning_content_and_calls(name, size):
+    template, prefix, text = ANSWERS[name]
+    found = reader(template, prefix)
+    deltas = [delta for at in range(0, len(text), size) for delta in found.feed(text[at : at + size])] + found.finish()
+    message = joined(deltas)
+    assert message["reasoning_content"].strip() == "Add <them>." and message["content"].strip() == "I will."
+    (call,) = message["tool_calls"]
+    assert call["function"]["name"] == "add" and json.loads(call["function"]["arguments"]) == {"a": 41, "note": "x < 3"}
+    assert found.num_calls == 1 and "index" not in call
+
+
+def test_two_calls_have_two_indices():
+    template, prefix, _ = ANSWERS["v3"]
+    found = reader(template, prefix.replace("<think>\n", ""))
+    call = "<tool_call><function=add><parameter=a>1</parameter></function></tool_call>"
+    deltas = found.feed(call + call) + found.finish()
+    assert [one["index"] for delta in deltas for one in delta["tool_calls"]] == [0, 1]
+
+
+def test_a_call_that_is_none_is_shown():
+    template, prefix, _ = ANSWERS["v2"]
+    found = reader(template, prefix.replace("<think>\n", ""))
+    deltas = found.feed("Well <TOOLCALL>[{oh}]</TOOLCALL>") + found.feed(" then") + found.finish()
+    message = joined(deltas)
+    assert "tool_calls" not in message and "[{oh}]" in message["content"] and message["content"].endswith(" then")
