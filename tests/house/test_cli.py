@@ -39,7 +39,7 @@ def test_unknown_command_suggests_the_nearest(capsys):
     assert cli.main(["genrate"]) == 2
     assert "did you mean 'generate'?" in capsys.readouterr().err
     assert cli.main(["zzz"]) == 2
-    assert "commands: demo, generate, info" in capsys.readouterr().err
+    assert "commands: demo, generate, serve, info" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name, module", [row[:2] for row in cli.COMMANDS])
