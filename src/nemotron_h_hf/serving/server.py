@@ -35,6 +35,7 @@ def run(
         app, host=host, port=port, access_log=False, log_level="warning", timeout_graceful_shutdown=max(1, round(drain))
     )
     listening = config.bind_socket()
+    listening.listen(config.backlog)  # who comes before the start waits
     print(f"listening on http://{_shown(listening)}", flush=True)
     uvicorn.Server(config).run(sockets=[listening])
     return 0
