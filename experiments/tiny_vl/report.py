@@ -30,13 +30,21 @@ def main() -> None:
         axes.bar(
             [kind + place * 0.16 for kind in range(len(KINDS))], heights, 0.15, label=f"{variant} ({len(own)} runs)"
         )
-        cells = " | ".join(f"{height:.3f}" for height in heights)
+        cells = " | ".join(cell([run[kind] for run in own]) for kind in KINDS)
         print(f"| {variant} | {len(own)} | {cells} |")
     axes.set_xticks([kind + 0.32 for kind in range(len(KINDS))], KINDS)
     axes.set_ylabel("right answers, held-out pictures")
     axes.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(out / "accuracy.png", dpi=80)
+
+
+def cell(values: list[float]) -> str:
+    """The mean, and the least and the most of several."""
+    if not values:
+        return "-"
+    spread = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread}"
 
 
 if __name__ == "__main__":
