@@ -4,8 +4,8 @@
     shapes   circles, squares and triangles anywhere
     bars     matplotlib's bar charts
 
-A cell is as large as a tile of the model, twice over: the picture has to be resized. Held-out pictures have digits of
-other hands, and charts and layouts that were not drawn for training.
+A cell is as large as a tile of the model, twice over: the picture has to be resized. Held-out pictures have
+handwritten digits that were not trained on, and charts and layouts that were not drawn for training.
 
     python pictures.py FOLDER        writes train.pt and held_out.pt
 """
