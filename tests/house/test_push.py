@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -84,10 +85,9 @@ def test_card_states_the_models_own_facts(folder):
     config = json.loads((folder / "config.json").read_text())
     num_attention_layers = config["hybrid_override_pattern"].count("*")
     _, contents = hub.load_target(folder)
-    num_parameters = sum(tensor.num_elements for tensor in contents.tensors.values())
-    element_bytes = (
-        next(iter(contents.tensors.values())).num_bytes // next(iter(contents.tensors.values())).num_elements
-    )
+    num_parameters = sum(math.prod(tensor.shape) for tensor in contents.tensors.values())
+    first = next(iter(contents.tensors.values()))
+    element_bytes = first.num_bytes // math.prod(first.shape)
     kv_bytes = 2 * num_attention_layers * config["num_key_value_heads"] * config["head_dim"] * element_bytes
     assert f"| parameters | {num_parameters:,} (" in card
     assert f"| pattern | `{config['hybrid_override_pattern']}` |" in card

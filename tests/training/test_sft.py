@@ -27,6 +27,7 @@ from nemotron_h_hf.training.adapters import add_adapters, four_bit_loading, targ
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments
 from nemotron_h_hf.training.data_arguments import DataArguments
 from nemotron_h_hf.training.fp8 import converted_modules
+from nemotron_h_hf.training.vision import VisionArguments
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +227,7 @@ def test_a_base_in_fp8_runs_in_fp8_under_its_adapters(monkeypatch):
     pytest.importorskip("torchao")
     start, flags = ModelArguments(fp8=True), adapters.AdapterArguments(lora_rank=2)
     training = NemotronHTrainingArguments(output_dir="unused", use_cpu=True)
-    model = sft.make_model(flags, start, training)
+    model = sft.make_model(flags, VisionArguments(), start, training)
     wrapped = [name for name in converted_modules(model) if name.endswith(".base_layer")]
     assert wrapped == converted_modules(model) and len(wrapped) == 8
     ran = []

@@ -50,6 +50,7 @@ from nemotron_h_hf.training.data_arguments import (
     set_chat_template,
 )
 from nemotron_h_hf.training.distillation import TeacherArguments
+from nemotron_h_hf.training.vision import VisionArguments
 from nemotron_h_hf.units import parse_tokens
 
 DEFAULT_SEED = 42  # transformers.TrainingArguments'
@@ -57,6 +58,7 @@ DEFAULT_SEED = 42  # transformers.TrainingArguments'
 TEXT = (PretrainDataArguments,)
 RECORDS = (
     DataArguments, RowArguments, LongContextArguments, AdapterArguments, TeacherArguments, ElasticArguments,
+    VisionArguments,
 )  # fmt: skip
 
 
