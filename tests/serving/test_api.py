@@ -205,7 +205,7 @@ def test_thinking_small_and_answering_large(client):
 @pytest.mark.parametrize(("change", "param"), [
     ({"best_of": 2}, "best_of"), ({"echo": True}, "echo"), ({"nonsense": 1}, "nonsense"), ({"temperature": 3}, "temperature"),
     ({"temperature": "hot"}, "temperature"), ({"max_tokens": 0}, "max_tokens"), ({"n": 200}, "n"), ({"prompt": ""}, "prompt"),
-    ({"prompt": [500]}, "tokens"), ({"stop": [""]}, "stop"), ({"logprobs": 40}, "logprobs"), ({"budget": "huge"}, "budget"),
+    ({"prompt": [500]}, "prompt"), ({"stop": [""]}, "stop"), ({"logprobs": 40}, "logprobs"), ({"budget": "huge"}, "budget"),
     ({"max_tokens": 599}, "max_tokens"), ({"logit_bias": {"5": 200}}, "logit_bias"), ({"stream_options": {"x": 1}}, "stream_options.x"),
 ])  # fmt: skip
 def test_a_refusal_names_the_field(server, change, param):

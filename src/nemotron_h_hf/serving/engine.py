@@ -81,7 +81,7 @@ class Engine:
         self.waiting: deque[Job] = deque()
         self.running: list[Job] = []
         self.reading: deque[Reading] = deque()
-        self.batches: dict[Budget, Batch] = {}
+        self.batches: dict[Budget | tuple[Budget, Row], Batch] = {}
         self.seconds_per_request = 1.0
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
@@ -217,7 +217,7 @@ class Engine:
         request, vocabulary = job.request, self.budgets.model.config.vocab_size
         ids = (*request.tokens, *request.logit_bias)
         require(
-            0 <= min(ids) and max(ids) < vocabulary, "tokens", [min(ids), max(ids)], f"ids from 0 to {vocabulary - 1}"
+            0 <= min(ids) and max(ids) < vocabulary, "prompt", [min(ids), max(ids)], f"ids from 0 to {vocabulary - 1}"
         )
         total = len(request.tokens) + request.max_tokens
         if total > self.max_context:
@@ -301,7 +301,7 @@ class Engine:
             return
         going = [row for row in reading.rows if self._advance(row, logits)]
         if going and job in self.running:
-            self._guarded(job, self._batch_of(going[0], reading).join, going, reading.cache)
+            self._guarded(job, self._join, going, reading)
 
     def _read_piece(self, reading: Reading) -> torch.Tensor:
         """Logits (v) after the next piece, which ends where a state is worth keeping."""
@@ -323,16 +323,19 @@ class Engine:
         return sorted({*(mark for mark in reading.job.request.marks if 0 < mark < length), max(1, length - 1), length})
 
     def _keep(self, child: Child, tokens: Sequence[int], cache: Callable[[], HybridCache]) -> None:
+        """Keep a copy of a state for later prompts, if there is memory for one."""
         self.prefixes.limit = self.room.limit - self.room.reserved()
-        if not self.prefixes.has(child.budget, tokens):
-            self.prefixes.put(child.budget, tokens, cache())
+        try:
+            if not self.prefixes.has(child.budget, tokens):
+                self.prefixes.put(child.budget, tokens, cache())
+        except Exception as error:  # nobody waits for it
+            logger.warning("a state is not kept: %s", type(error).__name__)
+            self._free()
 
-    def _batch_of(self, row: Row, reading: Reading) -> Batch:
-        """The running batch of a budget; a row on probation has one of its own."""
-        if row.on_probation:
-            alone = self.batches[(reading.child.budget, row)] = Batch(self._model(reading.child))
-            return alone
-        return self.batches.setdefault(reading.child.budget, Batch(self._model(reading.child)))
+    def _join(self, rows: list[Row], reading: Reading) -> None:
+        """Into the running batch of their budget; a row on probation has one of its own."""
+        key = (reading.child.budget, rows[0]) if rows[0].on_probation else reading.child.budget
+        self.batches.setdefault(key, Batch(self._model(reading.child))).join(rows, reading.cache)
 
     def _model(self, child: Child) -> PreTrainedModel:
         return self.budgets.model_of(child, self._in_use())
@@ -351,14 +354,13 @@ class Engine:
         return batch
 
     def _decode(self, batch: Batch) -> None:
-        started, rows = time.monotonic(), list(batch.rows)
+        started, rows, label = time.monotonic(), list(batch.rows), self._label(batch.rows[0].child)
         try:
             logits = batch.step()
         except Exception as error:
             self._step_failed(batch, error)
             return
         going = [row for row, own in zip(rows, logits) if self._advance(row, own)]
-        label = self._label(rows[0].child)
         self.watch("batch_rows", label, len(rows))
         self.watch("step_seconds", label, time.monotonic() - started)
         for row in rows:
@@ -389,7 +391,7 @@ class Engine:
             self._finished(job, row)
             return False
         if row.switches():
-            self._start_reading(job, [row], job.answer)
+            self._guarded(job, self._start_reading, job, [row], job.answer)
             return False
         return True
 
@@ -455,7 +457,7 @@ class Engine:
         logger.warning("a batch of %d rows failed with %s: each is tried alone", len(rows), type(error).__name__)
         for row in rows:
             row.on_probation = True
-            self._start_reading(row.job, [row], row.child)
+            self._guarded(row.job, self._start_reading, row.job, [row], row.child)
 
     def _free(self) -> None:
         self.prefixes.shrink(0)
