@@ -60,6 +60,7 @@ MAY_IMPORT = {
     "vision_facts": {"model"},
     "facts": {"errors", "compression", "cost", "elastic", "model", "vision_facts"},
     "hub": {"units", "errors", "facts", "manifest", "model", "resumable", "vision_facts", "whole_files"},
+    "integrations": {"elastic", "model"},
     "scripts": {
         "environment",
         "errors",
