@@ -104,7 +104,7 @@ def measure(commands: list[list[str]], targets: list[tuple[int, str]], options: 
 def servers(commands: list[list[str]]):
     """Processes that answer, and their ports."""
     ports, processes = [], []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     try:
         for command in commands:
             with socket.socket() as free:

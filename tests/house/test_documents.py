@@ -30,7 +30,7 @@ DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "re
 
 COMMANDS = {name: module for name, module, _ in nemotron_h_cli.COMMANDS}
 # Options of other programs that documents mention.
-FOREIGN = {"--config_file", "--no-deps", "--target", "--help", "--debug"}
+FOREIGN = {"--hf-overrides", "--config_file", "--no-deps", "--target", "--help", "--debug"}
 # Files that a run writes or a reader brings, not files of the tree.
 BROUGHT = ("runs/", "text/", "path/to/", "OUTPUT", "megatron/", "run/", "test/")
 # Files of others, in docstrings.
