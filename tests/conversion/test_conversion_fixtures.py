@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 from megatron_fixtures import FIXTURES, assert_same
@@ -18,9 +16,7 @@ SILENT = {"nemo2": {"max_position_embeddings"}, "bridge": {"max_position_embeddi
 FAMILIES = {fixture.row["family"]: fixture for fixture in FIXTURES.values()}
 
 
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 
 each = pytest.mark.parametrize("name", FIXTURES)

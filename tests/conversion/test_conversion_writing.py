@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections import OrderedDict
 from pathlib import Path
 
@@ -20,10 +19,7 @@ from tqdm import tqdm
 
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
 
-
-@pytest.fixture(autouse=True)
-def no_waiting_for_the_disk(monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("no_waiting_for_the_disk")
 
 
 @pytest.fixture(scope="module")

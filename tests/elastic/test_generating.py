@@ -21,10 +21,7 @@ BUDGETS = {
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(scope="module")

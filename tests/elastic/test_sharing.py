@@ -56,10 +56,7 @@ ATTENTION = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 def parent_of(shape, budgets=None, **overrides):

@@ -14,11 +14,7 @@ from nemotron_h_hf.model import blocks
 from nemotron_h_hf.model.blocks import attend_in_two, attend_lower_right, can_attend_after
 from nemotron_h_hf.model.cache import GrowingLayer
 
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,7 @@ from transformers import DynamicCache
 from nemotron_h_hf import HybridCache
 from nemotron_h_hf.model import cache as cache_module
 
-
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
+pytestmark = pytest.mark.usefixtures("no_grad")
 
 
 @pytest.fixture(scope="module")
