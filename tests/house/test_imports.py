@@ -12,84 +12,26 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "nemotron_h_hf"
 
-# part -> the other parts of ours that it may import; `public` is what `import nemotron_h_hf` gives
-MAY_IMPORT = {
-    "model": set(),
-    "whole_files": {"model"},
-    "targets": {"model", "whole_files"},
-    "inputs": {"errors", "model"},
-    "checkpoint": {"errors", "model", "whole_files"},
-    "resumable": {"checkpoint", "model", "targets", "whole_files"},
-    "cost": {"model"},
-    "slicing": {"cost", "model"},
-    "manifest": {"model"},
-    "environment": set(),
-    "errors": set(),
-    "units": {"errors"},
-    "data": {"units"},
-    "benchmark": {
-        "environment",
-        "units",
-        "errors",
-        "public",
-        "compression",
-        "cost",
-        "model",
-        "training",
-        "whole_files",
-    },
-    "training": {"data", "environment", "errors", "inputs", "units", "targets", "whole_files"},
-    "compression": {"errors", "inputs", "model", "checkpoint", "cost", "slicing", "whole_files"},
-    "elastic": {
-        "units",
-        "errors",
-        "inputs",
-        "compression",
-        "cost",
-        "model",
-        "training",
-        "checkpoint",
-        "manifest",
-        "resumable",
-        "slicing",
-        "targets",
-        "whole_files",
-    },
-    "serving": {"errors", "inputs", "public", "cost", "elastic", "model", "units"},
-    "evaluation": {"errors", "inputs", "public", "compression", "model", "training", "targets", "whole_files"},
-    "vision_facts": {"model"},
-    "facts": {"errors", "compression", "cost", "elastic", "model", "vision_facts"},
-    "hub": {"units", "errors", "facts", "manifest", "model", "resumable", "vision_facts", "whole_files"},
-    "integrations": {"elastic", "model"},
-    "scripts": {
-        "environment",
-        "errors",
-        "inputs",
-        "public",
-        "model",
-        "checkpoint",
-        "resumable",
-        "targets",
-        "conversion",
-        "cost",
-        "manifest",
-        "slicing",
-        "units",
-        "whole_files",
-        "benchmark",
-        "data",
-        "training",
-        "compression",
-        "elastic",
-        "evaluation",
-        "facts",
-        "serving",
-        "vision_facts",
-        "hub",
-    },
-    "conversion": {"units", "errors", "inputs", "checkpoint", "resumable", "model", "targets", "whole_files"},
-    "nemotron_h_cli": set(),
-}
+
+def table() -> dict[str, tuple[str, set[str]]]:
+    """CONTRIBUTING.md's: part -> its level, and the other parts of ours that it imports; `public` is `import nemotron_h_hf`."""
+    text = (ROOT / "CONTRIBUTING.md").read_text().split("## Layout: who may import whom")[1].split("```")[1]
+    rows: list[list[str]] = []
+    for line in text.strip("\n").splitlines():
+        if line.startswith(" "):
+            rows[-1][2] += " " + line.strip()
+        else:
+            rows.append(re.split(r"\s{2,}", line, maxsplit=2))
+    parts = {}
+    for level, name, imports in rows:
+        named = [part.strip() for part in imports.split(";")[0].split(",")]
+        named = ["public" if part == "the public names" else part for part in named]
+        parts[name.removesuffix(".py").rstrip("/")] = level, set(named) - {"nothing of ours"}
+    return parts
+
+
+LEVELS = {part: level for part, (level, _) in table().items()}
+MAY_IMPORT = {part: imports for part, (_, imports) in table().items()}
 # part -> packages apart from the standard library that it may import, where that is limited
 THIRD_PARTY = {
     "model": {"torch", "transformers", "safetensors", "numpy", "peft", "PIL"}
@@ -122,6 +64,21 @@ def test_imports_follow_the_table(path):
             assert part in MAY_IMPORT[here[0]], f"{here[0]} may not import {first}"
     packages = {names[0] for names in modules} - {"nemotron_h_hf"} - sys.stdlib_module_names
     assert packages <= THIRD_PARTY.get(here[0], packages)
+
+
+def test_the_table_names_every_part_and_what_it_imports():
+    """No row that is out of date, and no import from a higher level."""
+    names = {parts_of(path)[0] for path in FILES}
+    assert names == set(MAY_IMPORT)
+    used: dict[str, set[str]] = {name: set() for name in names}
+    for path in FILES:
+        here = parts_of(path)[0]
+        ours = [name.split(".") for name in imported_names(path) if name.split(".")[0] == "nemotron_h_hf"]
+        used[here] |= {name[1] if len(name) > 1 and name[1] in names else "public" for name in ours} - {here}
+    assert used == MAY_IMPORT
+    for part, imports in MAY_IMPORT.items():
+        levels = [LEVELS[other] for other in imports - {"public"}]
+        assert LEVELS[part] == "-" or all(level <= LEVELS[part] for level in levels if level != "-"), part
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "model").glob("[a-z]*.py")), ids=lambda path: path.name)

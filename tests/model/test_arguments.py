@@ -15,13 +15,7 @@ from nemotron_h_hf.model.arguments import CACHE_NAME, CACHE_NAMES, PASSED_BY_CAL
 
 VALUES = {"is_causal": True, "num_items_in_batch": 7, "token_type_ids": torch.zeros(2, 9, dtype=torch.long)}
 
-
 pytestmark = pytest.mark.usefixtures("no_grad")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model("dense")
 
 
 @pytest.mark.parametrize("name", CACHE_NAMES)

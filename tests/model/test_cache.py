@@ -17,11 +17,6 @@ from nemotron_h_hf.model.cache import GrowingLayer
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model("dense")
-
-
 def full_logits(model, ids, **kwargs):
     return model(ids, use_cache=False, **kwargs).logits
 

@@ -11,13 +11,7 @@ from nemotron_h_hf.model.cache import MambaCacheLayer
 
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "eos_token_id": None, "pad_token_id": 0}
 
-
 pytestmark = pytest.mark.usefixtures("no_grad")
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model("dense")
 
 
 def greedy_by_hand(model, ids, steps=12):

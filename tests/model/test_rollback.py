@@ -11,11 +11,6 @@ from nemotron_h_hf.model import cache as cache_module
 pytestmark = pytest.mark.usefixtures("no_grad")
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model("dense")
-
-
 def recording(model):
     cache = HybridCache(model.config)
     cache.activate_past_recording()

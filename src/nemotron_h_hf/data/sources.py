@@ -160,12 +160,7 @@ class SourceStream:
             ValueError: if the files are others than when the state was taken, see `digest_of_files`; of a hub dataset, if
                 its id, subset, split, revision or number of shards is.
         """
-        if state["files"] == _digest(*self._files):
-            logger.warning(
-                "source %s: the state is of an earlier version and knows names alone; whether contents changed is not checked",
-                self.source.name,
-            )
-        elif state["files"] != self._digest:
+        if state["files"] != self._digest:
             what = "files" if self._dataset is None else "dataset, subset, split, revision or shards"
             raise ValueError(
                 f"source {self.source.name}: its {what} changed since the state was saved "

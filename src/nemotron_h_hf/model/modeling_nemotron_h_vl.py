@@ -24,6 +24,7 @@ from .modeling_nemotron_h import NemotronHForCausalLM, NemotronHModel, NemotronH
 from .names_vl import audio_names, module_names_vl, register_names_vl
 
 logger = logging.get_logger(__name__)
+LAYER_SCALE = r"layer_scale\d\.lambda1$"
 
 
 def pixel_shuffle(patches: Tensor, ratio: float) -> Tensor:
@@ -58,18 +59,12 @@ class NemotronHVLPreTrainedModel(NemotronHPreTrainedModel):
     input_modalities = ("image", "text")
     _no_split_modules = ["NemotronHBlock", "InternVLVisionLayer", "RadioLayer"]
     # RADIO has no layer scale: transformers' class has one, which is 1. The indices of its summary are not weights.
-    _keys_to_ignore_on_load_missing = [r"layer_scale\d\.lambda1$", r"summary_idxs$", r"conditioner\.norm_(mean|std)$"]
+    _keys_to_ignore_on_load_missing = [LAYER_SCALE, r"summary_idxs$", r"conditioner\.norm_(mean|std)$"]
     _keys_to_ignore_on_load_unexpected = [r"^sound_(encoder|projection)\."]
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs) -> "NemotronHVLPreTrainedModel":
-        """As `NemotronHPreTrainedModel.from_pretrained`; audio weights of omni are left out, with one warning."""
-        with_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
-        return (model, info) if with_info else model
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+        """As transformers'; the audio weights of omni are left out, with one warning."""
         files = [file for file in checkpoint_files or [] if str(file).endswith(".safetensors")]
         if left_out := audio_names(files):
             logger.warning(
@@ -97,8 +92,7 @@ class NemotronHVLModel(NemotronHVLPreTrainedModel):
         self.multi_modal_projector = NemotronHVLProjector(config)
         self.language_model = NemotronHModel(config.text_config)
         self.post_init()
-        scales = [name for name, _ in self.named_parameters() if re.search(r"layer_scale\d\.lambda1$", name)]
-        for name in scales:
+        for name in _layer_scales(self):
             self.get_parameter(name).requires_grad_(False)
 
     def get_input_embeddings(self) -> nn.Module:
@@ -233,9 +227,7 @@ class NemotronHVLForConditionalGeneration(NemotronHVLPreTrainedModel, NemotronHF
         if text.num_nextn_predict_layers:
             self.mtp = NemotronHMTP(text)
         self.post_init()
-        self._keys_to_ignore_on_save = [
-            name for name, weight in self.named_parameters() if re.search(r"layer_scale\d\.lambda1$", name)
-        ]
+        self._keys_to_ignore_on_save = _layer_scales(self)
 
     def get_image_features(self, pixel_values: Tensor, image_grid_hw: Tensor | None = None, **kwargs):
         """As `NemotronHVLModel.get_image_features`."""
@@ -324,6 +316,10 @@ class NemotronH_Nano_Omni_Reasoning_V3(NemotronHVLForConditionalGeneration):
     """Nemotron 3 Nano Omni without its audio part, under its released name."""
 
     config_class = NemotronHOmniConfig
+
+
+def _layer_scales(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters() if re.search(LAYER_SCALE, name)]
 
 
 def mask_image_labels(labels: Tensor, input_ids: Tensor, image_token_id: int) -> Tensor:
