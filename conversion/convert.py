@@ -94,27 +94,8 @@ def convert(
     with writing(target, source, found.folder) as folder:
         work = Work(found.folder, folder, to, checkpoint, plan, max_bytes, layout)
         report.fingerprint = plan.fingerprint(stamps(found.folder, apart_from=folder), to, max_bytes, layout)
-        written = finished_before(folder, report.fingerprint)
-        if written is not None and _looks_finished(work):
-            report.already_there = True
-            add_written(report, written)
-            _verify(work, written, True, verify_logits, report)
-            return report
-        if verify_output:
-            verify.check_source(found.folder, checkpoint)
-        check_room(work.target, plan.num_bytes)
-        journal = Journal(work.target, report.fingerprint)
-        with _bar(plan, progress) as advance:
-            written = _write(work, journal, advance)
-        add_written(report, written)
-        report.bytes_read = checkpoint.bytes_read
-        _verify(work, written, verify_output, verify_logits, report)
-        _finish(work, tokenizer)
-        report.seconds = time.monotonic() - started
-        write_text(work.target / TABLE_NAME, report.table())
-        write_text(work.target / JSON_NAME, report.to_json())
-        journal.finish()
-        return report
+        _carry_out(work, report, tokenizer, verify_output, verify_logits, progress, started)
+    return report
 
 
 class Work(NamedTuple):
@@ -127,6 +108,38 @@ class Work(NamedTuple):
     plan: Plan
     max_bytes: int
     layout: Layout
+
+
+def _carry_out(
+    work: Work,
+    report: Report,
+    tokenizer: Path | None,
+    verify_output: bool,
+    verify_logits: str | Path | None,
+    progress: bool,
+    started: float,
+) -> None:
+    """Write, verify and finish the target; one that is there already is verified."""
+    written = finished_before(work.target, report.fingerprint)
+    if written is not None and _looks_finished(work):
+        report.already_there = True
+        add_written(report, written)
+        _verify(work, written, True, verify_logits, report)
+        return
+    if verify_output:
+        verify.check_source(work.folder, work.checkpoint)
+    check_room(work.target, work.plan.num_bytes)
+    journal = Journal(work.target, report.fingerprint)
+    with _bar(work.plan, progress) as advance:
+        written = _write(work, journal, advance)
+    add_written(report, written)
+    report.bytes_read = work.checkpoint.bytes_read
+    _verify(work, written, verify_output, verify_logits, report)
+    _finish(work, tokenizer)
+    report.seconds = time.monotonic() - started
+    write_text(work.target / TABLE_NAME, report.table())
+    write_text(work.target / JSON_NAME, report.to_json())
+    journal.finish()
 
 
 def _write(work: Work, journal: Journal, advance: Callable[[int], None]) -> Written:

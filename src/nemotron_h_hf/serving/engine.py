@@ -307,7 +307,7 @@ class Engine:
         """Logits (v) after the next piece, which ends where a state is worth keeping."""
         tokens, start = reading.tokens, reading.position
         end = min([start + self.piece, *(place for place in self._places(reading) if place > start)])
-        model = self.budgets.model_of(reading.child, self._in_use())
+        model = self._model(reading.child)
         if reading.cache is None:
             reading.cache = HybridCache(model.config)
         fed = torch.tensor([tokens[start:end]], device=model.device)
