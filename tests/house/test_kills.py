@@ -70,7 +70,7 @@ def box(tmp_path_factory) -> Path:
 def commands(box: Path, out: Path) -> dict[str, list[str]]:
     """The commands, each with OUT as its target."""
     source, data, texts = str(box / "model"), str(box / "data.jsonl"), str(box / "texts" / "low")
-    megatron = str(FIXTURES["dense_t1p1_torch_dist"].path)
+    megatron = str(FIXTURES["super19_t1p1_torch_dist"].path)
     train = [*TRAIN, "--output_dir", str(out)]
     few = ["--rows", "2", "--held_out_rows", "1", "--sequence_length", "48", "--depth_rows", "1", "--removals", "1",
            "--choices", "hidden_size=32", "--calibration", data, "--budget", "a:hidden_size=32", "--device", "cpu"]  # fmt: skip
