@@ -28,7 +28,7 @@ import text  # noqa: E402
 from tiny_models import save_checkpoint  # noqa: E402
 
 from nemotron_h_hf.cost import num_parameters  # noqa: E402
-from nemotron_h_hf.data.finetuning import one_round  # noqa: E402
+from nemotron_h_hf.data.blended_rows import one_round  # noqa: E402
 from nemotron_h_hf.data.records import encode_record  # noqa: E402
 from nemotron_h_hf.data.sources import Source  # noqa: E402
 from nemotron_h_hf.data.stdlib_text import as_jsonl  # noqa: E402

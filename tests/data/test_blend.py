@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nemotron_h_hf.data.bad_data import tell_left_out
 from nemotron_h_hf.data.blend import Blend
-from nemotron_h_hf.data.finetuning import one_round, packed_blend
+from nemotron_h_hf.data.blended_rows import one_round, packed_blend
 from nemotron_h_hf.data.packing import Rows, SplitRows, WholeRows
 from nemotron_h_hf.data.phases import Phase, phases_from, resolve_phases
 from nemotron_h_hf.data.sources import Source

@@ -17,7 +17,7 @@ from tiny_run import read_metrics
 from transformers import AutoTokenizer
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM
-from nemotron_h_hf.data.finetuning import one_round
+from nemotron_h_hf.data.blended_rows import one_round
 from nemotron_h_hf.data.packing import Rows, WholeRows
 from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source

@@ -11,7 +11,7 @@ documents.py             the form in which documents reach packing
 packing.py               documents into full rows, kept apart
 chat.py                  conversations to tokens, with a loss on the assistant
 records.py               fine-tuning records to tokens and labels
-finetuning.py            rows for fine-tuning and distillation
+blended_rows.py          rows for fine-tuning and distillation
 pictures.py              fine-tuning records with pictures
 long_conversations.py    long conversations from short ones
 stdlib_text.py           the standard library as text

@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data.finetuning import Encode, one_round, packed_blend, sources_and_phases
+from ..data.blended_rows import Encode, one_round, packed_blend, sources_and_phases
 from ..data.packing import Rows
 from ..data.records import encode_record
 from ..data.sources import Source
