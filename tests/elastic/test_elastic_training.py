@@ -17,8 +17,8 @@ from nemotron_h_hf.elastic.budgets import Budget, read_elastic
 from nemotron_h_hf.elastic.masks import attach_masks
 from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.elastic.train.choices import axes_of, masks_of
-from nemotron_h_hf.elastic.train.cost import ExpectedCost, router_loss
 from nemotron_h_hf.elastic.train.curriculum import draw, shorter, stages_of
+from nemotron_h_hf.elastic.train.expected_cost import ExpectedCost, router_loss
 from nemotron_h_hf.elastic.train.finished import elastic_after, single_sizes
 from nemotron_h_hf.elastic.train.routed import Route, RoutedModel
 from nemotron_h_hf.elastic.train.router import Router, RouterSettings, budget_vector, choose

@@ -12,7 +12,7 @@ from nemotron_h_hf import NemotronHConfig
 from nemotron_h_hf.cost import cache_bytes, num_parameters, weight_bytes
 from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.elastic.train.choices import axes_of, budget_of, full, one_hot
-from nemotron_h_hf.elastic.train.cost import ExpectedCost, router_loss
+from nemotron_h_hf.elastic.train.expected_cost import ExpectedCost, router_loss
 from nemotron_h_hf.elastic.train.latency import measure_latency
 
 MTP = {"num_nextn_predict_layers": 2, "mtp_hybrid_override_pattern": "*E"}

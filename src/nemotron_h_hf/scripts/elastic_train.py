@@ -39,8 +39,8 @@ from nemotron_h_hf.elastic.budgets import read_elastic
 from nemotron_h_hf.elastic.live.saving import write_manifest
 from nemotron_h_hf.elastic.train.arguments import ElasticArguments, TeacherArguments
 from nemotron_h_hf.elastic.train.choices import Axis, axes_of
-from nemotron_h_hf.elastic.train.cost import DEAD_ZONE, ExpectedCost
 from nemotron_h_hf.elastic.train.curriculum import stages_of
+from nemotron_h_hf.elastic.train.expected_cost import DEAD_ZONE, ExpectedCost
 from nemotron_h_hf.elastic.train.finished import elastic_after, single_sizes
 from nemotron_h_hf.elastic.train.latency import measure_latency
 from nemotron_h_hf.elastic.train.routed import Route

@@ -5,7 +5,7 @@ trainer.py       ElasticTrainer
 router.py        from a budget to a distribution over sizes
 choices.py       what the router may choose, as masks and as a budget
 routed.py        a model that runs with the masks its router chooses
-cost.py          the expected cost of a choice, differentiable
+expected_cost.py  the expected cost of a choice, differentiable
 latency.py       a table of times on this machine
 targets.py       how large the nested models shall be
 curriculum.py    which budget each micro-step trains

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import require
 from ...training.arguments import as_mapping
-from .cost import METRICS
+from .expected_cost import METRICS
 
 
 def _flag(default: Any, help_text: str, **more: Any) -> Any:

@@ -10,7 +10,7 @@ from ...model.configuration_nemotron_h import NemotronHConfig
 from ..budgets import Elastic, read_elastic
 from ..child import Child, child_of
 from .choices import Axis, budget_of
-from .cost import choices_of
+from .expected_cost import choices_of
 from .routed import Route
 
 logger = logging.get_logger(__name__)

@@ -24,7 +24,7 @@ from ...model.configuration_nemotron_h import NemotronHConfig
 from ..budgets import Budget, heads_left
 from ..child import child_of
 from .choices import Axis
-from .cost import choices_of, timed_fields
+from .expected_cost import choices_of, timed_fields
 
 
 def measure_latency(

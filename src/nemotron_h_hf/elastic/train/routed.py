@@ -17,8 +17,8 @@ from ..budgets import Budget
 from ..child import Child, child_of
 from ..masks import attach_masks, child_masks
 from .choices import DEPTH, Axis, budget_of, masks_of
-from .cost import ExpectedCost, router_loss
 from .curriculum import Draw
+from .expected_cost import ExpectedCost, router_loss
 from .router import Router, RouterSettings, argmax_indices, budget_vector, choose
 
 ROUTER = "elastic_router"
