@@ -52,7 +52,7 @@ from nemotron_h_hf.model.saving import saving
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse
 from nemotron_h_hf.training.checkpoints import last_whole_checkpoint, writing_run
 from nemotron_h_hf.training.data_arguments import PretrainDataArguments
-from nemotron_h_hf.training.fine_tuning import take_push
+from nemotron_h_hf.training.held_out_loss import take_push
 from nemotron_h_hf.training.rows import make_rows
 from nemotron_h_hf.training.starting_point import load_model, load_tokenizer
 from nemotron_h_hf.training.trainer import NemotronHTrainer

@@ -7,7 +7,7 @@ starting_point.py    the model and tokenizer that the flags name
 trainer.py           NemotronHTrainer: schedule by tokens, exact resume, safe checkpoints
 checkpoints.py       which checkpoint folders are whole
 monitor.py           progress bar and metrics.jsonl
-fine_tuning.py       held-out loss and upload around a run
+held_out_loss.py     held-out loss and upload around a run
 finished.py          the trained weights or adapters as a folder
 one_copy.py          one copy of the weights in host memory under FSDP2
 optimizer.py         AdamW, or torch's Muon for the matrices inside the layers
