@@ -23,7 +23,7 @@ from nemotron_h_hf.elastic.train.finished import elastic_after, single_sizes
 from nemotron_h_hf.elastic.train.routed import Route, RoutedModel
 from nemotron_h_hf.elastic.train.router import Router, RouterSettings, budget_vector, choose
 from nemotron_h_hf.elastic.train.trainer import ROUTER_FILE, ElasticTrainer
-from nemotron_h_hf.training.finished import save_finished
+from nemotron_h_hf.training.trained_folder import save_finished
 
 CHOICES = {"hidden_size": [48, 32], "intermediate_size": [80, 48], "mamba_num_heads": [8, 4], "layers": [3, 2]}
 TARGETS = {"all": 1.0, "half": 0.6}

@@ -49,12 +49,12 @@ from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingAr
 from nemotron_h_hf.training.checkpoints import writing_run
 from nemotron_h_hf.training.data_arguments import DataArguments, RowArguments, set_chat_template
 from nemotron_h_hf.training.distillation import DistillationTrainer, TeacherArguments
-from nemotron_h_hf.training.finished import save_finished
 from nemotron_h_hf.training.held_out_loss import evaluate_every, take_push, tell_before, tell_held_out
 from nemotron_h_hf.training.one_copy import device_to_load_on
 from nemotron_h_hf.training.rows import make_rows
 from nemotron_h_hf.training.starting_point import load_model, load_tokenizer, load_weights
 from nemotron_h_hf.training.teacher_cache import TeacherCache, fingerprint, write_cache
+from nemotron_h_hf.training.trained_folder import save_finished
 
 DEFAULTS = {"output_dir": "runs/distill", "learning_rate": 1e-4}
 

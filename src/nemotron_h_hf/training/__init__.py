@@ -8,7 +8,7 @@ trainer.py           NemotronHTrainer: schedule by tokens, exact resume, safe ch
 checkpoints.py       which checkpoint folders are whole
 monitor.py           progress bar and metrics.jsonl
 held_out_loss.py     held-out loss and upload around a run
-finished.py          the trained weights or adapters as a folder
+trained_folder.py    the trained weights or adapters as a folder
 one_copy.py          one copy of the weights in host memory under FSDP2
 optimizer.py         AdamW, or torch's Muon for the matrices inside the layers
 schedule.py          warm-up, stable, decay, over tokens
