@@ -9,5 +9,5 @@ expected_cost.py  the expected cost of a choice, differentiable
 latency.py       a table of times on this machine
 targets.py       how large the nested models shall be
 curriculum.py    which budget each micro-step trains
-finished.py      the end of a run: choices become budgets
+trained_budgets.py  the end of a run: choices become budgets
 """
