@@ -3,9 +3,9 @@
 import pytest
 from tiny import tiny_config
 
+from nemotron_h_hf.elastic.train.budget_targets import parse_target, targets_of
 from nemotron_h_hf.elastic.train.choices import axes_of
 from nemotron_h_hf.elastic.train.curriculum import draw, stage_at, stages_of
-from nemotron_h_hf.elastic.train.targets import parse_target, targets_of
 
 NAMES = ["12b", "9b", "6b"]
 PAPER = [{"until": "60%", "sequence_length": 8192}, {"weights": {"12b": 0.5, "9b": 0.3, "6b": 0.2}}]

@@ -23,10 +23,10 @@ from trl import DPOConfig, TrlParser
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.data.phases import phases_from, resolve_phases
+from nemotron_h_hf.elastic.train.budget_targets import targets_of
 from nemotron_h_hf.elastic.train.choices import axes_of, one_hot
 from nemotron_h_hf.elastic.train.curriculum import stages_of
 from nemotron_h_hf.elastic.train.expected_cost import ExpectedCost
-from nemotron_h_hf.elastic.train.targets import targets_of
 from nemotron_h_hf.scripts import distill, elastic_train, elasticize, make_vl, merge, plot, pretrain, sft
 from nemotron_h_hf.scripts import slice as slice_command
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse

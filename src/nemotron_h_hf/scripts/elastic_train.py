@@ -38,13 +38,13 @@ from nemotron_h_hf.data.bad_data import tell_left_out
 from nemotron_h_hf.elastic.budgets import read_elastic
 from nemotron_h_hf.elastic.live.saving import write_manifest
 from nemotron_h_hf.elastic.train.arguments import ElasticArguments, TeacherArguments
+from nemotron_h_hf.elastic.train.budget_targets import parse_target, targets_of
 from nemotron_h_hf.elastic.train.choices import Axis, axes_of
 from nemotron_h_hf.elastic.train.curriculum import stages_of
 from nemotron_h_hf.elastic.train.expected_cost import DEAD_ZONE, ExpectedCost
 from nemotron_h_hf.elastic.train.latency import measure_latency
 from nemotron_h_hf.elastic.train.routed import Route
 from nemotron_h_hf.elastic.train.router import RouterSettings
-from nemotron_h_hf.elastic.train.targets import parse_target, targets_of
 from nemotron_h_hf.elastic.train.trained_budgets import elastic_after, single_sizes
 from nemotron_h_hf.elastic.train.trainer import ROUTER_FILE, ElasticTrainer, save_router
 from nemotron_h_hf.errors import require

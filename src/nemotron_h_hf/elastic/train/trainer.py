@@ -2,7 +2,7 @@
 
 Each micro-step draws a budget; the router chooses its sizes, the parent runs with the masks of that choice, and
 
-    loss = (1 - w) T^2 KL(teacher || masked parent) + w cross-entropy + a * router's loss (cost.py)
+    loss = (1 - w) T^2 KL(teacher || masked parent) + w cross-entropy + a * router's loss (expected_cost.py)
 
 reaches both weights and router (Nemotron Elastic, arXiv 2511.16664, eq. 14 and 17). The router has its own learning
 rate, a warm-up in steps and no weight decay. The rate decays with the model's, and the router's gradient is clipped
