@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from nemotron_h_hf import EMBEDDED_MODEL
 from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.data.blended_rows import one_round
-from nemotron_h_hf.data.records import encode_record
+from nemotron_h_hf.data.fine_tuning_records import encode_record
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.data.stdlib_text import corpus_digest, read_documents, split_documents
 from nemotron_h_hf.elastic.budgets import read_elastic

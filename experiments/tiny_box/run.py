@@ -29,7 +29,7 @@ from tiny_models import save_checkpoint  # noqa: E402
 
 from nemotron_h_hf.cost import num_parameters  # noqa: E402
 from nemotron_h_hf.data.blended_rows import one_round  # noqa: E402
-from nemotron_h_hf.data.records import encode_record  # noqa: E402
+from nemotron_h_hf.data.fine_tuning_records import encode_record  # noqa: E402
 from nemotron_h_hf.data.sources import Source  # noqa: E402
 from nemotron_h_hf.data.stdlib_text import as_jsonl  # noqa: E402
 from nemotron_h_hf.elastic.budgets import read_elastic  # noqa: E402

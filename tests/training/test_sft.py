@@ -18,8 +18,8 @@ from transformers import AutoTokenizer
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM
 from nemotron_h_hf.data.blended_rows import one_round
+from nemotron_h_hf.data.fine_tuning_records import encode_record
 from nemotron_h_hf.data.packing import Rows, WholeRows
-from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.scripts import push, sft
 from nemotron_h_hf.training import adapters

@@ -10,7 +10,7 @@ blend.py                 documents from several sources in the weights of each p
 documents.py             the form in which documents reach packing
 packing.py               documents into full rows, kept apart
 chat.py                  conversations to tokens, with a loss on the assistant
-records.py               fine-tuning records to tokens and labels
+fine_tuning_records.py   fine-tuning records to tokens and labels
 blended_rows.py          rows for fine-tuning and distillation
 pictures.py              fine-tuning records with pictures
 long_conversations.py    long conversations from short ones

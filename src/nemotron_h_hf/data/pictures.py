@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .bad_data import BadData
 from .chat import IGNORED
-from .records import encode_record
+from .fine_tuning_records import encode_record
 from .sources import Source, SourceStream
 
 COLUMNS = ("images", "image")

@@ -35,8 +35,8 @@ from nemotron_h_hf.data.bad_data import left_out_lines
 from nemotron_h_hf.data.blend import Blend
 from nemotron_h_hf.data.blended_rows import sources_and_phases
 from nemotron_h_hf.data.documents import document_encoder
+from nemotron_h_hf.data.fine_tuning_records import encode_record
 from nemotron_h_hf.data.phases import Phase, Span, check_keys, phases_from, resolve_phases
-from nemotron_h_hf.data.records import encode_record
 from nemotron_h_hf.data.sources import Source, sources_from
 from nemotron_h_hf.elastic.train.arguments import ElasticArguments
 from nemotron_h_hf.inputs import load_tokenizer, read_yaml

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..data.blended_rows import Encode, one_round, packed_blend, sources_and_phases
+from ..data.fine_tuning_records import encode_record
 from ..data.packing import Rows
-from ..data.records import encode_record
 from ..data.sources import Source
 from ..errors import require
 from .arguments import NemotronHTrainingArguments
@@ -30,7 +30,7 @@ def make_rows(
     """Rows for the whole run, and held-out rows if --eval_data names any.
 
     Args:
-        encode: a record to token ids and labels; fine-tuning records (see data/records.py) if not given.
+        encode: a record to token ids and labels; fine-tuning records (see data/fine_tuning_records.py) if not given.
         split_documents, shuffle_rows, join: see `packed_blend`.
     """
     sources, phases = sources_and_phases(data.data, data.sources, data.phases, data.column)
