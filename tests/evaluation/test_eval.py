@@ -20,7 +20,7 @@ from nemotron_h_hf import EMBEDDED_MODEL
 from nemotron_h_hf.data.stdlib_text import read_documents, split_documents
 from nemotron_h_hf.evaluation import harness, held_out, plot, report, texts
 from nemotron_h_hf.evaluation.harness import HarnessOptions, HarnessTask
-from nemotron_h_hf.evaluation.records import Records, claim
+from nemotron_h_hf.evaluation.sample_records import Records, claim
 from nemotron_h_hf.scripts import eval as command
 
 HARNESS_TASKS = Path(find_spec("lm_eval").origin).parent / "tasks"

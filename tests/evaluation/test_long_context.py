@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from nemotron_h_hf import EMBEDDED_MODEL
 from nemotron_h_hf.evaluation import answering, long_context, texts
 from nemotron_h_hf.evaluation.long_context import TASKS, Plan, largest_size, sample, score
-from nemotron_h_hf.evaluation.records import Records
+from nemotron_h_hf.evaluation.sample_records import Records
 
 TOKENIZER = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
 DEPTHS = (0.0, 0.5, 1.0)

@@ -9,7 +9,7 @@ needles.py         questions about numbers hidden in a text
 gathering.py       questions whose answer is spread over the prompt
 answering.py       greedy answers that share one pass over a common prompt
 harness.py         lm-evaluation-harness tasks by name
-records.py         the folder of an evaluation, resumable
+sample_records.py  the folder of an evaluation, resumable
 report.py          the table of results
 plot.py            the long-context plot
 """

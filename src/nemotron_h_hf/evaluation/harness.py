@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from .records import Records, write_lines
+from .sample_records import Records, write_lines
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from nemotron_h_hf.evaluation.bits_per_byte import document_bits
 
-from .records import Records
+from .sample_records import Records
 
 
 def end_token(tokenizer: PreTrainedTokenizerBase) -> int:

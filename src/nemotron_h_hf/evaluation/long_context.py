@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from . import gathering, needles
 from .needles import Kind, Question
-from .records import Records
+from .sample_records import Records
 from .texts import Prose
 
 Encode = Callable[[str, str], list[int]]  # (prompt, how the answer begins) -> token ids

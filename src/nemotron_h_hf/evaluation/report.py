@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..inputs import read_json
 from . import harness, held_out, long_context
-from .records import Records
+from .sample_records import Records
 
 
 def collect(folder: Path, records: Records) -> dict:

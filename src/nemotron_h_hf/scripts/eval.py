@@ -39,7 +39,7 @@ from nemotron_h_hf.errors import require
 from nemotron_h_hf.evaluation import harness, held_out, long_context, report, texts
 from nemotron_h_hf.evaluation.answering import greedy_answers
 from nemotron_h_hf.evaluation.harness import HarnessOptions, HarnessTask
-from nemotron_h_hf.evaluation.records import Records, check_folder, claim
+from nemotron_h_hf.evaluation.sample_records import Records, check_folder, claim
 from nemotron_h_hf.inputs import load_tokenizer, read_device
 from nemotron_h_hf.model.loading import plain_parts
 from nemotron_h_hf.targets import writing
