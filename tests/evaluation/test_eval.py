@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from nemotron_h_hf import EMBEDDED_MODEL
 from nemotron_h_hf.data.stdlib_text import read_documents, split_documents
-from nemotron_h_hf.evaluation import harness, held_out, plot, report, texts
+from nemotron_h_hf.evaluation import harness, held_out, long_context_plot, results_table, texts
 from nemotron_h_hf.evaluation.harness import HarnessOptions, HarnessTask
 from nemotron_h_hf.evaluation.sample_records import Records, claim
 from nemotron_h_hf.scripts import eval as command
@@ -353,7 +353,7 @@ def test_table_and_plot_take_gaps(tmp_path):
             ("needle", 256, None, 0.5), ("needle", 256, 0.0, 1.0), ("needle", 512, 1.0, 0.0), ("facts", 512, None, 0.25),
         )
     ]  # fmt: skip
-    lines = report.table({"long_context": rows})
+    lines = results_table.table({"long_context": rows})
     assert lines[2].split() == ["needle", "50.0", "-", "50.0"] and lines[-1].split() == ["facts", "-", "25.0", "25.0"]
-    plot.draw(rows, "gaps", tmp_path / "gaps.png")
+    long_context_plot.draw(rows, "gaps", tmp_path / "gaps.png")
     assert (tmp_path / "gaps.png").stat().st_size > 1000

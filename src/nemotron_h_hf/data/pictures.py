@@ -5,7 +5,7 @@
     {"prompt": "<image>What is this?", "completion": "A cat.", "image": {"bytes": ..., "path": ...}}
 
 A picture is a path (from the folder of the data file on), bytes, base64, or a hub `Image` feature. Records without pictures are
-text. Layouts and losses are those of records.py; nothing on a picture, its tags included, counts for the loss.
+text. Layouts and losses are those of fine_tuning_records.py; nothing on a picture, its tags included, counts for the loss.
 """
 
 from __future__ import annotations

@@ -10,6 +10,6 @@ gathering.py       questions whose answer is spread over the prompt
 answering.py       greedy answers that share one pass over a common prompt
 harness.py         lm-evaluation-harness tasks by name
 sample_records.py  the folder of an evaluation, resumable
-report.py          the table of results
-plot.py            the long-context plot
+results_table.py      the table of results
+long_context_plot.py  the long-context plot
 """

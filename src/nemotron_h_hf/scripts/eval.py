@@ -36,7 +36,7 @@ from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
 from nemotron_h_hf.data.stdlib_text import TOPICS_FILE, read_documents, split_documents
 from nemotron_h_hf.environment import machine, versions
 from nemotron_h_hf.errors import require
-from nemotron_h_hf.evaluation import harness, held_out, long_context, report, texts
+from nemotron_h_hf.evaluation import harness, held_out, long_context, results_table, texts
 from nemotron_h_hf.evaluation.answering import greedy_answers
 from nemotron_h_hf.evaluation.harness import HarnessOptions, HarnessTask
 from nemotron_h_hf.evaluation.sample_records import Records, check_folder, claim
@@ -323,10 +323,10 @@ def finish(arguments: EvalArguments, records: Records, facts: dict, command: str
         "settings": {**asdict(arguments), "model": facts["model"], "output": None},
         "machine": machine(),
         "versions": versions(),
-        **report.collect(arguments.output, records),
+        **results_table.collect(arguments.output, records),
     }
     print("\n".join([f"{facts['model']}, {facts['parameters']:,} parameters, {facts['dtype']}", ""]))
-    print("\n".join(report.table(results)))
+    print("\n".join(results_table.table(results)))
     write_json(arguments.output / "results.json", results)
     say(f"wrote {arguments.output / 'results.json'}")
     if "long_context" in results:
@@ -336,7 +336,7 @@ def finish(arguments: EvalArguments, records: Records, facts: dict, command: str
 def plot(path: Path, results: dict) -> None:
     """The long-context results as a picture, under a temporary name first."""
     try:
-        from nemotron_h_hf.evaluation.plot import draw
+        from nemotron_h_hf.evaluation.long_context_plot import draw
     except ImportError as error:
         say(f"no plot: {error.name} is not installed; pip install 'nemotron-h-hf[plot]'")
         return
