@@ -34,7 +34,7 @@ from nemotron_h_hf.evaluation.bits_per_byte import bits_per_byte, xz_bits_per_by
 from nemotron_h_hf.evaluation.parsing_share import Sampling, choose_prompts, parsing_share
 from nemotron_h_hf.hub import save_tokenizer
 from nemotron_h_hf.inputs import read_json
-from nemotron_h_hf.targets import writing
+from nemotron_h_hf.output_folders import writing
 from nemotron_h_hf.whole_files import write_json
 
 HEAD_DIM = 64

@@ -5,7 +5,7 @@ slicing.py         which rows and columns of each tensor a smaller model keeps
 checkpoint.py      sharded safetensors, in and out, one tensor at a time
 resumable.py       a checkpoint folder that an interrupted run continues to write
 whole_files.py     files that are complete or absent
-targets.py         folders that commands write: locked, separate from their sources, resumed
+output_folders.py  folders that commands write: locked, separate from their sources, resumed
 manifest.py        checksums next to the weights, and the check on loading
 facts.py           the facts of one checkpoint, for `info` and model cards
 vision_facts.py    the facts of a vision-language model

@@ -20,7 +20,7 @@ from torch import Tensor
 from .checkpoint import Digest, ShardWriter, pieces, write_index
 from .model.reading import read_json
 from .model.weights import Checkpoint, TensorSpec, byte_view
-from .targets import is_empty
+from .output_folders import is_empty
 from .whole_files import whole_file, write_text
 
 TOKENIZER_FILES = (
@@ -31,7 +31,7 @@ TOKENIZER_FILES = (
 
 
 class Journal:
-    """Finished files of one piece of work (`what`: "conversion", "slice") in one folder, which is locked (targets.py).
+    """Finished files of one piece of work (`what`: "conversion", "slice") in one folder, which is locked (output_folders.py).
 
     Raises ValueError when the folder holds something else than this very work, unfinished.
     """

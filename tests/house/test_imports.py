@@ -43,7 +43,7 @@ THIRD_PARTY = {
     "errors": set(),
     "units": set(),
     "whole_files": set(),
-    "targets": set(),
+    "output_folders": set(),
     "inputs": {"torch", "transformers", "yaml"},
     "nemotron_h_cli": set(),
 }

@@ -21,7 +21,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausa
 from nemotron_h_cli import main
 from nemotron_h_hf import NemotronHForCausalLM
 from nemotron_h_hf.model.saving import LOCK_NAME, locked, saving, whole_file
-from nemotron_h_hf.targets import is_made, note_made, resolve_target, stamps, writing
+from nemotron_h_hf.output_folders import is_made, note_made, resolve_target, stamps, writing
 
 SIZES = {"one file": "1GB", "shards": "40KB", "other shards": "25KB"}
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..inputs import read_json
-from ..targets import is_empty
+from ..output_folders import is_empty
 from ..whole_files import write_json, write_text
 
 

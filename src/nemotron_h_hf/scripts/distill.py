@@ -44,7 +44,7 @@ from nemotron_h_hf.cost import training_flops_per_token
 from nemotron_h_hf.data.bad_data import tell_left_out
 from nemotron_h_hf.errors import require
 from nemotron_h_hf.hub import save_tokenizer, upload_folder
-from nemotron_h_hf.targets import writing
+from nemotron_h_hf.output_folders import writing
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse
 from nemotron_h_hf.training.checkpoints import writing_run
 from nemotron_h_hf.training.data_arguments import DataArguments, RowArguments, set_chat_template

@@ -42,7 +42,7 @@ from nemotron_h_hf.evaluation.harness import HarnessOptions, HarnessTask
 from nemotron_h_hf.evaluation.sample_records import Records, check_folder, claim
 from nemotron_h_hf.inputs import load_tokenizer, read_device
 from nemotron_h_hf.model.loading import plain_parts
-from nemotron_h_hf.targets import writing
+from nemotron_h_hf.output_folders import writing
 from nemotron_h_hf.units import TOKENS_HELP, parse_tokens
 from nemotron_h_hf.whole_files import whole_file, write_json
 

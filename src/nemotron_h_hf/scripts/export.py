@@ -21,7 +21,7 @@ import torch
 from nemotron_h_hf.conversion.sharded_run import export_run
 from nemotron_h_hf.inputs import finite
 from nemotron_h_hf.model.saving import saving
-from nemotron_h_hf.targets import is_made, note_made, stamps, writing
+from nemotron_h_hf.output_folders import is_made, note_made, stamps, writing
 from nemotron_h_hf.training.checkpoints import MARKER, check_whole, last_whole_checkpoint
 
 DTYPES = ("float32", "bfloat16", "float16")

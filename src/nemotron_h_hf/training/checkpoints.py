@@ -21,7 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import TrainingArguments
 
 from ..inputs import read_json
-from ..targets import writing
+from ..output_folders import writing
 from ..whole_files import write_json
 
 MARKER = "whole.json"
@@ -31,7 +31,7 @@ SPARE_BYTES = 64 * 2**20  # for the small files next to weights and optimizer
 
 
 def writing_run(args: TrainingArguments, *sources: str | os.PathLike | None) -> AbstractContextManager:
-    """Keep other runs out of `args.output_dir`, which may not be a source, hold one or be inside one (targets.py).
+    """Keep other runs out of `args.output_dir`, which may not be a source, hold one or be inside one (output_folders.py).
 
     One process of a launch does this for all; if it is refused, the launcher ends the others.
     """

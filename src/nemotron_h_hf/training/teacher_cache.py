@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..inputs import open_tensors, read_json
-from ..targets import is_empty
+from ..output_folders import is_empty
 from ..whole_files import whole_file, write_json
 from .losses import TopK, top_k
 

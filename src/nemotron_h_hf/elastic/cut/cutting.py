@@ -32,8 +32,8 @@ from ...model.configuration_nemotron_h import NemotronHConfig
 from ...model.loading import limits_of_other_readers, weight_files
 from ...model.modeling_nemotron_h import NemotronHForCausalLM
 from ...model.weights import TensorSpec, find_tensors
+from ...output_folders import writing
 from ...resumable import TOKENIZER_FILES, Journal, check_room, copy_files, write_shards
-from ...targets import writing
 from ...whole_files import write_text
 from ..budgets import Budget
 from ..child import Child
