@@ -1,45 +1,45 @@
 """The architecture and what runs it. Flat and self-contained: these files travel with a checkpoint for trust_remote_code.
 
-configuration_nemotron_h.py        reads every spelling of the configuration, writes one; presets
-modeling_nemotron_h.py             the stack of blocks and the heads
-blocks.py                          one layer: norm, mixer, residual; attention and MLP
-mamba2.py                          the Mamba-2 mixer
-moe.py                             router, routed, shared and latent experts
-rows.py                            padding and packed documents of a batch
-cache.py                           HybridCache: keys and values, convolution and SSM states, roll-back
-generation.py                      what generate() needs: caches, masks, prompts
-arguments.py                       what callers may pass to a forward
-loss.py                            next-token loss in chunks
+configuration_nemotron_h.py    reads every spelling of the configuration, writes one; presets
+modeling_nemotron_h.py         the stack of blocks and the heads
+blocks.py                      one layer: norm, mixer, residual; attention and MLP
+mamba2.py                      the Mamba-2 mixer
+moe.py                         router, routed, shared and latent experts
+rows.py                        padding and packed documents of a batch
+cache.py                       HybridCache: keys and values, convolution and SSM states, roll-back
+generation.py                  what generate() needs: caches, masks, prompts
+arguments.py                   what callers may pass to a forward
+loss.py                        next-token loss in chunks
 
-configuration_nemotron_h_vl.py     the vision-language model: tower, projector and language model
-modeling_nemotron_h_vl.py          pixel shuffle, projector, joining of picture and text
-image_processing_nemotron_h_vl.py  tiles and thumbnails
-image_reading_vl.py                pictures of any kind as tensors, checked
-processing_nemotron_h_vl.py        tags and image tokens in the prompt
-names_vl.py                        released names of vision checkpoints
+configuration_nemotron_h_vl.py       the vision-language model: tower, projector and language model
+modeling_nemotron_h_vl.py            pixel shuffle, projector, joining of picture and text
+image_processing_nemotron_h_vl.py    tiles and thumbnails
+image_reading_vl.py                  pictures of any kind as tensors, checked
+processing_nemotron_h_vl.py          tags and image tokens in the prompt
+names_vl.py                          released names of vision checkpoints
 
-ssd.py                             Mamba-2's ops in plain PyTorch, the reference for all others
-kernels.py                         chooses the implementation of each op, per call
-convolution.py                     the convolution of a Mamba layer
-linear.py                          the product of a Linear, fast for few rows on a CPU
-plain.py                           when a layer may be computed without calling its module
-forks.py                           child processes forked after computing
-numba_compile.py                   compiling with Numba
-numba_decode.py                    one token of a Mamba layer in one compiled call, on a CPU
-int8.py                            products with torchao's int8 weights, on a CPU
-triton_conv.py                     Triton: the convolution
-triton_scan.py                     Triton: the scan, its maths and launches
-triton_scan_kernels.py             Triton: the kernels of the scan
-triton_norm.py                     Triton: the gated norm
-triton_decode.py                   Triton: one token of a Mamba layer
-triton_attention.py                Triton: attention of one new token over a cache
-triton_relu2.py                    Triton: the squared ReLU
-triton_launch.py                   Triton: what every launch needs
-decode_graph.py                    one token per row, replayed from a CUDA graph
+ssd.py                         Mamba-2's ops in plain PyTorch, the reference for all others
+kernels.py                     chooses the implementation of each op, per call
+convolution.py                 the convolution of a Mamba layer
+linear.py                      the product of a Linear, fast for few rows on a CPU
+plain.py                       when a layer may be computed without calling its module
+forks.py                       child processes forked after computing
+numba_compile.py               compiling with Numba
+numba_decode.py                one token of a Mamba layer in one compiled call, on a CPU
+int8.py                        products with torchao's int8 weights, on a CPU
+triton_conv.py                 Triton: the convolution
+triton_scan.py                 Triton: the scan, its maths and launches
+triton_scan_kernels.py         Triton: the kernels of the scan
+triton_norm.py                 Triton: the gated norm
+triton_decode.py               Triton: one token of a Mamba layer
+triton_attention.py            Triton: attention of one new token over a cache
+triton_relu2.py                Triton: the squared ReLU
+triton_launch.py               Triton: what every launch needs
+decode_graph.py                one token per row, replayed from a CUDA graph
 
-loading.py                         checks before loading, names of stored tensors
-reading.py                         JSON files, with errors that name the file
-weights.py                         reads safetensors headers, indexes and rows; names in files and in modules; dtypes
-saving.py                          saves all or nothing: staged inside the target, then renamed
-peft_support.py                    LoRA on out_proj
+loading.py                     checks before loading, names of stored tensors
+reading.py                     JSON files, with errors that name the file
+weights.py                     reads safetensors headers, indexes and rows; names in files and in modules; dtypes
+saving.py                      saves all or nothing: staged inside the target, then renamed
+peft_support.py                LoRA on out_proj
 """
