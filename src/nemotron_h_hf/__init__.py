@@ -1,19 +1,19 @@
 """Nemotron-H for Hugging Face transformers. Importing the package registers its classes for `model_type: nemotron_h`.
 
-cost.py            parameters, checkpoint tensors and bytes of a configuration
-slicing.py         which rows and columns of each tensor a smaller model keeps
-checkpoint.py      sharded safetensors, in and out, one tensor at a time
-resumable.py       a checkpoint folder that an interrupted run continues to write
-whole_files.py     files that are complete or absent
-output_folders.py  folders that commands write: locked, separate from their sources, resumed
-manifest.py        checksums next to the weights, and the check on loading
-facts.py           the facts of one checkpoint, for `info` and model cards
-vision_facts.py    the facts of a vision-language model
-hub.py             model card, model code next to the weights, upload
-inputs.py          numbers, devices, YAML files and tokenizers given to a command
-environment.py     the machine, versions, and the memory of this process
-errors.py          the form of every refusal
-units.py           "380B", "32Ki" and "7GiB" as numbers
+cost.py                parameters, checkpoint tensors and bytes of a configuration
+slicing.py             which rows and columns of each tensor a smaller model keeps
+checkpoint.py          sharded safetensors, in and out, one tensor at a time
+resumable.py           a checkpoint folder that an interrupted run continues to write
+whole_files.py         files that are complete or absent
+output_folders.py      folders that commands write: locked, separate from their sources, resumed
+manifest.py            checksums next to the weights, and the check on loading
+checkpoint_summary.py  the facts of one checkpoint, for `info` and model cards
+vision_facts.py        the facts of a vision-language model
+hub.py                 model card, model code next to the weights, upload
+inputs.py              numbers, devices, YAML files and tokenizers given to a command
+environment.py         the machine, versions, and the memory of this process
+errors.py              the form of every refusal
+units.py               "380B", "32Ki" and "7GiB" as numbers
 """
 
 from importlib import import_module

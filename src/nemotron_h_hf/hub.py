@@ -15,7 +15,7 @@ from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
 
-from .facts import LAYER_NAMES, Facts, describe, load_target
+from .checkpoint_summary import LAYER_NAMES, Facts, describe, load_target
 from .manifest import NAME as MANIFEST_NAME
 from .model.configuration_nemotron_h import with_plain_limit
 from .model.configuration_nemotron_h_vl import NemotronHNanoVLConfig, NemotronHOmniConfig, NemotronHVLConfig

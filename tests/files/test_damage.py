@@ -22,7 +22,7 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from nemotron_h_hf import EMBEDDED_MODEL, HybridCache
-from nemotron_h_hf.facts import read_contents
+from nemotron_h_hf.checkpoint_summary import read_contents
 from nemotron_h_hf.model import loading
 from nemotron_h_hf.model.weights import Checkpoint, find_tensors, read_header
 from nemotron_h_hf.training import checkpoints

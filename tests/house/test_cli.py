@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import nemotron_h_cli as cli
 from nemotron_h_hf import EMBEDDED_MODEL
-from nemotron_h_hf.facts import read_contents
+from nemotron_h_hf.checkpoint_summary import read_contents
 from nemotron_h_hf.model.weights import read_header
 from nemotron_h_hf.scripts import demo, generate, info
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM as NativeForCausalLM
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM, NemotronHModel
-from nemotron_h_hf.facts import disagreements, load_target
+from nemotron_h_hf.checkpoint_summary import disagreements, load_target
 from nemotron_h_hf.model import weights
 from nemotron_h_hf.resumable import TOKENIZER_FILES, copy_files
 

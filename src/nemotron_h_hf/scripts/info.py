@@ -21,8 +21,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from nemotron_h_hf import EMBEDDED_MODEL, manifest
-from nemotron_h_hf.cost import BYTES_PER_ELEMENT
-from nemotron_h_hf.facts import (
+from nemotron_h_hf.checkpoint_summary import (
     LAYER_NAMES,
     BudgetFacts,
     Contents,
@@ -32,6 +31,7 @@ from nemotron_h_hf.facts import (
     disagreements,
     load_target,
 )
+from nemotron_h_hf.cost import BYTES_PER_ELEMENT
 from nemotron_h_hf.inputs import finite
 from nemotron_h_hf.model.loading import weight_files
 from nemotron_h_hf.units import TOKENS_HELP, human_bytes, human_count, tokens
