@@ -8,7 +8,7 @@ whole_files.py         files that are complete or absent
 output_folders.py      folders that commands write: locked, separate from their sources, resumed
 manifest.py            checksums next to the weights, and the check on loading
 checkpoint_summary.py  the facts of one checkpoint, for `info` and model cards
-vision_facts.py        the facts of a vision-language model
+vision_summary.py      the facts of a vision-language model
 hub.py                 model card, model code next to the weights, upload
 inputs.py              numbers, devices, YAML files and tokenizers given to a command
 environment.py         the machine, versions, and the memory of this process

@@ -16,7 +16,7 @@ from .model.configuration_nemotron_h import NemotronHConfig
 from .model.configuration_nemotron_h_vl import NemotronHNanoVLConfig, NemotronHOmniConfig, NemotronHVLConfig
 from .model.reading import read_json
 from .model.weights import DTYPES, Stored, files_of, read_header, read_name
-from .vision_facts import VisionFacts, describe_vision
+from .vision_summary import VisionFacts, describe_vision
 
 CONFIGS = (NemotronHConfig, NemotronHVLConfig, NemotronHNanoVLConfig, NemotronHOmniConfig)
 LAYER_NAMES = {"M": "Mamba-2", "*": "attention", "-": "MLP", "E": "MoE"}

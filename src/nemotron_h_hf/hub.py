@@ -23,7 +23,7 @@ from .model.reading import read_json
 from .model.weights import read_index
 from .resumable import TOKENIZER_FILES, with_plain_tokenizer_class
 from .units import human_bytes, human_count
-from .vision_facts import VisionFacts
+from .vision_summary import VisionFacts
 from .whole_files import whole_file
 
 LOCAL_PATH = re.compile(

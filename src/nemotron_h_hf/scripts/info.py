@@ -35,7 +35,7 @@ from nemotron_h_hf.cost import BYTES_PER_ELEMENT
 from nemotron_h_hf.inputs import finite
 from nemotron_h_hf.model.loading import weight_files
 from nemotron_h_hf.units import TOKENS_HELP, human_bytes, human_count, tokens
-from nemotron_h_hf.vision_facts import VisionFacts
+from nemotron_h_hf.vision_summary import VisionFacts
 
 COLOURS = {"M": "\033[36m", "*": "\033[31;1m", "-": "\033[90m", "E": "\033[33m"}
 RESET = "\033[0m"
