@@ -23,7 +23,7 @@ from nemotron_h_hf import NemotronHForCausalLM
 from nemotron_h_hf.elastic.train.choices import axes_of
 from nemotron_h_hf.elastic.train.curriculum import draw
 from nemotron_h_hf.elastic.train.expected_cost import ExpectedCost
-from nemotron_h_hf.elastic.train.routed import Route, RoutedModel
+from nemotron_h_hf.elastic.train.routed_model import Route, RoutedModel
 from nemotron_h_hf.elastic.train.router import RouterSettings
 from nemotron_h_hf.training.checkpoints import last_whole_checkpoint
 

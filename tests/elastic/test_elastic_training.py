@@ -19,7 +19,7 @@ from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.elastic.train.choices import axes_of, masks_of
 from nemotron_h_hf.elastic.train.curriculum import draw, shorter, stages_of
 from nemotron_h_hf.elastic.train.expected_cost import ExpectedCost, router_loss
-from nemotron_h_hf.elastic.train.routed import Route, RoutedModel
+from nemotron_h_hf.elastic.train.routed_model import Route, RoutedModel
 from nemotron_h_hf.elastic.train.router import Router, RouterSettings, budget_vector, choose
 from nemotron_h_hf.elastic.train.trained_budgets import elastic_after, single_sizes
 from nemotron_h_hf.elastic.train.trainer import ROUTER_FILE, ElasticTrainer

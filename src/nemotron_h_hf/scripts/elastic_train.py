@@ -43,7 +43,7 @@ from nemotron_h_hf.elastic.train.choices import Axis, axes_of
 from nemotron_h_hf.elastic.train.curriculum import stages_of
 from nemotron_h_hf.elastic.train.expected_cost import DEAD_ZONE, ExpectedCost
 from nemotron_h_hf.elastic.train.latency import measure_latency
-from nemotron_h_hf.elastic.train.routed import Route
+from nemotron_h_hf.elastic.train.routed_model import Route
 from nemotron_h_hf.elastic.train.router import RouterSettings
 from nemotron_h_hf.elastic.train.trained_budgets import elastic_after, single_sizes
 from nemotron_h_hf.elastic.train.trainer import ROUTER_FILE, ElasticTrainer, save_router

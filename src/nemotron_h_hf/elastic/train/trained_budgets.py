@@ -11,7 +11,7 @@ from ..budgets import Elastic, read_elastic
 from ..child import Child, child_of
 from .choices import Axis, budget_of
 from .expected_cost import choices_of
-from .routed import Route
+from .routed_model import Route
 
 logger = logging.get_logger(__name__)
 

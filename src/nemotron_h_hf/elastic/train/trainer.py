@@ -37,7 +37,7 @@ from ...whole_files import whole_file
 from ..child import Child
 from .choices import DEPTH
 from .curriculum import Stage, draw, shorter, stage_at
-from .routed import ROUTER, Route, RoutedModel
+from .routed_model import ROUTER, Route, RoutedModel
 
 ROUTER_FILE = "router.safetensors"
 SUMS = ("kl", "cross_entropy", "items", "router_loss", "micro_steps")  # of each budget since the last line of the log
