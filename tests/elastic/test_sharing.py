@@ -13,7 +13,7 @@ from nemotron_h_hf import NemotronHElasticForCausalLM, NemotronHForCausalLM
 from nemotron_h_hf.cost import cache_bytes, weight_bytes
 from nemotron_h_hf.elastic.budgets import Budget, read_elastic
 from nemotron_h_hf.elastic.live import parent as sharing
-from nemotron_h_hf.elastic.live.layout import Sizes, block_size, head_order, in_proj_order, nested
+from nemotron_h_hf.elastic.live.prefix_order import Sizes, block_size, head_order, in_proj_order, nested
 from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.manifest import NAME as MANIFEST_NAME
 from nemotron_h_hf.manifest import check_manifest

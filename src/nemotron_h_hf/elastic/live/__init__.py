@@ -1,7 +1,7 @@
 """A parent and its nested models in one memory image: laid out, run and saved.
 
 parent.py            NemotronHElasticForCausalLM and its submodels
-layout.py            the order of the weights in memory, in which each budget is a prefix
+prefix_order.py      the order of the weights in memory, in which each budget is a prefix
 ordered_linear.py    a Linear with its weight in that order
 views.py             the tensors of a submodel: views where possible, otherwise copies
 generating.py        a budget per call or row, and schedules

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...model.linear import multiply
-from .layout import Order, block_size, positions
+from .prefix_order import Order, block_size, positions
 
 
 class Gather(nn.Module):

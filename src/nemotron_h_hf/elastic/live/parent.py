@@ -40,8 +40,8 @@ from ..child import Child
 from ..cut.other_readers import nearest_expressible
 from ..resolve import Request, resolve
 from .generating import BudgetSchedule, generate_by, generate_rows, generate_schedule
-from .layout import live_orders
 from .ordered_linear import arranged, ordered
+from .prefix_order import live_orders
 from .saving import check_plain, write_ordinary
 from .views import Tie, tie_tensors
 
