@@ -43,7 +43,7 @@ from .generating import BudgetSchedule, generate_by, generate_rows, generate_sch
 from .ordered_linear import arranged, ordered
 from .prefix_order import live_orders
 from .saving import check_plain, write_ordinary
-from .views import Tie, tie_tensors
+from .tied_tensors import Tie, tie_tensors
 
 logger = logging.get_logger(__name__)
 

@@ -17,7 +17,7 @@ from ...model.weights import FLOATS, TensorSpec, find_tensors, read_name
 from ...units import parse_bytes
 from ...whole_files import write_text
 from .ordered_linear import OrderedLinear
-from .views import find, tensor_of
+from .tied_tensors import find, tensor_of
 
 
 def check_plain(model: nn.Module) -> None:
