@@ -13,7 +13,7 @@ formats.py             which format a folder is
 torch_dist.py          reads distributed checkpoints
 legacy.py              reads the older rank files
 sharded_run.py         reads checkpoints that FSDP wrote in parts
-source.py              a checkpoint as one lazy mapping
+source_checkpoint.py   a checkpoint as one lazy mapping
 torchzip.py            torch.save's files in pieces
 unpickle.py            pickles without executing them
 plan.py                what will be done, tensor by tensor

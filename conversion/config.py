@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from nemotron_h_hf.inputs import read_json
 from nemotron_h_hf.model.configuration_nemotron_h import SYNONYMS, NemotronHConfig
 
-from .source import MegatronCheckpoint, naming
+from .source_checkpoint import MegatronCheckpoint, naming
 
 # argument (and its other spellings) -> field of the configuration
 FIELDS = {

@@ -22,7 +22,7 @@ from . import config as configs
 from . import formats, verify
 from .plan import Plan, plan_to_hf, plan_to_megatron
 from .report import JSON_NAME, TABLE_NAME, Report, add_plan, add_written, finished_before, parse_dtype
-from .source import MegatronCheckpoint
+from .source_checkpoint import MegatronCheckpoint
 from .write_hf import write_config, write_hf
 from .write_legacy import write_ranks
 from .write_megatron import FOLDER, Layout, Written, check_cuts

@@ -11,7 +11,7 @@ import yaml
 from nemotron_h_hf.inputs import read_json
 
 from . import legacy, torch_dist, torchzip
-from .source import MegatronCheckpoint, naming
+from .source_checkpoint import MegatronCheckpoint, naming
 from .unpickle import StandIn
 
 TRACKER = "latest_checkpointed_iteration.txt"

@@ -20,7 +20,7 @@ from typing import Any
 from . import torchzip
 from .layouts import expert_range, rank_ranges
 from .names import COLUMNS, COPY, PARTS, Place, place
-from .source import Entry, MegatronCheckpoint, Piece
+from .source_checkpoint import Entry, MegatronCheckpoint, Piece
 from .torch_dist import skip_reason
 from .unpickle import Extent, StandIn
 

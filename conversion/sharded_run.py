@@ -19,7 +19,7 @@ from nemotron_h_hf.model.weights import Checkpoint, Name, TensorSpec, read_name
 from nemotron_h_hf.resumable import TOKENIZER_FILES, copy_files
 from nemotron_h_hf.whole_files import write_text
 
-from .source import Entry, MegatronCheckpoint, Piece
+from .source_checkpoint import Entry, MegatronCheckpoint, Piece
 from .torch_dist import chunks_of, pieces_by_expert, read_metadata
 
 WEIGHTS_FOLDER = "pytorch_model_fsdp_0"

@@ -18,7 +18,7 @@ import torch
 
 from . import torchzip, unpickle
 from .names import BLOCKS, PARTS, place
-from .source import Chunk, Entry, MegatronCheckpoint, Piece
+from .source_checkpoint import Chunk, Entry, MegatronCheckpoint, Piece
 from .unpickle import StandIn
 
 SKIPPED = (

@@ -19,7 +19,7 @@ from nemotron_h_hf.whole_files import write_text
 
 from .formats import read_megatron
 from .plan import Plan, plan_to_hf, some, to_hf
-from .source import MegatronCheckpoint
+from .source_checkpoint import MegatronCheckpoint
 from .torch_dist import inside
 
 PROBE_TOKENS = 24

@@ -15,7 +15,7 @@ import pytest
 import torch
 from megatron_fixtures import FIXTURES, assert_same
 from nemotron_h_hf.conversion import convert, read_megatron
-from nemotron_h_hf.conversion.source import MegatronCheckpoint
+from nemotron_h_hf.conversion.source_checkpoint import MegatronCheckpoint
 
 SUPER = FIXTURES["super19_t1p1_torch_dist"]
 OPTIONS = {"max_shard_size": "60KB"}

@@ -14,7 +14,7 @@ import torch
 from megatron_fixtures import FIXTURES
 from nemotron_h_hf.conversion import torchzip
 from nemotron_h_hf.conversion.convert import convert
-from nemotron_h_hf.conversion.source import naming
+from nemotron_h_hf.conversion.source_checkpoint import naming
 from nemotron_h_hf.conversion.torch_dist import check_tiling
 from safetensors import SafetensorError
 from safetensors.torch import load_file

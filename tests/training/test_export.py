@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from nemotron_h_hf.conversion import sharded_run
-from nemotron_h_hf.conversion.source import MegatronCheckpoint
+from nemotron_h_hf.conversion.source_checkpoint import MegatronCheckpoint
 from peft import get_peft_model_state_dict
 from tiny import prompt, tiny_model
 from transformers import AutoTokenizer
