@@ -18,7 +18,7 @@ torchzip.py            torch.save's files in pieces
 unpickle.py            pickles without executing them
 plan.py                what will be done, tensor by tensor
 convert.py             both directions in one call
-stream.py              reads the next tensor while one is written
+read_ahead.py          reads the next tensor while one is written
 write_hf.py            writes Hugging Face checkpoints
 write_megatron.py      what both Megatron formats share
 write_torch_dist.py    writes distributed checkpoints

@@ -13,7 +13,7 @@ from nemotron_h_hf.resumable import TOKENIZER_FILES, Journal, copy_files, write_
 from nemotron_h_hf.whole_files import write_text
 
 from .plan import Job, Plan, to_hf
-from .stream import ahead
+from .read_ahead import ahead
 from .write_megatron import Written
 
 

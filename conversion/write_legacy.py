@@ -30,7 +30,7 @@ from .layouts import cut_for_rank, expert_range
 from .legacy import FILE_NAME
 from .names import COLUMNS, COPY
 from .plan import Job, Plan, to_megatron
-from .stream import ahead
+from .read_ahead import ahead
 from .torchzip import Later
 from .write_megatron import Layout, Read, Written, cut_sizes, extra_states, namespace, stage_sizes
 

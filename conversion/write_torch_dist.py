@@ -34,7 +34,7 @@ from . import torchzip
 from .layouts import split_parts
 from .names import PARTS
 from .plan import Job, Plan, to_megatron
-from .stream import ahead
+from .read_ahead import ahead
 from .torchzip import Later
 from .write_megatron import FOLDER, Layout, Read, Written, extra_states, namespace
 
