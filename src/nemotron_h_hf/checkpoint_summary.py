@@ -14,7 +14,7 @@ from .elastic.budgets import FIELDS_OF_KIND, SIZE_FIELDS, Budget, read_elastic
 from .elastic.child import Child, child_of
 from .model.configuration_nemotron_h import NemotronHConfig
 from .model.configuration_nemotron_h_vl import NemotronHNanoVLConfig, NemotronHOmniConfig, NemotronHVLConfig
-from .model.reading import read_json
+from .model.json_files import read_json
 from .model.weights import DTYPES, Stored, files_of, read_header, read_name
 from .vision_summary import VisionFacts, describe_vision
 

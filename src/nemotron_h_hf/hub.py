@@ -19,7 +19,7 @@ from .checkpoint_summary import LAYER_NAMES, Facts, describe, load_target
 from .manifest import NAME as MANIFEST_NAME
 from .model.configuration_nemotron_h import with_plain_limit
 from .model.configuration_nemotron_h_vl import NemotronHNanoVLConfig, NemotronHOmniConfig, NemotronHVLConfig
-from .model.reading import read_json
+from .model.json_files import read_json
 from .model.weights import read_index
 from .resumable import TOKENIZER_FILES, with_plain_tokenizer_class
 from .units import human_bytes, human_count

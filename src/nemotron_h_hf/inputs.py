@@ -12,7 +12,7 @@ import torch
 import yaml
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .model.reading import read_json
+from .model.json_files import read_json
 from .model.weights import open_tensors, read_checked, read_index, tensors_digest
 
 __all__ = [

@@ -18,8 +18,8 @@ from typing import Any
 
 from transformers.utils import cached_file
 
+from .model.json_files import read_json
 from .model.loading import HUB_ARGUMENTS
-from .model.reading import read_json
 from .model.weights import PIECE_BYTES, Stored, find_tensors
 
 NAME = "elastic_manifest.json"

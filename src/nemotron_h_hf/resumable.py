@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from .checkpoint import Digest, ShardWriter, pieces, write_index
-from .model.reading import read_json
+from .model.json_files import read_json
 from .model.weights import Checkpoint, TensorSpec, byte_view
 from .output_folders import is_empty
 from .whole_files import whole_file, write_text

@@ -38,7 +38,7 @@ triton_launch.py               Triton: what every launch needs
 decode_graph.py                one token per row, replayed from a CUDA graph
 
 loading.py                     checks before loading, names of stored tensors
-reading.py                     JSON files, with errors that name the file
+json_files.py                  JSON files, with errors that name the file
 weights.py                     reads safetensors headers, indexes and rows; names in files and in modules; dtypes
 saving.py                      saves all or nothing: staged inside the target, then renamed
 peft_support.py                LoRA on out_proj

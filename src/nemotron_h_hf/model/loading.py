@@ -24,7 +24,7 @@ from transformers.conversion_mapping import register_checkpoint_conversion_mappi
 from transformers.core_model_loading import MergeModulelist, WeightConverter, WeightRenaming
 from transformers.utils import logging
 
-from .reading import read_json
+from .json_files import read_json
 from .weights import FLOATS, INDEX_NAME, NO_WEIGHTS, Name, Stored, files_of, read_header, read_index, read_name
 
 logger = logging.get_logger(__name__)
