@@ -26,8 +26,10 @@ BYTES_PER_ELEMENT = {
     "bfloat16": 2,
     "float16": 2,
     "float8_e4m3fn": 1,
+    "nvfp4": 0.5625,
+    "fp4": 0.5,
 }
-"""Stored bytes of one element, by torch's name of the dtype."""
+"""Stored bytes of one element, by torch's name of the dtype; nvfp4 has a scale of one byte for every 16 elements."""
 
 KINDS = (
     "embeddings",
@@ -99,10 +101,10 @@ def num_checkpoint_tensors(config: NemotronHConfig) -> int:
 
 def weight_bytes(config: NemotronHConfig, dtype: str = "bfloat16") -> int:
     """Bytes of all weights stored in `dtype`; the router's correction bias is float32 in every release."""
-    return sum(stored_bytes(tensor, dtype) for tensor in checkpoint_tensors(config))
+    return math.ceil(sum(stored_bytes(tensor, dtype) for tensor in checkpoint_tensors(config)))
 
 
-def stored_bytes(tensor: WeightShape, dtype: str) -> int:
+def stored_bytes(tensor: WeightShape, dtype: str) -> float:
     """Bytes of one tensor (and its copies) of a checkpoint in `dtype`."""
     in_float32 = tensor.name.endswith("e_score_correction_bias")
     return tensor.num_elements * (4 if in_float32 else bytes_per_element(dtype))
@@ -213,7 +215,7 @@ def _matrix_elements_per_token(config: NemotronHConfig, first_layer: int) -> flo
     return elements
 
 
-def bytes_per_element(dtype: str) -> int:
+def bytes_per_element(dtype: str) -> float:
     """Bytes of one element of `dtype`, named as in torch but without `torch.`."""
     if dtype not in BYTES_PER_ELEMENT:
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(BYTES_PER_ELEMENT)}")

@@ -4,6 +4,8 @@
     nemotron-h info nemotron-h-8b                     # a released shape, by preset
     nemotron-h info path/to/checkpoint --context 32768 --json
 
+    nemotron-h info nemotron-h-47b --context 1M --weights fp4 --kv fp8 --state bf16     # what a deployment takes
+
     nemotron-h info path/to/slice --checksums         # reads every tensor, compares it with elastic_manifest.json
 
 For a folder the headers of the safetensors files are read: dtypes and bytes are the stored ones, and files or tensors
@@ -20,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from nemotron_h_hf import EMBEDDED_MODEL, manifest
+from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig, manifest
 from nemotron_h_hf.checkpoint_summary import (
     LAYER_NAMES,
     BudgetFacts,
@@ -33,6 +35,7 @@ from nemotron_h_hf.checkpoint_summary import (
 )
 from nemotron_h_hf.cost import BYTES_PER_ELEMENT
 from nemotron_h_hf.inputs import finite
+from nemotron_h_hf.memory_model import PRECISIONS, Deployment, memory
 from nemotron_h_hf.model.loading import weight_files
 from nemotron_h_hf.units import TOKENS_HELP, human_bytes, human_count, tokens
 from nemotron_h_hf.vision_summary import VisionFacts
@@ -58,6 +61,7 @@ class InfoArguments:
     dtype: str | None
     json: bool
     checksums: bool
+    deployment: Deployment | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,9 +74,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         problems = find_changes(Path(arguments.target), arguments.checksums)
     budgets = describe_budgets(config, facts.dtype)
     if arguments.json:
-        print(json.dumps(as_json(facts, contents, problems, arguments, budgets), indent=2))
+        report = as_json(facts, contents, problems, arguments, budgets)
+        if arguments.deployment is not None:
+            taken = memory(config.get_text_config(), arguments.deployment)
+            report["deployment"] = {**asdict(arguments.deployment), "bytes": asdict(taken), "total_bytes": taken.total}
+        print(json.dumps(report, indent=2))
     else:
         print("\n".join(as_text(facts, contents, arguments, colour=sys.stdout.isatty())))
+        if arguments.deployment is not None:
+            print("\n".join(["", *deployment_lines(config.get_text_config(), arguments.deployment)]))
         if budgets:
             print("\n".join(["", *budget_lines(budgets, arguments.context)]))
         for line in shorten(problems):
@@ -95,7 +105,18 @@ def parse(argv: Sequence[str] | None) -> InfoArguments:
     parser.add_argument(
         "--checksums", action="store_true", help="compare every tensor of a folder with elastic_manifest.json"
     )
-    arguments = InfoArguments(**vars(parser.parse_args(argv)))
+    runs = parser.add_argument_group(
+        "a deployment", "with any of these: the bytes of weights and caches, each in its own precision, at --context"
+    )
+    parts = {"weights": "of the weights (bf16)", "kv": "of the KV cache (bf16)", "state": "of the SSM state (fp32)",
+             "conv": "of the convolution state (as the SSM state)"}  # fmt: skip
+    for name, about in parts.items():
+        runs.add_argument(f"--{name}", choices=tuple(PRECISIONS), help=about)
+    runs.add_argument("--sequences", type=int, help="how many at once (1)")
+    given = vars(parser.parse_args(argv))
+    asked = {name: value for name in (*parts, "sequences") if (value := given.pop(name)) is not None}
+    deployment = Deployment(**asked, num_tokens=given["context"]) if asked else None
+    arguments = InfoArguments(**given, deployment=deployment)
     if arguments.context < 1:
         raise ValueError(f"--context is {arguments.context}; it must be 1 or more")
     if not arguments.memory_gib > 0:
@@ -226,6 +247,16 @@ def memory_lines(facts: Facts, contents: Contents | None, arguments: InfoArgumen
         f"  one sequence      {human_bytes(facts.cache_bytes(context)):>12} at {context:,} tokens",
         f"  sequences of {context:,} tokens that fit next to the weights in {arguments.memory_gib:g} GiB: "
         f"{sequences_that_fit(facts, arguments):,} (activations not counted)",
+    ]
+
+
+def deployment_lines(config: NemotronHConfig, deployment: Deployment) -> list[str]:
+    """Bytes of each part to the hundredth of a GiB, as limits are close."""
+    taken = memory(config, deployment)
+    rows = {"weights": taken.weights, "KV cache": taken.kv, "SSM state": taken.state, "conv state": taken.conv,
+            "total": taken.total}  # fmt: skip
+    return [f"deployment ({deployment.describe()}; activations not counted)"] + [
+        f"  {name:<12}{num_bytes / 2**30:>12,.2f} GiB" for name, num_bytes in rows.items()
     ]
 
 
