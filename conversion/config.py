@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from nemotron_h_hf.inputs import read_json
 from nemotron_h_hf.model.configuration_nemotron_h import SYNONYMS, NemotronHConfig
 
-from .source_checkpoint import MegatronCheckpoint, naming
+from .source_checkpoint import SourceCheckpoint, naming
 
 # argument (and its other spellings) -> field of the configuration
 FIELDS = {
@@ -76,7 +76,7 @@ class Known(NamedTuple):
     source: str
 
 
-def derive(checkpoint: MegatronCheckpoint, extra: str | Path | None = None) -> tuple[NemotronHConfig, list[str]]:
+def derive(checkpoint: SourceCheckpoint, extra: str | Path | None = None) -> tuple[NemotronHConfig, list[str]]:
     """The configuration of a Megatron checkpoint, and remarks on what was not given.
 
     `extra` is a preset's name or the path of a config.json (or its folder).
@@ -88,7 +88,7 @@ def derive(checkpoint: MegatronCheckpoint, extra: str | Path | None = None) -> t
         return _derive(checkpoint, extra)
 
 
-def _derive(checkpoint: MegatronCheckpoint, extra: str | Path | None) -> tuple[NemotronHConfig, list[str]]:
+def _derive(checkpoint: SourceCheckpoint, extra: str | Path | None) -> tuple[NemotronHConfig, list[str]]:
     args = checkpoint.args
     known: dict[str, Known] = {}
     _merge(known, from_tensors(checkpoint))
@@ -139,7 +139,7 @@ def _merge(known: dict[str, Known], more: dict[str, Known], fill_only: set[str] 
             )
 
 
-def from_tensors(checkpoint: MegatronCheckpoint) -> dict[str, Known]:
+def from_tensors(checkpoint: SourceCheckpoint) -> dict[str, Known]:
     """What names and shapes say: the pattern and all sizes that are a whole axis of some tensor."""
     layers, mtp = _block_names(checkpoint)
     pattern = "".join(_letter(names, f"decoder.layers.{layer}") for layer, names in enumerate(layers))
@@ -209,7 +209,7 @@ MEASURES = tuple(
 )
 
 
-def _block_names(checkpoint: MegatronCheckpoint) -> tuple[list[set[str]], list[list[set[str]]]]:
+def _block_names(checkpoint: SourceCheckpoint) -> tuple[list[set[str]], list[list[set[str]]]]:
     """Names within each layer, and within each layer of each depth of multi-token prediction."""
     layers: dict[int, set[str]] = {}
     mtp: dict[int, dict[int, set[str]]] = {}
@@ -341,7 +341,7 @@ def _complete_attention(fields: dict[str, Any], known: dict[str, Known]) -> None
                 )
 
 
-def _complete_vocabulary(fields: dict[str, Any], checkpoint: MegatronCheckpoint) -> list[str]:
+def _complete_vocabulary(fields: dict[str, Any], checkpoint: SourceCheckpoint) -> list[str]:
     rows = fields.pop("padded_rows", None)
     if rows is None:
         raise ValueError(f"{checkpoint.path} has no embedding.word_embeddings.weight")

@@ -22,7 +22,7 @@ from . import config as configs
 from . import formats, verify
 from .plan import Plan, plan_to_hf, plan_to_megatron
 from .report import JSON_NAME, TABLE_NAME, Report, add_plan, add_written, finished_before, parse_dtype
-from .source_checkpoint import MegatronCheckpoint
+from .source_checkpoint import SourceCheckpoint
 from .write_hf import write_config, write_hf
 from .write_legacy import write_ranks
 from .write_megatron import FOLDER, Layout, Written, check_cuts
@@ -104,7 +104,7 @@ class Work(NamedTuple):
     folder: Path
     target: Path
     to: str
-    checkpoint: Checkpoint | MegatronCheckpoint
+    checkpoint: Checkpoint | SourceCheckpoint
     plan: Plan
     max_bytes: int
     layout: Layout
@@ -203,7 +203,7 @@ def _tokenizer(folder: str | Path | None) -> Path | None:
 
 def _plan_hf(
     source: str | Path, extra: str | Path | None, dtype: torch.dtype | None, allowed: Allowed, report: Report
-) -> tuple[MegatronCheckpoint, Plan]:
+) -> tuple[SourceCheckpoint, Plan]:
     checkpoint = formats.read_megatron(source)
     model, remarks = configs.derive(checkpoint, extra)
     if dtype is not None:

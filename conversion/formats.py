@@ -11,7 +11,7 @@ import yaml
 from nemotron_h_hf.inputs import read_json
 
 from . import legacy, torch_dist, torchzip
-from .source_checkpoint import MegatronCheckpoint, naming
+from .source_checkpoint import SourceCheckpoint, naming
 from .unpickle import StandIn
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -84,7 +84,7 @@ def _distributed(folder: Path) -> str:
     return "nemo2" if (folder.parent / "context").is_dir() else "torch_dist"
 
 
-def read_megatron(path: str | Path) -> MegatronCheckpoint:
+def read_megatron(path: str | Path) -> SourceCheckpoint:
     """Open a Megatron checkpoint of any format as a lazy mapping of global names to whole tensors.
 
     Nothing but the tables of contents is read before a tensor is asked for. Nothing in the checkpoint is executed.
@@ -99,7 +99,7 @@ def read_megatron(path: str | Path) -> MegatronCheckpoint:
         return legacy.open_folder(found.folder) if found.format == "torch" else _open_distributed(found)
 
 
-def _open_distributed(found: Found) -> MegatronCheckpoint:
+def _open_distributed(found: Found) -> SourceCheckpoint:
     table = torch_dist.read_metadata(found.folder)
     args, stand_ins = {}, []
     for read in (_args_from_yaml, _args_from_common, _args_from_objects):

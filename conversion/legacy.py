@@ -20,7 +20,7 @@ from typing import Any
 from . import torchzip
 from .layouts import expert_range, rank_ranges
 from .names import COLUMNS, COPY, PARTS, Place, place
-from .source_checkpoint import Entry, MegatronCheckpoint, Piece
+from .source_checkpoint import Entry, Piece, SourceCheckpoint
 from .torch_dist import skip_reason
 from .unpickle import Extent, StandIn
 
@@ -57,7 +57,7 @@ class RankFile:
     segments: list[dict[str, Extent]]
 
 
-def open_folder(folder: Path) -> MegatronCheckpoint:
+def open_folder(folder: Path) -> SourceCheckpoint:
     """The weights of a legacy checkpoint; of the rank files only the pickles are read yet.
 
     Raises:
@@ -84,7 +84,7 @@ def open_folder(folder: Path) -> MegatronCheckpoint:
         covered = sum(math.prod(piece.box) for piece in entry.pieces)
         if covered != math.prod(entry.shape):
             raise ValueError(f"{folder}: {name} has {covered} of {math.prod(entry.shape)} elements; a rank is missing")
-    checkpoint = MegatronCheckpoint(folder, "torch", entries, args)
+    checkpoint = SourceCheckpoint(folder, "torch", entries, args)
     checkpoint.ignored, checkpoint.stand_ins = ignored, sorted(stand_ins)
     checkpoint.notes.append(
         f"tensor, pipeline, expert, expert-tensor parallel: {grid.tp}, {grid.pp}, {grid.ep}, {grid.etp}"

@@ -21,7 +21,7 @@ from nemotron_h_hf.model.weights import Checkpoint, TensorSpec
 
 from . import layouts
 from .names import PARTS, QKV, VOCAB, Link, links
-from .source_checkpoint import MegatronCheckpoint
+from .source_checkpoint import SourceCheckpoint
 
 KEPT_FLOAT32 = "e_score_correction_bias"  # the router's bias chooses experts; every release stores it in float32
 
@@ -70,7 +70,7 @@ class Plan:
 
 
 def plan_to_hf(
-    checkpoint: MegatronCheckpoint,
+    checkpoint: SourceCheckpoint,
     config: NemotronHConfig,
     dtype: torch.dtype | None = None,
     allow_unused: Sequence[str] = (),

@@ -19,7 +19,7 @@ from nemotron_h_hf.model.weights import Checkpoint, Name, TensorSpec, read_name
 from nemotron_h_hf.resumable import TOKENIZER_FILES, copy_files
 from nemotron_h_hf.whole_files import write_text
 
-from .source_checkpoint import Entry, MegatronCheckpoint, Piece
+from .source_checkpoint import Entry, Piece, SourceCheckpoint
 from .torch_dist import chunks_of, pieces_by_expert, read_metadata
 
 WEIGHTS_FOLDER = "pytorch_model_fsdp_0"
@@ -64,7 +64,7 @@ def export_run(
     return len(specs)
 
 
-def open_sharded(folder: Path) -> MegatronCheckpoint:
+def open_sharded(folder: Path) -> SourceCheckpoint:
     """The weights under released names (`backbone.`, one matrix per expert), each read when asked for.
 
     Raises:
@@ -84,7 +84,7 @@ def open_sharded(folder: Path) -> MegatronCheckpoint:
             entries[name.released] = Entry(
                 dtype, shape, [Piece(chunk, 0, box or (1,), corner or (0,)) for corner, box, chunk in found]
             )
-    return MegatronCheckpoint(folder, "fsdp", entries, {})
+    return SourceCheckpoint(folder, "fsdp", entries, {})
 
 
 def plain_name(key: str) -> Name:

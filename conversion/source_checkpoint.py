@@ -81,7 +81,7 @@ class Entry:
         return sorted({"/".join(piece.stored.path.parts[-2:]) for piece in self.pieces})
 
 
-class MegatronCheckpoint(Mapping[str, Tensor]):
+class SourceCheckpoint(Mapping[str, Tensor]):
     """What `read_megatron` gives: a mapping of Megatron's global names to whole tensors, each read when asked for.
 
     args       the training arguments, as far as the checkpoint has them

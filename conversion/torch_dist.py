@@ -18,7 +18,7 @@ import torch
 
 from . import torchzip, unpickle
 from .names import BLOCKS, PARTS, place
-from .source_checkpoint import Chunk, Entry, MegatronCheckpoint, Piece
+from .source_checkpoint import Chunk, Entry, Piece, SourceCheckpoint
 from .unpickle import StandIn
 
 SKIPPED = (
@@ -44,7 +44,7 @@ class Table:
     stand_ins: list[str]
 
 
-def open_folder(folder: Path, format_name: str, args: dict[str, Any], table: Table) -> MegatronCheckpoint:
+def open_folder(folder: Path, format_name: str, args: dict[str, Any], table: Table) -> SourceCheckpoint:
     """The weights of a distributed checkpoint with this `.metadata`; none is read yet.
 
     Raises:
@@ -57,7 +57,7 @@ def open_folder(folder: Path, format_name: str, args: dict[str, Any], table: Tab
     wanted = {key: value for key, value in table.tensors.items() if key not in ignored}
     chunks = chunks_of(folder, wanted, table)
     _assemble({key.removeprefix(prefix): value for key, value in chunks.items()}, wanted, prefix, entries)
-    checkpoint = MegatronCheckpoint(folder, format_name, entries, args)
+    checkpoint = SourceCheckpoint(folder, format_name, entries, args)
     checkpoint.ignored, checkpoint.stand_ins = ignored, table.stand_ins
     return checkpoint
 

@@ -19,20 +19,20 @@ from nemotron_h_hf.whole_files import write_text
 
 from .formats import read_megatron
 from .plan import Plan, plan_to_hf, some, to_hf
-from .source_checkpoint import MegatronCheckpoint
+from .source_checkpoint import SourceCheckpoint
 from .torch_dist import inside
 
 PROBE_TOKENS = 24
 
 
-def check_source(folder: Path, source: Checkpoint | MegatronCheckpoint) -> None:
+def check_source(folder: Path, source: Checkpoint | SourceCheckpoint) -> None:
     """Compare a source with every checksum that it has: integrity.json, and those of the zips of Megatron's files.
 
     Raises:
         ValueError: naming the file that differs.
     """
     check_integrity(folder)
-    if isinstance(source, MegatronCheckpoint):
+    if isinstance(source, SourceCheckpoint):
         source.check_records()
 
 
@@ -62,7 +62,7 @@ def check_integrity(folder: Path) -> None:
 
 
 def check_output(
-    target: Path, to: str, digests: dict[str, Digest], plan: Plan, source: Checkpoint | MegatronCheckpoint
+    target: Path, to: str, digests: dict[str, Digest], plan: Plan, source: Checkpoint | SourceCheckpoint
 ) -> None:
     """Read everything that was written again.
 
@@ -84,7 +84,7 @@ def check_output(
         raise ValueError(f"{target} does not hold what was written: {some(wrong)}")
 
 
-def _differences(written: MegatronCheckpoint, source: Checkpoint, plan: Plan) -> list[str]:
+def _differences(written: SourceCheckpoint, source: Checkpoint, plan: Plan) -> list[str]:
     """Names of the source's tensors that do not come back from a written Megatron checkpoint bit by bit."""
     wrong = []
     stored = {spec.name for job in plan.jobs for spec in job.sources}

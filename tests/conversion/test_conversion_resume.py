@@ -15,7 +15,7 @@ import pytest
 import torch
 from megatron_fixtures import FIXTURES, assert_same
 from nemotron_h_hf.conversion import convert, read_megatron
-from nemotron_h_hf.conversion.source_checkpoint import MegatronCheckpoint
+from nemotron_h_hf.conversion.source_checkpoint import SourceCheckpoint
 
 SUPER = FIXTURES["super19_t1p1_torch_dist"]
 OPTIONS = {"max_shard_size": "60KB"}
@@ -25,7 +25,7 @@ class Stopped(Exception):
     """In the place of a crash."""
 
 
-def stop_after(monkeypatch, count: int, kind: type = MegatronCheckpoint) -> None:
+def stop_after(monkeypatch, count: int, kind: type = SourceCheckpoint) -> None:
     """Let reading fail after `count` tensors."""
     real, seen = kind.__getitem__, []
 
@@ -166,7 +166,7 @@ def test_into_the_source_is_refused(tmp_path):
 
 def test_a_second_conversion_to_one_target_is_refused(tmp_path, monkeypatch):
     """While the first one writes; in another thread, which counts as another run."""
-    real, met = MegatronCheckpoint.__getitem__, []
+    real, met = SourceCheckpoint.__getitem__, []
 
     def read(self, name):
         if not met:
@@ -175,7 +175,7 @@ def test_a_second_conversion_to_one_target_is_refused(tmp_path, monkeypatch):
                 met[0] = pool.submit(convert, SUPER.path, tmp_path / "hf", **OPTIONS).exception()
         return real(self, name)
 
-    monkeypatch.setattr(MegatronCheckpoint, "__getitem__", read)
+    monkeypatch.setattr(SourceCheckpoint, "__getitem__", read)
     convert(SUPER.path, tmp_path / "hf", **OPTIONS)
     assert isinstance(met[0], BlockingIOError) and "another run is writing here" in str(met[0])
     assert_same(tmp_path / "hf", SUPER.expected())

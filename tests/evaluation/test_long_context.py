@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from nemotron_h_hf import EMBEDDED_MODEL
 from nemotron_h_hf.evaluation import answering, long_context, texts
-from nemotron_h_hf.evaluation.long_context import TASKS, Plan, largest_size, sample, score
+from nemotron_h_hf.evaluation.long_context import TASKS, LongContextPlan, largest_size, sample, score
 from nemotron_h_hf.evaluation.sample_records import Records
 
 TOKENIZER = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
@@ -77,9 +77,11 @@ def guesser(prompts: list[list[int]], max_new_tokens: int) -> list[str]:
     return [f"{rng.randrange(10**6, 10**7)} {''.join(rng.choices(letters, k=6))} in the text" for _ in prompts]
 
 
-def plan(**changes) -> Plan:
+def plan(**changes) -> LongContextPlan:
     names = tuple(task.name for task in TASKS)
-    return Plan(**{"tasks": names, "lengths": (1024,), "depths": DEPTHS, "num_samples": 2, "seed": 0, **changes})
+    return LongContextPlan(
+        **{"tasks": names, "lengths": (1024,), "depths": DEPTHS, "num_samples": 2, "seed": 0, **changes}
+    )
 
 
 # Making questions

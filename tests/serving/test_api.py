@@ -136,7 +136,7 @@ def test_models_are_the_parent_and_its_budgets(client, server, parent):
         600,
     )
     assert small.parameters == sum(t.numel() for t in parent.submodel("small").state_dict().values())
-    orders = server[1].budgets.image_bytes() - entries["tiny"].bytes  # where heads lie in memory, layout.py
+    orders = server[1].budgets.image_bytes() - entries["tiny"].bytes  # where heads lie in memory, prefix_order.py
     assert 0 <= orders < 0.01 * entries["tiny"].bytes
     with pytest.raises(openai.NotFoundError, match="tiny:large, tiny:small"):
         client.models.retrieve("tiny:none")

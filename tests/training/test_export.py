@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from nemotron_h_hf.conversion import sharded_run
-from nemotron_h_hf.conversion.source_checkpoint import MegatronCheckpoint
+from nemotron_h_hf.conversion.source_checkpoint import SourceCheckpoint
 from peft import get_peft_model_state_dict
 from tiny import prompt, tiny_model
 from transformers import AutoTokenizer
@@ -62,7 +62,7 @@ def test_dtype_and_shards(tmp_path):
 def test_one_tensor_in_memory_at_a_time(tmp_path, monkeypatch):
     checkpoint = write_sharded(tmp_path / "checkpoint-3", tiny_model("moe"))
     alive, most = weakref.WeakSet(), 0
-    read = MegatronCheckpoint.__getitem__
+    read = SourceCheckpoint.__getitem__
 
     def counted(self, name):
         nonlocal most
@@ -71,7 +71,7 @@ def test_one_tensor_in_memory_at_a_time(tmp_path, monkeypatch):
         most = max(most, len(alive))
         return tensor
 
-    monkeypatch.setattr(MegatronCheckpoint, "__getitem__", counted)
+    monkeypatch.setattr(SourceCheckpoint, "__getitem__", counted)
     count = sharded_run.export_run(checkpoint, tmp_path / "model")
     assert count > 50 and most <= 2
 

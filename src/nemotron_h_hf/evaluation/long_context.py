@@ -130,7 +130,7 @@ def score(expected: Sequence[str], answer: str) -> float:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LongContextPlan:
     """What is asked: tasks by name, lengths in tokens, depths as shares, samples per task, length (and depth)."""
 
     tasks: tuple[str, ...]
@@ -140,7 +140,7 @@ class Plan:
     seed: int
 
 
-def evaluate(plan: Plan, prose: Prose, encode: Encode, answer: Answer, records: Records) -> list[dict]:
+def evaluate(plan: LongContextPlan, prose: Prose, encode: Encode, answer: Answer, records: Records) -> list[dict]:
     """Ask everything that has no record yet; returns the records of the plan. Short prompts come first."""
     tasks = [task for task in TASKS if task.name in plan.tasks]
     rounds = [
@@ -157,7 +157,14 @@ def evaluate(plan: Plan, prose: Prose, encode: Encode, answer: Answer, records: 
 
 
 def _ask_at_depths(
-    task: Task, length: int, index: int, plan: Plan, prose: Prose, encode: Encode, answer: Answer, records: Records
+    task: Task,
+    length: int,
+    index: int,
+    plan: LongContextPlan,
+    prose: Prose,
+    encode: Encode,
+    answer: Answer,
+    records: Records,
 ) -> list[dict]:
     """The samples of one key together, for the answerer to share what their prompts have in common."""
     depths = plan.depths if task.by_depth else (None,)

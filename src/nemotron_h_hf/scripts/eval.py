@@ -266,7 +266,7 @@ def run_long_context(
         prose = texts.prose_of(d.text for d in read_documents() if d.name.startswith(TOPICS_FILE))
     digest = texts.digest(" ".join(sentence) for sentence in prose.sentences)
     claim(arguments.output, "long_context.json", {"haystack": digest, "seed": arguments.seed, "chat": arguments.chat})
-    plan = long_context.Plan(
+    plan = long_context.LongContextPlan(
         LONG_NAMES if "long" in arguments.tasks else arguments.tasks,
         arguments.lengths, arguments.depths, arguments.limit or DEFAULT_SAMPLES, arguments.seed,
     )  # fmt: skip

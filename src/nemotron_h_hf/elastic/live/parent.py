@@ -5,7 +5,7 @@
     parent.generate(**prompt, assistant_model=small)
     parent.generate(**prompt, budget="6b")                                     # generating.py
 
-The parent keeps some weights in another order (layout.py), established on loading and undone on saving:
+The parent keeps some weights in another order (prefix_order.py), established on loading and undone on saving:
 `save_pretrained` and `state_dict` give the ordinary tensors. It computes the same function, with the same modules, cache and
 kernels, and adapters made for the ordinary model fit it.
 

@@ -26,7 +26,7 @@ from ..budgets import read_elastic
 from ..child import child_of
 
 
-class Sizes(NamedTuple):
+class KeptHeads(NamedTuple):
     """What a budget keeps of a Mamba layer, or of an attention layer, whose groups are its key/value heads."""
 
     heads: int  # of each group
@@ -48,7 +48,7 @@ def live_orders(config: NemotronHConfig) -> dict[str, Order]:
     for index, kind in enumerate(config.layers_block_type):
         prefix = f"model.layers.{index}.mixer."
         if kind == "linear_attention":
-            whole = Sizes(
+            whole = KeptHeads(
                 config.size("mamba_num_heads", index) // config.n_groups, config.size("mamba_head_dim", index)
             )
             chain = nested([whole, *budgets.get(index, ())])
@@ -58,35 +58,35 @@ def live_orders(config: NemotronHConfig) -> dict[str, Order]:
             orders[prefix + "out_proj"] = Order(None, head_order(chain, config.n_groups))
         elif kind == "full_attention":
             groups = config.num_key_value_heads
-            heads = Sizes(config.size("num_attention_heads", index) // groups, groups * config.head_dim)
+            heads = KeptHeads(config.size("num_attention_heads", index) // groups, groups * config.head_dim)
             order = query_order(nested([heads, *budgets.get(index, ())]), groups)
             orders[prefix + "q_proj"], orders[prefix + "o_proj"] = Order(order), Order(None, order)
     return orders
 
 
-def nested(sizes: Iterable[Sizes]) -> list[Sizes]:
+def nested(sizes: Iterable[KeptHeads]) -> list[KeptHeads]:
     """The sizes that each hold the one before, smallest first. Of two that do not fit, the larger stays, or the one of
     longer heads."""
-    chain: list[Sizes] = []
+    chain: list[KeptHeads] = []
     for size in sorted(set(sizes), key=lambda size: (size.heads * size.channels, size.channels), reverse=True):
         if not chain or (size.heads <= chain[-1].heads and size.channels <= chain[-1].channels):
             chain.append(size)
     return chain[::-1]
 
 
-def head_order(chain: list[Sizes], num_groups: int) -> Tensor:
+def head_order(chain: list[KeptHeads], num_groups: int) -> Tensor:
     """Order of (heads x channels) rows: (r * g * p)."""
     return torch.cat([heads.flatten() for heads in _pieces(chain, _by_head(chain[-1], num_groups))])
 
 
-def query_order(chain: list[Sizes], num_groups: int) -> Tensor:
+def query_order(chain: list[KeptHeads], num_groups: int) -> Tensor:
     """Order of attention's (query heads x channels) rows: (r * g * p)."""
     whole = chain[-1]
-    index = _by_head(Sizes(whole.heads, whole.channels // num_groups), num_groups)
+    index = _by_head(KeptHeads(whole.heads, whole.channels // num_groups), num_groups)
     return torch.cat([heads.flatten() for heads in _pieces(chain, index.flatten(1).unsqueeze(1))])
 
 
-def in_proj_order(chain: list[Sizes], num_groups: int, state_rows: int) -> Tensor:
+def in_proj_order(chain: list[KeptHeads], num_groups: int, state_rows: int) -> Tensor:
     """Order of in_proj's rows, which files keep as gate, x, B and C (`state_rows`), dt."""
     whole = chain[-1]
     inner = whole.heads * whole.channels * num_groups
@@ -111,15 +111,15 @@ def block_size(places: Tensor) -> int:
     return math.gcd(len(places), *starts.tolist(), *places[starts].tolist())
 
 
-def _by_head(whole: Sizes, num_groups: int) -> Tensor:
+def _by_head(whole: KeptHeads, num_groups: int) -> Tensor:
     """(r, g, p): the ordinary index of each channel; files have them group by group."""
     index = torch.arange(whole.heads * whole.channels * num_groups, device="cpu")
     return index.view(num_groups, whole.heads, whole.channels).transpose(0, 1)
 
 
-def _pieces(chain: list[Sizes], index: Tensor) -> Iterable[Tensor]:
+def _pieces(chain: list[KeptHeads], index: Tensor) -> Iterable[Tensor]:
     """Of `index` (r, g, p), what each size of the chain adds to the one before: longer heads, then more heads."""
-    before = Sizes(0, 0)
+    before = KeptHeads(0, 0)
     for size in chain:
         if before.heads and size.channels > before.channels:
             yield index[: before.heads, :, before.channels : size.channels]
@@ -128,17 +128,17 @@ def _pieces(chain: list[Sizes], index: Tensor) -> Iterable[Tensor]:
         before = size
 
 
-def _sizes_of_budgets(config: NemotronHConfig) -> dict[int, list[Sizes]]:
+def _sizes_of_budgets(config: NemotronHConfig) -> dict[int, list[KeptHeads]]:
     """Mamba or attention layer -> what each of the budgets keeps of it."""
-    found: dict[int, list[Sizes]] = {}
+    found: dict[int, list[KeptHeads]] = {}
     for budget in read_elastic(config).budgets.values() if config.elastic else ():
         child = child_of(config, budget)
         for own, index in enumerate(child.layers):
             if config.layers_block_type[index] == "linear_attention":
                 heads = child.config.size("mamba_num_heads", own) // config.n_groups
-                found.setdefault(index, []).append(Sizes(heads, child.config.size("mamba_head_dim", own)))
+                found.setdefault(index, []).append(KeptHeads(heads, child.config.size("mamba_head_dim", own)))
             elif config.layers_block_type[index] == "full_attention":
                 groups = child.config.num_key_value_heads
                 heads = child.config.size("num_attention_heads", own) // groups
-                found.setdefault(index, []).append(Sizes(heads, groups * config.head_dim))
+                found.setdefault(index, []).append(KeptHeads(heads, groups * config.head_dim))
     return found
