@@ -13,7 +13,7 @@ from nemotron_h_hf import NemotronHElasticForCausalLM, NemotronHForCausalLM
 from nemotron_h_hf.cost import cache_bytes, weight_bytes
 from nemotron_h_hf.elastic.budgets import Budget, read_elastic
 from nemotron_h_hf.elastic.live import parent as sharing
-from nemotron_h_hf.elastic.live.prefix_order import Sizes, block_size, head_order, in_proj_order, nested
+from nemotron_h_hf.elastic.live.prefix_order import KeptHeads, block_size, head_order, in_proj_order, nested
 from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.manifest import NAME as MANIFEST_NAME
 from nemotron_h_hf.manifest import check_manifest
@@ -382,8 +382,8 @@ def test_unknown_budgets():
 
 
 def test_orders_are_permutations_and_prefixes():
-    chain = nested([Sizes(6, 8), Sizes(2, 4), Sizes(3, 6), Sizes(2, 8)])
-    assert chain == [Sizes(2, 4), Sizes(3, 6), Sizes(6, 8)]
+    chain = nested([KeptHeads(6, 8), KeptHeads(2, 4), KeptHeads(3, 6), KeptHeads(2, 8)])
+    assert chain == [KeptHeads(2, 4), KeptHeads(3, 6), KeptHeads(6, 8)]
     order, ordinary = head_order(chain, 2), torch.arange(2 * 6 * 8).view(2, 6, 8)
     assert torch.equal(order.sort().values, torch.arange(96))
     for size in chain:
@@ -395,7 +395,7 @@ def test_orders_are_permutations_and_prefixes():
 
 
 def test_any_number_of_heads_is_a_prefix():
-    order, ordinary = head_order([Sizes(6, 8)], 2), torch.arange(2 * 6 * 8).view(2, 6, 8)
+    order, ordinary = head_order([KeptHeads(6, 8)], 2), torch.arange(2 * 6 * 8).view(2, 6, 8)
     for heads in range(1, 7):
         assert torch.equal(order[: heads * 16].sort().values, ordinary[:, :heads].flatten())
 

@@ -5,7 +5,7 @@ modeling_nemotron_h.py         the stack of blocks and the heads
 blocks.py                      one layer: norm, mixer, residual; attention and MLP
 mamba2.py                      the Mamba-2 mixer
 moe.py                         router, routed, shared and latent experts
-rows.py                        padding and packed documents of a batch
+padding.py                     padding and packed documents of a batch
 cache.py                       HybridCache: keys and values, convolution and SSM states, roll-back
 generation.py                  what generate() needs: caches, masks, prompts
 arguments.py                   what callers may pass to a forward

@@ -21,7 +21,7 @@ from .kernels import attends_in_triton
 from .linear import project
 from .mamba2 import NemotronHMamba2Mixer
 from .moe import NemotronHMLP, NemotronHMoE
-from .rows import Padding
+from .padding import Padding
 from .ssd import inverse_rms, wide
 
 

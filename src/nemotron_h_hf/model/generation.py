@@ -18,7 +18,7 @@ from .arguments import CACHE_NAME, name_cache, one_cache
 from .cache import HybridCache, adopt_cache, sequence_length
 from .configuration_nemotron_h import NemotronHConfig
 from .decode_graph import DecodeGraph, can_replay
-from .rows import find_padding, real_tokens
+from .padding import find_padding, real_tokens
 
 MIN_STATIC_STEP = 64  # tokens; the room of static caches is a multiple of this
 # What transformers passes to models that make their own masks; a causal mask without positions needs none of it.

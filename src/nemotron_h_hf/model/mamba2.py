@@ -21,8 +21,8 @@ from .configuration_nemotron_h import NemotronHConfig
 from .convolution import convolve, convolve_step
 from .kernels import fuses_step, gated_norm, has_kernels_for, scan, scan_step, whole_step
 from .linear import project
+from .padding import Padding
 from .plain import is_plain
-from .rows import Padding
 from .ssd import conv_window, discretize, under_func, wide
 
 

@@ -61,9 +61,9 @@ from .loading import (
 from .loss import next_token_loss, share_of_items
 from .mamba2 import NemotronHMamba2Mixer
 from .moe import NemotronHTopkRouter, init_experts, load_balancing_loss
+from .padding import Rows, check_mask, flash_offsets, read_rows, real_tokens
 from .peft_support import allow_adapters_on_out_proj
 from .plain import is_watched
-from .rows import Rows, check_mask, flash_offsets, read_rows, real_tokens
 from .saving import save_whole
 from .ssd import under_func
 from .weights import empty_tensors

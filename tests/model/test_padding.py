@@ -6,7 +6,7 @@ from tiny import prompt, tiny_model
 from transformers import DataCollatorWithFlattening
 
 from nemotron_h_hf import HybridCache
-from nemotron_h_hf.model.rows import find_documents, find_padding, flash_offsets, read_rows, real_tokens
+from nemotron_h_hf.model.padding import find_documents, find_padding, flash_offsets, read_rows, real_tokens
 
 SHAPES = ["dense", "attention_free", "moe"]
 LENGTHS = [(5, 12, 1, 9), (7,), (16, 3)]
