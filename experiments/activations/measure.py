@@ -25,8 +25,9 @@ from pathlib import Path
 import torch
 from matplotlib.figure import Figure
 
-from nemotron_h_hf.benchmark.memory import WARM_UP_TOKENS, footprint
-from nemotron_h_hf.benchmark.sides import Shape, build_sides, train_step
+from nemotron_h_hf.benchmark.cpu_suite import WARM_UP_TOKENS, train_step
+from nemotron_h_hf.benchmark.memory import footprint
+from nemotron_h_hf.benchmark.models import build_native, build_ours
 from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 from nemotron_h_hf.model.ssd import KEPT_TOKENS
@@ -35,10 +36,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scaling"))
 from formulas import Plan, activation_bytes, working_bytes  # noqa: E402
 
 REPORT = Path(__file__).parents[2] / "docs" / "results" / "activations" / "activations.json"
-SHAPE = Shape(
-    hybrid_override_pattern="M-M-M*-M-", hidden_size=256, intermediate_size=1024, num_attention_heads=4,
-    num_key_value_heads=1, mamba_num_heads=8, ssm_state_size=64, n_groups=2, chunk_size=64, vocab_size=8192,
-)  # fmt: skip
+SHAPE = {
+    "hybrid_override_pattern": "M-M-M*-M-", "hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4,
+    "num_key_value_heads": 1, "head_dim": 64, "mamba_num_heads": 8, "mamba_head_dim": 64, "ssm_state_size": 64,
+    "n_groups": 2, "chunk_size": 64, "vocab_size": 8192,
+}  # fmt: skip
 # name -> (side, gradient checkpointing)
 CASES = {
     "ours": ("ours", False),
@@ -73,24 +75,24 @@ def main() -> None:
 def measure(side: str, checkpointing: bool, length: int, limit_bytes: int) -> int | None:
     """Extra bytes at the peak of one step, None if it wanted more than the limit; in the process there for it alone."""
     torch.set_num_threads(1)
-    sides = build_sides(SHAPE)
-    model = sides.ours if side == "ours" else sides.native
-    del sides
+    ours = build_ours(NemotronHConfig(**SHAPE), torch.float32, torch.device("cpu"))
+    model = ours.model if side == "ours" else build_native(ours).model
+    del ours
     if checkpointing:
         model.gradient_checkpointing_enable()
-    train_step(model, SHAPE, WARM_UP_TOKENS)
+    train_step(model, WARM_UP_TOKENS)
     model.zero_grad(set_to_none=True)
-    return footprint(lambda: train_step(model, SHAPE, length), limit_bytes).extra_bytes
+    return footprint(lambda: train_step(model, length), limit_bytes).extra_bytes
 
 
 def write(report: dict, limit_gb: float) -> None:
     """The table, whole or not at all."""
     lengths = sorted({int(length) for points in report["peak_extra_bytes"].values() for length in points})
-    config = NemotronHConfig(**vars(SHAPE))
+    config = NemotronHConfig(**SHAPE)
     report |= {
         "command": "python experiments/activations/measure.py",
         "what": "peak resident memory of one training step beyond weights, gradients included, float32, bytes",
-        "shape": vars(SHAPE), "parameters": num_parameters(config), "limit_gb": limit_gb,
+        "shape": SHAPE, "parameters": num_parameters(config), "limit_gb": limit_gb,
         "formula": {
             name: {str(length): formula(config, length, checkpointing) for length in lengths if length > KEPT_TOKENS}
             for name, (side, checkpointing) in CASES.items() if side == "ours"

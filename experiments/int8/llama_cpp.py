@@ -24,7 +24,7 @@ from torchao.quantization import Int8WeightOnlyConfig, quantize_
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemotron_h_hf import EMBEDDED_MODEL
-from nemotron_h_hf.benchmark.sides import Shape, build_sides
+from nemotron_h_hf.benchmark.models import SMALL, build_ours, read_config
 from nemotron_h_hf.hub import save_tokenizer
 
 KINDS = ("f32", "q8_0")
@@ -45,7 +45,8 @@ def main() -> None:
 
 
 def write(arguments: argparse.Namespace) -> None:
-    build_sides(Shape()).ours.save_pretrained(arguments.folder / "hf")
+    ours = build_ours(read_config(SMALL, None), torch.float32, torch.device("cpu"))
+    ours.model.save_pretrained(arguments.folder / "hf")
     save_tokenizer(AutoTokenizer.from_pretrained(EMBEDDED_MODEL), arguments.folder / "hf")
 
 

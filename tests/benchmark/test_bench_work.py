@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nemotron_h_hf import HybridCache, NemotronHConfig, NemotronHForCausalLM, NemotronHModel, cost
 from nemotron_h_hf.benchmark import models, work
 from nemotron_h_hf.benchmark.caches import RoomyGrowingLayer, empty_cache, prefill
-from nemotron_h_hf.benchmark.device_gate import random_ids
+from nemotron_h_hf.benchmark.gate import random_ids
 from nemotron_h_hf.benchmark.largest import largest_batch
 from nemotron_h_hf.model import blocks
 

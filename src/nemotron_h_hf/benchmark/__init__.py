@@ -1,26 +1,21 @@
-"""Speed and memory: a gate before timing, models measured alternately, floors, reports and plots.
+"""Speed and memory: a gate before timing, models measured in turns, floors, tables and plots.
 
-`bench cpu`:
-cpu_run.py        the parts and their order
-sides.py          our model, transformers' own, and the floor
-gate.py           nothing is timed that computes something else
-timing.py         wall-clock time, measured alternately
-memory.py         peak memory of one job in its own process
-report.py         figures, targets, table, machine
-plot.py           the plot
-
-On any device:
-device_run.py     one run: its arguments and parts
-suite.py          everything within ten minutes
+run.py            one run: its arguments, single parts, suites
+cpu_suite.py      `bench cpu`: everything on a CPU
+gpu_suite.py      everything within ten minutes on one GPU
+turns.py          jobs timed in turns
 jobs.py           decode, prefill, throughput, train, memory
+linears.py        the model's Linear layers alone
 models.py         the models compared
+llama_cpp_peer.py llama.cpp on the same weights
 vllm_peer.py      vLLM on a model of the same shape
+gate.py           nothing is timed that computes something else
 caches.py         caches at the length where decoding is timed
 largest.py        the largest batch that fits
 devices.py        clock, memory and rates of the device
+memory.py         peak memory of one job in its own process
 work.py           floors and predicted memory
-device_gate.py    the gate
-records.py        results in a JSON file that is always whole
+records.py        results and targets in a JSON file that is always whole
 summary.py        the table
-device_plot.py    the plot
+plot.py           the plot
 """

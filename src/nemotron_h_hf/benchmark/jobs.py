@@ -5,10 +5,9 @@ b rows, l length
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import StoppingCriteria, StoppingCriteriaList
 from transformers.cache_utils import Cache
 
@@ -16,36 +15,16 @@ from .. import NemotronHForCausalLM
 from ..model.arguments import CACHE_NAME
 from ..training.fp8 import convert_to_fp8
 from .caches import PREFILL_TOKENS, RoomyGrowingLayer, RoomyLayer, empty_cache, filled_cache, prefill
-from .device_gate import greedy, random_ids
-from .devices import Rates, give_memory_back, peak_flops, run_within, synchronize
+from .devices import give_memory_back, peak_flops, run_within, synchronize
+from .gate import greedy, random_ids
 from .largest import largest_batch
 from .models import Side, name_of
 from .records import Measurement
+from .turns import Bench, Job, take_turns
 from .work import run_bytes
 
 WARM_STEPS = 4  # before the samples: compilation, the capture of a graph, its first replay
 ROOM_STEP = 64  # room of caches is a multiple of this
-
-
-@dataclass(frozen=True)
-class Bench:
-    """Where and how everything is measured.
-
-    Args:
-        budget_bytes: what a job may take beyond what is held before it, on a CPU; None for all there is.
-        say: told about progress.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    rates: Rates
-    num_runs: int
-    budget_bytes: int | None
-    say: Callable[[str], None]
-
-    def floor(self, work: tuple[float, float]) -> float:
-        """Seconds that these bytes and operations take at least."""
-        return self.rates.floor_seconds(*work)
 
 
 class Clock(StoppingCriteria):
@@ -62,34 +41,30 @@ class Clock(StoppingCriteria):
 
 def decode(
     bench: Bench, side: Side, rows: int, context: int, steps: int, variant: str, row: Cache | None = None
-) -> Measurement:
+) -> Job:
     """Single tokens of a batch through plain `generate()`, after `context` tokens; a sample is one step.
 
     Args:
         variant: "eager"; "graphs", which is what plain `generate()` does on a GPU; or "compiled", with a static cache.
         row: one row's cache after `context` tokens, if there is one already.
     """
-    found = Measurement(
-        "decode", side.name, variant, rows, context, floor_seconds=bench.floor(side.costs.decode(rows, context))
-    )
-    room = decode_room(context, steps)
+    floor = bench.floor(side.costs.decode(rows, context))
+    found = Measurement("decode", side.name, variant, rows, context, floor_seconds=floor)
+    room, filled = decode_room(context, steps), row
     found.predicted_bytes = run_bytes(side.config, rows, room, 1, name_of(bench.dtype))
 
-    def fill() -> Cache:
-        return filled_cache(
-            side, one_row(side, context) if row is None else row, rows, room, static=variant == "compiled"
-        )
+    def prepare() -> float:
+        nonlocal filled
+        filled = one_row(side, context) if row is None else row
+        return 0.0
 
-    cache, _, found.failure = run_within(fill, bench.device, bench.budget_bytes)
-    if found.failure is None:
-        job = lambda: generate_steps(side, cache, rows, context, steps, variant)  # noqa: E731
-        times, peak, found.failure = run_within(job, bench.device, bench.budget_bytes)
-    if found.failure is None:
-        found.seconds = [after - before for before, after in zip(times[WARM_STEPS:], times[WARM_STEPS + 1 :])]
-        found.warm_up_seconds = times[WARM_STEPS] - times[0]
-        found.peak_bytes = peak if bench.device.type == "cuda" else None
-        found.figures["tokens_per_second"] = rows / found.median
-    return found
+    def sample() -> list[float]:
+        cache = filled_cache(side, filled, rows, room, static=variant == "compiled")
+        times = generate_steps(side, cache, rows, context, steps, variant)
+        found.warm_up_seconds = found.warm_up_seconds or times[WARM_STEPS] - times[0]
+        return [after - before for before, after in zip(times[WARM_STEPS:], times[WARM_STEPS + 1 :])]
+
+    return Job(found, sample, prepare, lambda found: {"tokens_per_second": rows / found.median})
 
 
 def generate_steps(side: Side, cache: Cache, rows: int, context: int, steps: int, variant: str) -> list[float]:
@@ -112,42 +87,45 @@ def one_row(side: Side, context: int) -> Cache:
     return cache
 
 
-def prefill_prompts(bench: Bench, side: Side, rows: int, length: int, whole: bool = False) -> Measurement:
+def prefill_prompts(bench: Bench, side: Side, rows: int, length: int, whole: bool = False) -> Job:
     """Prompts with new caches; in parts of bounded memory, or `whole`."""
     found = Measurement("prefill", side.name, "whole" if whole else "in parts", rows, length)
     found.floor_seconds = bench.floor(side.costs.prefill(rows, length))
     part = length if whole else min(length, PREFILL_TOKENS)
     at_once = part if whole else pass_tokens(side, rows, part)
     found.predicted_bytes = run_bytes(side.config, rows, length, at_once, name_of(bench.dtype))
-    before = side.model.model.__dict__.get("tokens_per_pass")
-    if whole and side.name == "ours":
-        side.model.model.tokens_per_pass = {bench.device.type: rows * length}
     ids = random_ids(side.model, rows, length)
 
-    def job(tokens: int) -> float:
-        synchronize(bench.device)
-        start = time.perf_counter()
-        prefill(side.model, ids[:, :tokens], empty_cache(side, length, static=False), part)
-        synchronize(bench.device)
-        return time.perf_counter() - start
+    def read(tokens: int) -> float:
+        return timed(
+            bench.device, lambda: prefill(side.model, ids[:, :tokens], empty_cache(side, length, static=False), part)
+        )
 
-    try:
-        found.warm_up_seconds, _, found.failure = run_within(lambda: job(part), bench.device, bench.budget_bytes)
-        for _ in range(bench.num_runs):
-            seconds, peak, failure = run_within(lambda: job(length), bench.device, bench.budget_bytes)
-            found.failure = found.failure or failure
-            if found.failure:
-                break
-            found.seconds.append(seconds)
-            found.peak_bytes = max(peak, found.peak_bytes or 0) if bench.device.type == "cuda" else None
-    finally:
-        if whole and side.name == "ours" and before is None:
+    def sample() -> list[float]:
+        if not whole or side.name != "ours":
+            return [read(length)]
+        side.model.model.tokens_per_pass = {bench.device.type: rows * length}
+        try:
+            return [read(length)]
+        finally:
             del side.model.model.tokens_per_pass
-    if found.seconds:
-        _, flops = side.costs.prefill(rows, length)
-        found.figures["tokens_per_second"] = rows * length / found.median
-        found.figures["share_of_matrix_rate"] = flops / found.median / bench.rates.flops_per_second
-    return found
+
+    def figures(found: Measurement) -> dict[str, float]:
+        return {
+            "tokens_per_second": rows * length / found.median,
+            "share_of_matrix_rate": side.costs.prefill(rows, length)[1] / found.median / bench.rates.flops_per_second,
+        }
+
+    return Job(found, sample, lambda: read(min(length, part)), figures)
+
+
+def timed(device: torch.device, work: Callable[[], object]) -> float:
+    """Seconds until everything that `work` asks of the device is done."""
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
 
 
 def throughput(bench: Bench, side: Side, tokens_in: int, tokens_out: int, steps: int, most_rows: int) -> Measurement:
@@ -162,7 +140,7 @@ def throughput(bench: Bench, side: Side, tokens_in: int, tokens_out: int, steps:
         max(room_for(tokens_in + tokens_out), decode_room(tokens_in + tokens_out // 2, steps)),
     )
     variant = "graphs" if side.name == "ours" and bench.device.type == "cuda" else "eager"
-    alone = prefill_prompts(replace(bench, num_runs=1), side, 1, tokens_in)
+    (alone,) = take_turns(bench, [prefill_prompts(bench, side, 1, tokens_in)], num_runs=1)
     row, _, found.failure = run_within(lambda: one_row(side, middle), bench.device, bench.budget_bytes)
     found.failure = found.failure or alone.failure
     if found.failure:
@@ -183,7 +161,7 @@ def throughput(bench: Bench, side: Side, tokens_in: int, tokens_out: int, steps:
     if not found.rows:
         found.failure = "out of memory: not one row fits"
         return found
-    decoded = decode(bench, side, found.rows, middle, steps, variant, row=row)
+    (decoded,) = take_turns(bench, [decode(bench, side, found.rows, middle, steps, variant, row=row)], num_runs=1)
     found.failure, found.predicted_bytes, found.peak_bytes = (
         decoded.failure,
         decoded.predicted_bytes,
@@ -201,43 +179,48 @@ def throughput(bench: Bench, side: Side, tokens_in: int, tokens_out: int, steps:
     return found
 
 
-def train(bench: Bench, side: Side, length: int, compiled: bool, fp8: bool = False) -> Measurement:
-    """Forward, backward and a step of AdamW on one row; weights, gradients and moments in the dtype of the run."""
+def train(
+    bench: Bench, side: Side, length: int, compiled: bool = False, fp8: bool = False, with_step: bool = True
+) -> Job:
+    """Forward and backward of one row, and a step of AdamW; weights, gradients and moments in the dtype of the run.
+
+    Args:
+        fp8: converts the model, for good.
+        with_step: else forward and backward alone, of sides that share their weights.
+    """
     variant = f"{'fp8' if fp8 else name_of(bench.dtype)} {'compiled' if compiled else 'eager'}"
     found = Measurement("train", side.name, variant, 1, length, floor_seconds=bench.floor(side.costs.train(1, length)))
-    model, ids = side.model.train(), random_ids(side.model, 1, length)
-    if fp8:
-        convert_to_fp8(model, skip_first=0, skip_last=0)  # a slice has too few layers to leave eight products out
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=bench.device.type == "cuda")
+    model, ids, optimizer = side.model, random_ids(side.model, 1, length), None
     called = torch.compile(model) if compiled else model
+
+    def step() -> None:
+        accumulate_gradients(called, model, ids)
+        if optimizer is not None:
+            optimizer.step()
+        model.zero_grad()
+
+    def prepare() -> float:
+        nonlocal optimizer
+        if fp8:
+            convert_to_fp8(model, skip_first=0, skip_last=0)  # a slice has too few layers to leave eight products out
+        if with_step:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=bench.device.type == "cuda")
+        model.train()
+        return timed(bench.device, step) + timed(bench.device, step)
+
+    def figures(found: Measurement) -> dict[str, float]:
+        flops, peak = side.costs.train(1, length)[1], peak_flops(bench.device)
+        rates = {"share_of_matrix_rate": flops / found.median / bench.rates.flops_per_second}
+        rates |= {"mfu": flops / found.median / peak} if peak else {}
+        return {"tokens_per_second": length / found.median, **rates}
+
+    return Job(found, lambda: [timed(bench.device, step)], prepare, figures)
+
+
+def accumulate_gradients(called: nn.Module, model: nn.Module, ids: Tensor) -> None:
+    """Forward with labels and backward; `called` is the model, or what compiles it."""
     options = {"skip_logits": True} if isinstance(model, NemotronHForCausalLM) else {}  # as our Trainer asks
-
-    def step() -> float:
-        synchronize(bench.device)
-        start = time.perf_counter()
-        called(input_ids=ids, labels=ids, use_cache=False, **options).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        synchronize(bench.device)
-        return time.perf_counter() - start
-
-    for number in range(bench.num_runs + 2):
-        seconds, peak, found.failure = run_within(step, bench.device, bench.budget_bytes)
-        if found.failure:
-            break
-        if number < 2:
-            found.warm_up_seconds += seconds
-        else:
-            found.seconds.append(seconds)
-            found.peak_bytes = peak if bench.device.type == "cuda" else None
-    side.model.eval()
-    if found.seconds:
-        _, flops = side.costs.train(1, length)
-        found.figures["tokens_per_second"] = length / found.median
-        found.figures["share_of_matrix_rate"] = flops / found.median / bench.rates.flops_per_second
-        if peak := peak_flops(bench.device):
-            found.figures["mfu"] = flops / found.median / peak
-    return found
+    called(input_ids=ids, labels=ids, use_cache=False, **options).loss.backward()
 
 
 def memory(bench: Bench, side: Side, context: int, whole: bool) -> Measurement:

@@ -15,14 +15,9 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 
-import torch
-from torch import nn
-from transformers.utils import logging
-
 from ..environment import available_bytes, can_measure, reset_peak, status_bytes
-from .sides import Shape, build_sides, random_tokens, train_step
 
-WARM_UP_TOKENS = 32
+GB = 10**9
 
 
 @dataclass(frozen=True)
@@ -35,33 +30,15 @@ class Footprint:
     at_least_bytes: int | None = None  # of a failed job: what it had got, and what it asked for next
 
 
-def measure_apart(
-    job: str, side: str, shape: Shape, length: int, threads: int, limit_bytes: int | None = None
-) -> Footprint:
-    """Build one side in a new process, run `job` ("train" or "prefill") over `length` tokens there, tell its memory.
-
-    Args:
-        limit_bytes: what the job may allocate beyond the weights; None for what the machine has.
-    """
+def measure_apart(job: Callable[..., Footprint], *arguments: object) -> Footprint:
+    """Call `job(*arguments)` in a new process; both must be importable there."""
     context = multiprocessing.get_context("forkserver")  # a fork of this process would inherit dead OpenMP threads
     context.set_forkserver_preload([__name__])
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         try:
-            return pool.submit(_measure, job, side, shape, length, threads, limit_bytes).result()
+            return pool.submit(job, *arguments).result()
         except BrokenProcessPool:
             return Footprint(None, 0.0, "the process was ended, probably because the machine ran out of memory")
-
-
-def _measure(job: str, side: str, shape: Shape, length: int, threads: int, limit_bytes: int | None) -> Footprint:
-    logging.set_verbosity_error()
-    torch.set_num_threads(threads)
-    sides = build_sides(shape)
-    model = sides.ours if side == "ours" else sides.native
-    del sides
-    jobs = {"train": train_step, "prefill": _prefill}
-    jobs[job](model, shape, WARM_UP_TOKENS)  # loads what is loaded on first use
-    model.zero_grad(set_to_none=True)
-    return footprint(lambda: jobs[job](model, shape, length), limit_bytes)
 
 
 def footprint(job: Callable[[], object], limit_bytes: int | None = None) -> Footprint:
@@ -111,8 +88,3 @@ def out_of_memory(error: Exception) -> bool:
     """Whether an error of PyTorch says that an allocation failed."""
     signs = ("allocate memory", "bad_alloc", "could not create a primitive")  # the last is oneDNN's way of saying it
     return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
-
-
-def _prefill(model: nn.Module, shape: Shape, length: int) -> object:
-    with torch.no_grad():
-        return model.eval()(random_tokens(shape, length), use_cache=True, logits_to_keep=1)

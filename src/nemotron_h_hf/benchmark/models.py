@@ -17,14 +17,21 @@ from transformers.models.nemotron_h import NemotronHForCausalLM as NativeForCaus
 from .. import cost
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
-from .sides import SEED, spread_weights
 from .work import Costs, costs_of
 
-TINY = "tiny"  # in addition to the presets of the released models
-TINY_SHAPE = {
-    "hybrid_override_pattern": "M-M*-M-", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16,
-    "n_groups": 2, "chunk_size": 32, "vocab_size": 512,
+SEED = 0
+TINY, SMALL = "tiny", "189m"  # in addition to the presets of the released models
+SHAPES = {
+    TINY: {
+        "hybrid_override_pattern": "M-M*-M-", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 16, "mamba_num_heads": 8, "mamba_head_dim": 16, "ssm_state_size": 16,
+        "n_groups": 2, "chunk_size": 32, "vocab_size": 512,
+    },
+    SMALL: {
+        "hybrid_override_pattern": "M-M-M*-M-M-M*-M-", "hidden_size": 1024, "intermediate_size": 4096,
+        "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "mamba_num_heads": 32, "mamba_head_dim": 64,
+        "ssm_state_size": 128, "n_groups": 8, "chunk_size": 128, "vocab_size": 32000,
+    },
 }  # fmt: skip
 REAL_8B = "nemotron-h-8b"
 LLAMA_8B = {
@@ -59,8 +66,8 @@ def read_config(name: str, layers: int | None) -> NemotronHConfig:
     Raises:
         ValueError: for unknown names, and for a slice of a model whose widths differ by layer.
     """
-    if name == TINY:
-        config = NemotronHConfig(**TINY_SHAPE)
+    if name in SHAPES:
+        config = NemotronHConfig(**SHAPES[name])
     elif Path(name).is_dir():
         config = NemotronHConfig.from_pretrained(name)
     else:
@@ -93,6 +100,18 @@ def build_ours(
         model = _random(NemotronHForCausalLM, config, dtype, device)
         spread_weights(model)
     return Side("ours", model.eval(), model.config, costs_of(model.config, name_of(dtype)))
+
+
+@torch.no_grad()
+def spread_weights(model: nn.Module) -> None:
+    """Weights that let every layer matter; fresh ones are so small and even that the gate would miss mistakes."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2:
+            parameter.normal_(std=parameter.shape[1] ** -0.5)
+        elif "norm" in name:
+            parameter.uniform_(0.5, 1.5)
+        elif name.endswith(".D"):
+            parameter.normal_()
 
 
 def build_native(ours: Side) -> Side:

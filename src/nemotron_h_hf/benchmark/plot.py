@@ -1,100 +1,62 @@
-"""The plot of a benchmark run: prefill over length, decoding, a training step and its memory. Needs matplotlib."""
+"""The plot of a run: tokens per second of each part with the floor above it, and memory. Needs matplotlib."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from matplotlib.axes import Axes
-from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 
-from .memory import Footprint
-from .report import MB, Results
-from .timing import Timing
+from .memory import GB
+from .records import Journal, Measurement
 
-COLOURS = {"floor": "0.6", "linear": "0.8", "native": "tab:orange", "ours": "tab:green"}
-LABELS = {"floor": "Linear layers", "linear": "torch's\nlinear", "native": "transformers", "ours": "nemotron_h_hf"}
-INT8_COLOURS = {"fp32": "tab:green", "torchao": "tab:orange", "int8": "tab:blue", "int8_head": "tab:cyan"}
-INT8_LABELS = {"fp32": "fp32", "torchao": "torchao", "int8": "int8", "int8_head": "int8,\nlm_head"}
+COLOURS = {
+    "ours": "tab:green", "native": "tab:orange", "llama": "tab:blue", "qwen2": "tab:purple", "vllm": "tab:red",
+    "llama.cpp": "tab:cyan", "torchao": "tab:olive",
+}  # fmt: skip
 
 
-def draw(results: Results, path: Path) -> None:
-    """Write one panel for each part that was measured; always a PNG."""
-    panels = []
-    if results.prefill:
-        panels.append(lambda axes: prefill_panel(axes, results.prefill))
-    if results.decode:
-        panels.append(lambda axes: decode_panel(axes, results.decode))
-    if results.int8:
-        panels.append(lambda axes: int8_panel(axes, results.int8))
-    if results.train:
-        panels.append(lambda axes: train_panel(axes, results.train))
-    if results.train_memory:
-        panels.append(lambda axes: memory_panel(axes, "training step", results.train_memory))
-    if results.long_memory:
-        panels.append(lambda axes: memory_panel(axes, f"prefill {results.long_tokens:,}", results.long_memory))
-    figure = Figure(figsize=(4.2 * len(panels), 3.4), dpi=120, layout="constrained")
-    for index, panel in enumerate(panels):
-        panel(figure.add_subplot(1, len(panels), index + 1))
+def draw(journal: Journal, path: Path) -> None:
+    """One panel for each part that has rates, one for memory; always a PNG."""
+    panels: list[tuple[Callable, str, list[Measurement]]] = []
+    rated = [m for m in journal.measurements if m.rate is not None]
+    for part in dict.fromkeys(m.part for m in rated):
+        panels.append((speed_panel, part, [m for m in rated if m.part == part]))
+    if held := [m for m in journal.measurements if m.part == "memory" and known_bytes(m)]:
+        panels.append((memory_panel, "memory", held))
+    widths = [max(3.0, 0.45 * len(shown) + 1.5) for _, _, shown in panels]
+    figure = Figure(figsize=(sum(widths), 4.6), dpi=120, layout="constrained")
+    for (panel, part, shown), axes in zip(
+        panels, figure.subplots(1, len(panels), squeeze=False, width_ratios=widths)[0]
+    ):
+        panel(axes, part, shown)
     figure.savefig(path, format="png")
 
 
-def prefill_panel(axes: Axes, timings: list[Timing]) -> None:
-    """Tokens per second over prompt length, one line per side, least to largest as a band."""
-    for side, colour in COLOURS.items():
-        there = [timing for timing in timings if side in timing.samples]
-        lengths = [timing.num_tokens for timing in there]
-        axes.plot(lengths, [t.num_tokens / t.median(side) for t in there], "o-", color=colour, label=LABELS[side])
-        slow = [t.num_tokens / max(t.samples[side]) for t in there]
-        fast = [t.num_tokens / min(t.samples[side]) for t in there]
-        axes.fill_between(lengths, slow, fast, color=colour, alpha=0.25, linewidth=0)
-    axes.set_xscale("log", base=2)
-    axes.set_xticks([timing.num_tokens for timing in timings], [f"{timing.num_tokens:,}" for timing in timings])
-    axes.set(title="prefill", xlabel="prompt tokens", ylabel="tokens/s")
-    axes.set_ylim(bottom=0)
-    axes.legend(fontsize="small")
+def speed_panel(axes: Axes, part: str, measurements: list[Measurement]) -> None:
+    """A bar per measurement, and a line where the floor would have it end."""
+    for place, m in enumerate(measurements):
+        axes.bar(place, m.rate, color=COLOURS.get(m.side, "0.6"))
+        if m.share_of_floor:
+            axes.hlines(m.rate / m.share_of_floor, place - 0.4, place + 0.4, colors="0.3", linestyles="--")
+    name_bars(axes, measurements)
+    axes.set(title=part, ylabel="tokens/s (dashed: floor)", yscale="log")
 
 
-def decode_panel(axes: Axes, timing: Timing) -> None:
-    """Tokens per second of single steps."""
-    rates = {side: timing.num_tokens / timing.median(side) for side in timing.samples}
-    bars(axes, rates, "decode", "tokens/s")
+def memory_panel(axes: Axes, part: str, measurements: list[Measurement]) -> None:
+    """Peak memory; a hatched bar for a side that failed, as high as what it is known to need."""
+    for place, m in enumerate(measurements):
+        hatch = None if m.failure is None else "//"
+        axes.bar(place, known_bytes(m) / GB, color=COLOURS.get(m.side, "0.6"), hatch=hatch)
+    name_bars(axes, measurements)
+    axes.set(title=part, ylabel="peak memory, GB (hatched: needs more)")
 
 
-def int8_panel(axes: Axes, timing: Timing) -> None:
-    """Tokens per second of single steps with weights in fp32 and int8."""
-    rates = {side: timing.num_tokens / timing.median(side) for side in timing.samples}
-    bars(axes, rates, timing.name, "tokens/s", INT8_LABELS, INT8_COLOURS)
+def known_bytes(m: Measurement) -> float:
+    """Peak, or what a job that failed had got and asked for; 0 if neither is known."""
+    return m.peak_bytes or m.figures.get("at_least_bytes", 0)
 
 
-def train_panel(axes: Axes, timing: Timing) -> None:
-    """Seconds of forward and backward."""
-    bars(axes, {side: timing.median(side) for side in timing.samples}, timing.name, "seconds")
-
-
-def memory_panel(axes: Axes, name: str, memory: dict[str, Footprint]) -> None:
-    """Peak memory beyond the weights; a hatched bar for a side that failed, as high as what it is known to need."""
-    known = {side: (footprint.extra_bytes or footprint.at_least_bytes or 0) / MB for side, footprint in memory.items()}
-    drawn = bars(axes, known, f"{name}: peak memory", "MB beyond the weights")
-    for bar, footprint in zip(drawn, memory.values(), strict=True):
-        if footprint.extra_bytes is None:
-            bar.set_hatch("//")
-            middle = bar.get_x() + bar.get_width() / 2
-            axes.annotate("needs more", (middle, 0), rotation=90, ha="center", va="bottom")
-
-
-def bars(
-    axes: Axes,
-    heights: dict[str, float],
-    title: str,
-    unit: str,
-    labels: dict[str, str] = LABELS,
-    colours: dict[str, str] = COLOURS,
-) -> BarContainer:
-    """One labelled bar per side."""
-    drawn = axes.bar(
-        [labels[side] for side in heights], list(heights.values()), color=[colours[side] for side in heights]
-    )
-    axes.bar_label(drawn, fmt="{:,.3g}" if max(heights.values()) < 100 else "{:,.0f}")
-    axes.set(title=title, ylabel=unit)
-    axes.margins(y=0.12)
-    axes.tick_params(axis="x", labelsize="small")
-    return drawn
+def name_bars(axes: Axes, measurements: list[Measurement]) -> None:
+    """Side, variant, rows and tokens under each bar."""
+    labels = [f"{m.side}, {m.variant}\n{m.rows} x {m.context:,}" for m in measurements]
+    axes.set_xticks(range(len(measurements)), labels, rotation=60, ha="right", fontsize="x-small")

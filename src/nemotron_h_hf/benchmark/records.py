@@ -1,7 +1,7 @@
 """What a benchmark found, in a JSON file that is whole after every measurement: a run that is killed keeps what it has."""
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -55,17 +55,48 @@ class Measurement:
         return self.floor_seconds / self.median if self.seconds and self.floor_seconds else None
 
 
+@dataclass(frozen=True)
+class Target:
+    """One promise: `value` must be at most (or at least) `limit`. A value of None was not measured."""
+
+    name: str
+    value: float | None
+    limit: float
+    at_least: bool = False
+
+    @property
+    def verdict(self) -> str:
+        if self.value is None:
+            return "not measured"
+        met = self.value >= self.limit if self.at_least else self.value <= self.limit
+        return "met" if met else "missed"
+
+
+def fastest(found: Iterable[Measurement]) -> Measurement | None:
+    """The one with the least median, None of none."""
+    return min(found, key=lambda measurement: measurement.median, default=None)
+
+
+def ratio(slow: Measurement | None, fast: Measurement | None) -> float | None:
+    """How many times longer the one takes: the median over the rounds if they were measured in turns, else of medians."""
+    if slow is None or fast is None or not slow.seconds or not fast.seconds:
+        return None
+    if len(slow.seconds) != len(fast.seconds):
+        return slow.median / fast.median
+    return statistics.median(a / b for a, b in zip(slow.seconds, fast.seconds))
+
+
 class Journal:
     """The measurements so far, written out after each.
 
     Args:
         path: the JSON file.
         head: what is known before measuring (command, machine, versions, settings).
-        verdicts: makes the list of targets from the measurements; asked at every writing.
+        targets: makes the list of targets from the measurements; asked at every writing.
     """
 
-    def __init__(self, path: Path, head: dict, verdicts: Callable[["Journal"], list[dict]]) -> None:
-        self.path, self.head, self.verdicts = path, head, verdicts
+    def __init__(self, path: Path, head: dict, targets: Callable[["Journal"], list[Target]] = lambda _: []) -> None:
+        self.path, self.head, self.targets = path, head, targets
         self.measurements: list[Measurement] = []
         self.finished = False
 
@@ -87,16 +118,22 @@ class Journal:
             if fits and found.seconds and all(getattr(found, name) == value for name, value in values.items()):
                 yield found
 
-    def rated(self) -> list[Measurement]:
-        """Those that say how many tokens per second."""
-        return [m for m in self.measurements if m.rate is not None]
+    def add_errors(self, errors: dict[str, float]) -> None:
+        """Keep what a gate found, by name."""
+        self.note("correctness", {**self.head.get("correctness", {}), **errors})
 
     def document(self) -> dict:
         """All of it."""
         rows = [
             {**asdict(m), "median_seconds": m.median, "share_of_floor": m.share_of_floor} for m in self.measurements
         ]
-        return {**self.head, "finished": self.finished, "measurements": rows, "targets": self.verdicts(self)}
+        targets = [{**asdict(target), "verdict": target.verdict} for target in self.targets(self)]
+        return {**self.head, "finished": self.finished, "measurements": rows, "targets": targets}
+
+    def finish(self) -> None:
+        """Everything that was asked for is there."""
+        self.finished = True
+        self.write()
 
     def write(self) -> None:
         """Whole or not at all."""

@@ -1,4 +1,4 @@
-"""`nemotron-h bench` beyond `cpu`: the code that runs on a GPU, at tiny sizes on a CPU. How fast anything is, no test can tell."""
+"""`nemotron-h bench`: its parts and its GPU suite, at tiny sizes on a CPU. How fast anything is, no test can tell."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import nemotron_h_cli as cli
-from nemotron_h_hf.benchmark import caches, device_gate, devices, jobs, models, records, suite, vllm_peer
+from nemotron_h_hf.benchmark import caches, devices, gate, gpu_suite, jobs, models, records, turns, vllm_peer
 
 CPU = torch.device("cpu")
 TINY = ("--device", "cpu", "--model", "tiny", "--layers", "4")
@@ -39,18 +39,18 @@ def sides(config):
     return {side.name: side for side in (ours, models.build_native(ours), *peers)}
 
 
-def some_bench(**changes) -> jobs.Bench:
+def some_bench(**changes) -> turns.Bench:
     fields = {"device": CPU, "dtype": torch.float32, "rates": devices.Rates(1e9, 1e9), "num_runs": 1}
-    return jobs.Bench(**{**fields, "budget_bytes": None, "say": lambda _: None, **changes})
+    return turns.Bench(**{**fields, "budget_bytes": None, "say": lambda _: None, **changes})
 
 
 @pytest.mark.slow
 def test_decode_beside_peers(tmp_path, capsys):
     assert bench(tmp_path / "d", "decode", *TINY, "--sides", "ours", "native", "llama", "--rows", "1", "2",
-                 "--context", "24", "--steps", "3") == 0  # fmt: skip
+                 "--context", "24", "--steps", "3", "--runs", "1") == 0  # fmt: skip
     document = json.loads((tmp_path / "d.json").read_text())
     assert [(m["side"], m["rows"]) for m in document["measurements"]] == [
-        ("ours", 1), ("ours", 2), ("native", 1), ("native", 2), ("llama", 1), ("llama", 2),
+        ("ours", 1), ("native", 1), ("ours", 2), ("native", 2), ("llama", 1), ("llama", 2),
     ]  # fmt: skip
     for found in document["measurements"]:
         assert len(found["seconds"]) == 3 and min(found["seconds"]) > 0 and found["warm_up_seconds"] > 0
@@ -85,7 +85,7 @@ def test_suite(tmp_path, capsys):
     assert bench(tmp_path / "s", "--suite", "gpu-10min", *TINY, "--runs", "1") == 0
     document = json.loads((tmp_path / "s.json").read_text())
     done = [(m["part"], m["side"], m["context"], m["rows"]) for m in document["measurements"]]
-    small = suite.SMALL
+    small = gpu_suite.SMALL
     assert done == [
         ("train", "ours", small.train_tokens, 1),
         ("decode", "ours", small.small_context, 1),
@@ -124,11 +124,11 @@ def test_wrong_model_is_not_timed(tmp_path, capsys, monkeypatch):
         native.model.model.norm_f.weight = nn.Parameter(native.model.model.norm_f.weight * 1.01)
         return native
 
-    monkeypatch.setattr(device_gate, "build_native", corrupted)
+    monkeypatch.setattr(gate, "build_native", corrupted)
     for options in (("decode", "--context", "24"), ("--suite", "gpu-10min")):
-        assert bench(tmp_path / "d", *options, *TINY, "--overwrite") == 1
+        assert bench(tmp_path / "d", *options, *TINY) == 1
         assert "correctness gate: fp32 slice: logits" in capsys.readouterr().err
-        assert json.loads((tmp_path / "d.json").read_text())["measurements"] == []
+        assert not list(tmp_path.iterdir())
 
 
 def test_gate_sees_wrong_steps(sides, monkeypatch):
@@ -136,11 +136,11 @@ def test_gate_sees_wrong_steps(sides, monkeypatch):
     step = mixer._step
     monkeypatch.setattr(mixer, "_step", lambda *args: step(*args) * 1.1)
     with pytest.raises(ValueError, match="steps of generate"):
-        device_gate.check_model(sides["ours"], None)
+        gate.check_model(sides["ours"], None)
 
 
 def test_what_was_measured_survives_the_end_of_a_run(tmp_path, config):
-    journal = records.Journal(tmp_path / "j.json", {"rates": {}}, lambda journal: [])
+    journal = records.Journal(tmp_path / "j.json", {"rates": {}})
     journal.add(records.Measurement("decode", "ours", "eager", 1, 8, seconds=[2.0, 1.0, 4.0], floor_seconds=1.0))
     document = json.loads((tmp_path / "j.json").read_text())
     assert document["measurements"][0]["median_seconds"] == 2.0 and document["finished"] is False
@@ -148,17 +148,17 @@ def test_what_was_measured_survives_the_end_of_a_run(tmp_path, config):
     assert [path.name for path in tmp_path.iterdir()] == ["j.json"]
 
 
-def make_suite(tmp_path, config, seconds: float = 600.0) -> suite.Suite:
-    journal = records.Journal(tmp_path / "j.json", {}, lambda journal: [])
-    return suite.Suite(some_bench(), config, config, suite.SMALL, journal, compiled=True, seconds=seconds)
+def make_suite(tmp_path, config, seconds: float = 600.0) -> gpu_suite.Suite:
+    journal = records.Journal(tmp_path / "j.json", {})
+    return gpu_suite.Suite(some_bench(), config, config, gpu_suite.SMALL, journal, compiled=True, seconds=seconds)
 
 
 def test_suite_begins_nothing_that_would_not_end(tmp_path, config, monkeypatch):
     run = make_suite(tmp_path, config, seconds=100.0)
     begun = []
     steps = [
-        suite.Step("long", 1000, lambda: begun.append("long")),
-        suite.Step("short", 1, lambda: begun.append("short")),
+        gpu_suite.Step("long", 1000, lambda: begun.append("long")),
+        gpu_suite.Step("short", 1, lambda: begun.append("short")),
     ]
     monkeypatch.setattr(run, "steps", lambda: steps)
     run.run()
@@ -173,7 +173,7 @@ def test_suite_goes_on_after_a_peer_that_breaks(tmp_path, config, monkeypatch):
         raise RuntimeError("no kernel image")
 
     monkeypatch.setattr(
-        run, "steps", lambda: [suite.Step("a", 1, broken), suite.Step("b", 1, lambda: begun.append("b"))]
+        run, "steps", lambda: [gpu_suite.Step("a", 1, broken), gpu_suite.Step("b", 1, lambda: begun.append("b"))]
     )
     run.run()
     assert begun == ["b"] and run.journal.head["skipped"] == ["a: RuntimeError: no kernel image"]
@@ -207,7 +207,7 @@ def test_suite_of_a_gpu_asks_for_all_that_the_targets_need(tmp_path, config):
 def test_filled_cache_is_that_of_a_batch(sides, name, static):
     """Copies of one row decode as the batch that they stand for."""
     side = sides[name]
-    ids = device_gate.random_ids(side.model, 1, 21).expand(3, -1)
+    ids = gate.random_ids(side.model, 1, 21).expand(3, -1)
     row = caches.empty_cache(side, 20, static=False)
     caches.prefill(side.model, ids[:1, :20], row, part=8)
     cache = caches.filled_cache(side, row, 3, 24, static)
@@ -220,7 +220,7 @@ def test_filled_cache_is_that_of_a_batch(sides, name, static):
 def test_room_is_not_exceeded(sides):
     cache = caches.empty_cache(sides["llama"], 4, static=False)
     with pytest.raises(ValueError, match="room=4: 5 tokens are needed"):
-        caches.prefill(sides["llama"].model, device_gate.random_ids(sides["llama"].model, 1, 5), cache)
+        caches.prefill(sides["llama"].model, gate.random_ids(sides["llama"].model, 1, 5), cache)
 
 
 def test_every_token_is_clocked(sides):

@@ -14,12 +14,11 @@ import torch
 
 from ..model.configuration_nemotron_h import NemotronHConfig
 from . import jobs, vllm_peer
-from .device_gate import check_compiled, check_model, check_slice
 from .devices import give_memory_back
-from .jobs import Bench
+from .gate import check_compiled, check_model, check_slice
 from .models import Side, build_native, build_ours, build_peer, depth_slice
-from .records import Journal, Measurement
-from .report import Target
+from .records import Journal, Measurement, Target, fastest, ratio
+from .turns import Bench, Job, take_turns
 
 NAME = "gpu-10min"
 SECONDS = 600
@@ -98,8 +97,7 @@ class Suite:
                 )
                 self.journal.note("skipped", skipped)
                 self.bench.say(traceback.format_exc())
-        self.journal.finished = True
-        self.journal.write()
+        self.journal.finish()
 
     def steps(self) -> Iterator[Step]:
         """In order; those that share a model stand together, as there is room for few."""
@@ -177,7 +175,7 @@ class Suite:
 
     def note_passed(self, gate: str, errors: dict[str, float]) -> None:
         self.passed.add(gate)
-        self.journal.note("correctness", {**self.journal.head.get("correctness", {}), **errors})
+        self.journal.add_errors(errors)
 
     def require_gate(self, gate: str) -> None:
         if gate not in self.passed:
@@ -186,11 +184,11 @@ class Suite:
     def decode(self, name: str, rows: int, context: int, variant: str) -> None:
         if variant == "compiled" or name == "ours":
             self.require_gate(f"compiled {name}" if variant == "compiled" else "model")
-        self.keep(jobs.decode(self.bench, self.sides[name], rows, context, self.sizes.steps, variant))
+        self.time(jobs.decode(self.bench, self.sides[name], rows, context, self.sizes.steps, variant), rounds=1)
 
     def prefill(self, length: int, whole: bool) -> None:
         self.require_gate("model")
-        self.keep(jobs.prefill_prompts(self.bench, self.sides["ours"], 1, length, whole))
+        self.time(jobs.prefill_prompts(self.bench, self.sides["ours"], 1, length, whole))
 
     def throughput(self, name: str) -> None:
         if name == "ours":
@@ -213,8 +211,12 @@ class Suite:
         self.require_gate("slice")
         config = depth_slice(self.config, min(self.sizes.train_layers, self.config.num_hidden_layers))
         side = build_ours(config, self.bench.dtype, self.bench.device)
-        self.keep(jobs.train(self.bench, side, self.sizes.train_tokens, compiled, fp8))
+        self.time(jobs.train(self.bench, side, self.sizes.train_tokens, compiled, fp8))
         torch.compiler.reset()
+
+    def time(self, job: Job, rounds: int | None = None) -> None:
+        (found,) = take_turns(self.bench, [job], rounds)
+        self.keep(found)
 
     def keep(self, found: Measurement) -> None:
         self.journal.add(found)
@@ -266,11 +268,6 @@ def targets(journal: Journal, sizes: Sizes) -> list[Target]:
     ]
 
 
-def fastest(found: Iterator[Measurement]) -> Measurement | None:
-    """The one with the least median, None of none."""
-    return min(found, key=lambda measurement: measurement.median, default=None)
-
-
 def share(found: Measurement | None) -> float | None:
     """Of the floor."""
     return None if found is None else found.share_of_floor
@@ -280,11 +277,6 @@ def runs(journal: Journal, part: str) -> float | None:
     """1 if a job of this part ended, 0 if none did, None if none was begun."""
     ended = [bool(m.seconds) for m in journal.measurements if m.part == part]
     return float(any(ended)) if ended else None
-
-
-def ratio(slow: Measurement | None, fast: Measurement | None) -> float | None:
-    """How many times longer the one takes."""
-    return divide(slow and slow.median, fast and fast.median)
 
 
 def figure(found: Measurement | None, name: str) -> float | None:
