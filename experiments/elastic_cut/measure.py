@@ -28,12 +28,13 @@ import torch
 
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.checkpoint import save
-from nemotron_h_hf.cost import checkpoint_tensors, weight_bytes
+from nemotron_h_hf.cost import weight_bytes
 from nemotron_h_hf.elastic.budgets import Budget
 from nemotron_h_hf.elastic.cut.cutting import slice_checkpoint
 from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.environment import status_bytes
 from nemotron_h_hf.model.weights import TensorSpec
+from nemotron_h_hf.tensors import checkpoint_tensors
 from nemotron_h_hf.whole_files import write_text
 
 SIZES = {

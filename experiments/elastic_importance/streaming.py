@@ -18,11 +18,12 @@ import torch
 
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.checkpoint import save
-from nemotron_h_hf.cost import checkpoint_tensors, weight_bytes
+from nemotron_h_hf.cost import weight_bytes
 from nemotron_h_hf.elastic.prepare.measuring import measure_width
 from nemotron_h_hf.elastic.prepare.streaming import streamed
 from nemotron_h_hf.environment import status_bytes
 from nemotron_h_hf.model.weights import TensorSpec
+from nemotron_h_hf.tensors import checkpoint_tensors
 from nemotron_h_hf.whole_files import write_json, write_text
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "elastic_importance"

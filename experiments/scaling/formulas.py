@@ -17,9 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nemotron_h_hf import NemotronHConfig
-from nemotron_h_hf.cost import WeightShape, checkpoint_tensors, forward_flops_per_token
+from nemotron_h_hf.cost import forward_flops_per_token
 from nemotron_h_hf.model.loss import CHUNKS_AT_ONCE, KEPT_LOGITS, LOGITS_PER_CHUNK
 from nemotron_h_hf.model.ssd import KEPT_TOKENS, SEGMENT_TOKENS
+from nemotron_h_hf.tensors import WeightShape, checkpoint_tensors
 
 PAPER_TOKENS_PER_STEP = 768 * 8192
 LM_HEAD_RULE = {"lm_head": "colwise_gather_output"}

@@ -1,6 +1,7 @@
 """Nemotron-H for Hugging Face transformers. Importing the package registers its classes for `model_type: nemotron_h`.
 
-cost.py                parameters, checkpoint tensors and bytes of a configuration
+tensors.py             the table of a checkpoint's tensors and of the axes that smaller models cut
+cost.py                parameters, bytes and operations of a configuration
 memory_model.py        bytes at inference, each part in its own precision
 slicing.py             which rows and columns of each tensor a smaller model keeps
 checkpoint.py          sharded safetensors, in and out, one tensor at a time

@@ -16,6 +16,7 @@ from .model.configuration_nemotron_h import NemotronHConfig
 from .model.configuration_nemotron_h_vl import NemotronHNanoVLConfig, NemotronHOmniConfig, NemotronHVLConfig
 from .model.json_files import read_json
 from .model.weights import DTYPES, Stored, files_of, read_header, read_name
+from .tensors import checkpoint_tensors
 from .vision_summary import VisionFacts, describe_vision
 
 CONFIGS = (NemotronHConfig, NemotronHVLConfig, NemotronHNanoVLConfig, NemotronHOmniConfig)
@@ -173,7 +174,7 @@ def disagreements(config: NemotronHConfig, contents: Contents) -> list[str]:
     """
     stored = _by_template(contents)
     lines = []
-    for tensor in cost.checkpoint_tensors(config.get_text_config()):
+    for tensor in checkpoint_tensors(config.get_text_config()):
         shapes = stored.get(tensor.name, [])
         if len(shapes) != tensor.copies:
             expected = f"{tensor.copies} of shape {list(tensor.shape)}"

@@ -9,12 +9,12 @@ Activations are not counted. fp4 is half a byte; nvfp4 adds a scale of one byte 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from . import cost
 from .errors import require
 from .model.configuration_nemotron_h import NemotronHConfig
+from .tensors import checkpoint_tensors
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16", "fp8": "float8_e4m3fn", "nvfp4": "nvfp4",
               "fp4": "fp4"}  # fmt: skip
@@ -77,8 +77,8 @@ def memory(config: NemotronHConfig, deployment: Deployment) -> Memory:
 def memory_by_layer(config: NemotronHConfig, deployment: Deployment) -> Counter[int | None]:
     """Bytes of each layer of the stack, and under None of what is outside of it; the sum is `memory(...).total`."""
     found: Counter[int | None] = Counter()
-    for tensor, layer in tensors_by_layer(config):
-        found[layer] += cost.stored_bytes(tensor, deployment.dtype("weights"))
+    for tensor in checkpoint_tensors(config):
+        found[tensor.stack_layer] += cost.stored_bytes(tensor, deployment.dtype("weights"))
     sizes = {part: cost.bytes_per_element(deployment.dtype(part)) for part in ("kv", "state", "conv")}
     for layer in cost.layers_of_kind(config, "full_attention"):
         elements = 2 * deployment.num_tokens * config.num_key_value_heads * config.head_dim
@@ -87,10 +87,3 @@ def memory_by_layer(config: NemotronHConfig, deployment: Deployment) -> Counter[
         state = config.mamba_width(layer) * config.ssm_state_size * sizes["state"]
         found[layer] += deployment.sequences * (state + config.conv_width(layer) * config.conv_kernel * sizes["conv"])
     return found
-
-
-def tensors_by_layer(config: NemotronHConfig) -> Iterator[tuple[cost.WeightShape, int | None]]:
-    """The tensors of a checkpoint with the layer of each; None outside of the stack, multi-token prediction included."""
-    for tensor in cost.checkpoint_tensors(config):
-        layer = cost.layer_of(config, tensor)
-        yield tensor, layer if isinstance(layer, int) else None

@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nemotron_h_hf import HybridCache, NemotronHConfig, NemotronHForCausalLM, cost
+from nemotron_h_hf.tensors import checkpoint_tensors
 from nemotron_h_hf.training.adapters import add_adapters, trained_adapters
 
 MIB = 2**20
@@ -60,7 +61,7 @@ def test_ultra_bytes_are_the_published_ones():
 def test_each_mlp_layer_has_its_own_width():
     widths = [48, 16, 80]
     config = small_config(hybrid_override_pattern="M-*-M-", intermediate_size=widths)
-    shapes = {tensor.name: tensor.shape for tensor in cost.checkpoint_tensors(config)}
+    shapes = {tensor.name: tensor.shape for tensor in checkpoint_tensors(config)}
     for layer, width in zip((1, 3, 5), widths, strict=True):
         assert shapes[f"backbone.layers.{layer}.mixer.up_proj.weight"] == (width, 32)
         assert shapes[f"backbone.layers.{layer}.mixer.down_proj.weight"] == (32, width)

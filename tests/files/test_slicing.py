@@ -13,11 +13,11 @@ from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHCon
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM as NativeForCausalLM
 
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
-from nemotron_h_hf.cost import checkpoint_tensors
 from nemotron_h_hf.elastic.budgets import Budget
 from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.model.loading import module_names
 from nemotron_h_hf.slicing import cuts, everything, kept_config, runs
+from nemotron_h_hf.tensors import checkpoint_tensors
 
 DENSE = {"hidden_size": 32, "intermediate_size": (8, 40), "mamba_num_heads": (4, 8, 2), "mamba_head_dim": (4, 8, 3),
          "num_attention_heads": 2, "layers": (0, 1, 2, 3, 5, 6)}  # fmt: skip
@@ -121,7 +121,7 @@ def test_a_cut_model_computes_what_its_tensors_say(shape, sizes, more):
     model = tiny_model(shape, **more)
     child, weights = cut(model, Budget(name="x", **sizes))
     small = build(child, weights)
-    assert {t.name.format(e=e): t.shape for t in checkpoint_tensors(child) for e in range(t.copies)} == {
+    assert {place.released: t.shape for t in checkpoint_tensors(child) for place in t.places()} == {
         name: tuple(tensor.shape) for name, tensor in weights.items()
     }
     small.double().set_experts_implementation("eager")  # grouped matrix products have no float64

@@ -39,6 +39,7 @@ THIRD_PARTY = {
     "checkpoint": {"torch", "safetensors"},
     "resumable": {"torch"},
     "cost": set(),
+    "tensors": set(),
     "environment": {"torch", "transformers"},
     "errors": set(),
     "units": set(),

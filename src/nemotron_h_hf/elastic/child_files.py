@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from ..cost import checkpoint_tensors
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.loading import HUB_ARGUMENTS, check_folder
 from ..model.weights import PIECE_BYTES, Stored, find_tensors, read_into
 from ..slicing import Cut, runs
+from ..tensors import checkpoint_tensors
 from .child import Child
 from .resolve import Request, resolve
 
@@ -147,9 +147,7 @@ class PendingCut:
 
 def check_tensors(stored: dict[str, Stored], config: NemotronHConfig) -> None:
     """Raise a ValueError unless the files hold what `config` asks for, in those shapes, and nothing else."""
-    wanted = {
-        tensor.name.format(e=e): tensor.shape for tensor in checkpoint_tensors(config) for e in range(tensor.copies)
-    }
+    wanted = {place.released: tensor.shape for tensor in checkpoint_tensors(config) for place in tensor.places()}
     for name, shape in wanted.items():
         if name not in stored:
             raise ValueError(f"the files lack {name}, which the parent's config asks for")

@@ -17,16 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cost import (
-    cache_bytes,
-    checkpoint_tensors,
-    layer_cache_bytes,
-    layer_of,
-    num_parameters,
-    stored_bytes,
-    weight_bytes,
-)
+from ..cost import cache_bytes, layer_cache_bytes, num_parameters, stored_bytes, weight_bytes
 from ..model.configuration_nemotron_h import NemotronHConfig
+from ..tensors import checkpoint_tensors, kind_of
 from ..units import human_bytes, parse_need
 from .budgets import FIELDS_OF_KIND, SIZE_FIELDS, Budget, Elastic, heads_left, read_elastic
 from .child import Child, child_of
@@ -260,7 +253,7 @@ def _costs(config: NemotronHConfig, wanted: Limit, dtype: str) -> dict[int | str
     """What is limited, by layer of the stack, by kind for multi-token prediction, and under None what is outside."""
     costs: dict[int | str | None, int] = {None: 0}
     for tensor in checkpoint_tensors(config):
-        place = layer_of(config, tensor)
+        place = kind_of(config, tensor.layer) if tensor.kind == "mtp" else tensor.layer
         costs[place] = costs.get(place, 0) + (stored_bytes(tensor, dtype) if wanted.in_bytes else tensor.num_elements)
     if wanted.in_bytes:
         for index in range(config.num_hidden_layers):

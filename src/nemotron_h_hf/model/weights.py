@@ -40,6 +40,8 @@ DTYPES = {
 """The format's code -> torch's dtype."""
 # Last names of integers that are stored among the weights: RADIO's choice of class tokens.
 NO_WEIGHTS = ("summary_idxs",)
+FLOAT32 = ("e_score_correction_bias",)
+"""Last names of tensors that are float32 next to weights of any dtype, in every release: this one decides between experts."""
 FLOATS = {code: dtype for code, dtype in DTYPES.items() if dtype.is_floating_point and dtype.itemsize > 1}
 """Those that a model computes in."""
 
@@ -91,6 +93,11 @@ def read_name(name: str) -> Name:
         number = None if expert[1] is None else int(expert[1])
         local = f"mixer.experts.{{e}}.{expert[2] or expert[3]}.weight"
     return Name(root, None if layer is None else int(layer), local, number)
+
+
+def stays_float32(name: str) -> bool:
+    """Whether a tensor of this name is never stored in another dtype."""
+    return name.rpartition(".")[2] in FLOAT32
 
 
 def released_name(name: str) -> str:

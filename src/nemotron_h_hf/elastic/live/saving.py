@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ... import manifest
 from ...checkpoint import save
-from ...cost import checkpoint_tensors
 from ...model.loading import warn_of_other_readers, weight_files
 from ...model.modeling_nemotron_h import NemotronHForCausalLM
 from ...model.saving import save_whole
 from ...model.weights import FLOATS, TensorSpec, find_tensors, read_name
+from ...tensors import checkpoint_tensors
 from ...units import parse_bytes
 from ...whole_files import write_text
 from .ordered_linear import OrderedLinear
@@ -92,7 +92,7 @@ def write_manifest(folder: str | os.PathLike, sha256: Mapping[str, str] | None =
 def checkpoint_names(model: NemotronHForCausalLM) -> Iterator[str]:
     """Released names of all tensors of a model, one for each expert."""
     for tensor in checkpoint_tensors(model.config):
-        yield from (tensor.name.format(e=copy) for copy in range(tensor.copies))
+        yield from (place.released for place in tensor.places())
 
 
 def ordinary_tensor(model: nn.Module, name: str, state_dict: Mapping[str, Tensor] | None = None) -> Tensor:

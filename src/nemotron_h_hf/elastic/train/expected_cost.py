@@ -11,8 +11,7 @@ Between choices it is the mean over independent axes (but for MTP's joining matr
 """
 
 import copy
-import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from ... import cost
 from ...model.configuration_nemotron_h import NemotronHConfig
+from ...tensors import WeightShape, checkpoint_tensors
 from ..budgets import FIELDS_OF_KIND, heads_left
 from .choices import DEPTH, Axis, Probabilities, full, kept_layers
 
@@ -69,10 +69,13 @@ class ExpectedCost:
             return _seconds(self.config, self.axes, probabilities, shares, self.seconds)
         expected = expected_config(self.config, self.axes, probabilities)
         if self.metric == "parameters":
-            return _sum_of_tensors(expected, shares, lambda name: 1)
-        size = cost.bytes_per_element(self.dtype)
-        weights = _sum_of_tensors(expected, shares, lambda name: 4 if name.endswith("correction_bias") else size)
-        return weights + self.batch_size * _cache_bytes(expected, shares, self.context_tokens, size)
+            return _sum_of_tensors(expected, shares, lambda tensor: tensor.num_elements)
+        weights = _sum_of_tensors(expected, shares, lambda tensor: cost.stored_bytes(tensor, self.dtype))
+        caches = [
+            share * cost.layer_cache_bytes(expected, layer, self.context_tokens, self.dtype)
+            for layer, share in enumerate(shares)
+        ]
+        return weights + self.batch_size * torch.stack(caches).sum()
 
 
 def router_loss(
@@ -140,30 +143,15 @@ def _shares_of_layers(
     return torch.ones(config.num_hidden_layers, dtype=torch.float64)
 
 
-def _sum_of_tensors(expected: NemotronHConfig, shares: Tensor, weight: Any) -> Tensor:
-    """Elements of every tensor of a checkpoint, times `weight(name)`, those of a layer times its share."""
-    outside = torch.zeros((), dtype=torch.float64)
-    layers: list[Tensor | float] = [0.0] * len(shares)
-    for tensor in cost.checkpoint_tensors(expected):
-        found = tensor.num_elements * weight(tensor.name)
-        match = re.match(r"backbone\.layers\.(\d+)\.", tensor.name)
-        if match is None:
-            outside = outside + found
+def _sum_of_tensors(expected: NemotronHConfig, shares: Tensor, amount: Callable[[WeightShape], Any]) -> Tensor:
+    """The sum of `amount` over the tensors of a checkpoint, those of a layer times its share."""
+    outside, layers = 0.0, [0.0] * len(shares)
+    for tensor in checkpoint_tensors(expected):
+        if (layer := tensor.stack_layer) is None:
+            outside = outside + amount(tensor)
         else:
-            layers[int(match[1])] = layers[int(match[1])] + found
+            layers[layer] = layers[layer] + amount(tensor)
     return outside + (torch.stack([torch.as_tensor(value, dtype=torch.float64) for value in layers]) * shares).sum()
-
-
-def _cache_bytes(expected: NemotronHConfig, shares: Tensor, num_tokens: int, size: int) -> Tensor:
-    """`cost.cache_bytes`, layer by layer: keys and values, recurrent states in fp32 and convolution windows."""
-    total = torch.zeros((), dtype=torch.float64)
-    for index, kind in enumerate(expected.layers_block_type):
-        if kind == "full_attention":
-            total = total + shares[index] * num_tokens * 2 * expected.num_key_value_heads * expected.head_dim * size
-        elif kind == "linear_attention":
-            state = 4 * expected.mamba_width(index) * expected.ssm_state_size
-            total = total + shares[index] * (state + expected.conv_width(index) * expected.conv_kernel * size)
-    return total
 
 
 def _seconds(
