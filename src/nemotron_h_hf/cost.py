@@ -37,7 +37,7 @@ def num_parameters(config: NemotronHConfig, with_mtp: bool = True) -> int:
 
 def num_active_parameters(config: NemotronHConfig) -> int:
     """Parameters of the main stack that one token uses: all but the routed experts it is not sent to."""
-    return sum(_elements_per_token(config, tensor) for tensor in checkpoint_tensors(config) if tensor.kind != "mtp")
+    return sum(elements_per_token(config, tensor) for tensor in checkpoint_tensors(config) if tensor.kind != "mtp")
 
 
 def num_checkpoint_tensors(config: NemotronHConfig) -> int:
@@ -145,13 +145,13 @@ def _matrix_elements_per_token(config: NemotronHConfig, first_layer: int) -> int
     """Elements of the matrices of the main stack, from that layer on, that each token is multiplied with."""
     lm_head = config.vocab_size * config.hidden_size  # tied or not
     return lm_head + sum(
-        _elements_per_token(config, tensor)
+        elements_per_token(config, tensor)
         for tensor in checkpoint_tensors(config)
         if len(tensor.shape) == 2 and (tensor.stack_layer if tensor.stack_layer is not None else -1) >= first_layer
     )
 
 
-def _elements_per_token(config: NemotronHConfig, tensor: WeightShape) -> int:
+def elements_per_token(config: NemotronHConfig, tensor: WeightShape) -> int:
     """Elements of a tensor that one token meets: of the routed experts those of the ones it is sent to."""
     if tensor.kind != "moe_routed":
         return tensor.num_elements

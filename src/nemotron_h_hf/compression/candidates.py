@@ -22,11 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..cost import kv_bytes_per_token, layers_of_kind
+from ..cost import elements_per_token, kv_bytes_per_token, layers_of_kind
 from ..errors import require
-from ..memory_model import Deployment, memory_by_layer, tensors_by_layer
+from ..memory_model import Deployment, memory_by_layer
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..slicing import entry_without_sizes
+from ..tensors import checkpoint_tensors
 from ..units import human_bytes
 
 KINDS = {"attention": "full_attention", "mamba": "linear_attention", "mlp": "mlp", "moe": "moe"}
@@ -167,9 +168,8 @@ def with_sizes(config: NemotronHConfig, sizes: Mapping[str, int]) -> NemotronHCo
 def parameters_by_layer(config: NemotronHConfig, active: bool = False) -> Counter[int | None]:
     """Elements of each layer; `active`: without the routed experts that a token is not sent to."""
     found: Counter[int | None] = Counter()
-    for tensor, layer in tensors_by_layer(config):
-        share = config.num_experts_per_tok / config.n_routed_experts if active and tensor.kind == "moe_routed" else 1
-        found[layer] += tensor.num_elements * share
+    for tensor in checkpoint_tensors(config):
+        found[tensor.stack_layer] += elements_per_token(config, tensor) if active else tensor.num_elements
     return found
 
 
