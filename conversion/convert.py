@@ -14,7 +14,8 @@ from tqdm import tqdm
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 from nemotron_h_hf.model.weights import Checkpoint
 from nemotron_h_hf.output_folders import stamps, writing
-from nemotron_h_hf.resumable import TOKENIZER_FILES, Journal, check_room
+from nemotron_h_hf.resumable import Journal, check_room
+from nemotron_h_hf.tokenizer_files import TOKENIZER_FILES
 from nemotron_h_hf.units import parse_bytes
 from nemotron_h_hf.whole_files import write_text
 

@@ -16,7 +16,7 @@ from nemotron_h_hf.checkpoint import save
 from nemotron_h_hf.inputs import read_json
 from nemotron_h_hf.model.configuration_nemotron_h import with_plain_limit
 from nemotron_h_hf.model.weights import Checkpoint, Name, TensorSpec, read_name
-from nemotron_h_hf.resumable import TOKENIZER_FILES, copy_files
+from nemotron_h_hf.tokenizer_files import TOKENIZER_FILES, copy_files
 from nemotron_h_hf.whole_files import write_text
 
 from .source_checkpoint import Entry, Piece, SourceCheckpoint

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from nemotron_h_hf.checkpoint import ShardWriter, plan_shards
 from nemotron_h_hf.model.weights import TensorSpec
-from nemotron_h_hf.resumable import TOKENIZER_FILES, Journal, copy_files, write_shards
+from nemotron_h_hf.resumable import Journal, write_shards
+from nemotron_h_hf.tokenizer_files import TOKENIZER_FILES, copy_files
 from nemotron_h_hf.whole_files import write_text
 
 from .plan import Job, Plan, to_hf

@@ -21,7 +21,7 @@ from .model.configuration_nemotron_h import with_plain_limit
 from .model.configuration_nemotron_h_vl import NemotronHNanoVLConfig, NemotronHOmniConfig, NemotronHVLConfig
 from .model.json_files import read_json
 from .model.weights import read_index
-from .resumable import TOKENIZER_FILES, with_plain_tokenizer_class
+from .tokenizer_files import TOKENIZER_FILES, portable_config
 from .units import human_bytes, human_count
 from .vision_summary import VisionFacts
 from .whole_files import whole_file
@@ -125,7 +125,7 @@ def save_tokenizer(tokenizer, folder: str | os.PathLike) -> None:
     """Save a tokenizer that every reader takes: with the class name that transformers 4 and 5 both know."""
     tokenizer.save_pretrained(folder)
     path = Path(folder) / "tokenizer_config.json"
-    _write_atomically(path, with_plain_tokenizer_class(_read_text(path)))
+    _write_atomically(path, portable_config(_read_text(path), path.parent))
 
 
 def model_card(folder: str | os.PathLike, repo_id: str, with_code: bool = False, license: str | None = None) -> str:
@@ -193,7 +193,7 @@ def plan_upload(
     if overwrite_card or "README.md" not in plan:
         plan["README.md"] = model_card(folder, repo_id, with_code, license).encode()
     if "tokenizer_config.json" in plan:
-        plan["tokenizer_config.json"] = with_plain_tokenizer_class(_text_of(plan["tokenizer_config.json"]))
+        plan["tokenizer_config.json"] = portable_config(_text_of(plan["tokenizer_config.json"]), folder)
     if with_code:
         text = _text_of(plan["config.json"])
         plan["config.json"] = with_auto_map(text)
@@ -217,7 +217,7 @@ def plan_adapter_upload(folder: str | os.PathLike, include: Iterable[str] = ()) 
     if "README.md" in plan and _is_local(base):  # PEFT's own card names it
         plan["README.md"] = _read_text(folder / "README.md").replace(base, Path(base).name).encode()
     if "tokenizer_config.json" in plan:
-        plan["tokenizer_config.json"] = with_plain_tokenizer_class(_text_of(plan["tokenizer_config.json"]))
+        plan["tokenizer_config.json"] = portable_config(_text_of(plan["tokenizer_config.json"]), folder)
     return plan
 
 

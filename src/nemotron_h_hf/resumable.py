@@ -18,16 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from .checkpoint import Digest, ShardWriter, pieces, write_index
-from .model.json_files import read_json
 from .model.weights import Checkpoint, TensorSpec, byte_view
 from .output_folders import is_empty
-from .whole_files import whole_file, write_text
-
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
-    "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json",
-)  # fmt: skip
-"""What a folder has apart from weights and configuration."""
+from .whole_files import write_text
 
 
 class Journal:
@@ -116,32 +109,6 @@ def check_room(target: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(existing).free
     if num_bytes - there > free:
         raise ValueError(f"{target} needs {num_bytes / 1e9:.2f} GB, {existing} has {free / 1e9:.2f} GB free")
-
-
-def copy_files(names: Sequence[str], source: Path, target: Path) -> list[str]:
-    """Copy the files of these names that `source` has, each whole or not at all; their names.
-
-    A tokenizer_config.json gets the plain class name, see `with_plain_tokenizer_class`.
-    """
-    found = [name for name in names if (source / name).is_file()]
-    for name in found:
-        with whole_file(target / name) as part:
-            if name == "tokenizer_config.json":
-                read_json(source / name)  # names the file if it is none
-                part.write_bytes(with_plain_tokenizer_class((source / name).read_text(encoding="utf-8")))
-            else:
-                shutil.copyfile(source / name, part)
-    return found
-
-
-def with_plain_tokenizer_class(tokenizer_config_text: str) -> bytes:
-    """`tokenizer_config.json` with `TokenizersBackend`, which only transformers 5 reads, named as everywhere else."""
-    config = json.loads(tokenizer_config_text)
-    if config.get("tokenizer_class") == "TokenizersBackend":
-        config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    for name in ("is_local", "local_files_only"):  # how it was loaded here, written by a save after a load
-        config.pop(name, None)
-    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _finished(path: Path, specs: Sequence[TensorSpec], record: dict | None) -> dict[str, Digest] | None:

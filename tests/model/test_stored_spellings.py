@@ -13,7 +13,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausa
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM, NemotronHModel
 from nemotron_h_hf.checkpoint_summary import disagreements, load_target
 from nemotron_h_hf.model import weights
-from nemotron_h_hf.resumable import TOKENIZER_FILES, copy_files
+from nemotron_h_hf.tokenizer_files import TOKENIZER_FILES, copy_files
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 PLACES = ("embeddings", "lm_head", "in_proj", "out_proj", "conv1d", r"A_log|\.D$|dt_bias", "norm", "[qkv]_proj",

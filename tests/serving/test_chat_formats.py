@@ -7,10 +7,11 @@ import pytest
 pytest.importorskip("fastapi")
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast  # noqa: E402
 
-from nemotron_h_hf.serving.chat import CAN_PARSE, FORMATS, Reader, joined  # noqa: E402
+from nemotron_h_hf.serving.chat import CAN_PARSE, Reader, joined  # noqa: E402
+from nemotron_h_hf.tokenizer_files import RESPONSE_TEMPLATES, portable_config, response_template_for  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not CAN_PARSE, reason="this transformers has no parser")
-V3, V2 = FORMATS.values()
+V3, V2 = RESPONSE_TEMPLATES.values()
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {
     "a": {"type": "integer"}, "note": {"type": "string"}}}}}]  # fmt: skip
 ANSWERS = {
@@ -53,3 +54,17 @@ def test_a_call_that_is_none_is_shown():
     deltas = found.feed("Well <TOOLCALL>[{oh}]</TOOLCALL>") + found.feed(" then") + found.finish()
     message = joined(deltas)
     assert "tool_calls" not in message and "[{oh}]" in message["content"] and message["content"].endswith(" then")
+
+
+@pytest.mark.parametrize("marker, form", RESPONSE_TEMPLATES.items())
+@pytest.mark.parametrize("own_file", [False, True])
+def test_a_known_chat_format_is_written_with_its_response_template(marker, form, own_file, tmp_path):
+    template = "{{ messages }}" + marker + "\n"
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"} | ({} if own_file else {"chat_template": template})
+    if own_file:
+        (tmp_path / "chat_template.jinja").write_text(template)
+    written = json.loads(portable_config(json.dumps(config), tmp_path))
+    assert written["response_template"] == form
+    own = json.dumps(config | {"response_template": {"fields": {}}})
+    assert json.loads(portable_config(own, tmp_path))["response_template"] == {"fields": {}}, "the folder's own stays"
+    assert response_template_for("{{ messages }}") is None

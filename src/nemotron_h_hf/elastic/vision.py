@@ -19,8 +19,8 @@ from ..model.configuration_nemotron_h_vl import NemotronHVLConfig
 from ..model.saving import saving
 from ..model.weights import find_tensors
 from ..output_folders import is_made, note_made, stamps, writing
-from ..resumable import TOKENIZER_FILES, copy_files
 from ..slicing import Cut
+from ..tokenizer_files import TOKENIZER_FILES, copy_files
 from .child import Child
 from .child_files import ChildFiles, PendingCut, check_tensors
 from .resolve import Request, resolve

@@ -55,8 +55,9 @@ from nemotron_h_hf.inputs import load_tokenizer, read_device, read_yaml
 from nemotron_h_hf.model.loading import weight_files
 from nemotron_h_hf.model.saving import WORK_NAME, saving
 from nemotron_h_hf.output_folders import is_made, note_made, stamps, writing
-from nemotron_h_hf.resumable import TOKENIZER_FILES, check_room, copy_files
+from nemotron_h_hf.resumable import check_room
 from nemotron_h_hf.slicing import Kept
+from nemotron_h_hf.tokenizer_files import TOKENIZER_FILES, copy_files
 from nemotron_h_hf.whole_files import write_text
 
 

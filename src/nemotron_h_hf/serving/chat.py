@@ -1,7 +1,7 @@
 """Conversations: messages to a prompt by the tokenizer's chat template, and the text that comes back to deltas.
 
 Reasoning and tool calls are found by transformers' parser with the tokenizer's `response_template`; of tokenizers without
-one, the template is taken that fits their chat template (FORMATS). With neither, everything is content.
+one, the template is taken that fits their chat template (tokenizer_files.py). With neither, everything is content.
 """
 
 from __future__ import annotations
@@ -14,47 +14,17 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import require
+from ..tokenizer_files import response_template_for
 from .protocol import Message
 
 CAN_PARSE = "get_response_parser" in vars(PreTrainedTokenizerBase)  # not in older transformers
-CALL = {"type": "function", "function": {"name": "{name}", "arguments": "{content}"}}
-FORMATS: dict[str, dict[str, Any]] = {
-    "<|im_start|>assistant": {  # Nano v3
-        "start_anchor": "<|im_start|>assistant\n",
-        "fields": {
-            "reasoning_content": {"open": "<think>", "close": "</think>"},
-            "tool_calls": {
-                "open_pattern": r"<tool_call>\s*<function=(?P<name>[^>\n]+)>",
-                "close_pattern": r"</function>\s*</tool_call>",
-                "content": "xml-inline",
-                "content_args": {"tag_pattern": r"<parameter=(?P<key>[^>\n]+)>\n?(?P<value>.*?)\n?</parameter>"},
-                "repeats": True,
-                "transform": CALL,
-            },
-            "content": {"close": ["<|im_end|>", "</s>"]},
-        },
-    },
-    "<SPECIAL_11>Assistant": {  # Nano v2
-        "start_anchor": "<SPECIAL_11>Assistant\n",
-        "fields": {
-            "reasoning_content": {"open": "<think>", "close": "</think>"},
-            "tool_calls": {
-                "open": "<TOOLCALL>", "close": "</TOOLCALL>", "content": "json", "transform_each": True,
-                "transform": {"type": "function", "function": {"name": "{name}", "arguments": "{arguments}"}},
-            },
-            "content": {"close": ["<SPECIAL_12>", "</s>"]},
-        },
-    },
-}  # fmt: skip
-"""What a chat template holds -> how to read its answers."""
 
 
 def response_template(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any] | None:
     """The tokenizer's own, or the one that fits its chat template; None if there is neither, or no parser for it."""
     if not CAN_PARSE:
         return None
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    return tokenizer.response_template or next((form for marker, form in FORMATS.items() if marker in template), None)
+    return tokenizer.response_template or response_template_for(tokenizer.chat_template)
 
 
 class Conversation:

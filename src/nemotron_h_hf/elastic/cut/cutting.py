@@ -33,7 +33,8 @@ from ...model.loading import limits_of_other_readers, weight_files
 from ...model.modeling_nemotron_h import NemotronHForCausalLM
 from ...model.weights import TensorSpec, find_tensors
 from ...output_folders import writing
-from ...resumable import TOKENIZER_FILES, Journal, check_room, copy_files, write_shards
+from ...resumable import Journal, check_room, write_shards
+from ...tokenizer_files import TOKENIZER_FILES, copy_files
 from ...whole_files import write_text
 from ..budgets import Budget
 from ..child import Child
