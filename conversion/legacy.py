@@ -283,7 +283,7 @@ def _part_sizes(spot: Place, local: str, segment: dict[str, Extent], shape: tupl
         sizes["z"] = sizes["x"] = segment[start + "mixer.norm.weight"].shape[0]
     except KeyError as error:
         raise ValueError(f"{local} cannot be cut into its parts: {error} is missing") from None
-    order = spot.row.shape.split()[0].split("+")
+    order = spot.row.shape[0]
     rest = shape[0] - sum(sizes[part] for part in order if part in sizes)
     sizes["B"] = sizes["C"] = rest // 2
     if rest < 2 or rest % 2:

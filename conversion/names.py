@@ -6,7 +6,7 @@ is a new row; a new spelling of an old one goes into its row's `others`.
     Megatron  decoder.layers.N.‹row›   mtp.layers.D.mtp_model_layer.layers.I.‹row›
     HF        backbone.layers.N.‹row›  mtp.layers.(D * depth + I).‹row›
 
-Shapes are written in the sizes of `sizes_of`; `a+b` on the first axis are parts, one after another.
+Shapes, and whether a model has a tensor at all, are in the table of HF tensors (tensors.py).
 """
 
 from __future__ import annotations
@@ -15,82 +15,91 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from nemotron_h_hf import tensors
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
+from nemotron_h_hf.tensors import is_there, sizes
 
 ROWS, COLUMNS, COPY = "rows", "columns", "copy"  # what a tensor-parallel rank holds: a range of axis 0, of axis 1, all
 PLAIN, PARTS, QKV, VOCAB = "plain", "parts", "qkv", "vocab"
 
 
 class Row(NamedTuple):
-    """One line of the table; `{e}` stands for the expert, `when` names the configuration field that it needs."""
+    """One line of the table; `{e}` stands for the expert."""
 
     megatron: str
     hf: str  # several names, separated by spaces, for QKV
-    shape: str
     split: str
     layout: str = PLAIN
     others: tuple[str, ...] = ()
-    when: str = ""
+
+    @property
+    def hf_rows(self) -> list[tensors.Row]:
+        """Its rows in the table of HF tensors."""
+        return [tensors.ROWS[name] for name in self.hf.split()]
+
+    @property
+    def shape(self) -> list[list[str]]:
+        """The letters on each axis; those of Q, K and V one after another on the first."""
+        first, *rest = zip(*(row.shape.split() for row in self.hf_rows))
+        return [[letter for word in first for letter in word.split("+")], *(words[0].split("+") for words in rest)]
 
 
 TOP = (
-    Row("embedding.word_embeddings.weight", "backbone.embeddings.weight", "V h", ROWS, VOCAB),
-    Row("decoder.final_norm.weight", "backbone.norm_f.weight", "h", COPY, others=("decoder.final_layernorm.weight",)),
-    Row("output_layer.weight", "lm_head.weight", "V h", ROWS, VOCAB),
+    Row("embedding.word_embeddings.weight", "backbone.embeddings.weight", ROWS, VOCAB),
+    Row("decoder.final_norm.weight", "backbone.norm_f.weight", COPY, others=("decoder.final_layernorm.weight",)),
+    Row("output_layer.weight", "lm_head.weight", ROWS, VOCAB),
 )
 BLOCKS = {
     "M": (
-        Row("mixer.in_proj.layer_norm_weight", "norm.weight", "h", COPY, others=("norm.weight",)),
-        Row("mixer.in_proj.weight", "mixer.in_proj.weight", "z+x+B+C+dt h", ROWS, PARTS),
-        Row("mixer.in_proj.bias", "mixer.in_proj.bias", "z+x+B+C+dt", ROWS, PARTS, when="use_bias"),
-        Row("mixer.conv1d.weight", "mixer.conv1d.weight", "x+B+C 1 kernel", ROWS, PARTS, ("mixer.conv1d_weight",)),
-        Row("mixer.conv1d.bias", "mixer.conv1d.bias", "x+B+C", ROWS, PARTS, ("mixer.conv1d_bias",), "use_conv_bias"),
-        Row("mixer.A_log", "mixer.A_log", "dt", ROWS),
-        Row("mixer.D", "mixer.D", "dt", ROWS),
-        Row("mixer.dt_bias", "mixer.dt_bias", "dt", ROWS),
-        Row("mixer.norm.weight", "mixer.norm.weight", "x", ROWS),
-        Row("mixer.out_proj.weight", "mixer.out_proj.weight", "h x", COLUMNS),
-        Row("mixer.out_proj.bias", "mixer.out_proj.bias", "h", COPY, when="use_bias"),
+        Row("mixer.in_proj.layer_norm_weight", "norm.weight", COPY, others=("norm.weight",)),
+        Row("mixer.in_proj.weight", "mixer.in_proj.weight", ROWS, PARTS),
+        Row("mixer.in_proj.bias", "mixer.in_proj.bias", ROWS, PARTS),
+        Row("mixer.conv1d.weight", "mixer.conv1d.weight", ROWS, PARTS, ("mixer.conv1d_weight",)),
+        Row("mixer.conv1d.bias", "mixer.conv1d.bias", ROWS, PARTS, ("mixer.conv1d_bias",)),
+        Row("mixer.A_log", "mixer.A_log", ROWS),
+        Row("mixer.D", "mixer.D", ROWS),
+        Row("mixer.dt_bias", "mixer.dt_bias", ROWS),
+        Row("mixer.norm.weight", "mixer.norm.weight", ROWS),
+        Row("mixer.out_proj.weight", "mixer.out_proj.weight", COLUMNS),
+        Row("mixer.out_proj.bias", "mixer.out_proj.bias", COPY),
     ),
     "*": (
-        Row("self_attention.linear_qkv.layer_norm_weight", "norm.weight", "h", COPY,
-            others=("input_layernorm.weight",)),
-        Row("self_attention.linear_qkv.weight", "mixer.q_proj.weight mixer.k_proj.weight mixer.v_proj.weight",
-            "q+k+v h", ROWS, QKV),
-        Row("self_attention.linear_qkv.bias", "mixer.q_proj.bias mixer.k_proj.bias mixer.v_proj.bias",
-            "q+k+v", ROWS, QKV, when="attention_bias"),
-        Row("self_attention.linear_proj.weight", "mixer.o_proj.weight", "h q", COLUMNS),
-        Row("self_attention.linear_proj.bias", "mixer.o_proj.bias", "h", COPY, when="attention_bias"),
+        Row("self_attention.linear_qkv.layer_norm_weight", "norm.weight", COPY, others=("input_layernorm.weight",)),
+        Row("self_attention.linear_qkv.weight", "mixer.q_proj.weight mixer.k_proj.weight mixer.v_proj.weight", ROWS,
+            QKV),
+        Row("self_attention.linear_qkv.bias", "mixer.q_proj.bias mixer.k_proj.bias mixer.v_proj.bias", ROWS, QKV),
+        Row("self_attention.linear_proj.weight", "mixer.o_proj.weight", COLUMNS),
+        Row("self_attention.linear_proj.bias", "mixer.o_proj.bias", COPY),
     ),
     "-": (
-        Row("mlp.linear_fc1.layer_norm_weight", "norm.weight", "h", COPY, others=("pre_mlp_layernorm.weight",)),
-        Row("mlp.linear_fc1.weight", "mixer.up_proj.weight", "f h", ROWS),
-        Row("mlp.linear_fc1.bias", "mixer.up_proj.bias", "f", ROWS, when="mlp_bias"),
-        Row("mlp.linear_fc2.weight", "mixer.down_proj.weight", "h f", COLUMNS),
-        Row("mlp.linear_fc2.bias", "mixer.down_proj.bias", "h", COPY, when="mlp_bias"),
+        Row("mlp.linear_fc1.layer_norm_weight", "norm.weight", COPY, others=("pre_mlp_layernorm.weight",)),
+        Row("mlp.linear_fc1.weight", "mixer.up_proj.weight", ROWS),
+        Row("mlp.linear_fc1.bias", "mixer.up_proj.bias", ROWS),
+        Row("mlp.linear_fc2.weight", "mixer.down_proj.weight", COLUMNS),
+        Row("mlp.linear_fc2.bias", "mixer.down_proj.bias", COPY),
     ),
     "E": (
-        Row("pre_mlp_layernorm.weight", "norm.weight", "h", COPY),
-        Row("mlp.router.weight", "mixer.gate.weight", "E h", COPY),
-        Row("mlp.router.expert_bias", "mixer.gate.e_score_correction_bias", "E", COPY),
-        Row("mlp.fc1_latent_proj.weight", "mixer.fc1_latent_proj.weight", "l h", COPY, when="moe_latent_size"),
-        Row("mlp.fc2_latent_proj.weight", "mixer.fc2_latent_proj.weight", "h l", COPY, when="moe_latent_size"),
-        Row("mlp.experts.linear_fc1.weight{e}", "mixer.experts.{e}.up_proj.weight", "m l", ROWS,
+        Row("pre_mlp_layernorm.weight", "norm.weight", COPY),
+        Row("mlp.router.weight", "mixer.gate.weight", COPY),
+        Row("mlp.router.expert_bias", "mixer.gate.e_score_correction_bias", COPY),
+        Row("mlp.fc1_latent_proj.weight", "mixer.fc1_latent_proj.weight", COPY),
+        Row("mlp.fc2_latent_proj.weight", "mixer.fc2_latent_proj.weight", COPY),
+        Row("mlp.experts.linear_fc1.weight{e}", "mixer.experts.{e}.up_proj.weight", ROWS,
             others=("mlp.experts.local_experts.{e}.linear_fc1.weight", "mlp.experts.{e}.linear_fc1.weight",
                     "mlp.experts.experts.{e}.linear_fc1.weight")),
-        Row("mlp.experts.linear_fc2.weight{e}", "mixer.experts.{e}.down_proj.weight", "l m", COLUMNS,
+        Row("mlp.experts.linear_fc2.weight{e}", "mixer.experts.{e}.down_proj.weight", COLUMNS,
             others=("mlp.experts.local_experts.{e}.linear_fc2.weight", "mlp.experts.{e}.linear_fc2.weight",
                     "mlp.experts.experts.{e}.linear_fc2.weight")),
-        Row("mlp.shared_experts.linear_fc1.weight", "mixer.shared_experts.up_proj.weight", "s h", ROWS),
-        Row("mlp.shared_experts.linear_fc2.weight", "mixer.shared_experts.down_proj.weight", "h s", COLUMNS),
+        Row("mlp.shared_experts.linear_fc1.weight", "mixer.shared_experts.up_proj.weight", ROWS),
+        Row("mlp.shared_experts.linear_fc2.weight", "mixer.shared_experts.down_proj.weight", COLUMNS),
     ),
 }  # fmt: skip
 MTP_FIRST = (
-    Row("enorm.weight", "enorm.weight", "h", COPY),
-    Row("hnorm.weight", "hnorm.weight", "h", COPY),
-    Row("eh_proj.weight", "eh_proj.weight", "h h+h", ROWS),
+    Row("enorm.weight", "enorm.weight", COPY),
+    Row("hnorm.weight", "hnorm.weight", COPY),
+    Row("eh_proj.weight", "eh_proj.weight", ROWS),
 )
-MTP_LAST = (Row("final_layernorm.weight", "final_layernorm.weight", "h", COPY),)
+MTP_LAST = (Row("final_layernorm.weight", "final_layernorm.weight", COPY),)
 
 # Modules that Transformer Engine gives an `_extra_state`; Megatron insists on one entry each (empty ones will do).
 EXTRA_STATE_TOP = ("decoder.final_norm", "output_layer")
@@ -127,77 +136,48 @@ class Link(NamedTuple):
 
 def links(config: NemotronHConfig) -> Iterator[Link]:
     """Every tensor of a model of this configuration, in order of depth."""
+    config.require_uniform(*(field for field in config.PER_LAYER_FIELDS if field != "intermediate_size"))
     embeddings, final_norm, output_layer = TOP
-    sizes = sizes_of(config)
-    yield _link(embeddings, "", "", sizes)
-    widths = iter(config.mlp_widths)
+    outside = sizes(config, None)
+    yield _link(embeddings, "", "", outside)
     for layer, letter in enumerate(config.hybrid_override_pattern):
-        if letter == "-":
-            sizes["f"] = next(widths)
         prefixes = (f"decoder.layers.{layer}.", f"backbone.layers.{layer}.")
-        for link in _block(config, letter, *prefixes, sizes):
+        for link in _block(config, letter, *prefixes, layer):
             yield link._replace(layer=layer)
-    yield _link(final_norm, "", "", sizes)
+    yield _link(final_norm, "", "", outside)
     if not config.tie_word_embeddings:
-        yield _link(output_layer, "", "", sizes)
-    yield from _mtp(config, sizes)
+        yield _link(output_layer, "", "", outside)
+    yield from _mtp(config)
 
 
-def sizes_of(config: NemotronHConfig) -> dict[str, int]:
-    """The sizes that the table's shapes are written in."""
-    bc = config.n_groups * config.ssm_state_size
-    return {
-        "1": 1,
-        "V": config.vocab_size,
-        "h": config.hidden_size,
-        "z": config.mamba_intermediate_size,
-        "x": config.mamba_intermediate_size,
-        "B": bc,
-        "C": bc,
-        "dt": config.mamba_num_heads,
-        "kernel": config.conv_kernel,
-        "q": config.num_attention_heads * config.head_dim,
-        "k": config.num_key_value_heads * config.head_dim,
-        "v": config.num_key_value_heads * config.head_dim,
-        "f": max(config.mlp_widths, default=0) or _first(config.intermediate_size),
-        "E": config.n_routed_experts,
-        "m": config.moe_intermediate_size,
-        "l": config.moe_latent_size or config.hidden_size,
-        "s": config.moe_shared_expert_intermediate_size,
-    }
-
-
-def _first(value: int | list[int]) -> int:
-    return value if isinstance(value, int) else max(value, default=0)
-
-
-def _block(config: NemotronHConfig, letter: str, megatron: str, hf: str, sizes: dict[str, int]) -> Iterator[Link]:
+def _block(config: NemotronHConfig, letter: str, megatron: str, hf: str, layer: int) -> Iterator[Link]:
+    of = sizes(config, layer)
     for row in BLOCKS[letter]:
-        if row.when and not getattr(config, row.when):
-            continue
-        for expert in range(config.n_routed_experts) if "{e}" in row.megatron else (None,):
-            yield _link(row, megatron, hf, sizes, expert)
+        if all(is_there(config, tensor) for tensor in row.hf_rows):
+            for expert in range(of["e"]) if "{e}" in row.megatron else (None,):
+                yield _link(row, megatron, hf, of, expert)
 
 
-def _mtp(config: NemotronHConfig, sizes: dict[str, int]) -> Iterator[Link]:
+def _mtp(config: NemotronHConfig) -> Iterator[Link]:
     pattern = config.mtp_hybrid_override_pattern
     for depth in range(config.num_nextn_predict_layers):
         for inner, letter in enumerate(pattern):
             hf, megatron = f"mtp.layers.{depth * len(pattern) + inner}.", f"mtp.layers.{depth}."
+            layer = config.num_hidden_layers + inner
             for row in MTP_FIRST if inner == 0 else ():
-                yield _link(row, megatron, hf, sizes)
-            yield from _block(config, letter, f"{megatron}mtp_model_layer.layers.{inner}.", hf, sizes)
+                yield _link(row, megatron, hf, sizes(config, layer))
+            yield from _block(config, letter, f"{megatron}mtp_model_layer.layers.{inner}.", hf, layer)
             for row in MTP_LAST if inner == len(pattern) - 1 else ():
-                yield _link(row, megatron, hf, sizes)
+                yield _link(row, megatron, hf, sizes(config, layer))
 
 
-def _link(row: Row, megatron: str, hf: str, sizes: dict[str, int], expert: int | None = None) -> Link:
-    axes = [[(name, sizes[name]) for name in axis.split("+")] for axis in row.shape.split()]
+def _link(row: Row, megatron: str, hf: str, of: dict[str, int], expert: int | None = None) -> Link:
+    shape = row.shape
     return Link(
         megatron=tuple(megatron + name.replace("{e}", str(expert)) for name in (row.megatron, *row.others)),
         hf=tuple(hf + name.replace("{e}", str(expert)) for name in row.hf.split()),
-        shape=tuple(sum(size for _, size in axis) for axis in axes),
-        parts=tuple(axes[0]),
+        shape=tuple(sum(of[letter] for letter in letters) for letters in shape),
+        parts=tuple((letter, of[letter]) for letter in shape[0]),
         split=row.split,
         layout=row.layout,
         expert=expert,

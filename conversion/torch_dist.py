@@ -233,7 +233,7 @@ def pieces_by_expert(key: str, shape: tuple[int, ...], found: list[tuple]) -> di
 
 def _join_parts(name: str, present: set[str], chunks: dict, wanted: dict, prefix: str) -> Entry:
     row = next(row for row in BLOCKS["M"] if row.layout == PARTS and name.endswith(row.megatron))
-    order = row.shape.split()[0].split("+")
+    order = row.shape[0]
     if present != set(order):
         raise ValueError(f"{name} has the parts {sorted(present)}, expected are {order}")
     pieces, start = [], 0
