@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 KERNELS = .venv-kernels
 TOOLS   = .venv-tools
+VLLM    = .venv-vllm
 PYTEST  = -m pytest -q -n auto --maxprocesses=8
 
 # Of `make fuzz`.
@@ -12,9 +13,9 @@ SEED  ?= 0
 # One thread per process: the tests run in parallel, and threads fighting over cores are slower than none.
 export OMP_NUM_THREADS ?= 1
 # Tests and the demo use the embedded model, never the network.
-test test-slow test-range test-kernels test-kills test-tools test-gpu fuzz demo: export HF_HUB_OFFLINE = 1
+test test-slow test-range test-kernels test-kills test-tools test-vllm test-gpu fuzz demo: export HF_HUB_OFFLINE = 1
 
-.PHONY: help install demo test test-slow test-range test-kernels test-kills test-tools test-gpu fuzz quality bench
+.PHONY: help install demo test test-slow test-range test-kernels test-kills test-tools test-vllm test-gpu fuzz quality bench
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -42,6 +43,11 @@ test-kernels: $(KERNELS)/.installed  ## our Triton kernels and the packages' on 
 
 test-tools: $(TOOLS)/.installed  ## bitsandbytes (QLoRA) and Model-Optimizer on a CPU
 	PYTHONPATH=$(TOOLS) $(VENV)/bin/python $(PYTEST) tests/house/test_quantisers.py
+
+test-vllm: $(VLLM)/.installed  ## budgets of a parent in vLLM's CPU build, cut while they are loaded, against ours (minutes)
+	rm -rf $(VLLM)/parent
+	$(VENV)/bin/python experiments/serving/vllm_budget.py write $(VLLM)/parent
+	$(VLLM)/bin/python experiments/serving/vllm_budget.py check $(VLLM)/parent
 
 test-gpu: $(VENV)/.installed  ## our Triton kernels compiled on a GPU, against PyTorch; then their speed; writes docs/results
 	$(VENV)/bin/python tests/gpu_check.py --output docs/results/kernels_gpu.json
@@ -78,4 +84,10 @@ $(TOOLS)/.installed: $(VENV)/.installed
 	rm -rf $(TOOLS)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --target $(TOOLS) --no-deps \
 		bitsandbytes==0.50.2 nvidia-modelopt==0.47.0 omegaconf==2.4.0 antlr4-python3-runtime==4.9.3 pulp==3.3.2
+	@touch $@
+
+# An environment that reads torch from .venv and has vLLM's own transformers; the wheel asks for CUDA's torch, so its list is filtered.
+$(VLLM)/.installed: $(VENV)/.installed tests/vllm_environment.py
+	rm -rf $(VLLM)
+	$(VENV)/bin/python tests/vllm_environment.py $(VLLM) $(VENV)
 	@touch $@

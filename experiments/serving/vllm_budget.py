@@ -3,7 +3,8 @@
     python experiments/serving/vllm_budget.py write FOLDER      with this package's environment
     python experiments/serving/vllm_budget.py check FOLDER      with vLLM's, where this package is on the path too
 
-A tiny parent with three budgets, fp32: log-probabilities of a prompt, and greedy tokens.
+A tiny parent with three budgets, fp32: log-probabilities of a prompt, and greedy tokens. `check` fails where the first differ
+by more than 1e-4 or a token differs; `make test-vllm` runs both with vLLM's CPU build.
 """
 
 import json
@@ -17,6 +18,7 @@ BUDGETS = {
     "heads": {"num_attention_heads": 2},
 }
 TOKENS = 24
+LIMIT = 1e-4  # nats
 
 
 def main() -> None:
@@ -60,7 +62,7 @@ def check(folder: Path) -> None:
     from nemotron_h_hf.integrations.vllm import register
 
     register()
-    said = json.loads((folder / "said.json").read_text())
+    said, wrong = json.loads((folder / "said.json").read_text()), []
     for name in BUDGETS:
         model = LLM(
             str(folder), dtype="float32", enforce_eager=True, max_model_len=256, max_num_seqs=2, skip_tokenizer_init=True,
@@ -76,7 +78,11 @@ def check(folder: Path) -> None:
             f"{name}: log-probabilities differ by {apart:.2g} at most, {same} of {TOKENS} greedy tokens are equal",
             flush=True,
         )
+        if apart > LIMIT or same < TOKENS:
+            wrong.append(name)
         del model
+    if wrong:
+        sys.exit(f"differs from ours: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":

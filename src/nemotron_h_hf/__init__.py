@@ -15,6 +15,7 @@ hub.py                 model card, model code next to the weights, upload
 inputs.py              numbers, devices, YAML files and tokenizers given to a command
 environment.py         the machine, versions, and the memory of this process
 errors.py              the form of every refusal
+tokenizer_files.py     what a checkpoint folder has apart from weights and configuration
 units.py               "380B", "32Ki" and "7GiB" as numbers
 """
 
