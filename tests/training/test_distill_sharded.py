@@ -16,7 +16,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from nemotron_h_hf import NemotronHForCausalLM
-from nemotron_h_hf.training import losses, teacher_cache
+from nemotron_h_hf.model import loss as loss_module
+from nemotron_h_hf.training import teacher_cache
 from nemotron_h_hf.training.distillation import shard_teacher
 from nemotron_h_hf.training.losses import LiveTeacher, distillation_loss
 from nemotron_h_hf.training.one_copy import device_to_load_on
@@ -37,7 +38,7 @@ def work() -> None:
     """In each of two processes: half of the rows, twice (the second step finds what the first left gathered)."""
     torch.distributed.init_process_group("gloo")
     rank = torch.distributed.get_rank()
-    losses.LOGITS_PER_CHUNK = 97 * 8
+    loss_module.LOGITS_PER_CHUNK = 97 * 8
     student, teacher = tiny_model("square", seed=3).train(), tiny_model().requires_grad_(False)
     for layer in student.model.layers:
         fully_shard(layer)

@@ -5,8 +5,8 @@ import torch
 from test_ssd import LargestTensor
 from torch import nn
 
-from nemotron_h_hf.training import losses
-from nemotron_h_hf.training.losses import LiveTeacher, distillation_loss, top_k
+from nemotron_h_hf.model import loss as loss_module
+from nemotron_h_hf.training.losses import LiveTeacher, TopK, distillation_loss, top_k
 
 V, HIDDEN, SHAPE = 53, 12, (2, 9)
 
@@ -56,7 +56,7 @@ def naive(student_logits, teacher_logits, labels, temperature, k=None):
 def test_value_and_gradients_are_those_of_whole_logits(
     kept, temperature, weight, positions_per_chunk, num_items, monkeypatch
 ):
-    monkeypatch.setattr(losses, "LOGITS_PER_CHUNK", positions_per_chunk * V)
+    monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", positions_per_chunk * V)
     student, head, live, labels = sides()
     kl, cross_entropy, count = naive(head(student), live.lm_head(live.hidden_states), labels, temperature, kept)
     divisor = count if num_items is None else num_items
@@ -105,7 +105,7 @@ def test_the_rest_stays_exact_when_nearly_no_mass_is_left():
 @pytest.mark.parametrize("training", [False, True])
 def test_logits_of_the_whole_batch_never_exist(kept, training, monkeypatch):
     vocab, length = 2048, 100
-    monkeypatch.setattr(losses, "LOGITS_PER_CHUNK", 32 * vocab)
+    monkeypatch.setattr(loss_module, "LOGITS_PER_CHUNK", 32 * vocab)
     _, head, live, _ = sides(torch.float32, vocab)
     student = torch.randn(2, length, HIDDEN, requires_grad=True)
     live = live._replace(hidden_states=torch.randn(2, length, 2 * HIDDEN))
@@ -146,7 +146,7 @@ def test_what_does_not_fit_is_refused(change, message):
     kept = top_k(*live, V, 3)
     teachers = {
         "short": LiveTeacher(live.hidden_states[:, 1:], live.lm_head),
-        "many": losses.TopK(torch.zeros(*SHAPE, V), torch.zeros(*SHAPE, V), kept.log_rest),
+        "many": TopK(torch.zeros(*SHAPE, V), torch.zeros(*SHAPE, V), kept.log_rest),
     }
     if isinstance(change.get("teacher"), str):
         change = {"teacher": teachers[change["teacher"]]}

@@ -464,7 +464,7 @@ def test_z_loss_in_pieces(monkeypatch):
     model, ids = tiny_model().train(), prompt(2, 13)
     gradients = []
     for logits_per_chunk in (2**24, 97 * 5):
-        monkeypatch.setattr("nemotron_h_hf.training.losses.LOGITS_PER_CHUNK", logits_per_chunk)
+        monkeypatch.setattr("nemotron_h_hf.model.loss.LOGITS_PER_CHUNK", logits_per_chunk)
         model.zero_grad()
         next_token_loss_with_z(model.model(ids).last_hidden_state, model.lm_head, ids, 97, 0.3).backward()
         gradients.append([parameter.grad.clone() for parameter in model.parameters()])

@@ -5,6 +5,8 @@ chunk's logits live only while its loss (and later its gradient) is computed; of
 `lm_head`'s second pass. `lm_head` is called as a module.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .ssd import under_func
 
+IGNORE = -100
 LOGITS_PER_CHUNK = 2**24  # 64 MiB in fp32
 CHUNKS_AT_ONCE = {"cuda": 8}  # fewer and larger: each adds its share to the gradient of lm_head, a pass over all of it
 KEPT_LOGITS = 2**26  # up to this size all chunks are kept for the backward pass; above it they are recomputed
@@ -24,7 +27,7 @@ def next_token_loss(
     labels: Tensor | None = None,
     num_items_in_batch: Tensor | int | None = None,
     shift_labels: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE,
 ) -> Tensor:
     """Cross-entropy of each position's prediction of the next token, in fp32.
 
@@ -38,20 +41,56 @@ def next_token_loss(
     Returns:
         Scalar loss.
     """
-    targets = F.pad(labels[:, 1:], (0, 1), value=ignore_index) if shift_labels is None else shift_labels
-    targets = targets.to(hidden_states.device).flatten()
-    hidden_states = hidden_states.flatten(0, -2)
-    step = max(1, LOGITS_PER_CHUNK * CHUNKS_AT_ONCE.get(hidden_states.device.type, 1) // vocab_size)
-    recompute = torch.is_grad_enabled() and len(targets) * vocab_size > KEPT_LOGITS and not under_func()
+    targets = next_targets(labels, ignore_index) if shift_labels is None else shift_labels.flatten()
+    targets = targets.to(hidden_states.device)
+
+    def summed(rows: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(lm_head(rows).float(), targets, ignore_index=ignore_index, reduction="sum")
+
+    at_once = CHUNKS_AT_ONCE.get(hidden_states.device.type, 1)
+    total = sum_in_chunks(
+        summed, (hidden_states.flatten(0, -2), targets), vocab_size, at_once, KEPT_LOGITS // vocab_size
+    )
+    return per_item(total, targets, num_items_in_batch, ignore_index)
+
+
+def next_targets(labels: Tensor, ignore_index: int = IGNORE) -> Tensor:
+    """Labels (b, l) -> what each position predicts, (b * l): the label of the next, and none at the end of a row."""
+    return F.pad(labels[:, 1:], (0, 1), value=ignore_index).flatten()
+
+
+def sum_in_chunks(
+    summed: Callable[..., Tensor],
+    rows: Sequence[Tensor],
+    vocab_size: int,
+    at_once: int = 1,
+    kept_positions: int | None = None,
+) -> Tensor:
+    """Sum of `summed(a part of each of rows)` over parts of at most `at_once * LOGITS_PER_CHUNK` logits.
+
+    Of more than `kept_positions` (one part's, if None), each part is computed again in the backward pass: one part's
+    logits are alive at a time.
+    """
+    positions = positions_per_chunk(vocab_size, at_once)
+    kept_positions = positions if kept_positions is None else kept_positions
+    recompute = torch.is_grad_enabled() and len(rows[0]) > kept_positions and not under_func()
+    parts = zip(*(tensor.split(positions) for tensor in rows))
     total = None
-    for rows, row_targets in zip(hidden_states.split(step), targets.split(step)):
-        args = (rows, row_targets, lm_head, ignore_index)
-        part = (
-            checkpoint(_summed_loss, *args, use_reentrant=False, preserve_rng_state=False)
-            if recompute
-            else _summed_loss(*args)
-        )
-        total = part if total is None else total + part
+    for part in parts:
+        more = checkpoint(summed, *part, use_reentrant=False, preserve_rng_state=False) if recompute else summed(*part)
+        total = more if total is None else total + more
+    return total
+
+
+def positions_per_chunk(vocab_size: int, at_once: int = 1) -> int:
+    """How many positions have `at_once * LOGITS_PER_CHUNK` logits; at least one."""
+    return max(1, LOGITS_PER_CHUNK * at_once // vocab_size)
+
+
+def per_item(
+    total: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None, ignore_index: int = IGNORE
+) -> Tensor:
+    """A sum over positions, divided by the items of the accumulated batch, or by the targets of this one."""
     if num_items_in_batch is None:
         num_items_in_batch = (targets != ignore_index).sum()
     elif isinstance(num_items_in_batch, Tensor):
@@ -63,7 +102,7 @@ def share_of_items(
     num_items_in_batch: Tensor | int | None,
     labels: Tensor | None,
     shift_labels: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE,
 ) -> Tensor | float:
     """The share of an accumulated batch that this one is; 1 for all of it.
 
@@ -76,7 +115,3 @@ def share_of_items(
     return items / (
         num_items_in_batch.to(items.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
     )
-
-
-def _summed_loss(hidden_states: Tensor, targets: Tensor, lm_head: nn.Module, ignore_index: int) -> Tensor:
-    return F.cross_entropy(lm_head(hidden_states).float(), targets, ignore_index=ignore_index, reduction="sum")

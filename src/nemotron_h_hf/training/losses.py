@@ -16,16 +16,14 @@ agrees, and it still lowers the probability that the student puts outside S. (Re
     b batch, l length, n positions (b * l), v vocabulary, k kept tokens
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-LOGITS_PER_CHUNK = 2**24  # 64 MiB in fp32
-IGNORE = -100
+from ..model.loss import IGNORE, next_targets, per_item, positions_per_chunk, sum_in_chunks
 
 
 class LiveTeacher(NamedTuple):
@@ -80,7 +78,7 @@ def distillation_loss(
         ValueError: for a temperature or weight out of range, or a teacher of other shapes or another vocabulary.
     """
     _check(hidden_states, vocab_size, teacher, temperature, cross_entropy_weight)
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE).to(hidden_states.device).flatten()
+    targets = next_targets(labels).to(hidden_states.device)
     student = hidden_states.flatten(0, 1)
     live = isinstance(teacher, LiveTeacher)
     kept = (teacher.hidden_states.detach(),) if live else teacher
@@ -97,29 +95,6 @@ def distillation_loss(
     return DistillationLoss(loss, kl.detach().clone(), cross_entropy.detach().clone())  # Trainer scales loss in place
 
 
-def sum_in_chunks(summed: Callable[..., Tensor], rows: Sequence[Tensor], vocab_size: int) -> Tensor:
-    """Sum of `summed(a part of each of rows)` over parts of at most LOGITS_PER_CHUNK logits.
-
-    Of several parts each is computed again in the backward pass: one part's logits are alive at a time.
-    """
-    parts = list(zip(*(tensor.split(max(1, LOGITS_PER_CHUNK // vocab_size)) for tensor in rows)))
-    recompute = torch.is_grad_enabled() and len(parts) > 1
-    total = None
-    for part in parts:
-        more = checkpoint(summed, *part, use_reentrant=False, preserve_rng_state=False) if recompute else summed(*part)
-        total = more if total is None else total + more
-    return total
-
-
-def per_item(total: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None) -> Tensor:
-    """A sum over positions, divided by the items of the accumulated batch, or by the labels of this one."""
-    if num_items_in_batch is None:
-        return total / (targets != IGNORE).sum()
-    if isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
-
-
 @torch.no_grad()
 def top_k(hidden_states: Tensor, lm_head: nn.Module, vocab_size: int, k: int, temperature: float = 1.0) -> TopK:
     """What to keep of a teacher's logits: (b, l, hidden) -> ids int32, log-probabilities and log r in fp32, in chunks.
@@ -131,7 +106,7 @@ def top_k(hidden_states: Tensor, lm_head: nn.Module, vocab_size: int, k: int, te
         raise ValueError(f"k={k}: allowed is 1 to {vocab_size - 1}, less than the vocabulary")
     rows = hidden_states.flatten(0, 1)
     parts = []
-    for chunk in rows.split(max(1, LOGITS_PER_CHUNK // vocab_size)):
+    for chunk in rows.split(positions_per_chunk(vocab_size)):
         log_probs = _wide(lm_head(chunk)).div(temperature).log_softmax(-1)
         largest = log_probs.topk(k, dim=-1)
         rest = log_probs.scatter_(1, largest.indices, -torch.inf).logsumexp(-1)

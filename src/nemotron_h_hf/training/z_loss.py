@@ -9,7 +9,7 @@ another one through `loss_from_hidden`; this is that other one, in the same piec
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .losses import IGNORE, per_item, sum_in_chunks
+from ..model.loss import IGNORE, next_targets, per_item, sum_in_chunks
 
 
 def next_token_loss_with_z(
@@ -30,7 +30,7 @@ def next_token_loss_with_z(
     Returns:
         Scalar in fp32.
     """
-    targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE).to(hidden_states.device).flatten()  # (n)
+    targets = next_targets(labels).to(hidden_states.device)  # (n)
     hidden_states = hidden_states.flatten(0, 1)
 
     def summed(hidden_states: Tensor, targets: Tensor) -> Tensor:

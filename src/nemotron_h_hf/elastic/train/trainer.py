@@ -27,10 +27,10 @@ from transformers import PreTrainedModel
 
 from ...errors import require
 from ...inputs import open_tensors
-from ...model.loss import share_of_items
+from ...model.loss import IGNORE, share_of_items
 from ...training.arguments import NemotronHTrainingArguments
 from ...training.distillation import DistillationTrainer
-from ...training.losses import IGNORE, DistillationLoss, LiveTeacher, TopK
+from ...training.losses import DistillationLoss, LiveTeacher, TopK
 from ...training.schedule import Schedule
 from ...units import parse_tokens
 from ...whole_files import whole_file
