@@ -17,13 +17,11 @@ import torch
 from torch import Tensor
 
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
-from nemotron_h_hf.model.weights import Checkpoint, TensorSpec
+from nemotron_h_hf.model.weights import Checkpoint, TensorSpec, stays_float32
 
 from . import layouts
 from .names import PARTS, QKV, VOCAB, Link, links
 from .source_checkpoint import SourceCheckpoint
-
-KEPT_FLOAT32 = "e_score_correction_bias"  # the router's bias chooses experts; every release stores it in float32
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ def plan_to_megatron(
 
 def target_dtype(hf_name: str, stored: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
     """The dtype to write: the stored one if none is asked for, and always for what must stay float32."""
-    if asked is None or not stored.is_floating_point or hf_name.endswith(KEPT_FLOAT32):
+    if asked is None or not stored.is_floating_point or stays_float32(hf_name):
         return stored
     return asked
 

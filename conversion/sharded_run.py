@@ -15,7 +15,7 @@ import torch
 from nemotron_h_hf.checkpoint import save
 from nemotron_h_hf.inputs import read_json
 from nemotron_h_hf.model.configuration_nemotron_h import with_plain_limit
-from nemotron_h_hf.model.weights import Checkpoint, Name, TensorSpec, read_name
+from nemotron_h_hf.model.weights import Checkpoint, Name, TensorSpec, read_name, stays_float32
 from nemotron_h_hf.tokenizer_files import TOKENIZER_FILES, copy_files
 from nemotron_h_hf.whole_files import write_text
 
@@ -26,7 +26,6 @@ WEIGHTS_FOLDER = "pytorch_model_fsdp_0"
 WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.")  # of activation checkpointing and torch.compile
 ADAPTED = "base_model."  # PEFT's, around every name; a run saves its adapters alone
 ROUTER = "elastic_router."  # of elastic training; it decided the sizes and is no part of the model
-FLOAT32 = "e_score_correction_bias"  # in every release
 
 
 def export_run(
@@ -57,7 +56,7 @@ def export_run(
     save(target, specs, ((spec.name, source[spec.name]) for spec in specs), max_shard_bytes)
     copy_files(TOKENIZER_FILES, checkpoint, target)
     config = with_plain_limit(read_json(checkpoint / "config.json"))
-    stored = next(spec.dtype for spec in specs if not spec.name.endswith(FLOAT32))
+    stored = next(spec.dtype for spec in specs if not stays_float32(spec.name))
     write_text(
         target / "config.json", json.dumps({**config, "dtype": str(stored).removeprefix("torch.")}, indent=2) + "\n"
     )
@@ -93,7 +92,7 @@ def plain_name(key: str) -> Name:
 
 
 def _spec(stored: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
-    keeps = dtype is None or stored.name.endswith(FLOAT32)
+    keeps = dtype is None or stays_float32(stored.name)
     return stored if keeps else stored._replace(dtype=dtype)
 
 

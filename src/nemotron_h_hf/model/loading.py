@@ -25,11 +25,11 @@ from transformers.core_model_loading import MergeModulelist, WeightConverter, We
 from transformers.utils import logging
 
 from .json_files import read_json
-from .weights import FLOATS, INDEX_NAME, NO_WEIGHTS, Name, Stored, files_of, read_header, read_index, read_name
+from .weights import FLOAT32, FLOATS, INDEX_NAME, NO_WEIGHTS, Name, Stored, files_of, read_header, read_index, read_name
 
 logger = logging.get_logger(__name__)
 
-COMPUTED_WIDE = r"\.(A_log|D|dt_bias|gate\.weight|e_score_correction_bias|\w*norm(_f)?\.weight)$"
+COMPUTED_WIDE = rf"\.(A_log|D|dt_bias|gate\.weight|{'|'.join(FLOAT32)}|\w*norm(_f)?\.weight)$"
 """Names of tensors that are made fp32 where they are used, in whichever dtype they are stored."""
 
 # Arguments of `from_pretrained` that say where the files are.

@@ -66,7 +66,7 @@ from .peft_support import allow_adapters_on_out_proj
 from .plain import is_watched
 from .saving import save_whole
 from .ssd import under_func
-from .weights import empty_tensors
+from .weights import FLOAT32, empty_tensors
 
 
 class NemotronHPreTrainedModel(PreTrainedModel):
@@ -88,7 +88,7 @@ class NemotronHPreTrainedModel(PreTrainedModel):
         "attentions": NemotronHAttention,
         "router_logits": OutputRecorder(NemotronHTopkRouter, index=0),
     }
-    _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
+    _keep_in_fp32_modules_strict = list(FLOAT32)
     _new_on_load: tuple[str, ...] = ()  # parameters that a checkpoint need not have
 
     @classmethod
