@@ -14,16 +14,52 @@ from torch import Tensor
 def reference_logits(weights: dict[str, Tensor], config, ids: Tensor) -> Tensor:
     """Logits (l, vocab) in float64 of one document, ids (l)."""
     weights = {name: tensor.double() for name, tensor in weights.items()}
-    mixers = {"M": mamba, "*": attention, "-": mlp, "E": experts}
+    return torch.stack([head_of(weights) @ x for x in reference_hidden(weights, config, ids)])
+
+
+def reference_hidden(weights: dict[str, Tensor], config, ids: Tensor) -> list[Tensor]:
+    """What lm_head reads: the stack's output after norm_f, one (hidden) for each of ids (l)."""
     stream = [weights["model.embeddings.weight"][int(token)] for token in ids]
     for index, letter in enumerate(config.hybrid_override_pattern):
-        prefix = f"model.layers.{index}."
-        own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
-        normed = [rms_norm(x, own["norm.weight"], config.layer_norm_epsilon) for x in stream]
-        mixer = {name.removeprefix("mixer."): tensor for name, tensor in own.items()}
-        stream = [x + y for x, y in zip(stream, mixers[letter](mixer, sizes_at(config, index), normed))]
-    head = weights.get("lm_head.weight", weights["model.embeddings.weight"])
-    return torch.stack([head @ rms_norm(x, weights["model.norm_f.weight"], config.layer_norm_epsilon) for x in stream])
+        stream = block(weights, f"model.layers.{index}.", letter, config, sizes_at(config, index), stream)
+    return [rms_norm(x, weights["model.norm_f.weight"], config.layer_norm_epsilon) for x in stream]
+
+
+def reference_mtp(weights: dict[str, Tensor], config, ids: Tensor, num_depths: int) -> list[Tensor]:
+    """For each depth d from 1, logits (l - d, vocab) of token t + d + 1 from the tokens up to t + d (arXiv 2412.19437, 2.2)."""
+    weights = {name: tensor.double() for name, tensor in weights.items()}
+    pattern, eps, logits = config.mtp_hybrid_override_pattern, config.layer_norm_epsilon, []
+    hidden = reference_hidden(weights, config, ids)
+    for depth in range(1, num_depths + 1):
+        start = (min(depth, config.num_nextn_predict_layers) - 1) * len(pattern)
+        first, last = f"mtp.layers.{start}.", f"mtp.layers.{start + len(pattern) - 1}."
+        stream = []
+        for t in range(len(ids) - depth):
+            token = weights["model.embeddings.weight"][int(ids[t + depth])]
+            pair = [
+                rms_norm(token, weights[first + "enorm.weight"], eps),
+                rms_norm(hidden[t], weights[first + "hnorm.weight"], eps),
+            ]
+            stream.append(weights[first + "eh_proj.weight"] @ torch.cat(pair))
+        for index, letter in enumerate(pattern):
+            sizes = SimpleNamespace(**config.to_dict())
+            stream = block(weights, f"mtp.layers.{start + index}.", letter, config, sizes, stream)
+        hidden = [rms_norm(x, weights[last + "final_layernorm.weight"], eps) for x in stream]
+        logits.append(torch.stack([head_of(weights) @ x for x in hidden]))
+    return logits
+
+
+def head_of(weights: dict[str, Tensor]) -> Tensor:
+    return weights.get("lm_head.weight", weights["model.embeddings.weight"])
+
+
+def block(weights: dict[str, Tensor], prefix: str, letter: str, config, sizes, stream: list[Tensor]) -> list[Tensor]:
+    """x + mixer(norm(x)) for every token."""
+    mixers = {"M": mamba, "*": attention, "-": mlp, "E": experts}
+    own = {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+    normed = [rms_norm(x, own["norm.weight"], config.layer_norm_epsilon) for x in stream]
+    mixer = {name.removeprefix("mixer."): tensor for name, tensor in own.items()}
+    return [x + y for x, y in zip(stream, mixers[letter](mixer, sizes, normed))]
 
 
 def sizes_at(config, index: int) -> SimpleNamespace:

@@ -69,6 +69,29 @@ def test_a_long_prompt_with_left_padding_then_crop(model):
     torch.testing.assert_close(logits, expected, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize("removed", [[0, 3, 1], [2, 4, 3], [5, 0, 5]])
+@pytest.mark.parametrize("shape", ["dense", "attention_free"])
+def test_rows_that_lose_different_numbers(shape, removed):
+    """What a row lost is padding: the tokens after it get the logits of a run without them."""
+    model, ids = tiny_model(shape), prompt(3, 16)
+    mask = torch.ones(3, 16, dtype=torch.long)
+    mask[0, :2] = 0
+    cache = HybridCache(model.config)
+    model(ids[:, :7], attention_mask=mask[:, :7], past_key_values=cache)
+    cache.activate_past_recording()
+    model(ids[:, 7:12], attention_mask=mask[:, :12], past_key_values=cache)
+    cache.crop_rows(torch.tensor(removed))
+    end = 12 - min(removed)
+    assert int(cache.get_seq_length()) == end
+    for row, lost in enumerate(removed):
+        mask[row, 12 - lost : end] = 0
+    ids, mask = torch.cat([ids[:, :end], ids[:, 12:]], dim=1), torch.cat([mask[:, :end], mask[:, 12:]], dim=1)
+    logits = model(ids[:, end:], attention_mask=mask, past_key_values=cache).logits
+    for row, real in enumerate(mask.bool()):
+        alone = model(ids[row][real][None], use_cache=False).logits[0, -4:]
+        torch.testing.assert_close(logits[row], alone, rtol=0, atol=1e-4)
+
+
 def test_record_is_bounded(model):
     cache, sizes = recording(model), []
     for seed in range(8):

@@ -1,27 +1,29 @@
 """One layer: x + mixer(norm(x)), where the mixer is Mamba-2, attention, an MLP or a mixture of experts.
 
 What a mixer needs beyond its input (cache, masks, padding, documents) is computed once per forward in `NemotronHModel`;
-each block passes on what its kind of mixer takes.
+`run_blocks` hands it on, and each block takes what its kind of mixer needs.
 
     b batch, l length
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.bias import causal_lower_right
 from transformers.cache_utils import Cache, StaticLayer
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .arguments import PASSED_TO_ATTENTION, one_cache, refuse_unknown
+from .cache import sequence_length
 from .configuration_nemotron_h import NemotronHConfig
 from .kernels import attends_in_triton
 from .linear import project
 from .mamba2 import NemotronHMamba2Mixer
 from .moe import NemotronHMLP, NemotronHMoE
-from .padding import Padding
+from .padding import Padding, Rows, flash_offsets
 from .ssd import inverse_rms, wide
 
 
@@ -245,25 +247,58 @@ class NemotronHBlock(GradientCheckpointingLayer):
         return residual + output
 
 
-class NemotronHMTP(nn.Module):
-    """Weights of the multi-token prediction layers: loaded, kept and saved; no forward pass runs them yet.
+def run_blocks(
+    blocks: Sequence[NemotronHBlock],
+    config: NemotronHConfig,
+    hidden_states: Tensor,
+    rows: Rows,
+    cache: Cache | None,
+    **kwargs: object,
+) -> Tensor:
+    """Blocks one after the other over one stretch of tokens: (b, l, hidden) -> (b, l, hidden)."""
+    mask, more = None, {}
+    if any(block.block_type == "full_attention" for block in blocks):
+        mask, more = _attention_mask(config, hidden_states, rows, cache, blocks[0].training)
+    for block in blocks:
+        hidden_states = block(
+            hidden_states,
+            cache=cache,
+            attention_mask=mask if block.block_type == "full_attention" else None,
+            padding=rows.padding,
+            seq_idx=rows.documents,
+            **kwargs,
+            **more,
+        )
+    return hidden_states
 
-    Layer i of a depth holds norm and mixer; a depth's first layer also eh_proj, enorm, hnorm, its last final_layernorm.
-    """
 
-    def __init__(self, config: NemotronHConfig) -> None:
-        super().__init__()
-        kinds, hidden, eps = config.mtp_layers_block_type, config.hidden_size, config.layer_norm_epsilon
-        self.layers = nn.ModuleList()
-        for _ in range(config.num_nextn_predict_layers):
-            for position, kind in enumerate(kinds):
-                layer = nn.Module()
-                if position == 0:
-                    layer.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
-                    layer.enorm, layer.hnorm = NemotronHRMSNorm(hidden, eps), NemotronHRMSNorm(hidden, eps)
-                layer.norm = NemotronHRMSNorm(hidden, eps)
-                layer.mixer = make_mixer(config, kind, config.num_hidden_layers + len(self.layers))
-                if position == len(kinds) - 1:
-                    layer.final_layernorm = NemotronHRMSNorm(hidden, eps)
-                self.layers.append(layer)
-        self.requires_grad_(False)
+def _attention_mask(
+    config: NemotronHConfig, embeds: Tensor, rows: Rows, cache: Cache | None, training: bool
+) -> tuple[Tensor | None, dict]:
+    """The mask in the form that the attention implementation wants, and what else attention layers must know."""
+    if rows.is_masked:
+        return rows.attention_mask, {}
+    mask, documents = rows.real, rows.documents
+    if documents is None:
+        growing = cache is None or not cache.is_compileable
+        if growing and config._attn_implementation == "sdpa":
+            if embeds.shape[1] == 1 and mask is None:
+                return None, {}  # one token sees everything before it
+            if not training and _continues(embeds, config.head_dim, mask, cache):
+                return None, {"continues": embeds.shape[1] > 1}
+        return create_causal_mask(config, embeds, mask, cache), {}
+    if "flash" in config._attn_implementation:
+        return None, flash_offsets(documents, mask)
+
+    def same_document(row, _head, query, key):
+        return documents[row, query] == documents[row, key]
+
+    return create_causal_mask(config, embeds, mask, cache, and_mask_function=same_document), {}
+
+
+def _continues(embeds: Tensor, head_dim: int, mask: Tensor | None, cache: Cache | None) -> bool:
+    """Whether these are tokens after cached ones, all of them real, without gradients or tracing."""
+    traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    if traced or not can_attend_after(embeds, head_dim) or cache is None or not sequence_length(cache):
+        return False
+    return mask is None or bool(mask.all())

@@ -125,15 +125,30 @@ class MambaCacheLayer(LinearAttentionLayer):
         if tokens_to_remove > 0:
             raise ValueError(f"tokens_to_remove={tokens_to_remove}: allowed is 0 (commit) or -n (remove n tokens)")
         if tokens_to_remove < 0 and self.has_previous_state[0]:
-            length = self.recorded["real"].shape[1] if self.recorded else 0
-            if length < -tokens_to_remove:
-                raise ValueError(
-                    f"tokens_to_remove={tokens_to_remove}: {length} tokens are recorded since the last crop; call "
-                    f"activate_past_recording() before the forward passes to undo (at most {RECORDED_TOKENS} tokens back)"
-                )
-            conv_state, ssm_state = self._replay(length + tokens_to_remove)
-            self.store(conv_state, ssm_state, tokens_to_remove)
+            length = self._recorded_length(-tokens_to_remove)
+            self.store(*self._replay(length + tokens_to_remove), tokens_to_remove)
         self.drop_record()
+
+    def crop_rows(self, removed: Tensor) -> None:
+        """As `HybridCache.crop_rows`: of what was recorded, the last `removed[i]` tokens of row i count as padding."""
+        if not self.has_previous_state[0]:
+            return
+        length, removed = self._recorded_length(int(removed.max())), removed.to(self.recorded["dt"].device)
+        kept = torch.arange(length, 0, -1, device=removed.device) > removed[:, None]
+        self.recorded["real"] = self.recorded["real"] & kept
+        self.recorded["dt"] = self.recorded["dt"].masked_fill(~kept[..., None], 0)
+        fewest = int(removed.min())
+        self.store(*self._replay(length - fewest), -fewest)
+        self.drop_record()
+
+    def _recorded_length(self, needed: int) -> int:
+        length = self.recorded["real"].shape[1] if self.recorded else 0
+        if length < needed:
+            raise ValueError(
+                f"tokens_to_remove={-needed}: {length} tokens are recorded since the last crop; call "
+                f"activate_past_recording() before the forward passes to undo (at most {RECORDED_TOKENS} tokens back)"
+            )
+        return length
 
     def _snapshot(self, states: tuple[Tensor | None, Tensor | None], fed: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         if states[0] is not None:
@@ -336,6 +351,23 @@ class HybridCache(Cache):
         for layer in sorted(self.layers, key=lambda layer: not isinstance(layer, MambaCacheLayer)):
             if isinstance(layer, MambaCacheLayer) or tokens_to_remove:
                 layer.crop(tokens_to_remove)
+
+    def crop_rows(self, removed: Tensor) -> None:
+        """Remove another number of tokens from each row: the last `removed[i]` (int64, on the CPU) from row i.
+
+        Columns that every row loses go. The others stay, and are padding in the rows that lost them: the `attention_mask` of
+        later forwards has 0 there. Raises as `crop`.
+        """
+        fewest, most = int(removed.min()), int(removed.max())
+        if fewest == most:
+            return self.crop(-fewest)
+        leave_inference_mode(self)
+        for layer in self.layers:
+            if isinstance(layer, MambaCacheLayer):
+                layer.crop_rows(removed)
+        for layer in self.layers:
+            if fewest and isinstance(layer, CacheLayerMixin):
+                layer.crop(-fewest)
 
     def fork(self) -> "HybridCache":
         """An independent copy, to continue several times from here."""

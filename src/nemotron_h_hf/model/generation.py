@@ -19,6 +19,7 @@ from .cache import HybridCache, adopt_cache, sequence_length
 from .configuration_nemotron_h import NemotronHConfig
 from .decode_graph import DecodeGraph, can_replay
 from .padding import find_padding, real_tokens
+from .speculation import check_drafting, generate_with_mtp
 
 MIN_STATIC_STEP = 64  # tokens; the room of static caches is a multiple of this
 # What transformers passes to models that make their own masks; a causal mask without positions needs none of it.
@@ -34,7 +35,12 @@ class NemotronHGenerationMixin(GenerationMixin):
     _previous_max_cache_length = 0  # of the longest static cache that generate() has made
 
     @functools.wraps(GenerationMixin.generate)
-    def generate(self, *args, **kwargs):
+    def generate(self, *args, num_mtp_tokens: int | None = None, **kwargs):
+        """As transformers'; `num_mtp_tokens` are drafted by multi-token prediction for each pass of the model (speculation.py)."""
+        if num_mtp_tokens is not None:
+            check_drafting(self, num_mtp_tokens, kwargs)
+            drafting = {"num_mtp_tokens": num_mtp_tokens, "streamer": kwargs.get("streamer")}
+            kwargs["custom_generate"] = functools.partial(generate_with_mtp, **drafting)
         return super().generate(*args, **name_cache(kwargs))
 
     def _prepare_model_inputs(self, inputs: Tensor | None, bos_token_id: Tensor | None, model_kwargs: dict):

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.modeling_outputs import (
     MoeCausalLMOutputWithPast,
@@ -36,8 +35,8 @@ from .arguments import (
     one_cache,
     refuse_unknown,
 )
-from .blocks import NemotronHAttention, NemotronHBlock, NemotronHMTP, NemotronHRMSNorm, can_attend_after
-from .cache import HybridCache, adopt_cache, check_cache, leave_inference_mode, sequence_length
+from .blocks import NemotronHAttention, NemotronHBlock, NemotronHRMSNorm, run_blocks
+from .cache import HybridCache, adopt_cache, check_cache, leave_inference_mode
 from .configuration_nemotron_h import NemotronHConfig
 from .forks import prepare_for_forks
 from .generation import NemotronHGenerationMixin
@@ -61,7 +60,8 @@ from .loading import (
 from .loss import next_token_loss, share_of_items
 from .mamba2 import NemotronHMamba2Mixer
 from .moe import NemotronHTopkRouter, init_experts, load_balancing_loss
-from .padding import Rows, check_mask, flash_offsets, read_rows, real_tokens
+from .mtp import NemotronHMTP
+from .padding import Rows, check_mask, read_rows, real_tokens
 from .peft_support import allow_adapters_on_out_proj
 from .plain import is_watched
 from .saving import save_whole
@@ -269,17 +269,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
 
     def _run(self, hidden_states: Tensor, rows: Rows, cache: Cache | None, kwargs: dict) -> Tensor:
         """All layers over one stretch of tokens: (b, l, hidden) -> (b, l, hidden)."""
-        mask, more = self._attention_mask(hidden_states, rows, cache)
-        for block in self.layers:
-            hidden_states = block(
-                hidden_states,
-                cache=cache,
-                attention_mask=mask if block.block_type == "full_attention" else None,
-                padding=rows.padding,
-                seq_idx=rows.documents,
-                **kwargs,
-                **more,
-            )
+        hidden_states = run_blocks(self.layers, self.config, hidden_states, rows, cache, **kwargs)
         hidden_states = self.norm_f(hidden_states)
         return hidden_states.to(self.norm_f.weight.dtype) if self.config.residual_in_fp32 else hidden_states
 
@@ -297,36 +287,6 @@ class NemotronHModel(NemotronHPreTrainedModel):
                 hidden_states = part.new_empty(part.shape[0], length, part.shape[2])
             hidden_states[:, start:end] = part
         return hidden_states
-
-    def _attention_mask(self, embeds: Tensor, rows: Rows, cache: Cache | None) -> tuple[Tensor | None, dict]:
-        """The mask in the form that the attention implementation wants, and what else attention layers must know."""
-        if "full_attention" not in self.config.layers_block_type:
-            return None, {}
-        if rows.is_masked:
-            return rows.attention_mask, {}
-        mask, documents = rows.real, rows.documents
-        if documents is None:
-            growing = cache is None or not cache.is_compileable
-            if growing and self.config._attn_implementation == "sdpa":
-                if embeds.shape[1] == 1 and mask is None:
-                    return None, {}  # one token sees everything before it
-                if self._continues(embeds, mask, cache):
-                    return None, {"continues": embeds.shape[1] > 1}
-            return create_causal_mask(self.config, embeds, mask, cache), {}
-        if "flash" in self.config._attn_implementation:
-            return None, flash_offsets(documents, mask)
-
-        def same_document(row, _head, query, key):
-            return documents[row, query] == documents[row, key]
-
-        return create_causal_mask(self.config, embeds, mask, cache, and_mask_function=same_document), {}
-
-    def _continues(self, embeds: Tensor, mask: Tensor | None, cache: Cache | None) -> bool:
-        """Whether these are tokens after cached ones, all of them real, without gradients or tracing."""
-        traced = torch.is_grad_enabled() or torch.compiler.is_compiling() or self.training
-        if traced or not can_attend_after(embeds, self.config.head_dim) or cache is None or not sequence_length(cache):
-            return False
-        return mask is None or bool(mask.all())
 
     def _cache(self, cache: Cache | None, use_cache: bool | None, batch_size: int, packed: bool) -> Cache | None:
         """The cache to use: the caller's, a new one if asked for (by default outside training), or none."""

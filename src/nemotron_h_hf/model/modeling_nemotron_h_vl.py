@@ -18,9 +18,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeCausalL
 from transformers.utils import logging
 
 from .arguments import one_cache
-from .blocks import NemotronHMTP, NemotronHRMSNorm
+from .blocks import NemotronHRMSNorm
 from .configuration_nemotron_h_vl import NemotronHNanoVLConfig, NemotronHOmniConfig, NemotronHVLConfig
 from .modeling_nemotron_h import NemotronHForCausalLM, NemotronHModel, NemotronHPreTrainedModel
+from .mtp import NemotronHMTP
 from .names_vl import audio_names, module_names_vl, register_names_vl
 
 logger = logging.get_logger(__name__)

@@ -1,0 +1,95 @@
+"""Multi-token prediction: from a position's hidden state and the next token, the logits of the token after it.
+
+Depth d of position t reads what depth d - 1 made of it and the embedding of the token d places on:
+
+    h0(t)   the stack's output, after norm_f
+    x(t)  = eh_proj([enorm(embedding of token t + d), hnorm(h of depth d - 1)])
+    h(t)  = final_layernorm(blocks(x(t)))          blocks: one pattern of layers, such as "*E"
+    lm_head(h(t))                                  logits of token t + d + 1
+
+Source: arXiv 2412.19437, section 2.2; order and norms as in Megatron-LM (transformer/multi_token_prediction.py and
+models/hybrid/hybrid_model.py). `num_nextn_predict_layers` depths have weights; the last one repeats for all that are
+deeper, as Nemotron 3 Super is trained. Layer i of a depth is `mtp.layers.{depth * layers of a depth + i}`.
+
+    b batch, l length
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from .blocks import NemotronHBlock, NemotronHRMSNorm, run_blocks
+from .cache import HybridCache
+from .configuration_nemotron_h import NemotronHConfig
+from .linear import project
+from .padding import Rows
+
+
+class NemotronHMTPBlock(NemotronHBlock):
+    """A layer of a depth: the first one joins embedding and hidden state before, the last one has a norm behind."""
+
+    def __init__(self, config: NemotronHConfig, layer_idx: int, kind: str, position: int) -> None:
+        super().__init__(config, layer_idx, kind)
+        hidden, eps = config.hidden_size, config.layer_norm_epsilon
+        self.layer_idx = self.mixer.layer_idx = position  # of the depth's own cache
+        self.is_first, self.is_last = position == 0, position == len(config.mtp_layers_block_type) - 1
+        if self.is_first:
+            self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
+            self.enorm, self.hnorm = NemotronHRMSNorm(hidden, eps), NemotronHRMSNorm(hidden, eps)
+        if self.is_last:
+            self.final_layernorm = NemotronHRMSNorm(hidden, eps)
+
+    def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        """(b, l, hidden), of the first layer (b, l, embedding + hidden) -> (b, l, hidden)."""
+        if self.is_first:
+            embeds, before = hidden_states.chunk(2, dim=-1)
+            hidden_states = project(self.eh_proj, torch.cat([self.enorm(embeds), self.hnorm(before)], dim=-1))
+        hidden_states = super().forward(hidden_states, *args, **kwargs)
+        return self.final_layernorm(hidden_states) if self.is_last else hidden_states
+
+
+class NemotronHMTP(nn.Module):
+    """All depths. The weights ask for no gradients until `requires_grad_` says so: without their loss they get none."""
+
+    def __init__(self, config: NemotronHConfig) -> None:
+        super().__init__()
+        self.config, kinds = config, config.mtp_layers_block_type
+        self.layers = nn.ModuleList(
+            NemotronHMTPBlock(config, config.num_hidden_layers + index, kinds[index % len(kinds)], index % len(kinds))
+            for index in range(config.num_nextn_predict_layers * len(kinds))
+        )
+        self.requires_grad_(False)
+
+    def forward(
+        self, hidden_states: Tensor, embeds: Tensor, rows: Rows, depth: int = 0, cache: Cache | None = None
+    ) -> Tensor:
+        """One depth: (b, l, hidden) of the depth before and (b, l, hidden) of the tokens -> (b, l, hidden) for lm_head.
+
+        Args:
+            hidden_states: the stack's output for depth 0, else what this returned for the depth before.
+            embeds: embeddings of the tokens `depth` + 1 places on.
+            rows: padding and documents of these columns.
+            cache: of this depth alone, see `new_cache`.
+        """
+        joined = torch.cat([embeds.to(hidden_states), hidden_states], dim=-1)
+        output = run_blocks(self.blocks(depth), self.config, joined, rows, cache)
+        return output.to(hidden_states.dtype)
+
+    @property
+    def num_depths(self) -> int:
+        """Depths with weights."""
+        return len(self.layers) // len(self.config.mtp_layers_block_type)
+
+    def blocks(self, depth: int) -> nn.ModuleList:
+        """The layers of a depth."""
+        count = len(self.config.mtp_layers_block_type)
+        start = min(depth, self.num_depths - 1) * count
+        return self.layers[start : start + count]
+
+    def new_cache(self) -> HybridCache:
+        """An empty cache for one depth."""
+        own = copy.copy(self.config)
+        own.layers_block_type = self.config.mtp_layers_block_type
+        return HybridCache(own)
