@@ -8,6 +8,8 @@ moe.py                         router, routed, shared and latent experts
 padding.py                     padding and packed documents of a batch
 cache.py                       HybridCache: keys and values, convolution and SSM states, roll-back
 generation.py                  what generate() needs: caches, masks, prompts
+mtp.py                         multi-token prediction
+speculation.py                 drafts by multi-token prediction, verified by the model
 arguments.py                   what callers may pass to a forward
 loss.py                        next-token loss in chunks
 

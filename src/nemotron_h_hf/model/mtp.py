@@ -7,9 +7,9 @@ Depth d of position t reads what depth d - 1 made of it and the embedding of the
     h(t)  = final_layernorm(blocks(x(t)))          blocks: one pattern of layers, such as "*E"
     lm_head(h(t))                                  logits of token t + d + 1
 
-Source: arXiv 2412.19437, section 2.2; order and norms as in Megatron-LM (transformer/multi_token_prediction.py and
-models/hybrid/hybrid_model.py). `num_nextn_predict_layers` depths have weights; the last one repeats for all that are
-deeper, as Nemotron 3 Super is trained. Layer i of a depth is `mtp.layers.{depth * layers of a depth + i}`.
+Source: arXiv 2412.19437, section 2.2; the order of the pair, and h0 behind the final norm, as in Megatron-LM's HybridModel.
+`num_nextn_predict_layers` depths have weights; the last one repeats for all that are deeper, as Nemotron 3 Super is
+trained. Layer i of a depth is `mtp.layers.{depth * layers of a depth + i}`.
 
     b batch, l length
 """
