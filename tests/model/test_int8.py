@@ -17,8 +17,8 @@ pytest.importorskip("numba")
 from torchao.quantization.granularity import PerGroup  # noqa: E402
 
 import nemotron_h_cli as cli  # noqa: E402
-from nemotron_h_hf.model import int8  # noqa: E402
 from nemotron_h_hf.model import linear as linear_module  # noqa: E402
+from nemotron_h_hf.model import numba_product  # noqa: E402
 from nemotron_h_hf.model.linear import MOST_ROWS, project, reads_int8  # noqa: E402
 from nemotron_h_hf.scripts.eval import weights_digest  # noqa: E402
 
@@ -32,9 +32,9 @@ def quantised_linear(in_features: int, out_features: int, bias: bool = False, dt
 
 @pytest.fixture
 def products(monkeypatch):
-    """The shapes of weights that int8.py was given."""
-    shapes, multiply = [], int8._multiply
-    monkeypatch.setattr(int8, "_multiply", lambda *args: shapes.append(args[1].shape) or multiply(*args))
+    """The shapes of weights that numba_product.py was given."""
+    shapes, multiply = [], numba_product._product
+    monkeypatch.setattr(numba_product, "_product", lambda *args: shapes.append(args[1]) or multiply(*args))
     return shapes
 
 
@@ -135,16 +135,16 @@ def test_without_numba(monkeypatch, caplog):
     linear, x = quantised_linear(64, 8), torch.randn(2, 64)
     expected = project(linear, x)
     monkeypatch.setitem(sys.modules, "numba", None)
-    for name in ("int8", "numba_compile"):
+    for name in ("numba_product", "numba_compile"):
         monkeypatch.delitem(sys.modules, f"nemotron_h_hf.model.{name}")
-    linear_module.int8.cache_clear()
+    linear_module.compiled_product.cache_clear()
     try:
         with caplog.at_level("WARNING"):
             torch.testing.assert_close(project(linear, x), expected, rtol=1e-5, atol=1e-5)
             project(linear, x)
         assert caplog.text.count("pip install numba") == 1
     finally:
-        linear_module.int8.cache_clear()
+        linear_module.compiled_product.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from tiny import prompt, tiny_model
 from torch import nn
 
 from nemotron_h_hf.model import linear as linear_module
-from nemotron_h_hf.model.linear import MOST_ROWS, few_rows, num_parts, project
+from nemotron_h_hf.model.linear import MOST_ROWS, few_rows, num_parts, project, reads_compiled
 
 
 @pytest.fixture(autouse=True)
@@ -63,17 +63,59 @@ def test_what_is_left_to_torch():
 
 
 @torch.no_grad()
-def test_a_model_computes_the_same(monkeypatch):
+@pytest.mark.parametrize("way", ["compiled", "parts"])
+def test_a_model_computes_the_same(monkeypatch, way):
+    if way == "compiled":
+        product = pytest.importorskip("nemotron_h_hf.model.numba_product").product
+    else:
+        product = linear_module.product_in_parts
+        monkeypatch.setattr(linear_module, "product_in_parts", lambda *args: calls.append(1) or product(*args))
     monkeypatch.setattr(linear_module, "FEWEST_WEIGHTS", 1)
-    model, ids = tiny_model("dense"), prompt(2, 20)
-    calls, product = [], linear_module.product_in_parts
-    monkeypatch.setattr(linear_module, "product_in_parts", lambda *args: calls.append(1) or product(*args))
-    in_parts = model(ids).logits
+    model, ids, calls = tiny_model("dense"), prompt(2, 20), []
+    found = (lambda weight: False, lambda *args: calls.append(1) or product(*args)) if way == "compiled" else None
+    monkeypatch.setattr(linear_module, "compiled_product", lambda: found)
+    faster = model(ids).logits
     assert len(calls) >= 10
     monkeypatch.setattr(linear_module, "MOST_ROWS", 0)
     calls.clear()
-    torch.testing.assert_close(model(ids).logits, in_parts, rtol=0, atol=2e-5)
+    torch.testing.assert_close(model(ids).logits, faster, rtol=0, atol=2e-5)
     assert not calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [(1,), (2,), (3, 5), (64,)])
+@pytest.mark.parametrize("sizes", [(512, 256), (1024, 67), (131, 514)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_compiled_product(rows, sizes, dtype, bias):
+    """Rows of a larger matrix, as nested models have them; errors in units of the sum of what is added up."""
+    product = pytest.importorskip("nemotron_h_hf.model.numba_product").product
+    torch.manual_seed(0)
+    x, added = torch.randn(*rows, sizes[0]).to(dtype), torch.randn(sizes[1]).to(dtype) if bias else None
+    weight = torch.randn(sizes[1], sizes[0] + 3).to(dtype)[:, : sizes[0]]
+    got, exact = product(x, weight, added), nn.functional.linear(*(t.double() for t in (x, weight)))
+    exact, sums = exact + added.double() if bias else exact, x.double().abs() @ weight.double().abs().T
+    assert got.dtype == dtype and got.shape == exact.shape
+    rounding = 1e-6 * sums if dtype == torch.float32 else 2**-8 * exact.abs() + 1e-6 * sums
+    assert ((got.double() - exact).abs() <= rounding).all()
+
+
+def test_what_the_compiled_product_leaves(monkeypatch):
+    pytest.importorskip("numba")
+    layer, x = nn.Linear(1024, 512).requires_grad_(False), torch.randn(2, 1024)
+    with torch.no_grad():
+        assert reads_compiled(x, layer.weight)
+        assert not reads_compiled(x.double(), layer.weight)
+        assert not reads_compiled(x, layer.weight.T)  # rows that are not contiguous
+        assert not reads_compiled(x, layer.weight[:60])
+        batched = torch.func.vmap(lambda row: project(layer, row[None]))(x)
+        torch.testing.assert_close(batched[:, 0], nn.functional.linear(x, layer.weight, layer.bias))
+        traced = torch.jit.trace(lambda rows: project(layer, rows), x)
+        assert traced(torch.zeros_like(x)).equal(layer.bias.expand(2, -1))
+        for units in (False, True):
+            monkeypatch.setattr(linear_module, "multiplies_bf16", lambda units=units: units)
+            small, weight = x.bfloat16(), layer.weight.bfloat16()
+            assert reads_compiled(small[:1], weight) and reads_compiled(small, weight) == (not units)
 
 
 @torch.no_grad()

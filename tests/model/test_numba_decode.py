@@ -2,7 +2,6 @@
 it is left to PyTorch."""
 
 import copy
-import subprocess
 import sys
 
 import pytest
@@ -148,11 +147,11 @@ def test_recorded_tokens_go_op_by_op_and_on_from_there(fused):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("case", ["bfloat16", "float64", "hook", "other norm", "torch"])
+@pytest.mark.parametrize("case", ["float64", "hook", "other norm", "torch"])
 def test_left_to_pytorch(case, fused):
     model, ids = tiny_model(), prompt(1, 14)
-    if case in ("bfloat16", "float64"):
-        model.to(getattr(torch, case))
+    if case == "float64":
+        model.double()
     for layer in (block.mixer for block in model.model.layers if block.block_type == "linear_attention"):
         if case == "hook":
             layer.norm.register_forward_hook(lambda module, args, output: output * 2)
@@ -192,20 +191,10 @@ def test_without_numba(monkeypatch, fused):
     assert not fused
 
 
-def test_torch_keeps_its_number_of_threads():
-    """Numba sets it where both use one OpenMP library, once in a process, when it starts its threads."""
-    lines = (
-        "import torch; torch.set_num_threads(1); import nemotron_h_hf.model.numba_decode",
-        "import nemotron_h_hf.model.int8, numba; numba.get_num_threads(); print(torch.get_num_threads())",
-    )
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=280)
-    assert done.stdout.strip() == "1", done.stderr
-
-
 def test_where_nothing_can_be_kept():
     """Code that is in no file has no place for its cache, like a package in folders that cannot be written to."""
     scope = {}
     exec("def double(x):\n    for i in range(len(x)):\n        x[i] *= 2", scope)
     values = torch.arange(3.0)
-    compiled("void(float32[::1])")(scope["double"])(values.numpy())
+    compiled(scope["double"])(values.numpy())
     assert values.tolist() == [0, 2, 4]

@@ -28,7 +28,7 @@ plain.py                       when a layer may be computed without calling its 
 forks.py                       child processes forked after computing
 numba_compile.py               compiling with Numba
 numba_decode.py                one token of a Mamba layer in one compiled call, on a CPU
-int8.py                        products with torchao's int8 weights, on a CPU
+numba_product.py               products of few rows with fp32, bf16 and torchao's int8 weights, on a CPU
 triton_conv.py                 Triton: the convolution
 triton_scan.py                 Triton: the scan, its maths and launches
 triton_scan_kernels.py         Triton: the kernels of the scan

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from .forks import is_forked
 from .ssd import causal_conv as torch_causal_conv
 from .ssd import conv_step as torch_conv_step
 from .ssd import gated_norm as torch_gated_norm
@@ -45,6 +44,7 @@ logger = logging.get_logger(__name__)
 INSTALL = "pip install --no-build-isolation mamba-ssm causal-conv1d"
 AUTO_TAKES_OURS = False
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+STEP_DTYPES = (torch.float32, torch.bfloat16)  # of what numba_decode.py reads; it computes in fp32
 CONV_TAPS = (2, 3, 4)  # widths of causal_conv1d's kernels and of ours
 CONV_ALIGNMENT = 8  # channels; causal_conv1d loads this many at once, rows must start at multiples of it
 MOST_HEAD_DIM = 256  # of an attention head, and of a Mamba head in our scan
@@ -209,8 +209,9 @@ def fuses_step(
         return _ours(x, implementation)
     if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    plain = all(t.dtype == torch.float32 and type(t) in (Tensor, nn.Parameter) for t in (x, *states, *weights))
-    return plain and states[1].is_contiguous() and not is_forked() and _numba_step() is not None
+    plain = all(t.dtype in STEP_DTYPES and type(t) in (Tensor, nn.Parameter) for t in (x, *states, *weights))
+    held = states[1].dtype == torch.float32 and states[1].is_contiguous()
+    return plain and held and not under_func() and _numba_step() is not None
 
 
 def whole_step(

@@ -1,14 +1,14 @@
 """The product of a Linear, fast for few rows on a CPU.
 
-PyTorch multiplies one row by a matrix on one thread of MKL, and a few rows by even slower code: both read the weights
-at half the memory's speed or less. Here the product becomes a batch of products, one per part of the output, and every
-thread reads its own part: 1.1 to 1.7 times as fast for 1 to 64 rows on two cores (docs/results/few_rows). torchao's int8
-weights go to `int8.py` if Numba is installed.
+Without gradients few rows go to numba_product.py if Numba is installed: fp32, bf16 and torchao's int8 weights are read once,
+as they are stored. Without Numba the fp32 product becomes a batch of products, one per part of the output, and every
+thread reads its own part, where PyTorch uses one thread of MKL for one row (docs/results/few_rows).
 
     m rows, k input channels, n output channels, t parts
 """
 
 import math
+import platform
 from collections.abc import Callable
 from functools import cache
 
@@ -17,27 +17,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.utils import logging
 
-from .forks import is_forked
 from .plain import is_plain
+from .ssd import under_func
 
 logger = logging.get_logger(__name__)
 
 MOST_ROWS = 64
-FEWEST_WEIGHTS = 2**18  # below this, synchronising threads takes longer than it saves
+COMPILED_DTYPES = (torch.float32, torch.bfloat16)
+FEWEST_WEIGHTS = 2**16  # below this a call of torch's own takes less than reading faster saves: 256 KiB, 5 us
 
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:
-    """`linear(x)`: of a plain nn.Linear few rows are multiplied by all threads, everything else is called as a module."""
+    """`linear(x)`: few rows of a plain nn.Linear are multiplied as above, everything else is called as a module."""
     return multiply(x, linear.weight, linear.bias) if few_rows(x) and is_plain(linear, nn.Linear) else linear(x)
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`; without gradients, on a CPU, few rows are multiplied by all threads. x (..., k), weight (n, k) -> (..., n)."""
+    """`F.linear`; few rows on a CPU, without gradients, faster. x (..., k), weight (n, k) -> (..., n)."""
     if not few_rows(x):
         return F.linear(x, weight, bias)
-    if reads_int8(weight):
-        _, product = int8()
-        return product(x, weight, bias)
+    if reads_compiled(x, weight):
+        return compiled_product()[1](x, weight, bias)
     parts = num_parts(x, weight)
     return F.linear(x, weight, bias) if parts == 1 else product_in_parts(x, weight, bias, parts)
 
@@ -63,20 +63,42 @@ def product_in_parts(x: Tensor, weight: Tensor, bias: Tensor | None, parts: int)
     return y if bias is None else y + bias
 
 
-def reads_int8(weight: Tensor) -> bool:
-    """Whether `int8.py` multiplies by this weight."""
-    if type(weight).__name__ != "Int8Tensor" or torch.jit.is_tracing() or is_forked() or int8() is None:
+def reads_compiled(x: Tensor, weight: Tensor) -> bool:
+    """Whether numba_product.py multiplies x by this weight. It reads memory, which tracing and torch.func do not see."""
+    if type(x) is not Tensor or torch.jit.is_tracing() or under_func():
         return False
-    can_read, _ = int8()
-    return can_read(weight)
+    if type(weight) not in (nn.Parameter, Tensor):
+        return reads_int8(weight)
+    if x.dtype != weight.dtype or x.dtype not in COMPILED_DTYPES or weight.numel() < FEWEST_WEIGHTS:
+        return False
+    if x.dtype == torch.bfloat16 and x.numel() > x.shape[-1] and multiplies_bf16():
+        return False
+    return weight.stride(-1) == 1 and weight.device.type == "cpu" and compiled_product() is not None
+
+
+def reads_int8(weight: Tensor) -> bool:
+    """Whether numba_product.py multiplies by this weight of torchao."""
+    if type(weight).__name__ != "Int8Tensor":
+        return False
+    if compiled_product() is None:
+        logger.warning_once("int8 weights: without Numba torchao makes them fp32 for every token; pip install numba")
+        return False
+    return compiled_product()[0](weight)
 
 
 @cache
-def int8() -> tuple[Callable, Callable] | None:
-    """`can_read` and `product` of `int8.py`, compiled; None without Numba."""
+def multiplies_bf16() -> bool:
+    """Whether the processor has instructions for products of bf16: on others torch's are several times slower than fp32's."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@cache
+def compiled_product() -> tuple[Callable, Callable] | None:
+    """`can_read_int8` and `product` of numba_product.py; None without Numba."""
     try:
-        from .int8 import can_read, product
+        from .numba_product import can_read_int8, product
     except ImportError:
-        logger.warning("int8 weights: without Numba torchao makes them fp32 for every token; pip install numba")
         return None
-    return can_read, product
+    return can_read_int8, product
