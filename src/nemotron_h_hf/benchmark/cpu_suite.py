@@ -105,7 +105,7 @@ class Suite:
         self.keep(*floors, *sides, *peers, rounds=self.decode_rounds)
 
     def int8(self) -> None:
-        """Weights in fp32 and int8, as torchao multiplies them and as int8.py does."""
+        """Weights in fp32 and int8, as torchao multiplies them and as ours does."""
         if missing := [package for package in ("torchao", "numba") if find_spec(package) is None]:
             self.bench.say(f"int8 is left out: pip install {' '.join(missing)}")
             return
@@ -212,7 +212,7 @@ def targets(journal: Journal, sizes: Sizes) -> list[Target]:
 
 
 def int8_sides(ours: Side) -> dict[str, Side]:
-    """The model, and its copies with int8 weights: as torchao multiplies them, as int8.py does, lm_head in fp32 and not."""
+    """The model, and its copies with int8 weights: as torchao multiplies them, as ours does, lm_head in fp32 and not."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantised, whole = copy.deepcopy(ours.model), copy.deepcopy(ours.model)

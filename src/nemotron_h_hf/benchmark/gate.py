@@ -74,7 +74,7 @@ def check_int8(ours: Side, torchao: Side) -> dict[str, float]:
     Raises:
         ValueError: for an error over the limit.
     """
-    name, lengths = "logits, int8.py against torchao", (1, 2, ours.config.chunk_size)
+    name, lengths = "logits, ours against torchao", (1, 2, ours.config.chunk_size)
     inputs = [random_ids(ours.model, 1, length) for length in lengths]
     error = max(difference(ours.model(ids).logits, torchao.model(ids).logits) for ids in inputs)
     require(name, error, INT8_LIMIT)
