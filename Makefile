@@ -41,8 +41,8 @@ test-kernels: $(KERNELS)/.installed  ## our Triton kernels and the packages' on 
 	PYTHONPATH=$(KERNELS) TRITON_INTERPRET=1 $(VENV)/bin/python $(PYTEST) --timeout=900 \
 		tests/model/test_kernels.py tests/model/test_triton.py tests/model/test_decode_graph.py tests/model/test_triton_on_paper.py
 
-test-tools: $(TOOLS)/.installed  ## bitsandbytes (QLoRA) and Model-Optimizer on a CPU
-	PYTHONPATH=$(TOOLS) $(VENV)/bin/python $(PYTEST) tests/house/test_quantisers.py
+test-tools: $(TOOLS)/.installed  ## bitsandbytes (QLoRA) and Model-Optimizer on a CPU; axolotl, verl and ms-swift
+	PYTHONPATH=$(TOOLS) $(VENV)/bin/python $(PYTEST) tests/house/test_quantisers.py tests/integrations/test_trainers.py
 
 test-vllm: $(VLLM)/.installed  ## budgets of a parent in vLLM's CPU build, cut while they are loaded, against ours (minutes)
 	rm -rf $(VLLM)/parent
@@ -83,7 +83,9 @@ $(KERNELS)/.installed: $(VENV)/.installed
 $(TOOLS)/.installed: $(VENV)/.installed
 	rm -rf $(TOOLS)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --target $(TOOLS) --no-deps \
-		bitsandbytes==0.50.2 nvidia-modelopt==0.47.0 omegaconf==2.4.0 antlr4-python3-runtime==4.9.3 pulp==3.3.2
+		bitsandbytes==0.50.2 nvidia-modelopt==0.47.0 omegaconf==2.4.0 antlr4-python3-runtime==4.9.3 pulp==3.3.2 \
+		axolotl==0.19.0 addict==2.4.0 verl==0.9.1 ms-swift==4.6.0 json_repair==0.64.6 colorama==0.4.6 \
+		modelscope==1.40.2 modelscope_hub==0.5.1 cryptography==50.0.2 cffi==2.1.1 pycparser==3.12
 	@touch $@
 
 # An environment that reads torch from .venv and has vLLM's own transformers; the wheel asks for CUDA's torch, so its list is filtered.
