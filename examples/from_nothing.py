@@ -15,7 +15,7 @@ from pathlib import Path
 from nemotron_h_cli import main
 from nemotron_h_hf.data.byte_bpe import train_tokenizer
 from nemotron_h_hf.data.stdlib_text import as_jsonl, read_documents, split_documents
-from nemotron_h_hf.hub import save_tokenizer
+from nemotron_h_hf.tokenizer_files import save_tokenizer
 from nemotron_h_hf.whole_files import write_text
 
 RECIPE = Path(__file__).parent / "recipes" / "pretrain_tiny.yaml"

@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig, whole_files
 from nemotron_h_hf.data.stdlib_text import as_jsonl, corpus_digest, read_documents, split_documents
-from nemotron_h_hf.hub import save_tokenizer
 from nemotron_h_hf.scripts import distill, eval, pretrain
+from nemotron_h_hf.tokenizer_files import save_tokenizer
 from nemotron_h_hf.training.starting_point import load_config
 
 FOLDER, RUNS = Path(__file__).parents[2] / "docs" / "results" / "distillation", Path("runs/distillation")

@@ -35,8 +35,8 @@ from nemotron_h_hf.data.stdlib_text import corpus_digest, read_documents, split_
 from nemotron_h_hf.elastic.budgets import read_elastic
 from nemotron_h_hf.elastic.cut.cutting import slice_checkpoint
 from nemotron_h_hf.elastic.prepare.elasticize import elasticize
-from nemotron_h_hf.hub import save_tokenizer
 from nemotron_h_hf.scripts import distill, elastic_train
+from nemotron_h_hf.tokenizer_files import save_tokenizer
 
 FOLDER = Path(__file__).parents[2] / "docs" / "results" / "elastic_claim"
 LENGTH, ROWS_PER_STEP = 1024, 4

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemotron_h_hf import EMBEDDED_MODEL
 from nemotron_h_hf.benchmark.models import SMALL, build_ours, read_config
-from nemotron_h_hf.hub import save_tokenizer
+from nemotron_h_hf.tokenizer_files import save_tokenizer
 
 KINDS = ("f32", "q8_0")
 TOKENS = 96

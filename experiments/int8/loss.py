@@ -14,8 +14,8 @@ from torchao.quantization import Int8WeightOnlyConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 from nemotron_h_hf import EMBEDDED_MODEL
-from nemotron_h_hf.hub import save_tokenizer
 from nemotron_h_hf.scripts import eval as eval_command
+from nemotron_h_hf.tokenizer_files import save_tokenizer
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "int8"
 

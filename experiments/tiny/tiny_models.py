@@ -32,9 +32,9 @@ from nemotron_h_hf.data.byte_bpe import train_tokenizer
 from nemotron_h_hf.data.stdlib_text import Document, corpus_digest, read_documents, split_documents
 from nemotron_h_hf.evaluation.bits_per_byte import bits_per_byte, xz_bits_per_byte
 from nemotron_h_hf.evaluation.parsing_share import Sampling, choose_prompts, parsing_share
-from nemotron_h_hf.hub import save_tokenizer
 from nemotron_h_hf.inputs import read_json
 from nemotron_h_hf.output_folders import writing
+from nemotron_h_hf.tokenizer_files import save_tokenizer
 from nemotron_h_hf.whole_files import write_json
 
 HEAD_DIM = 64

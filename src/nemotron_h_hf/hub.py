@@ -1,6 +1,6 @@
 """Ship a checkpoint folder: its model card, the model code next to the weights, the upload.
 
-The user's folder is only ever read, except by `attach_code` and `save_tokenizer`, whose purpose is to write into it.
+The user's folder is only ever read, except by `attach_code`, whose purpose is to write into it.
 """
 
 from __future__ import annotations
@@ -119,13 +119,6 @@ def with_processor_map(text: str) -> bytes:
         if part is not None:
             part["auto_map"] = {**part.get("auto_map", {}), **PROCESSOR_AUTO_MAP}
     return (json.dumps(fields, indent=2) + "\n").encode()
-
-
-def save_tokenizer(tokenizer, folder: str | os.PathLike) -> None:
-    """Save a tokenizer that every reader takes: with the class name that transformers 4 and 5 both know."""
-    tokenizer.save_pretrained(folder)
-    path = Path(folder) / "tokenizer_config.json"
-    _write_atomically(path, portable_config(_read_text(path), path.parent))
 
 
 def model_card(folder: str | os.PathLike, repo_id: str, with_code: bool = False, license: str | None = None) -> str:

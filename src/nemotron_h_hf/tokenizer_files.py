@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -54,6 +55,15 @@ def response_template_for(chat_template: Any) -> dict[str, Any] | None:
     if not isinstance(chat_template, str):
         return None
     return next((form for marker, form in RESPONSE_TEMPLATES.items() if marker in chat_template), None)
+
+
+def save_tokenizer(tokenizer: Any, folder: str | os.PathLike) -> None:
+    """Save a tokenizer that every reader takes: with the class name that transformers 4 and 5 both know."""
+    tokenizer.save_pretrained(folder)
+    path = Path(folder) / "tokenizer_config.json"
+    config = portable_config(path.read_text(encoding="utf-8"), path.parent)
+    with whole_file(path) as part:
+        part.write_bytes(config)
 
 
 def copy_files(names: Sequence[str], source: Path, target: Path) -> list[str]:

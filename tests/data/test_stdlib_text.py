@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from nemotron_h_hf.data.byte_bpe import train_tokenizer
 from nemotron_h_hf.data.stdlib_text import Document, read_documents, split_documents
-from nemotron_h_hf.hub import save_tokenizer
+from nemotron_h_hf.tokenizer_files import save_tokenizer
 
 SOURCES = [
     "def add(a, b):\n    return a + b\n",

@@ -15,6 +15,7 @@ from loopback_hub import LoopbackHub, loopback_hub
 
 from nemotron_h_hf import EMBEDDED_MODEL, hub
 from nemotron_h_hf.scripts import push
+from nemotron_h_hf.tokenizer_files import save_tokenizer
 
 
 @pytest.fixture
@@ -116,7 +117,7 @@ def test_save_tokenizer_writes_the_plain_class(tmp_path):
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
-    hub.save_tokenizer(tokenizer, tmp_path)
+    save_tokenizer(tokenizer, tmp_path)
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     text = "def f(x):\n    return x"
     assert AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == tokenizer(text)["input_ids"]

@@ -28,7 +28,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +42,7 @@ from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
 from nemotron_h_hf.cost import training_flops_per_token
 from nemotron_h_hf.data.bad_data import tell_left_out
 from nemotron_h_hf.errors import require
-from nemotron_h_hf.hub import save_tokenizer, upload_folder
+from nemotron_h_hf.hub import upload_folder
 from nemotron_h_hf.output_folders import writing
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse
 from nemotron_h_hf.training.checkpoints import writing_run
@@ -104,12 +103,9 @@ def run(
     tell_before(trainer)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or True)
     tell_left_out(rows.documents.left_out())
-    folder = Path(training.output_dir, "model")
-    if save_finished(trainer, folder):
-        save_tokenizer(tokenizer, folder)
-        print(f"{folder} holds the student", file=sys.stderr)
+    folder = save_finished(trainer, tokenizer)
     tell_held_out(trainer, "after")
-    if repo_id is not None and trainer.is_world_process_zero():
+    if repo_id is not None and folder is not None:
         print(upload_folder(folder, repo_id, bool(training.hub_private_repo)))
     return 0
 

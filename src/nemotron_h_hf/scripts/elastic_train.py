@@ -48,7 +48,7 @@ from nemotron_h_hf.elastic.train.router import RouterSettings
 from nemotron_h_hf.elastic.train.trained_budgets import elastic_after, single_sizes
 from nemotron_h_hf.elastic.train.trainer import ROUTER_FILE, ElasticTrainer, save_router
 from nemotron_h_hf.errors import require
-from nemotron_h_hf.hub import save_tokenizer, upload_folder
+from nemotron_h_hf.hub import upload_folder
 from nemotron_h_hf.inputs import read_json
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse
 from nemotron_h_hf.training.checkpoints import writing_run
@@ -110,9 +110,9 @@ def run(
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or True)
     tell_left_out(rows.documents.left_out())
-    finish(trainer, more, elastic.calibrate, tokenizer)
-    if repo_id is not None and trainer.is_world_process_zero():
-        print(upload_folder(Path(training.output_dir, "model"), repo_id, bool(training.hub_private_repo)))
+    folder = finish(trainer, more, elastic.calibrate, tokenizer)
+    if repo_id is not None and folder is not None:
+        print(upload_folder(folder, repo_id, bool(training.hub_private_repo)))
     return 0
 
 
@@ -189,7 +189,7 @@ def interpolated_targets(elastic: ElasticArguments, route: Route) -> dict[str, f
 
 def finish(
     trainer: ElasticTrainer, more: Mapping[str, float], calibrate: bool, tokenizer: PreTrainedTokenizerBase
-) -> None:
+) -> Path | None:
     """Budgets of the router's choices and for `more` targets, their held-out losses, and the parent as an ordinary checkpoint."""
     require_trained(trainer)
     model, route, routed = trainer.model, trainer.route, trainer.routed
@@ -202,18 +202,18 @@ def finish(
         if calibrate:
             singles = held_out_losses(trainer, single_sizes(model.config, route.axes, route.layer_order))
     model.config.elastic = elastic_after(model.config, route, children, losses, singles).to_dict()
-    folder = Path(trainer.args.output_dir)
-    save_router(routed, folder / ROUTER_FILE, write=trainer.is_world_process_zero())
-    if save_finished(trainer, folder / "model"):
-        save_tokenizer(tokenizer, folder / "model")
-        write_manifest(folder / "model")
+    router_file = Path(trainer.args.output_dir, ROUTER_FILE)
+    save_router(routed, router_file, write=trainer.is_world_process_zero())
+    folder = save_finished(trainer, tokenizer)
+    if folder is not None:
+        write_manifest(folder)
         for name, child in children.items():
             count = child.num_parameters
             loss = f", held-out loss {losses[name]:.4f}" if name in losses else ""
             print(f"{name}: {count:,} parameters ({count / num_parameters(model.config):.1%}){loss}", file=sys.stderr)
         for line in missed:
             print(line, file=sys.stderr)
-        print(f"{folder / 'model'} holds the parent and its budgets", file=sys.stderr)
+    return folder
 
 
 def missed_targets(trainer: ElasticTrainer) -> list[str]:

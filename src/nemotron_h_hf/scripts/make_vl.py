@@ -28,12 +28,12 @@ from nemotron_h_hf import (
     NemotronHVLImageProcessor,
     NemotronHVLProcessor,
 )
-from nemotron_h_hf.hub import save_tokenizer
 from nemotron_h_hf.inputs import load_tokenizer
 from nemotron_h_hf.model.image_processing_nemotron_h_vl import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from nemotron_h_hf.model.processing_nemotron_h_vl import CHAT_PREAMBLE
 from nemotron_h_hf.model.saving import saving
 from nemotron_h_hf.output_folders import is_made, note_made, stamps, writing
+from nemotron_h_hf.tokenizer_files import save_tokenizer
 from nemotron_h_hf.units import human_count
 
 # Shapes of fresh towers, with the size of tile that they were made for.

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedModel
 
 from nemotron_h_hf import NemotronHVLConfig
-from nemotron_h_hf.hub import save_tokenizer
 from nemotron_h_hf.inputs import load_tokenizer
 from nemotron_h_hf.model.saving import saving
 from nemotron_h_hf.output_folders import is_made, note_made, stamps, writing
+from nemotron_h_hf.tokenizer_files import save_tokenizer
 
 NUM_COMPARED_TOKENS = 32
 

@@ -35,29 +35,25 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
-from nemotron_h_hf.conversion.sharded_run import export_run
 from nemotron_h_hf.cost import training_flops_per_token
 from nemotron_h_hf.data.bad_data import tell_left_out
 from nemotron_h_hf.data.documents import document_encoder
 from nemotron_h_hf.errors import require
-from nemotron_h_hf.hub import save_tokenizer, upload_folder
-from nemotron_h_hf.model.saving import saving
+from nemotron_h_hf.hub import upload_folder
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse
-from nemotron_h_hf.training.checkpoints import last_whole_checkpoint, writing_run
+from nemotron_h_hf.training.checkpoints import writing_run
 from nemotron_h_hf.training.data_arguments import PretrainDataArguments
 from nemotron_h_hf.training.held_out_loss import take_push
 from nemotron_h_hf.training.rows import make_rows
 from nemotron_h_hf.training.starting_point import load_model, load_tokenizer
+from nemotron_h_hf.training.trained_folder import save_finished
 from nemotron_h_hf.training.trainer import NemotronHTrainer
-
-MODEL_FOLDER = "model"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,33 +91,14 @@ def run(
         processing_class=tokenizer,
         flops_per_token=training_flops_per_token(model.config, training.sequence_length),
     )
-    if trainer.is_fsdp_enabled:
-        require(
-            training.save_strategy != "no", "save_strategy", "no", "steps under FSDP: model/ is made of a checkpoint"
-        )
     if trainer.is_world_process_zero():
         print(describe(model, training), file=sys.stderr)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or True)
     tell_left_out(trainer.rows.documents.left_out())
-    if trainer.is_world_process_zero():
-        folder = save(trainer, tokenizer)
-        if repo_id is not None:
-            print(upload_folder(folder, repo_id, bool(training.hub_private_repo)))
+    folder = save_finished(trainer, tokenizer)
+    if repo_id is not None and folder is not None:
+        print(upload_folder(folder, repo_id, bool(training.hub_private_repo)))
     return 0
-
-
-def save(trainer: NemotronHTrainer, tokenizer: PreTrainedTokenizerBase) -> Path:
-    """The trained model in its own folder; weights sharded by FSDP are joined from the last checkpoint."""
-    output_dir = Path(trainer.args.output_dir)
-    folder = output_dir / MODEL_FOLDER
-    if not trainer.is_fsdp_enabled:
-        trainer.model.save_pretrained(folder)
-    else:
-        with saving(folder) as staging:
-            export_run(last_whole_checkpoint(output_dir), staging)
-    save_tokenizer(tokenizer, folder)
-    print(f"{folder} holds the trained model", file=sys.stderr)
-    return folder
 
 
 def describe(model: torch.nn.Module, training: NemotronHTrainingArguments) -> str:

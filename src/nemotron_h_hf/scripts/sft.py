@@ -31,7 +31,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -45,7 +44,7 @@ from nemotron_h_hf.data.packing import Rows
 from nemotron_h_hf.data.pictures import PictureCollator, PictureRows
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.errors import require
-from nemotron_h_hf.hub import save_tokenizer, upload_folder
+from nemotron_h_hf.hub import upload_folder
 from nemotron_h_hf.model.processing_nemotron_h_vl import CHAT_PREAMBLE
 from nemotron_h_hf.training.adapters import (
     AdapterArguments,
@@ -113,9 +112,9 @@ def run(
     tell_before(trainer)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or True)
     tell_left_out(rows.documents.left_out() if processor is None else {"data": rows.bad.counts})
-    folder = save(trainer, tokenizer, "adapter" if adapters.lora_rank else "model", processor)
+    folder = save_finished(trainer, tokenizer, "adapter" if adapters.lora_rank else "model", processor)
     tell_held_out(trainer, "after")
-    if repo_id is not None and trainer.is_world_process_zero():
+    if repo_id is not None and folder is not None:
         print(upload_folder(folder, repo_id, bool(training.hub_private_repo)))
     return 0
 
@@ -193,19 +192,6 @@ def count_flops(adapters: AdapterArguments, model: nn.Module, sequence_length: i
     if not adapters.lora_rank:
         return training_flops_per_token(config, sequence_length)
     return adapter_training_flops_per_token(config, sequence_length, *trained_adapters(model))
-
-
-def save(
-    trainer: NemotronHTrainer, tokenizer: PreTrainedTokenizerBase, name: str, processor: ProcessorMixin | None = None
-) -> Path:
-    """The model or adapters with the tokenizer, or the processor, in a folder of OUTPUT_DIR."""
-    folder = Path(trainer.args.output_dir, name)
-    if save_finished(trainer, folder):
-        if processor is not None:
-            processor.save_pretrained(folder)
-        save_tokenizer(tokenizer, folder)
-        print(f"{folder} holds the trained {name}", file=sys.stderr)
-    return folder
 
 
 if __name__ == "__main__":

@@ -1,30 +1,46 @@
-"""The end of a fine-tuning run: the trained model or its adapters as a folder that `from_pretrained` loads."""
+"""The end of a run: the trained model or its adapters as a folder that `from_pretrained` loads."""
 
+import sys
 from pathlib import Path
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from ..tokenizer_files import save_tokenizer
 from .checkpoints import last_whole_checkpoint
 from .trainer import NemotronHTrainer
 
 
-def save_finished(trainer: NemotronHTrainer, folder: Path) -> bool:
-    """Write the weights, gathered first where FSDP spreads them; called by every process, True on the one that wrote.
+def save_finished(
+    trainer: NemotronHTrainer,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str = "model",
+    processor: ProcessorMixin | None = None,
+) -> Path | None:
+    """Write OUTPUT_DIR/`name`: the weights, gathered first where FSDP spreads them, and the tokenizer or processor.
+
+    Every process calls it; the one that wrote gets the folder, the others None.
 
     Raises:
         ValueError: see `require_trained`.
     """
     require_trained(trainer)
+    folder = Path(trainer.args.output_dir, name)
     if trainer.is_fsdp_enabled:
         weights = whole_weights(trainer)
         if trainer.args.should_save:
             trainer._save(str(folder), state_dict=weights)
     else:
         trainer.save_model(str(folder))
-    if trainer.is_world_process_zero():
-        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that is not read again
-    return trainer.is_world_process_zero()
+    if not trainer.is_world_process_zero():
+        return None
+    (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that is not read again
+    if processor is not None:
+        processor.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    print(f"{folder} holds the trained {name}", file=sys.stderr)
+    return folder
 
 
 def whole_weights(trainer: NemotronHTrainer) -> dict[str, Tensor]:
