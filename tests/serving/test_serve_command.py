@@ -1,5 +1,6 @@
 """`nemotron-h serve` as a process: it listens, answers, and ends in order on SIGTERM while it answers."""
 
+import contextlib
 import http.client
 import json
 import re
@@ -25,25 +26,30 @@ def test_options_are_checked(words, said):
         serve.main(["--port", "0", *words])
 
 
-@pytest.mark.slow
-def test_sigterm_under_load_finishes_what_runs():
-    command = [sys.executable, "-m", "nemotron_h_cli", "serve", "--port", "0", "--drain", "60"]
+@contextlib.contextmanager
+def server(*options: str):
+    """A process that serves the embedded model: it and its port."""
+    command = [sys.executable, "-m", "nemotron_h_cli", "serve", "--port", "0", *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     try:
-        port = next(int(found[1]) for line in process.stdout if (found := re.search(r"listening on .*:(\d+)", line)))
-        body = {
-            "model": "nemotron-h-tiny",
-            "prompt": "def secret(x):",
-            "max_tokens": 150,
-            "ignore_eos": True,
-            "stream": True,
-        }
-        answers = []
-        for _ in range(3):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=100)
-            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-            answers.append(connection.getresponse())
-            answers[-1].readline()
+        yield process, next(int(it[1]) for line in process.stdout if (it := re.search(r"listening on .*:(\d+)", line)))
+    finally:
+        process.kill()
+
+
+def ask(port: int, **fields) -> http.client.HTTPResponse:
+    body = {"model": "nemotron-h-tiny", "prompt": "def secret(x):", "ignore_eos": True, **fields}
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=100)
+    connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+    return connection.getresponse()
+
+
+@pytest.mark.slow
+def test_sigterm_under_load_finishes_what_runs():
+    with server("--drain", "60") as (process, port):
+        answers = [ask(port, max_tokens=150, stream=True) for _ in range(3)]
+        for answer in answers:
+            answer.readline()
         process.send_signal(signal.SIGTERM)
         time.sleep(0.5)
         with pytest.raises(OSError):
@@ -52,5 +58,25 @@ def test_sigterm_under_load_finishes_what_runs():
             assert answer.read().decode().endswith("data: [DONE]\n\n")
         assert process.wait(60) in (0, -signal.SIGTERM)
         assert "secret" not in process.stderr.read()
-    finally:
-        process.kill()
+
+
+@pytest.mark.slow
+def test_readers_that_do_not_read_hold_nobody_up():
+    """More bytes than sockets hold, unread: others are answered, the rows become free, and the server ends in time."""
+    with server("--drain", "5") as (process, port):
+        unread = [ask(port, max_tokens=1500, logprobs=20, stream=True) for _ in range(3)]
+        assert len(json.loads(ask(port, max_tokens=4).read())["choices"]) == 1
+
+        def running() -> int:
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=100)
+            connection.request("GET", "/metrics")
+            lines = connection.getresponse().read().decode().splitlines()
+            return sum(float(line.split()[-1]) for line in lines if line.startswith("nemotron_h_running"))
+
+        end = time.monotonic() + 120
+        while running() and time.monotonic() < end:
+            time.sleep(1)
+        assert not running()
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) in (0, -signal.SIGTERM)
+        assert unread
