@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import cost
-from .elastic.budgets import FIELDS_OF_KIND, SIZE_FIELDS, Budget, read_elastic
+from .elastic.budgets import Budget, read_elastic
 from .elastic.child import Child, child_of
 from .model.configuration_nemotron_h import NemotronHConfig
 from .model.configuration_nemotron_h_vl import NemotronHNanoVLConfig, NemotronHOmniConfig, NemotronHVLConfig
 from .model.json_files import read_json
 from .model.weights import DTYPES, Stored, files_of, read_header, read_name
-from .tensors import checkpoint_tensors
+from .tensors import AXES, checkpoint_tensors
 from .vision_summary import VisionFacts, describe_vision
 
 CONFIGS = (NemotronHConfig, NemotronHVLConfig, NemotronHNanoVLConfig, NemotronHOmniConfig)
@@ -187,10 +187,9 @@ def disagreements(config: NemotronHConfig, contents: Contents) -> list[str]:
 
 def _budget_facts(child: Child, dtype: str) -> BudgetFacts:
     config, budget = child.config, child.budget
-    kinds = set(config.layers_block_type)
-    absent = {field for kind, fields in FIELDS_OF_KIND.items() if kind not in kinds for field in fields}
-    absent |= set() if "moe" in kinds else {"num_experts_per_tok"}
-    sizes = {field: getattr(config, field) for field in SIZE_FIELDS if field not in absent}
+    kinds = {None, *config.layers_block_type}
+    there = [axis.field for axis in AXES if axis.kind in kinds] + ["num_experts_per_tok"] * ("moe" in kinds)
+    sizes = {field: getattr(config, field) for field in there}
     return BudgetFacts(sizes, describe(budget.name, config, None, dtype), budget.trained, budget.loss)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .model.configuration_nemotron_h import NemotronHConfig
 from .model.weights import Name
-from .tensors import AXES, AXIS_OF, Axis, WeightShape, axes_of, checkpoint_tensors, fields_of, size, sizes
+from .tensors import AXES, AXIS_OF, Axis, WeightShape, axes_of, checkpoint_tensors, fields_of, num_groups, size, sizes
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def prefix(parent: NemotronHConfig, layers: Sequence[int], child: NemotronHConfi
 
 def _first(axis: Axis, parent: tuple[NemotronHConfig, int], child: tuple[NemotronHConfig, int]) -> Tensor:
     """Of an axis of a layer of the parent the first indices of each group, as many as in the child's: int64."""
-    groups = [size(config, axis.groups, layer) if axis.groups else 1 for config, layer in (parent, child)]
+    groups = [num_groups(config, axis.field) for config, _ in (parent, child)]
     whole, kept = (size(config, axis.field, layer) for config, layer in (parent, child))
     return torch.arange(whole).view(groups[0], -1)[: groups[1], : kept // groups[1]].flatten()
 

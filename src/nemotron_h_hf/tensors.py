@@ -211,6 +211,12 @@ def kind_of(config: NemotronHConfig, layer: int) -> str:
     return [*config.layers_block_type, *(config.mtp_layers_block_type or ())][layer]
 
 
+def num_groups(config: NemotronHConfig, field: str) -> int:
+    """How many groups a size falls into, of each of which as many stay; 1 where it has none."""
+    groups = AXIS_OF[field].groups if field in AXIS_OF else ""
+    return getattr(config, groups) if groups else 1
+
+
 def axes_of(kind: str) -> Iterator[Axis]:
     """The axes that layers of a kind have to themselves."""
     return (axis for axis in AXES if axis.kind == kind)

@@ -47,6 +47,7 @@ from torch import Tensor, nn
 from ..inputs import open_tensors
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..slicing import Kept, everything
+from ..tensors import AXES, axes_of, num_groups
 from ..whole_files import whole_file
 
 FORMAT = "nemotron_h_hf.width_scores.v1"
@@ -131,16 +132,11 @@ def importance_of(config: NemotronHConfig, scores: WidthScores) -> Importance:
     norms = [scores.statistic(place) for place in scores.sums if place.startswith("norm.")]
     found = Importance(torch.stack(norms).sum(0))
     for index, kind in enumerate(config.layers_block_type):
-        if kind == "mlp":
-            found.neurons[index] = scores.statistic(f"neurons.{index}")
-        elif kind == "linear_attention":
-            found.channels[index] = scores.statistic(f"channels.{index}")
-            found.heads[index] = found.channels[index].norm(dim=1)
-        elif kind == "full_attention":
-            found.query_heads[index] = scores.statistic(f"query_heads.{index}").norm(dim=1)
-        else:
-            for name in ("experts", "expert_neurons", "shared_neurons"):
-                getattr(found, name)[index] = scores.statistic(f"{name}.{index}")
+        for axis in axes_of(kind):
+            if axis.name not in ("heads", "key_value_heads"):
+                getattr(found, axis.name)[index] = scores.statistic(f"{axis.name}.{index}")
+    found.heads = {index: values.norm(dim=1) for index, values in found.channels.items()}
+    found.query_heads = {index: values.norm(dim=1) for index, values in found.query_heads.items()}
     return found
 
 
@@ -150,32 +146,23 @@ def importance_order(config: NemotronHConfig, importance: Importance) -> Kept:
     The layers of multi-token prediction, which no forward runs, keep their own order.
     """
     kept = everything(config)
-    orders: dict[str, dict[int, Tensor]] = {
-        name: dict(getattr(kept, name))
-        for name in ("neurons", "heads", "channels", "key_value_heads", "query_heads", "experts", "expert_neurons",
-                     "shared_neurons")
-    }  # fmt: skip
-    for name in ("neurons", "shared_neurons"):
-        orders[name] |= {index: _descending(values) for index, values in getattr(importance, name).items()}
-    orders["experts"] |= {
-        index: descending_in_groups(values, config.n_group) for index, values in importance.experts.items()
-    }
+    orders = {axis.name: dict(getattr(kept, axis.name)) for axis in AXES if axis.kind}
+    for axis in AXES:
+        own = axis.kind not in (None, "full_attention")
+        for index, values in getattr(importance, axis.name).items() if own else ():
+            order = descending_in_groups(values, num_groups(config, axis.field))
+            orders[axis.name][index] = order[orders[axis.within][index]] if axis.within else order
     for index, values in importance.query_heads.items():
         groups = values.view(config.num_key_value_heads, -1)
         order = orders["key_value_heads"][index] = _descending(groups.norm(dim=1))
         orders["query_heads"][index] = descending_in_groups(values, len(groups)).view_as(groups)[order].flatten()
-    for index, values in importance.heads.items():
-        heads = orders["heads"][index] = descending_in_groups(values, config.n_groups)
-        orders["channels"][index] = _descending(importance.channels[index])[heads]
-    for index, values in importance.expert_neurons.items():
-        orders["expert_neurons"][index] = _descending(values)[orders["experts"][index]]
     return Kept(kept.layers, _descending(importance.hidden), **orders)
 
 
 def descending_in_groups(values: Tensor, num_groups: int) -> Tensor:
-    """Indices of (n) values, group after group, the largest of each group first."""
-    groups = values.view(num_groups, -1)
-    return (_descending(groups) + torch.arange(num_groups)[:, None] * groups.shape[1]).flatten()
+    """Indices of (..., n) values, group after group, the largest of each group first."""
+    groups = values.unflatten(-1, (num_groups, -1))
+    return (_descending(groups) + torch.arange(num_groups)[:, None] * groups.shape[-1]).flatten(-2)
 
 
 def _descending(values: Tensor) -> Tensor:

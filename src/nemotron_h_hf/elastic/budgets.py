@@ -26,18 +26,14 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..tensors import AXES, axes_of, num_groups
+
 VERSION = 1
-EXPERT_SIZES = ("n_routed_experts", "moe_intermediate_size", "moe_shared_expert_intermediate_size")
-FIELDS_OF_KIND = {
-    "mlp": ("intermediate_size",),
-    "linear_attention": ("mamba_num_heads", "mamba_head_dim"),
-    "full_attention": ("num_key_value_heads", "num_attention_heads"),
-    "moe": EXPERT_SIZES,
-}
+FIELDS_OF_KIND = {one.kind: tuple(axis.field for axis in axes_of(one.kind)) for one in AXES if one.kind}
 """Kind of layer -> the sizes that it has in addition to hidden_size."""
-CHOICE_FIELDS = ("hidden_size", *(field for fields in FIELDS_OF_KIND.values() for field in fields))
+CHOICE_FIELDS = tuple(axis.field for axis in AXES)
 """What may be chosen: everything that changes the number of parameters."""
-EXPERT_FIELDS = (*EXPERT_SIZES, "num_experts_per_tok")
+EXPERT_FIELDS = (*FIELDS_OF_KIND["moe"], "num_experts_per_tok")
 SIZE_FIELDS = (*CHOICE_FIELDS, "num_experts_per_tok")
 
 
@@ -221,12 +217,6 @@ def check_budget(parent: PreTrainedConfig, budget: Budget) -> None:
             least = budget.num_experts_per_tok if _is_count(budget.num_experts_per_tok) else parent.num_experts_per_tok
             require(value >= least, field, f"at least num_experts_per_tok={least}")
             require(value >= 2 * parent.n_group or parent.n_group == 1, field, "two experts or more in each group")
-
-
-def num_groups(config: PreTrainedConfig, field: str) -> int:
-    """What a size is counted in: heads stay equally many in each group, experts in each of theirs."""
-    by = {"mamba_num_heads": "n_groups", "num_attention_heads": "num_key_value_heads", "n_routed_experts": "n_group"}
-    return getattr(config, by[field]) if field in by else 1
 
 
 def _check_choices(field: str, sizes: Any) -> None:

@@ -26,6 +26,7 @@ norm alike, in each of its groups.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,7 @@ from torch import Tensor, nn
 from ..model.arguments import one_cache
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.modeling_nemotron_h import NemotronHModel
+from ..tensors import AXES, Axis, axes_of, size
 from .child import Child
 
 
@@ -59,6 +61,10 @@ class Masks:
     experts_per_token: int | None = None  # in every layer
 
 
+MASKED = tuple(axis for axis in AXES if axis.kind and axis.name in Masks.__dataclass_fields__)
+"""The axes of layers that have masks; heads and key/value heads are masked in their channels and query heads."""
+
+
 def child_masks(child: Child, device: torch.device | str | None = None) -> Masks:
     """The hard masks of a child, fp32, on `device` (`layers` on the CPU); none where all of an axis stays."""
     config, layers, kept = child.parent, child.layers, child.kept
@@ -68,25 +74,16 @@ def child_masks(child: Child, device: torch.device | str | None = None) -> Masks
     if len(layers) < config.num_hidden_layers:
         masks.layers = _hard(config.num_hidden_layers, torch.tensor(layers), None)
     for index in layers:
-        kind = config.layers_block_type[index]
-        if kind == "mlp":
-            found = {"neurons": _hard(config.size("intermediate_size", index), kept.neurons[index], device)}
-        elif kind == "linear_attention":
-            shape = config.size("mamba_num_heads", index), config.size("mamba_head_dim", index)
-            rows = (kept.heads[index][:, None] * shape[1] + kept.channels[index]).flatten()
-            mask = _hard(shape[0] * shape[1], rows, device)
-            found = {"channels": None if mask is None else mask.view(shape)}
-        elif kind == "full_attention":
-            found = {"query_heads": _hard(config.size("num_attention_heads", index), kept.query_heads[index], device)}
-        else:
-            found = {
-                "experts": _hard(config.n_routed_experts, kept.experts[index], device),
-                "expert_neurons": _hard(config.moe_intermediate_size, kept.expert_neurons[index][0], device),
-                "shared_neurons": _hard(config.moe_shared_expert_intermediate_size, kept.shared_neurons[index], device),
-            }
-        for name, mask in found.items():
-            if mask is not None:
-                getattr(masks, name)[index] = mask
+        for axis in axes_of(config.layers_block_type[index]):
+            if axis in MASKED:
+                indices, shape = getattr(kept, axis.name)[index], _shape(config, axis, index)
+                if axis.name == "channels":
+                    indices = (kept.heads[index][:, None] * shape[1] + indices).flatten()
+                elif axis.within:
+                    indices = indices[0]
+                mask = _hard(math.prod(shape), indices, device)
+                if mask is not None:
+                    getattr(masks, axis.name)[index] = mask.view(shape)
     return masks
 
 
@@ -166,19 +163,17 @@ def check_masks(config: NemotronHConfig, masks: Masks) -> None:
     if masks.experts_per_token is not None and not 0 < masks.experts_per_token <= config.num_experts_per_tok:
         allowed = f"1 to {config.num_experts_per_tok}"
         raise ValueError(f"experts_per_token={masks.experts_per_token}: allowed is {allowed}, what the model has")
-    shapes: dict[str, tuple[str, Callable[[int], tuple[int, ...]]]] = {
-        "neurons": ("mlp", lambda i: (config.size("intermediate_size", i),)),
-        "channels": ("linear_attention", lambda i: (config.size("mamba_num_heads", i), config.size("mamba_head_dim", i))),
-        "query_heads": ("full_attention", lambda i: (config.size("num_attention_heads", i),)),
-        "experts": ("moe", lambda i: (config.n_routed_experts,)),
-        "expert_neurons": ("moe", lambda i: (config.moe_intermediate_size,)),
-        "shared_neurons": ("moe", lambda i: (config.moe_shared_expert_intermediate_size,)),
-    }  # fmt: skip
-    for name, (kind, shape) in shapes.items():
-        for index, mask in getattr(masks, name).items():
-            if not 0 <= index < config.num_hidden_layers or config.layers_block_type[index] != kind:
-                raise ValueError(f"{name}[{index}]: allowed are the layers of kind {kind}")
-            require(f"{name}[{index}]", mask, *shape(index))
+    for axis in MASKED:
+        for index, mask in getattr(masks, axis.name).items():
+            if not 0 <= index < config.num_hidden_layers or config.layers_block_type[index] != axis.kind:
+                raise ValueError(f"{axis.name}[{index}]: allowed are the layers of kind {axis.kind}")
+            require(f"{axis.name}[{index}]", mask, *_shape(config, axis, index))
+
+
+def _shape(config: NemotronHConfig, axis: Axis, layer: int) -> tuple[int, ...]:
+    """Of the mask of a layer: (h, p) of channels; the experts of a layer share one."""
+    of_one = size(config, axis.field, layer)
+    return (size(config, "mamba_num_heads", layer), of_one) if axis.name == "channels" else (of_one,)
 
 
 class _TakesMasks:

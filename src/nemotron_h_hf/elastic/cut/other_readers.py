@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
-from ..budgets import num_groups, sizes_of_kept
+from ...tensors import num_groups
+from ..budgets import sizes_of_kept
 from ..child import Child, child_of
 
 

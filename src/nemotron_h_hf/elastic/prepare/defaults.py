@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 from ...cost import num_parameters
 from ...model.configuration_nemotron_h import NemotronHConfig
-from ..budgets import FIELDS_OF_KIND, Budget, num_groups
+from ...tensors import AXES, AXIS_OF, num_groups
+from ..budgets import Budget
 from ..child import child_of
 
 EIGHTHS = (8, 7, 6, 5, 4)
 WIDTHS = 256  # shares of the widths that are tried
-COUNTED = ("mamba_num_heads", "num_attention_heads", "n_routed_experts")  # in groups, not in multiples for the hardware
 SCALED_TOGETHER = ("hidden_size", "intermediate_size", "mamba_num_heads", "moe_intermediate_size",
                    "moe_shared_expert_intermediate_size")  # fmt: skip
 
@@ -26,8 +26,8 @@ SCALED_TOGETHER = ("hidden_size", "intermediate_size", "mamba_num_heads", "moe_i
 def default_choices(config: NemotronHConfig) -> dict[str, list[int]]:
     """Sizes of each axis that the model has, the parent's own first; none where the parent's own differ by layer."""
     choices = {}
-    for field in ("hidden_size", *(f for kind, fields in FIELDS_OF_KIND.items() if kind in config.layers_block_type
-                                   for f in fields if f != "num_key_value_heads")):  # fmt: skip
+    kinds = {None, *config.layers_block_type}
+    for field in [axis.field for axis in AXES if axis.kind in kinds and axis.name != "key_value_heads"]:
         whole = getattr(config, field)
         if isinstance(whole, int):
             sizes = {scaled(config, field, whole, eighths / 8) for eighths in EIGHTHS}
@@ -63,7 +63,8 @@ def default_budgets(config: NemotronHConfig, shares: Sequence[float] = (0.75, 0.
 
 def scaled(config: NemotronHConfig, field: str, whole: int, share: float) -> int:
     """`share` of a size, rounded to the nearest allowed one, never to 0."""
-    step = num_groups(config, field) if field in COUNTED else _step(whole)
+    # What is in groups is counted, and needs no multiples for the hardware
+    step = num_groups(config, field) if AXIS_OF[field].groups else _step(whole)
     least = step
     if field == "n_routed_experts":
         least = max(config.num_experts_per_tok, 2 * config.n_group if config.n_group > 1 else 1)
@@ -80,8 +81,8 @@ def size_name(parameters: int) -> str:
 
 
 def _scaled_budget(config: NemotronHConfig, share: float) -> Budget:
-    kinds = {*config.layers_block_type, *(config.mtp_layers_block_type or ())}
-    there = {"hidden_size", *(f for kind in kinds for f in FIELDS_OF_KIND[kind])}
+    kinds = {None, *config.layers_block_type, *(config.mtp_layers_block_type or ())}
+    there = {axis.field for axis in AXES if axis.kind in kinds}
     sizes = {}
     for field in (field for field in SCALED_TOGETHER if field in there):
         whole = getattr(config, field)

@@ -9,17 +9,17 @@ from torch import Tensor
 
 from ...compression.depth import Removal
 from ...compression.importance import Importance
+from ...tensors import AXES
 
-AXES = {"neurons": "MLP neurons", "heads": "Mamba heads", "channels": "channels of a Mamba head",
-        "query_heads": "query heads", "experts": "experts", "shared_neurons": "neurons of the shared expert"}  # fmt: skip
+SHOWN = tuple(axis for axis in AXES if axis.kind and axis.name not in ("key_value_heads", "expert_neurons"))
 
 
 def write_scores(path: Path, importance: Importance, removals: list[Removal]) -> None:
     """All scores by axis and layer, in the order that the model had; the routed experts' neurons, being many, apart."""
     record: dict = {"hidden": _numbers(importance.hidden)}
-    for name in AXES:
-        if layers := getattr(importance, name):
-            record[name] = {str(index): _numbers(values) for index, values in layers.items()}
+    for axis in SHOWN:
+        if layers := getattr(importance, axis.name):
+            record[axis.name] = {str(index): _numbers(values) for index, values in layers.items()}
     if removals:
         record["depth"] = [{"removed": r.layer, "scores": {str(k): v for k, v in r.scores.items()}} for r in removals]
     path.write_text(json.dumps(record) + "\n")

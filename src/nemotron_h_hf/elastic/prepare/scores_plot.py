@@ -13,16 +13,16 @@ from torch import Tensor
 from ...compression.depth import Removal
 from ...slicing import Kept
 from .elasticize import Parent
-from .scores import AXES
+from .scores import SHOWN
 
 
 def draw_scores(folder: Path, parent: Parent) -> list[Path]:
     """Write `scores_AXIS.png` for every axis that there is; the files."""
     importance, order = parent.importance, parent.order
     panels = {"hidden": lambda axes: _hidden(axes, importance.hidden, order)}
-    for name, title in AXES.items():
-        if layers := getattr(importance, name):
-            panels[name] = lambda axes, title=title, layers=layers: _layers(axes, title, layers)
+    for axis in SHOWN:
+        if layers := getattr(importance, axis.name):
+            panels[axis.name] = lambda axes, title=axis.title, layers=layers: _layers(axes, title, layers)
     if importance.expert_neurons:
         panels["expert_neurons"] = lambda axes: _experts(axes, importance.expert_neurons)
     if parent.removals:

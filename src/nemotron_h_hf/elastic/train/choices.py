@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ...model.configuration_nemotron_h import NemotronHConfig
-from ..budgets import CHOICE_FIELDS, FIELDS_OF_KIND, Budget, check_budget, heads_left, num_groups
+from ...tensors import AXIS_OF, num_groups, size
+from ..budgets import CHOICE_FIELDS, Budget, check_budget, heads_left
 from ..masks import Masks
 
 DEPTH = "layers"
@@ -94,13 +95,8 @@ def masks_of(
 ) -> Masks:
     """The masks of a choice, on its device, differentiable in it; a hard choice gives those of its budget."""
     masks = Masks()
-    heads: dict[int, Tensor] = {}
-    channels: dict[int, Tensor] = {}
-    key_value_heads: dict[int, Tensor] = {}
-    places = {"intermediate_size": masks.neurons, "mamba_num_heads": heads, "mamba_head_dim": channels,
-              "num_key_value_heads": key_value_heads, "num_attention_heads": masks.query_heads, "n_routed_experts": masks.experts,
-              "moe_intermediate_size": masks.expert_neurons,
-              "moe_shared_expert_intermediate_size": masks.shared_neurons}  # fmt: skip
+    heads, channels, key_value_heads = {}, {}, {}
+    places = vars(masks) | {"heads": heads, "channels": channels, "key_value_heads": key_value_heads}
     for axis in axes:
         chosen = probabilities[axis.field]
         if axis.field == "hidden_size":
@@ -109,7 +105,7 @@ def masks_of(
             shares = chosen[0] @ kept_layers(axis.sizes[0], layer_order).to(chosen)
             masks.layers = shares if shares.requires_grad else shares.cpu()  # zeros are looked for in it
         else:
-            places[axis.field].update(_masks_of_layers(config, axis, chosen))
+            places[AXIS_OF[axis.field].name].update(_masks_of_layers(config, axis, chosen))
     for layer in sorted({*heads, *channels}):
         sizes = (config.size(field, layer) for field in ("mamba_num_heads", "mamba_head_dim"))
         found = next(mask for mask in (heads.get(layer), channels.get(layer)) if mask is not None)
@@ -170,7 +166,7 @@ def budget_of(
 
 
 def _axis(config: NemotronHConfig, field: str, sizes: Sequence[int], per_layer: bool) -> Axis:
-    kind = next((kind for kind, fields in FIELDS_OF_KIND.items() if field in fields), None)
+    kind = AXIS_OF[field].kind if field in AXIS_OF else None
     layers = tuple(index for index, found in enumerate(config.layers_block_type) if found == kind)
     if kind is not None and not layers:
         raise ValueError(f"choices.{field}: the model has no {kind} layer, allowed is no such choice")
@@ -178,13 +174,11 @@ def _axis(config: NemotronHConfig, field: str, sizes: Sequence[int], per_layer: 
         raise ValueError(f"choices.{field}: got {sizes!r}, allowed are positive integers")
     if field == DEPTH:
         own = [config.num_hidden_layers]
-    elif field in config.PER_LAYER_FIELDS:
-        own = [config.size(field, layer) for layer in layers]
     else:
-        own = [getattr(config, field)] * max(1, len(layers))
+        own = [size(config, field, layer) for layer in layers] or [getattr(config, field)]
     if max(sizes) > max(own):
         raise ValueError(f"choices.{field}: got {max(sizes)}, allowed is at most the parent's {max(own)}")
-    smaller = sorted({size for size in sizes if size < max(own)}, reverse=True)
+    smaller = sorted({smaller for smaller in sizes if smaller < max(own)}, reverse=True)
     table = tuple((width, *(min(width, size) for size in smaller)) for width in own)
     for column in zip(*table) if field != DEPTH else ():
         value = column if field in config.PER_LAYER_FIELDS else column[0]
