@@ -48,7 +48,7 @@ COMMANDS = {
     "align_1_sft": (sft, SFT),
     "vl_1_projector": (sft, SEES),
     "vl_2_all": (sft, SEES),
-    "distill_56b_to_47b": (distill, (DataArguments, distill.TeacherArguments, ModelArguments)),
+    "distill_56b_to_47b": (distill, (DataArguments, distill.DistillationArguments, ModelArguments)),
     "elastic_12b": (elastic_train, ELASTIC),
     "elastic_tiny": (elastic_train, ELASTIC),
 }

@@ -49,7 +49,7 @@ from nemotron_h_hf.training.data_arguments import (
     RowArguments,
     set_chat_template,
 )
-from nemotron_h_hf.training.distillation import TeacherArguments
+from nemotron_h_hf.training.distillation import DistillationArguments
 from nemotron_h_hf.training.vision import VisionArguments
 from nemotron_h_hf.units import parse_tokens
 
@@ -57,7 +57,7 @@ DEFAULT_SEED = 42  # transformers.TrainingArguments'
 # Argument classes of the commands whose configurations are read, without and with --records.
 TEXT = (PretrainDataArguments,)
 RECORDS = (
-    DataArguments, RowArguments, LongContextArguments, AdapterArguments, TeacherArguments, ElasticArguments,
+    DataArguments, RowArguments, LongContextArguments, AdapterArguments, DistillationArguments, ElasticArguments,
     VisionArguments,
 )  # fmt: skip
 

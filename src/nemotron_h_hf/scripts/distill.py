@@ -47,13 +47,13 @@ from nemotron_h_hf.output_folders import writing
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse
 from nemotron_h_hf.training.checkpoints import writing_run
 from nemotron_h_hf.training.data_arguments import DataArguments, RowArguments, set_chat_template
-from nemotron_h_hf.training.distillation import DistillationTrainer, TeacherArguments
-from nemotron_h_hf.training.held_out_loss import evaluate_every, take_push, tell_before, tell_held_out
+from nemotron_h_hf.training.distillation import DistillationArguments, DistillationTrainer
+from nemotron_h_hf.training.held_out_loss import evaluate_every, tell_before, tell_held_out
 from nemotron_h_hf.training.one_copy import device_to_load_on
 from nemotron_h_hf.training.rows import make_rows
 from nemotron_h_hf.training.starting_point import load_model, load_tokenizer, load_weights
 from nemotron_h_hf.training.teacher_cache import TeacherCache, fingerprint, write_cache
-from nemotron_h_hf.training.trained_folder import save_finished
+from nemotron_h_hf.training.trained_folder import save_finished, take_push
 
 DEFAULTS = {"output_dir": "runs/distill", "learning_rate": 1e-4}
 
@@ -61,7 +61,7 @@ DEFAULTS = {"output_dir": "runs/distill", "learning_rate": 1e-4}
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the teacher's cache; or train the student (or resume), and save it."""
     data, dealt, knowledge, start, training = parse(
-        (DataArguments, RowArguments, TeacherArguments, ModelArguments, NemotronHTrainingArguments), argv, __doc__,
+        (DataArguments, RowArguments, DistillationArguments, ModelArguments, NemotronHTrainingArguments), argv, __doc__,
         "nemotron-h distill", **DEFAULTS,
     )  # fmt: skip
     require(training.max_steps > 0, "total_tokens", training.total_tokens, "a number of tokens, for instance 2M")
@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(
     data: DataArguments,
     dealt: RowArguments,
-    knowledge: TeacherArguments,
+    knowledge: DistillationArguments,
     start: ModelArguments,
     training: NemotronHTrainingArguments,
     repo_id: str | None,
@@ -111,7 +111,7 @@ def run(
 
 
 def find_tokenizer(
-    start: ModelArguments, knowledge: TeacherArguments, data: DataArguments, vocab_size: int
+    start: ModelArguments, knowledge: DistillationArguments, data: DataArguments, vocab_size: int
 ) -> PreTrainedTokenizerBase:
     """The one named, or the teacher's, because the student must use the same tokens; with a cache alone, the student's."""
     of_student = start.model if knowledge.teacher_cache is not None and start.init == "weights" else None
@@ -121,7 +121,7 @@ def find_tokenizer(
     return tokenizer
 
 
-def find_teacher(knowledge: TeacherArguments) -> PreTrainedModel | TeacherCache:
+def find_teacher(knowledge: DistillationArguments) -> PreTrainedModel | TeacherCache:
     """The teacher, or its cache; a teacher given with a cache must be the one that wrote it."""
     if knowledge.teacher_cache is None:
         return load_teacher(knowledge, device_to_load_on())
@@ -132,7 +132,7 @@ def find_teacher(knowledge: TeacherArguments) -> PreTrainedModel | TeacherCache:
     return cached
 
 
-def load_teacher(knowledge: TeacherArguments, device: str | None = None) -> PreTrainedModel:
+def load_teacher(knowledge: DistillationArguments, device: str | None = None) -> PreTrainedModel:
     """The teacher in eval mode, its weights as they are stored unless told otherwise; on the meta device it has none."""
     dtype = knowledge.teacher_dtype if knowledge.teacher_dtype == "auto" else getattr(torch, knowledge.teacher_dtype)
     name = knowledge.teacher or EMBEDDED_MODEL
@@ -142,7 +142,7 @@ def load_teacher(knowledge: TeacherArguments, device: str | None = None) -> PreT
 def cache(
     data: DataArguments,
     shuffle_rows: int,
-    knowledge: TeacherArguments,
+    knowledge: DistillationArguments,
     start: ModelArguments,
     training: NemotronHTrainingArguments,
 ) -> int:

@@ -37,7 +37,7 @@ from nemotron_h_hf.cost import num_parameters, training_flops_per_token
 from nemotron_h_hf.data.bad_data import tell_left_out
 from nemotron_h_hf.elastic.budgets import read_elastic
 from nemotron_h_hf.elastic.live.saving import write_manifest
-from nemotron_h_hf.elastic.train.arguments import ElasticArguments, TeacherArguments
+from nemotron_h_hf.elastic.train.arguments import ElasticArguments
 from nemotron_h_hf.elastic.train.budget_targets import parse_target, targets_of
 from nemotron_h_hf.elastic.train.choices import Axis, axes_of
 from nemotron_h_hf.elastic.train.curriculum import stages_of
@@ -53,11 +53,12 @@ from nemotron_h_hf.inputs import read_json
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse
 from nemotron_h_hf.training.checkpoints import writing_run
 from nemotron_h_hf.training.data_arguments import DataArguments, RowArguments, set_chat_template
-from nemotron_h_hf.training.held_out_loss import evaluate_every, take_push
+from nemotron_h_hf.training.distillation import TeacherArguments
+from nemotron_h_hf.training.held_out_loss import evaluate_every
 from nemotron_h_hf.training.one_copy import device_to_load_on
 from nemotron_h_hf.training.rows import make_rows
 from nemotron_h_hf.training.starting_point import load_model, load_tokenizer, load_weights
-from nemotron_h_hf.training.trained_folder import require_trained, save_finished
+from nemotron_h_hf.training.trained_folder import require_trained, save_finished, take_push
 from nemotron_h_hf.whole_files import write_json
 
 # A jump of the loss is not unusual where each step may train another budget.

@@ -49,10 +49,9 @@ from nemotron_h_hf.hub import upload_folder
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse
 from nemotron_h_hf.training.checkpoints import writing_run
 from nemotron_h_hf.training.data_arguments import PretrainDataArguments
-from nemotron_h_hf.training.held_out_loss import take_push
 from nemotron_h_hf.training.rows import make_rows
 from nemotron_h_hf.training.starting_point import load_model, load_tokenizer
-from nemotron_h_hf.training.trained_folder import save_finished
+from nemotron_h_hf.training.trained_folder import save_finished, take_push
 from nemotron_h_hf.training.trainer import NemotronHTrainer
 
 

@@ -56,10 +56,10 @@ from nemotron_h_hf.training.adapters import (
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse
 from nemotron_h_hf.training.checkpoints import writing_run
 from nemotron_h_hf.training.data_arguments import DataArguments, LongContextArguments, set_chat_template
-from nemotron_h_hf.training.held_out_loss import evaluate_every, take_push, tell_before, tell_held_out
+from nemotron_h_hf.training.held_out_loss import evaluate_every, tell_before, tell_held_out
 from nemotron_h_hf.training.rows import make_rows, pad_token, record_encoder, set_steps
 from nemotron_h_hf.training.starting_point import load_model, load_tokenizer
-from nemotron_h_hf.training.trained_folder import save_finished
+from nemotron_h_hf.training.trained_folder import save_finished, take_push
 from nemotron_h_hf.training.trainer import NemotronHTrainer
 from nemotron_h_hf.training.vision import VisionArguments, choose_stage, freeze
 

@@ -7,8 +7,8 @@ starting_point.py    the model and tokenizer that the flags name
 trainer.py           NemotronHTrainer: schedule by tokens, exact resume, safe checkpoints
 checkpoints.py       which checkpoint folders are whole
 monitor.py           progress bar and metrics.jsonl
-held_out_loss.py     held-out loss and upload around a run
-trained_folder.py    the trained weights or adapters as a folder
+held_out_loss.py     the held-out loss of a run
+trained_folder.py    the trained weights or adapters as a folder, and where it is pushed
 one_copy.py          one copy of the weights in host memory under FSDP2
 optimizer.py         AdamW, or torch's Muon for the matrices inside the layers
 schedule.py          warm-up, stable, decay, over tokens

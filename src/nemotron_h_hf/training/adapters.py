@@ -10,8 +10,7 @@ attention only, the usual default, reach 4 of the 52 layers of the 8B.
 
 import importlib.util
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -19,7 +18,7 @@ from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from ..errors import require
-from .arguments import nearest
+from .arguments import flag, nearest
 
 logger = logging.get_logger(__name__)
 
@@ -36,25 +35,21 @@ FEW_LAYERS = 0.5
 DEFAULTS = {"lora_alpha": 32.0, "lora_dropout": 0.0, "lora_targets": "all"}  # of flags, where there are adapters
 
 
-def _flag(default: Any, help_text: str) -> Any:
-    return field(default=default, metadata={"help": help_text})
-
-
 @dataclass
 class AdapterArguments:
     """LoRA: 0 as rank trains the whole model."""
 
     _argument_group_name = "adapters"
 
-    lora_rank: int = _flag(
+    lora_rank: int = flag(
         0, "rank of LoRA adapters; 0 trains all weights. Adapters want a higher --learning_rate, about 2e-4"
     )
-    lora_alpha: float | None = _flag(None, "adapters are scaled by alpha / rank; default: 32")
-    lora_dropout: float | None = _flag(None, "on the input of the adapters; default: 0")
-    lora_targets: str | None = _flag(
+    lora_alpha: float | None = flag(None, "adapters are scaled by alpha / rank; default: 32")
+    lora_dropout: float | None = flag(None, "on the input of the adapters; default: 0")
+    lora_targets: str | None = flag(
         None, "all, mamba, attention, mlp, experts (all and the routed experts), or names with commas; default: all"
     )
-    load_in_4bit: bool = _flag(False, "keep the base in 4 bits (QLoRA); needs bitsandbytes")
+    load_in_4bit: bool = flag(False, "keep the base in 4 bits (QLoRA); needs bitsandbytes")
 
     def __post_init__(self) -> None:
         require(self.lora_rank >= 0, "lora_rank", self.lora_rank, "0 (the whole model) or more")

@@ -55,9 +55,9 @@ OF_WSD = {"decay_tokens": "20%", "min_lr_ratio": 0.01, "decay_shape": "linear"}
 WITHOUT_WARMUP = ("reduce_lr_on_plateau", "greedy")
 
 
-def _flag(default: Any, help_text: str, choices: tuple[str, ...] | None = None) -> Any:
-    metadata = {"help": help_text} | ({"choices": choices} if choices else {})
-    return field(default=default, metadata=metadata)
+def flag(default: Any, help_text: str, choices: Sequence[str] | None = None) -> Any:
+    """A dataclass's field as a flag with this help."""
+    return field(default=default, metadata={"help": help_text} | ({"choices": choices} if choices else {}))
 
 
 @dataclass
@@ -66,24 +66,24 @@ class ModelArguments:
 
     _argument_group_name = "model"
 
-    model: str | None = _flag(
+    model: str | None = flag(
         None,
         "checkpoint folder, hub id, or with --init random also a preset (nemotron-h-8b); default: the embedded model",
     )
-    init: str = _flag("weights", "weights: start from the checkpoint; random: only its shape", ("weights", "random"))
-    config_overrides: dict | str | None = _flag(
+    init: str = flag("weights", "weights: start from the checkpoint; random: only its shape", ("weights", "random"))
+    config_overrides: dict | str | None = flag(
         None, "with --init random: fields of the configuration to replace, '{hidden_size: 256, ...}'"
     )
-    tokenizer: str | None = _flag(None, "folder or hub id; default: the model's own")
-    dtype: str = _flag(
+    tokenizer: str | None = flag(None, "folder or hub id; default: the model's own")
+    dtype: str = flag(
         "float32", "of the weights that the optimizer steps; --bf16 computes in bfloat16", ("float32", "bfloat16")
     )
-    attention: str | None = _flag(
+    attention: str | None = flag(
         None,
         "implementation of attention: sdpa, eager, flash_attention_2, flex_attention; default: transformers' choice",
     )
-    mamba: str = _flag("auto", "who computes the Mamba layers", ("auto", "torch", "kernels", "triton"))
-    fp8: bool = _flag(False, "linear layers in FP8 but for the first and last four, after the paper; needs torchao")
+    mamba: str = flag("auto", "who computes the Mamba layers", ("auto", "torch", "kernels", "triton"))
+    fp8: bool = flag(False, "linear layers in FP8 but for the first and last four, after the paper; needs torchao")
 
 
 @dataclass
@@ -95,54 +95,54 @@ class NemotronHTrainingArguments(TrainingArguments):
 
     _argument_group_name = "training"
 
-    sequence_length: int = _flag(1024, "tokens per row")
-    total_tokens: str | None = _flag(None, "length of the run, rounded down to whole steps; replaces --max_steps")
-    warmup_tokens: str | None = _flag("1%", "the learning rate rises linearly over these first tokens")
-    decay_tokens: str | None = _flag(
+    sequence_length: int = flag(1024, "tokens per row")
+    total_tokens: str | None = flag(None, "length of the run, rounded down to whole steps; replaces --max_steps")
+    warmup_tokens: str | None = flag("1%", "the learning rate rises linearly over these first tokens")
+    decay_tokens: str | None = flag(
         None, "of wsd: it falls over these last tokens, between them it stays at --learning_rate; default: 20%%"
     )
-    min_lr_ratio: float | None = _flag(
+    min_lr_ratio: float | None = flag(
         None, "of wsd: where the decay ends, as a share of --learning_rate; default: the paper's 1/100"
     )
-    decay_shape: str | None = _flag(None, "of wsd: of the fall; default: linear", ("linear", "cosine"))
-    optimizer: str = _flag("adamw", "muon: for the matrices inside the layers, AdamW for the rest", ("adamw", "muon"))
-    z_loss: float = _flag(0.0, "weight of the mean of logsumexp(logits)^2 in the loss; 1e-4 is usual, 0 is off")
-    router_aux_loss_coef: float | None = _flag(
+    decay_shape: str | None = flag(None, "of wsd: of the fall; default: linear", ("linear", "cosine"))
+    optimizer: str = flag("adamw", "muon: for the matrices inside the layers, AdamW for the rest", ("adamw", "muon"))
+    z_loss: float = flag(0.0, "weight of the mean of logsumexp(logits)^2 in the loss; 1e-4 is usual, 0 is off")
+    router_aux_loss_coef: float | None = flag(
         None,
         "weight in the training loss of the experts' balance loss, which is 1 when balanced; 0 is off; default: as the "
         "model's configuration says",
     )
-    max_loss_jump: float = _flag(
+    max_loss_jump: float = flag(
         4.0, "stop when a step's loss is this many nats above the mean of the last 100 steps; 0 is off"
     )
 
     # Other defaults than transformers'.
-    lr_scheduler_type: str = _flag(
+    lr_scheduler_type: str = flag(
         "wsd", "wsd: warm-up, stable, decay, by tokens; or any name that transformers knows (cosine, linear, ...)"
     )
-    warmup_steps: float | None = _flag(
+    warmup_steps: float | None = flag(
         None, "not with wsd: warm-up in steps, or below 1 a share of the run, in place of --warmup_tokens"
     )
-    eval_steps: float | None = _flag(
+    eval_steps: float | None = flag(
         None, "with --eval_data: the held-out loss every so many steps, below 1 every such share of the run"
     )
-    push_to_hub: bool = _flag(False, "send the finished model or adapters to --hub_model_id, once, at the end")
-    hub_model_id: str | None = _flag(None, "owner/name, with --push_to_hub")
-    data_seed: int | None = _flag(None, "of the order of the data; default: --seed")
-    resume_from_checkpoint: str | None = _flag(None, "checkpoint to resume from; default: the last whole one")
-    learning_rate: float = _flag(8e-4, "the peak")
-    weight_decay: float = _flag(0.1, "of matrices; not of norms, biases, A_log, D, dt_bias and convolutions")
-    adam_beta2: float = _flag(0.95, "of AdamW")
-    gradient_checkpointing: bool | None = _flag(
+    push_to_hub: bool = flag(False, "send the finished model or adapters to --hub_model_id, once, at the end")
+    hub_model_id: str | None = flag(None, "owner/name, with --push_to_hub")
+    data_seed: int | None = flag(None, "of the order of the data; default: --seed")
+    resume_from_checkpoint: str | None = flag(None, "checkpoint to resume from; default: the last whole one")
+    learning_rate: float = flag(8e-4, "the peak")
+    weight_decay: float = flag(0.1, "of matrices; not of norms, biases, A_log, D, dt_bias and convolutions")
+    adam_beta2: float = flag(0.95, "of AdamW")
+    gradient_checkpointing: bool | None = flag(
         None, "compute activations again in the backward pass instead of keeping them: less memory, a third more work"
     )
-    bf16: bool | None = _flag(None, "compute in bfloat16; default: yes on a GPU that can, no on a CPU")
-    per_device_train_batch_size: int = _flag(4, "rows per device and forward pass")
-    logging_steps: float = _flag(10, "steps per line of metrics.jsonl; below 1 a share of the run")
-    save_steps: float = _flag(500, "steps between checkpoints; below 1 a share of the run")
-    save_total_limit: int | None = _flag(3, "checkpoints kept; the oldest go when a new one is whole")
-    logging_nan_inf_filter: bool = _flag(False, "as in transformers; here a loss that is no number stops the run")
-    remove_unused_columns: bool = _flag(False, "as in transformers; here rows hold what the model takes")
+    bf16: bool | None = flag(None, "compute in bfloat16; default: yes on a GPU that can, no on a CPU")
+    per_device_train_batch_size: int = flag(4, "rows per device and forward pass")
+    logging_steps: float = flag(10, "steps per line of metrics.jsonl; below 1 a share of the run")
+    save_steps: float = flag(500, "steps between checkpoints; below 1 a share of the run")
+    save_total_limit: int | None = flag(3, "checkpoints kept; the oldest go when a new one is whole")
+    logging_nan_inf_filter: bool = flag(False, "as in transformers; here a loss that is no number stops the run")
+    remove_unused_columns: bool = flag(False, "as in transformers; here rows hold what the model takes")
     report_to: list[str] = field(
         default_factory=lambda: installed_report(),
         metadata={

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import require
-from .arguments import as_mapping
-
-
-def _flag(default: Any, help_text: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": help_text, **more})
+from .arguments import as_mapping, flag
 
 
 @dataclass
@@ -23,17 +19,17 @@ class DataArguments:
     _argument_group_name = "data"
     column: ClassVar[None] = None  # of a source that names none: the whole record
 
-    data: list[str] | None = _flag(
+    data: list[str] | None = flag(
         None, "files, folders or patterns: JSON lines with messages, prompt and completion, or text; or text files"
     )
-    sources: dict | str | None = _flag(None, "instead of data: a blend's name -> {path: FILES} or {dataset: HUB_ID}")
-    phases: dict | str | None = _flag(None, "weights of the sources: list of {until: 60%%, weights: {name: 0.7, ...}}")
-    eval_data: list[str] | None = _flag(
+    sources: dict | str | None = flag(None, "instead of data: a blend's name -> {path: FILES} or {dataset: HUB_ID}")
+    phases: dict | str | None = flag(None, "weights of the sources: list of {until: 60%%, weights: {name: 0.7, ...}}")
+    eval_data: list[str] | None = flag(
         None,
         "held-out files; their loss is told at the end (by sft and distill before training too), and every --eval_steps N",
     )
-    chat_template: str | None = _flag(None, "file with a Jinja chat template, for a tokenizer that has none or another")
-    on_bad_data: str = _flag("skip", "skip, with a count and a warning, or stop", choices=("skip", "error"))
+    chat_template: str | None = flag(None, "file with a Jinja chat template, for a tokenizer that has none or another")
+    on_bad_data: str = flag("skip", "skip, with a count and a warning, or stop", choices=("skip", "error"))
 
     def __post_init__(self) -> None:
         self.sources, self.phases = as_mapping(self.sources, "sources"), as_mapping(self.phases, "phases")
@@ -48,7 +44,7 @@ class RowArguments:
 
     _argument_group_name = "data"
 
-    shuffle_rows: int = _flag(
+    shuffle_rows: int = flag(
         0,
         "rows that are made at once and dealt out in random order, because a long document would fill whole batches; "
         "phases change up to so many rows late or early. As many as the data has: rows out of all documents, however short the "
@@ -68,11 +64,11 @@ class PretrainDataArguments(RowArguments):
     data: ClassVar[None] = None
     eval_data: ClassVar[None] = None
 
-    sources: dict | str | None = _flag(None, "name -> {path: FILES} or {dataset: HUB_ID, split: train}; needed")
-    phases: dict | str | None = _flag(
+    sources: dict | str | None = flag(None, "name -> {path: FILES} or {dataset: HUB_ID, split: train}; needed")
+    phases: dict | str | None = flag(
         None, "list of {until: 60%%, weights: {name: 0.7, ...}}; default: one phase, sources weighted alike"
     )
-    on_bad_data: str = _flag("skip", "skip, with a count and a warning, or stop", choices=("skip", "error"))
+    on_bad_data: str = flag("skip", "skip, with a count and a warning, or stop", choices=("skip", "error"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,7 +81,7 @@ class LongContextArguments:
 
     _argument_group_name = "long context"
 
-    long_context: bool = _flag(
+    long_context: bool = flag(
         False, "join conversations up to sequence_length, with synthetic turns that ask for something said far back"
     )
 

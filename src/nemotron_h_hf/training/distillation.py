@@ -7,7 +7,7 @@ through `loss_from_hidden`, because only there a sharded lm_head has its weight.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,34 +17,42 @@ from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel
 
 from ..errors import require
+from .arguments import flag
 from .losses import DistillationLoss, LiveTeacher, TopK, distillation_loss
 from .one_copy import filled_after
 from .teacher_cache import TeacherCache, teacher_hidden_states
 from .trainer import NemotronHTrainer
 
 
-def _flag(default: Any, help_text: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": help_text, **more})
-
-
 @dataclass
 class TeacherArguments:
-    """Who teaches, and how."""
+    """Who teaches, and how; shared by distill and elastic-train."""
 
     _argument_group_name = "teacher"
 
-    teacher: str | None = _flag(None, "folder or hub id; default: the embedded model")
-    teacher_dtype: str = _flag("auto", "of its weights; auto: as stored", choices=("auto", "float32", "bfloat16"))
-    temperature: float = _flag(1.0, "T; above 1 the teacher's small probabilities weigh more")
-    cross_entropy_weight: float = _flag(0.0, "w from 0, the teacher alone, to 1, the data alone")
-    teacher_cache: str | None = _flag(None, "folder made by --cache_teacher, read instead of running the teacher")
-    cache_teacher: str | None = _flag(None, "only run the teacher, and write its largest logits to this folder")
-    top_k: int = _flag(64, "logits per token that --cache_teacher keeps")
-    whole_documents: bool = _flag(False, "never cut a record at the end of a row")
+    teacher: str | None = flag(
+        None, "folder or hub id; default: the embedded model, in elastic-train a frozen copy of the parent"
+    )
+    temperature: float = flag(1.0, "T; above 1 the teacher's small probabilities weigh more")
+    cross_entropy_weight: float = flag(0.0, "w from 0, the teacher alone, to 1, the data alone")
 
     def __post_init__(self) -> None:
         require(self.temperature > 0, "temperature", self.temperature, "more than 0")
         require(0 <= self.cross_entropy_weight <= 1, "cross_entropy_weight", self.cross_entropy_weight, "0 to 1")
+
+
+@dataclass
+class DistillationArguments(TeacherArguments):
+    """As TeacherArguments, and the teacher's cache."""
+
+    teacher_dtype: str = flag("auto", "of its weights; auto: as stored", choices=("auto", "float32", "bfloat16"))
+    teacher_cache: str | None = flag(None, "folder made by --cache_teacher, read instead of running the teacher")
+    cache_teacher: str | None = flag(None, "only run the teacher, and write its largest logits to this folder")
+    top_k: int = flag(64, "logits per token that --cache_teacher keeps")
+    whole_documents: bool = flag(False, "never cut a record at the end of a row")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         both = self.cache_teacher is not None and self.teacher_cache is not None
         require(not both, "teacher_cache", self.teacher_cache, "either this, to train, or cache_teacher, to write")
 

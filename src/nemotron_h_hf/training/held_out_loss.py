@@ -1,4 +1,4 @@
-"""The common parts of the training commands: held-out loss, and the upload of the result."""
+"""The held-out loss of a run: when it is measured, told and kept."""
 
 from __future__ import annotations
 
@@ -60,10 +60,3 @@ def tell_held_out(trainer: NemotronHTrainer, when: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, losses | {when: loss})
         print(f"held-out loss {when}: {loss:.4f}", file=sys.stderr)
-
-
-def take_push(training: NemotronHTrainingArguments) -> str | None:
-    """Where --push_to_hub wants the finished model, or None. The trainer is not told: it would push every checkpoint."""
-    asked, training.push_to_hub = training.push_to_hub, False
-    require(not asked or training.hub_model_id is not None, "hub_model_id", None, "owner/name, with --push_to_hub")
-    return training.hub_model_id if asked else None

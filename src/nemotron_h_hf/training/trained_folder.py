@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from ..errors import require
 from ..tokenizer_files import save_tokenizer
+from .arguments import NemotronHTrainingArguments
 from .checkpoints import last_whole_checkpoint
 from .trainer import NemotronHTrainer
 
@@ -69,3 +71,10 @@ def require_trained(trainer: NemotronHTrainer) -> None:
         raise ValueError(
             f"output_dir: the run in {output_dir} was done before, and its sharded weights are not loaded here; {way_on}"
         )
+
+
+def take_push(training: NemotronHTrainingArguments) -> str | None:
+    """Where --push_to_hub wants the finished model, or None. The trainer is not told: it would push every checkpoint."""
+    asked, training.push_to_hub = training.push_to_hub, False
+    require(not asked or training.hub_model_id is not None, "hub_model_id", None, "owner/name, with --push_to_hub")
+    return training.hub_model_id if asked else None

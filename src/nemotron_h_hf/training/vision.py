@@ -7,12 +7,13 @@ lora        adapters on the language model's projections and on the projector (w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
 from ..errors import require
 from .adapters import AdapterArguments
+from .arguments import flag
 
 STAGES = ("projector", "all", "lora")
 
@@ -23,13 +24,11 @@ class VisionArguments:
 
     _argument_group_name = "vision"
 
-    train: str | None = field(
-        default=None,
-        metadata={
-            "help": "of a vision-language model: projector (tower and language model frozen), all, or lora (adapters on language "
-            "model and projector, tower frozen); default: all, or lora with --lora_rank",
-            "choices": STAGES,
-        },
+    train: str | None = flag(
+        None,
+        "of a vision-language model: projector (tower and language model frozen), all, or lora (adapters on language "
+        "model and projector, tower frozen); default: all, or lora with --lora_rank",
+        STAGES,
     )
 
 

@@ -1,17 +1,12 @@
-"""The flags of elastic training: what is nested in the parent, how the router finds it, and the teacher."""
+"""The flags of elastic training: what is nested in the parent, and how the router finds it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from ...errors import require
-from ...training.arguments import as_mapping
+from ...training.arguments import as_mapping, flag
 from .expected_cost import METRICS
-
-
-def _flag(default: Any, help_text: str, **more: Any) -> Any:
-    return field(default=default, metadata={"help": help_text, **more})
 
 
 @dataclass
@@ -20,37 +15,37 @@ class ElasticArguments:
 
     _argument_group_name = "elastic"
 
-    budgets: dict | str | None = _flag(None, "name -> size, a share of the parent (1.0 is itself) or such as 8.9B")
-    choices: dict | str | None = _flag(
+    budgets: dict | str | None = flag(None, "name -> size, a share of the parent (1.0 is itself) or such as 8.9B")
+    choices: dict | str | None = flag(
         None, "field -> sizes the router may choose, layers -> how many stay; default: the parent's elastic.choices"
     )
-    per_layer: list[str] | None = _flag(None, "fields for which every layer chooses for itself; default: none")
-    stages: dict | str | None = _flag(None, "list of {until, weights, sequence_length}; default: one, uniform")
-    interpolate: dict | str | None = _flag(None, "more budgets, name -> size, that the router is asked for at the end")
-    calibrate: bool = _flag(
+    per_layer: list[str] | None = flag(None, "fields for which every layer chooses for itself; default: none")
+    stages: dict | str | None = flag(None, "list of {until, weights, sequence_length}; default: one, uniform")
+    interpolate: dict | str | None = flag(None, "more budgets, name -> size, that the router is asked for at the end")
+    calibrate: bool = flag(
         True, "with --eval_data: at the end, also the loss of every single size, to rank other budgets by"
     )
-    metric: str = _flag("parameters", "what sizes are measured in", choices=METRICS)
-    cost_context: int = _flag(8192, "with --metric memory: tokens in each sequence's cache")
-    cost_batch_size: int = _flag(1, "with --metric memory or --measure_latency: sequences")
-    cost_dtype: str = _flag("bfloat16", "with --metric memory: of weights and caches", choices=("bfloat16", "float32"))
-    latency_table: str | None = _flag(None, "with --metric latency: JSON file")
-    measure_latency: bool = _flag(False, "only measure this machine at sequence_length and write --latency_table")
-    router_learning_rate: float = _flag(1e-2, "of the router; the paper's")
-    router_warmup_steps: int = _flag(60, "steps over which it rises; the paper's")
-    router_loss_weight: float = _flag(
+    metric: str = flag("parameters", "what sizes are measured in", choices=METRICS)
+    cost_context: int = flag(8192, "with --metric memory: tokens in each sequence's cache")
+    cost_batch_size: int = flag(1, "with --metric memory or --measure_latency: sequences")
+    cost_dtype: str = flag("bfloat16", "with --metric memory: of weights and caches", choices=("bfloat16", "float32"))
+    latency_table: str | None = flag(None, "with --metric latency: JSON file")
+    measure_latency: bool = flag(False, "only measure this machine at sequence_length and write --latency_table")
+    router_learning_rate: float = flag(1e-2, "of the router; the paper's")
+    router_warmup_steps: int = flag(60, "steps over which it rises; the paper's")
+    router_loss_weight: float = flag(
         10.0,
         "of the router's loss relative to the distillation loss; the paper's 1 is too little where narrow models lose much",
     )
-    router_width: int = _flag(256, "of its networks; the paper's")
-    normalize_logits: bool = _flag(False, "divide the router's logits by their deviation")
+    router_width: int = flag(256, "of its networks; the paper's")
+    normalize_logits: bool = flag(False, "divide the router's logits by their deviation")
     gumbel_temperature: list[float] = field(
         default_factory=lambda: [1.0, 0.05], metadata={"help": "of the router's choices: first, last"}
     )
     logit_scale: list[float] = field(
         default_factory=lambda: [1.0, 10.0], metadata={"help": "of the logits: first, last"}
     )
-    hard_share: float = _flag(0.0, "share of micro-steps that choose one size, no mixture; layers left out do not run")
+    hard_share: float = flag(0.0, "share of micro-steps that choose one size, no mixture; layers left out do not run")
 
     def __post_init__(self) -> None:
         for name in ("budgets", "choices", "stages", "interpolate"):
@@ -60,18 +55,3 @@ class ElasticArguments:
         )
         for name in ("cost_context", "cost_batch_size"):
             require(getattr(self, name) > 0, name, getattr(self, name), "1 or more")
-
-
-@dataclass
-class TeacherArguments:
-    """Who teaches, and how."""
-
-    _argument_group_name = "teacher"
-
-    teacher: str | None = _flag(None, "folder or hub id; default: a frozen copy of the parent")
-    temperature: float = _flag(1.0, "T; above 1 the teacher's small probabilities weigh more")
-    cross_entropy_weight: float = _flag(0.0, "w from 0, the teacher alone, to 1, the data alone")
-
-    def __post_init__(self) -> None:
-        require(self.temperature > 0, "temperature", self.temperature, "more than 0")
-        require(0 <= self.cross_entropy_weight <= 1, "cross_entropy_weight", self.cross_entropy_weight, "0 to 1")
