@@ -196,3 +196,14 @@ def test_layers_go_one_after_another_and_an_interruption_changes_nothing():
     assert layer_order([Removal(1, {0: 0.5, 1: 0.1, 2: 0.2})]) == [1, 2, 0]
     with pytest.raises(ValueError, match="num_removals=5"):
         list(remove_layers(logits, [{}], 5, 5))
+
+
+def test_neurons_may_be_scored_before_the_activation():
+    model, given = tiny_model("list"), batches(2, 1)
+    scores = WidthScores.empty()
+    for _ in accumulate(model, given, scores, before_activation=True):
+        pass
+    twin = tiny_model("list")
+    seen = stored_activations(twin, {"up": twin.model.layers[1].mixer.up_proj}, given)["up"]
+    expected = naive([result[0] for _, result in seen])
+    assert scores.statistic("neurons.1").tolist() == pytest.approx(expected.tolist(), rel=1e-4)

@@ -10,7 +10,8 @@ Every score is built from one statistic of an activation a, where the outer sum 
     A = sqrt(sum over rows (mean over the row's tokens |a|)^2)                                                        (1)
 
     hidden           sum over all norms of A(the norm's output)
-    neurons          A(input of down_proj), behind the activation; likewise shared_neurons
+    neurons          A(input of down_proj), behind the activation; likewise shared_neurons. Of an MLP's on request A(output
+                     of up_proj), before it
     expert_neurons   the same of each expert, 0 for tokens that were not sent to it
     channels         A(the x part of in_proj's output), of each head's own channels
     heads            L2 norm of the head's channels
@@ -108,13 +109,15 @@ class Importance:
 
 
 @torch.no_grad()
-def accumulate(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], scores: WidthScores) -> Iterator[int]:
+def accumulate(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], scores: WidthScores, before_activation: bool = False
+) -> Iterator[int]:
     """Run batches through a NemotronHForCausalLM and add them to `scores`; yields the rows done after each.
 
     A batch is what the model takes: `input_ids` (b, l) without padding, and perhaps `position_ids` of packed documents.
     The routed experts are computed twice, as their outputs cannot be seen from outside. The model is left as it was.
     """
-    with _watched(model) as seen:
+    with _watched(model, before_activation) as seen:
         for batch in batches:
             rows, length = batch["input_ids"].shape
             seen.begin(rows)
@@ -187,7 +190,7 @@ class _Seen:
 
 
 @contextmanager
-def _watched(model: nn.Module) -> Iterator[_Seen]:
+def _watched(model: nn.Module, before_activation: bool) -> Iterator[_Seen]:
     """Hooks on everything that is scored."""
     seen = _Seen()
 
@@ -202,7 +205,9 @@ def _watched(model: nn.Module) -> Iterator[_Seen]:
         for index, block in enumerate(model.model.layers):
             mixer = block.mixer
             stack.enter_context(block.norm.register_forward_hook(output(f"norm.{index}")))
-            if block.block_type == "mlp":
+            if block.block_type == "mlp" and before_activation:
+                hooks = [mixer.up_proj.register_forward_hook(output(f"neurons.{index}"))]
+            elif block.block_type == "mlp":
                 hooks = [mixer.down_proj.register_forward_pre_hook(input_(f"neurons.{index}"))]
             elif block.block_type == "linear_attention":
                 hooks = [mixer.in_proj.register_forward_hook(output(f"channels.{index}", partial(_x_part, mixer)))]

@@ -44,13 +44,14 @@ def fingerprint(model: NemotronHForCausalLM, rows: Sequence[Row]) -> str:
 
 
 def measure_width(
-    model: NemotronHForCausalLM, rows: Sequence[Row], batch_size: int, path: Path | None, mark: str
-) -> WidthScores:
+    model: NemotronHForCausalLM, rows: Sequence[Row], batch_size: int, path: Path | None, mark: str,
+    before_activation: bool = False,
+) -> WidthScores:  # fmt: skip
     """Score all rows, continuing after those in the file."""
     scores = WidthScores.empty() if path is None else WidthScores.load(path, mark)
     saved = time.monotonic()
     with tqdm(total=len(rows), initial=scores.num_rows, unit="row", desc="width") as bar:
-        for done in accumulate(model, batches_of(rows[scores.num_rows :], batch_size), scores):
+        for done in accumulate(model, batches_of(rows[scores.num_rows :], batch_size), scores, before_activation):
             bar.update(done - bar.n)
             if path is not None and (done == len(rows) or time.monotonic() - saved > SAVE_EVERY_SECONDS):
                 scores.save(path, mark)

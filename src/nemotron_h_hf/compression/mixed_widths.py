@@ -1,0 +1,110 @@
+"""One MLP width for each layer, and which layers stay, in one knapsack over measured errors (Puzzle, arXiv 2411.19146).
+
+Each layer takes one of its options: gone, narrower, or whole. An option has the mean error of the last hidden state when this
+layer alone has it (layer_scores.py), which is 0 for a whole layer, and costs. The sum of the errors is least, every limit
+holds. Sums ignore that errors interact; the answer is a candidate like the others, ranked and distilled next to them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..errors import require
+from ..model.configuration_nemotron_h import NemotronHConfig
+from .candidates import KINDS, Candidate, CostByLayer, read_counts, with_sizes
+
+FIELD = "intermediate_size"
+
+
+class Option(NamedTuple):
+    """What may become of a layer; size 0 is gone, None whole and of a kind without widths."""
+
+    layer: int
+    size: int | None
+    error: float
+    costs: dict[str, float]
+
+
+def best_mixed(
+    config: NemotronHConfig,
+    errors: Mapping[int, Mapping[int, float]],
+    widths: Sequence[int],
+    counts: Mapping[str, Sequence[int]],
+    costs: Mapping[str, CostByLayer],
+    limits: Mapping[str, float],
+) -> Candidate:
+    """The candidate "mixed".
+
+    Args:
+        errors: layer -> size -> error; size 0 for the layer taken out.
+        widths: of MLP layers; the teacher's own is among them.
+        counts: as in `find_candidates`.
+
+    Raises:
+        ValueError: if nothing fits, or SciPy is not installed.
+    """
+    milp, constraint = _solver()
+    outside, options = _options(config, errors, widths, costs)
+    rows, low, high = [], [], []
+
+    def bound(values: Sequence[float], least: float, most: float) -> None:
+        rows.append(values)
+        low.append(least)
+        high.append(most)
+
+    for layer in range(config.num_hidden_layers):
+        bound([float(one.layer == layer) for one in options], 1, 1)
+    for name, most in limits.items():  # scaled, as bytes and seconds are far apart
+        bound([one.costs[name] / most for one in options], -math.inf, 1 - outside[name] / most)
+    there = {kind: config.layers_block_type.count(kind) for kind in KINDS.values() if kind in config.layers_block_type}
+    for kind, span in read_counts(counts, there).items():
+        of_kind = [float(config.layers_block_type[one.layer] == kind and one.size != 0) for one in options]
+        bound(of_kind, span.start, span.stop - 1)
+    solved = milp([one.error for one in options], integrality=[1] * len(options), bounds=(0, 1),
+                  constraints=constraint(rows, low, high))  # fmt: skip
+    require(solved.x is not None, "budget", dict(limits), "limits that a mix of widths fits")
+    chosen = [one for one, taken in zip(options, solved.x) if taken > 0.5 and one.size != 0]
+    return _candidate(config, chosen, outside)
+
+
+def _options(
+    config: NemotronHConfig, errors: Mapping[int, Mapping[int, float]], widths: Sequence[int],
+    costs: Mapping[str, CostByLayer],
+) -> tuple[dict[str, float], list[Option]]:  # fmt: skip
+    whole = {name: cost(config) for name, cost in costs.items()}
+    by_width = {
+        width: {name: cost(with_sizes(config, {FIELD: width})) for name, cost in costs.items()} for width in widths
+    }
+    options = []
+    for layer, kind in enumerate(config.layers_block_type):
+        options.append(Option(layer, 0, errors[layer][0], dict.fromkeys(costs, 0.0)))
+        if kind != "mlp":
+            options.append(Option(layer, None, 0.0, {name: cost.get(layer, 0) for name, cost in whole.items()}))
+            continue
+        own = config.size(FIELD, layer)
+        for width in (width for width in widths if width <= own):
+            taken = {name: cost[layer] if layer in cost else 0 for name, cost in by_width[width].items()}
+            options.append(Option(layer, width, 0.0 if width == own else errors[layer][width], taken))
+    return {name: cost.get(None, 0) for name, cost in whole.items()}, options
+
+
+def _candidate(config: NemotronHConfig, chosen: Sequence[Option], outside: Mapping[str, float]) -> Candidate:
+    sizes: dict[str, Any] = {"layers": [one.layer for one in chosen]}
+    if widths := [one.size for one in chosen if one.size is not None]:
+        sizes[FIELD] = widths[0] if len(set(widths)) == 1 else widths
+    kinds = [config.layers_block_type[one.layer] for one in chosen]
+    counts = {name: kinds.count(kind) for name, kind in KINDS.items() if kind in config.layers_block_type}
+    costs = {name: amount + math.fsum(one.costs[name] for one in chosen) for name, amount in outside.items()}
+    return Candidate("mixed", sizes, counts, costs)
+
+
+def _solver():
+    try:
+        from scipy.optimize import LinearConstraint, milp
+    except ImportError:
+        raise ValueError(
+            "mixed_widths: got true, allowed is false without SciPy; pip install 'nemotron-h-hf[compress]'"
+        ) from None
+    return milp, LinearConstraint
