@@ -25,6 +25,7 @@ COMMANDS = (
         "order a model's weights so the first rows and columns form smaller models",
     ),
     ("slice", "nemotron_h_hf.scripts.slice", "cut a nested model out of an elastic parent"),
+    ("minipuzzle", "nemotron_h_hf.scripts.minipuzzle", "compress a model under a memory budget, and distil it"),
     ("convert", "nemotron_h_hf.scripts.convert", "convert checkpoints between Megatron and Hugging Face"),
     ("make-vl", "nemotron_h_hf.scripts.make_vl", "join a language model and a vision tower under a fresh projector"),
     ("blend", "nemotron_h_hf.scripts.blend", "show the tokens per source and phase of a training blend"),

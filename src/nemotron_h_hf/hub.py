@@ -121,8 +121,14 @@ def with_processor_map(text: str) -> bytes:
     return (json.dumps(fields, indent=2) + "\n").encode()
 
 
-def model_card(folder: str | os.PathLike, repo_id: str, with_code: bool = False, license: str | None = None) -> str:
-    """The card of a checkpoint folder: our template with the model's own facts."""
+def model_card(
+    folder: str | os.PathLike,
+    repo_id: str,
+    with_code: bool = False,
+    license: str | None = None,
+    training: str = "Not described by the uploader.",
+) -> str:
+    """The card of a checkpoint folder: our template with the model's own facts, and `training` if told."""
     config, contents = load_target(folder)
     facts = describe(repo_id, config, contents)
     dtypes = ", ".join(f"{dtype} ({human_count(count)})" for dtype, count in contents.elements_by_dtype().items())
@@ -150,7 +156,7 @@ def model_card(folder: str | os.PathLike, repo_id: str, with_code: bool = False,
         kind="vision-language model" if sees else "language model",
         vision_rows=_vision_rows(facts.vision) if sees else "",
         code_note=code_note,
-        training="Not described by the uploader.",
+        training=training,
         limits="Not evaluated by the uploader. A language model's text can be wrong.",
     )
 

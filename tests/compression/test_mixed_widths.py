@@ -19,8 +19,7 @@ DEPLOYMENT = Deployment("fp8", "fp16", "bf16", num_tokens=500)
 def errors_of(config, scale: int) -> dict[int, dict[int, float]]:
     """Made up, the larger the narrower."""
     return {
-        layer: {0: 1.0 + (layer * scale) % 5}
-        | ({40: 0.1 + (layer * scale) % 3 / 2} if kind == "mlp" else {})
+        layer: {0: 1.0 + (layer * scale) % 5} | ({40: 0.1 + (layer * scale) % 3 / 2} if kind == "mlp" else {})
         for layer, kind in enumerate(config.layers_block_type)
     }
 

@@ -13,12 +13,13 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausa
 from nemotron_h_cli import main
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.cost import num_parameters
+from nemotron_h_hf.data.packed_text import packed_rows
 from nemotron_h_hf.elastic.budgets import read_elastic
 from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.manifest import NAME as MANIFEST
 from nemotron_h_hf.model.moe import NemotronHMLP
 from nemotron_h_hf.scripts import elasticize as command
-from nemotron_h_hf.scripts.elasticize import packed, read_budgets, read_choices
+from nemotron_h_hf.scripts.elasticize import read_budgets, read_choices
 
 SMALL = ["--rows", "3", "--held_out_rows", "1", "--sequence_length", "48", "--depth_rows", "1", "--removals", "1",
          "--choices", "hidden_size=144", "--dtype", "float32", "--device", "cpu"]  # fmt: skip
@@ -190,6 +191,6 @@ def test_budgets_come_from_files_and_flags(tmp_path):
 
 def test_rows_are_full_and_read_no_more_text_than_they_need():
     tokenizer, texts = AutoTokenizer.from_pretrained(EMBEDDED_MODEL), iter(["x = 1\n" * 40] * 10)
-    rows = packed(tokenizer, texts, "rows", 2, 64)
+    rows = packed_rows(tokenizer, tokenizer.eos_token_id, texts, "rows", 2, 64)
     assert [len(row["input_ids"]) for row in rows] == [64, 64] and len(list(texts)) > 0
     assert int(rows[0]["input_ids"][0]) == tokenizer.eos_token_id and int(rows[0]["position_ids"].max()) < 64

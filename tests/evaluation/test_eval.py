@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from nemotron_h_hf import EMBEDDED_MODEL
 from nemotron_h_hf.data.stdlib_text import read_documents, split_documents
-from nemotron_h_hf.evaluation import harness, held_out, long_context_plot, results_table, texts
+from nemotron_h_hf.evaluation import asking, harness, held_out, long_context_plot, results_table, texts
 from nemotron_h_hf.evaluation.harness import HarnessOptions, HarnessTask
 from nemotron_h_hf.evaluation.sample_records import Records, claim
 from nemotron_h_hf.scripts import eval as command
@@ -266,7 +266,7 @@ def test_command_evaluates_resumes_and_adds(tmp_path, short_text, capsys, monkey
 
     asked = []
     monkeypatch.setattr(
-        command, "greedy_answers", lambda model, prompts, *_: asked.extend(prompts) or [[5]] * len(prompts)
+        asking, "greedy_answers", lambda model, prompts, *_: asked.extend(prompts) or [[5]] * len(prompts)
     )
     assert command.main(argv) == 0 and not asked
     assert command.main([*argv, "--lengths", "320,384,448"]) == 0 and len(asked) == 2

@@ -9,6 +9,7 @@ phases.py                weights that change during a run
 blend.py                 documents from several sources in the weights of each phase
 documents.py             the form in which documents reach packing
 packing.py               documents into full rows, kept apart
+packed_text.py           rows of one length out of plain texts
 chat.py                  conversations to tokens, with a loss on the assistant
 fine_tuning_records.py   fine-tuning records to tokens and labels
 blended_rows.py          rows for fine-tuning and distillation

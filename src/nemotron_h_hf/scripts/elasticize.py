@@ -31,8 +31,7 @@ import importlib.util
 import random
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
-from nemotron_h_hf.data.packing import SplitRows
+from nemotron_h_hf.data.packed_text import packed_rows
 from nemotron_h_hf.data.stdlib_text import read_documents, split_documents
 from nemotron_h_hf.elastic.cut.cutting import local_folder
 from nemotron_h_hf.elastic.live.saving import write_manifest
@@ -208,29 +207,10 @@ def make_rows(arguments: argparse.Namespace, source: Path) -> tuple[list[dict[st
         others = [text for _, text in read_texts(arguments.held_out, arguments.column)] if arguments.held_out else None
     random.Random(arguments.seed).shuffle(texts)
     stream = iter(texts)
-    rows = packed(tokenizer, stream, "rows", arguments.rows, arguments.sequence_length)
+    end = end_token(tokenizer)
+    rows = packed_rows(tokenizer, end, stream, "rows", arguments.rows, arguments.sequence_length)
     rest = stream if others is None else iter(others)
-    return rows, packed(tokenizer, rest, "held_out_rows", arguments.held_out_rows, arguments.sequence_length)
-
-
-def packed(tokenizer, texts: Iterable[str], name: str, num_rows: int, length: int) -> list[dict[str, Tensor]]:
-    """The first rows of concatenated documents, each after an end token; reads no more texts than needed.
-
-    Raises:
-        ValueError: if there is less text.
-    """
-    end, documents, num_tokens = end_token(tokenizer), [], 0
-    with tqdm(total=num_rows * length, unit="token", unit_scale=True, desc=f"text for {name}") as bar:
-        for text in texts:
-            documents.append([end, *tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]])
-            num_tokens += len(documents[-1])
-            bar.update(len(documents[-1]))
-            if num_tokens >= num_rows * length:
-                return list(islice(SplitRows(documents, length), num_rows))
-    raise ValueError(
-        f"{name}: {num_rows} rows of {length} tokens are asked for, the text has {num_tokens:,} tokens; give more text "
-        f"or at most {num_tokens // length} rows"
-    )
+    return rows, packed_rows(tokenizer, end, rest, "held_out_rows", arguments.held_out_rows, arguments.sequence_length)
 
 
 def write_weights(source: Path, config: NemotronHConfig, order: Kept, staging: Path, num_bytes: int) -> dict[str, str]:

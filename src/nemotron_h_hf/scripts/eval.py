@@ -37,7 +37,7 @@ from nemotron_h_hf.data.stdlib_text import TOPICS_FILE, read_documents, split_do
 from nemotron_h_hf.environment import machine, versions
 from nemotron_h_hf.errors import require
 from nemotron_h_hf.evaluation import harness, held_out, long_context, results_table, texts
-from nemotron_h_hf.evaluation.answering import greedy_answers
+from nemotron_h_hf.evaluation.asking import answerer, encoder
 from nemotron_h_hf.evaluation.harness import HarnessOptions, HarnessTask
 from nemotron_h_hf.evaluation.sample_records import Records, check_folder, claim
 from nemotron_h_hf.inputs import load_tokenizer, read_device
@@ -270,27 +270,8 @@ def run_long_context(
         LONG_NAMES if "long" in arguments.tasks else arguments.tasks,
         arguments.lengths, arguments.depths, arguments.limit or DEFAULT_SAMPLES, arguments.seed,
     )  # fmt: skip
-    stop_ids = end_tokens(model, tokenizer)
-
-    def encode(prompt: str, answer_start: str) -> list[int]:
-        if arguments.chat and prompt:
-            turn = [{"role": "user", "content": prompt}]
-            text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True) + answer_start
-            return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return tokenizer(prompt + answer_start, verbose=False)["input_ids"]
-
-    def answer(prompts: list[list[int]], max_new_tokens: int) -> list[str]:
-        written = greedy_answers(model, prompts, max_new_tokens, stop_ids)
-        return [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
-
-    long_context.evaluate(plan, prose, encode, answer, records)
-
-
-def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end an answer: those of the generation defaults and of the tokenizer."""
-    configured = model.generation_config.eos_token_id
-    several = configured if isinstance(configured, list) else [configured]
-    return {token for token in [*several, tokenizer.eos_token_id] if token is not None}
+    encode = encoder(tokenizer, arguments.chat)
+    long_context.evaluate(plan, prose, encode, answerer(model, tokenizer), records)
 
 
 def run_harness(

@@ -1,0 +1,161 @@
+"""What `nemotron-h minipuzzle` is told, as flags or as keys of a YAML file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..compression.candidates import KINDS
+from ..compression.layer_scores import MEASURES, REDUCTIONS
+from ..elastic.budgets import CHOICE_FIELDS
+from ..errors import require
+from ..memory_model import PRECISIONS, Deployment
+from ..training.arguments import as_mapping
+from ..units import parse_need, parse_tokens
+
+STAGES = ("scores", "candidates", "ranked", "benchmarked", "tournament", "student")
+SET_HERE = {"teacher", "model", "data", "eval_data", "output_dir", "total_tokens", "teacher_cache", "cache_teacher", "config",
+            "column", "sources", "phases", "top_k", "sequence_length"}  # fmt: skip
+"""Options of `distill` that the stages give themselves."""
+
+
+def _flag(default: Any, help_text: str, choices: Sequence[str] | None = None) -> Any:
+    return field(default=default, metadata={"help": help_text} | ({"choices": tuple(choices)} if choices else {}))
+
+
+@dataclass
+class MiniPuzzleArguments:
+    """All of them."""
+
+    _argument_group_name = "minipuzzle"
+
+    teacher: str | None = _flag(None, "folder or hub id; only read. Also the first word of the command")
+    work: str | None = _flag(None, "folder of the stages' files; new, empty, or that of this run. Also the second word")
+    output: str | None = _flag(None, "folder for the student; without it the run ends after the tournament")
+    until: str | None = _flag(None, "the last stage to run; default: all", STAGES)
+
+    data: list[str] | None = _flag(
+        None, "text: .jsonl, or whole files, or patterns; default: Python's standard library"
+    )
+    held_out: list[str] | None = _flag(None, "other text, for ranking; default: some documents of the data")
+    column: str = _flag("text", "of .jsonl records")
+    sequence_length: int = _flag(1024, "tokens of a row, in all stages")
+    batch_size: int = _flag(4, "rows at a time, but in distillation")
+    layer_samples: int = _flag(128, "rows that layers are scored on")
+    width_samples: int = _flag(1024, "rows that neurons are scored on")
+    ranking_tokens: str = _flag("1M", "held-out tokens that candidates are ranked on")
+
+    layer_score: str = _flag("hidden", "what becomes of the model without the layer", MEASURES)
+    reduce: str = _flag("rank", "of the samples: mean of ranks, or of errors", REDUCTIONS)
+    more_scores: list[str] = field(
+        default_factory=list, metadata={"help": f"other layer scores to keep for comparison: {', '.join(MEASURES)}"}
+    )
+    neuron_score: str = _flag("after", "MLP neurons by what is after or before the activation", ("after", "before"))
+
+    budget: str | None = _flag(None, "bytes at a context: 31.7GiB@1M")
+    max_parameters: str | None = _flag(None, "limit on parameters, such as 47B")
+    max_active_parameters: str | None = _flag(None, "limit on those that a token uses")
+    max_kv_bytes_per_token: int | None = _flag(None, "limit on what a token adds to the cache")
+    max_seconds: float | None = _flag(None, "limit on the time of a table, with latency")
+    latency: str | None = _flag(
+        None, "JSON file: seconds of a layer by kind, and by size where it matters (docs/compress.md)"
+    )
+    weights: str = _flag("bf16", "precision of the weights, for bytes", tuple(PRECISIONS))
+    kv: str = _flag("bf16", "of the KV cache", tuple(PRECISIONS))
+    state: str = _flag("fp32", "of the SSM state", tuple(PRECISIONS))
+    conv: str | None = _flag(None, "of the convolution state; default: as the SSM state", tuple(PRECISIONS))
+    sequences: int = _flag(1, "sequences at once, for bytes")
+
+    sizes: dict | str | None = _flag(
+        None, "sizes to try, '{intermediate_size: [24576, 25600]}'; default: eighths of it"
+    )
+    counts: dict | str | None = _flag(
+        None, "least and most layers of a kind, '{attention: [4, 10]}'; default: 1 to all"
+    )
+    keep: str = _flag("largest", "candidates that nothing can be added to, or all that fit", ("largest", "all"))
+    mixed_widths: bool = _flag(False, "one more candidate: a width for each MLP layer, by a knapsack; needs SciPy")
+    controls: int = _flag(
+        1, "random choices to compare with, next to reversed, depth alone and width alone; 0: none of all"
+    )
+
+    top: int = _flag(130, "candidates that go from ranking to benchmarks")
+    tasks: list[str] = field(
+        default_factory=list,
+        metadata={"help": "needle and other names of nemotron-h eval, lm-eval tasks, or module:function taking model and "
+                  "tokenizer; default: none, the ranking decides"},
+    )  # fmt: skip
+    task_limit: int | None = _flag(None, "questions of each task")
+    task_length: str = _flag("1Ki", "tokens of long-context questions")
+    finalists: int = _flag(3, "candidates that are distilled")
+    min_distance: int = _flag(2, "layers and sizes in which finalists differ at least")
+
+    short_tokens: str = _flag("2M", "of each round of short distillation")
+    rounds: int = _flag(1, "rounds; after each the better half stays")
+    distill_controls: bool = _flag(False, "distil the controls in the first round too; they cannot win")
+    long_tokens: str = _flag("0", "of the winner's long distillation; 0: none")
+    top_k: int = _flag(
+        0, "the tournament reads so many of the teacher's logits from a cache made once; 0: the live teacher"
+    )
+    distill: dict | str | None = _flag(None, "options of nemotron-h distill, '{learning_rate: 1e-4, fp8: true}'")
+    launch: str | None = _flag(None, "command that distillation is started by, 'accelerate launch --config_file FILE'")
+    family: str | None = _flag(
+        None, "also write the teacher with the finalists as budgets, an elastic parent, to this folder"
+    )
+
+    dtype: str = _flag("auto", "to measure in; auto: as stored", ("auto", "float32", "bfloat16"))
+    device: str | None = _flag(None, "to measure on; default: cuda where there is one")
+    seed: int = _flag(0, "of the order of documents, of controls and of distillation")
+
+    def __post_init__(self) -> None:
+        require(self.teacher is not None, "teacher", None, "a folder or hub id")
+        require(self.work is not None, "work", None, "a folder")
+        for name in ("sizes", "counts", "distill"):
+            value = as_mapping(getattr(self, name), name) or {}
+            require(isinstance(value, dict), name, value, "a mapping")
+            setattr(self, name, value)
+        for name in ("sequence_length", "batch_size", "layer_samples", "width_samples", "top", "finalists", "rounds"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+        for name in ("controls", "min_distance", "top_k"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        require(self.layer_samples <= self.width_samples, "layer_samples", self.layer_samples,
+                f"at most width_samples={self.width_samples}")  # fmt: skip
+        require(
+            (self.max_seconds is None) == (self.latency is None), "latency", self.latency, "a file, with max_seconds"
+        )
+        for name in ("ranking_tokens", "short_tokens", "long_tokens", "task_length"):
+            setattr(self, name, parse_tokens(getattr(self, name), name))
+        rows = self.ranking_tokens // self.sequence_length
+        require(rows >= 1, "ranking_tokens", self.ranking_tokens, f"a row's {self.sequence_length} or more")
+        for field_name, values in self.sizes.items():
+            require(field_name in CHOICE_FIELDS, "sizes", field_name, ", ".join(CHOICE_FIELDS))
+            counts = isinstance(values, list) and values and all(type(size) is int and size > 0 for size in values)
+            require(counts, f"sizes.{field_name}", values, "a list of positive integers")
+        for name in self.counts:
+            require(name in KINDS, "counts", name, ", ".join(KINDS))
+        for name in self.distill:
+            require(name not in SET_HERE, "distill", name, "options that minipuzzle does not set itself")
+        for name in self.more_scores:
+            require(name in MEASURES, "more_scores", name, ", ".join(MEASURES))
+        require(bool(self.limits()), "budget", None, "31.7GiB@1M, or one of the other limits")
+
+    @property
+    def deployment(self) -> Deployment:
+        """Precisions and context that bytes are counted for."""
+        num_tokens = 0 if self.budget is None else parse_need(self.budget)[1]
+        return Deployment(self.weights, self.kv, self.state, self.conv, num_tokens, self.sequences)
+
+    def limits(self) -> dict[str, float]:
+        """Name of a cost -> the most."""
+        found = {
+            "bytes": None if self.budget is None else parse_need(self.budget)[0],
+            "parameters": _count(self.max_parameters, "max_parameters"),
+            "active_parameters": _count(self.max_active_parameters, "max_active_parameters"),
+            "kv_bytes_per_token": self.max_kv_bytes_per_token,
+            "seconds": self.max_seconds,
+        }
+        return {name: most for name, most in found.items() if most is not None}
+
+
+def _count(text: str | None, name: str) -> int | None:
+    return None if text is None else parse_tokens(text, name)

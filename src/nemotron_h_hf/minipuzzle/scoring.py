@@ -1,0 +1,49 @@
+"""Stage scores.json: how much neurons and layers matter to the teacher."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from tqdm import tqdm
+
+from ..compression.layer_scores import LayerScores, Narrower, accumulate
+from ..compression.mixed_widths import FIELD
+from ..cost import layers_of_kind
+from ..elastic.prepare.measuring import batches_of, measure_width
+from .memory_image import MemoryImage, order_of
+from .run import WIDTH_SCORES, Run
+
+
+def score(run: Run) -> dict[str, Any]:
+    """Score, or go on with it: neurons every minute, layers every few batches are kept."""
+    stage, arguments = run.stages["scores"], run.arguments
+    if (known := stage.result()) is not None:
+        return known
+    started, model, rows = time.monotonic(), run.load(), run.text.scoring_rows()
+    before = arguments.neuron_score == "before"
+    widths = measure_width(model, rows, arguments.batch_size, run.work / WIDTH_SCORES, run.width_mark, before)
+    run.keep_image(MemoryImage.of(model, order_of(run.config, widths, set(run.sizes))))
+    scores = LayerScores(stage.partial().get("errors", {}))
+    image, todo = run.image(), rows[scores.num_samples : arguments.layer_samples]
+    batches = batches_of(todo, arguments.batch_size)
+    with tqdm(total=arguments.layer_samples, initial=scores.num_samples, unit="row", desc="layers") as bar:
+        for done in accumulate(image.parent, batches, scores, run.measures, narrower(run, image)):
+            bar.update(done - bar.n)
+            stage.keep(errors=scores.errors)
+    return stage.finish(
+        pattern=run.config.hybrid_override_pattern, importance={
+            measure: {reduce: scores.importance(measure, reduce) for reduce in ("rank", "mean")} for measure in run.measures
+        },
+        errors=scores.errors, neurons=WIDTH_SCORES, seconds=time.monotonic() - started,
+    )  # fmt: skip
+
+
+def narrower(run: Run, image: MemoryImage) -> Narrower | None:
+    """For a knapsack of widths: MLP layer -> width -> the block of the model that has it."""
+    if not run.arguments.mixed_widths:
+        return None
+    mlps = layers_of_kind(run.config, "mlp")
+    sizes = [size for size in run.sizes.get(FIELD, []) if size != run.config.intermediate_size]
+    stacks = {size: image.model_of({FIELD: size}).model.layers for size in sizes}
+    return {layer: {size: stack[layer] for size, stack in stacks.items()} for layer in mlps}
