@@ -73,15 +73,13 @@ class Text:
         if arguments.data is None:
             texts, held_out = ([one.text for one in part] for part in split_documents(read_documents()))
         else:
-            texts = [text for _, text in read_texts(arguments.data, arguments.column)]
-            held_out = None
-        random.Random(arguments.seed).shuffle(texts)
+            texts, held_out = [text for _, text in read_texts(arguments.data, arguments.column)], None
         if arguments.held_out:
             held_out = [text for _, text in read_texts(arguments.held_out, arguments.column)]
-        if held_out is None:
-            count = self._documents_for_ranking(texts)
-            texts, held_out = texts[count:], texts[:count]
-        return texts, held_out
+        for part in (texts, held_out or []):
+            random.Random(arguments.seed).shuffle(part)
+        count = self._documents_for_ranking(texts if held_out is None else held_out)
+        return (texts[count:], texts[:count]) if held_out is None else (texts, held_out[:count])
 
     def _documents_for_ranking(self, texts: Sequence[str]) -> int:
         missing = self.arguments.ranking_tokens
@@ -90,8 +88,8 @@ class Text:
             if missing <= 0:
                 return number
         raise ValueError(
-            f"ranking_tokens: got {self.arguments.ranking_tokens:,}, allowed is less than the {len(texts):,} documents of the "
-            f"data have, {self.arguments.ranking_tokens - missing:,}; or give held_out"
+            f"ranking_tokens: got {self.arguments.ranking_tokens:,}, allowed is at most what the {len(texts):,} documents have "
+            f"that may be held out, {self.arguments.ranking_tokens - missing:,} tokens"
         )
 
     def _packed(self, texts: Sequence[str], name: str, num_rows: int) -> list[Row]:
