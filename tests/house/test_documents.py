@@ -86,7 +86,7 @@ def test_longer_commands_run(block, tmp_path):
 
 
 def test_guides_have_commands_that_run():
-    for name in ("run", "convert", "elastic", "train", "measure"):
+    for name in ("run", "convert", "elastic", "compress", "train", "measure"):
         assert blocks(f"docs/{name}.md", "bash run") + blocks(f"docs/{name}.md", "bash slow"), name
 
 
@@ -103,7 +103,9 @@ def test_run_guide_shows_what_info_prints(capsys):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands_and_their_options_exist(document):
     lines = commands_of(document)
-    assert lines or document not in [f"docs/{name}.md" for name in ("run", "convert", "elastic", "train", "measure")]
+    assert lines or document not in [
+        f"docs/{name}.md" for name in ("run", "convert", "elastic", "compress", "train", "measure")
+    ]
     for name, options in lines:
         assert name in COMMANDS, f"{document}: nemotron-h {name}"
         missing = [option for option in options if not re.search(rf"{option}(?![\w-])", help_of(name))]

@@ -52,6 +52,7 @@ COMMANDS = {
     "elastic_12b": (elastic_train, ELASTIC),
     "elastic_tiny": (elastic_train, ELASTIC),
 }
+MINIPUZZLE = ("minipuzzle_56b_to_47b", "minipuzzle_tiny")  # tests/minipuzzle
 BESIDE = {"elasticize": elasticize, "make-vl": make_vl, "merge": merge, "plot": plot, "slice": slice_command}
 LINE = re.compile(rf"(?m)^#   nemotron-h ((?:{'|'.join(BESIDE)}) .*)")
 GPUS = {"pretrain_8b": 64, "pretrain_56b_fp8": 256, "distill_56b_to_47b": 128}  # as their comments say
@@ -75,7 +76,7 @@ def flags(overrides: dict) -> list[str]:
 
 
 def test_every_recipe_is_listed():
-    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*COMMANDS, "align_2_dpo"}
+    assert {path.stem for path in RECIPES.glob("*.yaml")} == {*COMMANDS, *MINIPUZZLE, "align_2_dpo"}
 
 
 @pytest.mark.parametrize("recipe", COMMANDS)

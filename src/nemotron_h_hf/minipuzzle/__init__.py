@@ -14,6 +14,6 @@ tournament.py      tournament.json
 student.py         student.json, and the student's folder
 distilling.py      nemotron-h distill as a step
 family.py          the finalists as budgets of an elastic parent
-report.py          report.html and report.md
+report.py          report.html, and the same as Markdown
 report_plots.py    their pictures
 """

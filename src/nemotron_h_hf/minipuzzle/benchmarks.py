@@ -94,7 +94,9 @@ def ask(name: str, run: Run, model: PreTrainedModel, tokenizer: PreTrainedTokeni
     arguments = run.arguments
     prose = prose_of(document.text for document in read_documents() if document.name.startswith(TOPICS_FILE))
     depths = (0.0, 0.25, 0.5, 0.75, 1.0)
-    plan = long_context.LongContextPlan((name,), (arguments.task_length,), depths, arguments.task_limit or 10, arguments.seed)
+    plan = long_context.LongContextPlan(
+        (name,), (arguments.task_length,), depths, arguments.task_limit or 10, arguments.seed
+    )
     records = Records(folder / "samples.jsonl")
     found = long_context.evaluate(plan, prose, encoder(tokenizer), answerer(model, tokenizer), records)
     return sum(row["score"] for row in found) / len(found)

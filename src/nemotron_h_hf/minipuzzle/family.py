@@ -12,7 +12,7 @@ from ..elastic.prepare.permuting import permute_checkpoint
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.saving import saving
 from ..output_folders import is_made, note_made, writing
-from ..resumable import TOKENIZER_FILES, copy_files
+from ..tokenizer_files import TOKENIZER_FILES, copy_files
 from ..whole_files import write_text
 from .memory_image import order_of
 from .run import WIDTH_SCORES, Run

@@ -1,4 +1,4 @@
-"""report.html (one file, no network) and report.md: what the stages found so far."""
+"""report.html, one file that needs no network, and the same as Markdown: what the stages found so far."""
 
 from __future__ import annotations
 

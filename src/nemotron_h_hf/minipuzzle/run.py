@@ -42,6 +42,8 @@ class Run:
         self.teacher = local_folder(arguments.teacher)
         self.config = read_parent(self.teacher)
         require(self.config.num_hidden_layers > 1, "teacher", arguments.teacher, "a model of several layers")
+        quantised = self.config.to_dict().get("quantization_config")
+        require(not quantised, "quantization_config", quantised, "none: a teacher in its own precision")
         default = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = read_device(arguments.device or default)
         self._image: MemoryImage | None = None

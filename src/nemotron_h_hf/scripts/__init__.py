@@ -2,7 +2,7 @@
 
 demo.py        generate.py  serve.py  info.py  push.py  bench.py  eval.py
 convert.py
-elasticize.py  slice.py  elastic_train.py
+elasticize.py  slice.py  elastic_train.py  minipuzzle.py
 blend.py       pretrain.py  sft.py  distill.py
 merge.py       export.py  plot.py
 make_vl.py
