@@ -14,11 +14,12 @@ from ..cost import num_parameters
 from ..elastic.live.saving import write_manifest
 from ..elastic.resolve import resolve
 from ..errors import require
-from ..hub import model_card, save_tokenizer
+from ..hub import model_card
 from ..memory_model import memory
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
 from ..model.saving import saving
 from ..output_folders import is_made, note_made, writing
+from ..tokenizer_files import save_tokenizer
 from ..whole_files import write_json, write_text
 from .distilling import distill, held_out_figures, load_student
 from .run import Run
