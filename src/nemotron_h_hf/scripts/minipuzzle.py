@@ -5,10 +5,10 @@
     nemotron-h minipuzzle TEACHER WORK --data text.jsonl --max_parameters 47B --until ranked      # look before training
 
 TEACHER is only read. The stages leave files in WORK: scores.json (how much layers and neurons matter), candidates.json (every
-smaller model that fits), ranked.json (these on held-out text, next to controls), benchmarked.json (the best on tasks, a few of
-which go on), tournament.json (those after short distillation), student.json; report.html (and the same as
-Markdown) tells it all. The same command given again goes on where it was: what is done is not repeated, killing it loses seconds of measuring, or what a training
-did since its last checkpoint. A WORK of another teacher or other arguments is refused.
+smaller model that fits), ranked.json (these on held-out text, next to controls), benchmarked.json (the best on tasks, a few
+of which go on), tournament.json (those after short distillation), student.json; report.html (and the same as Markdown) tells
+it all. The same command given again goes on where it was: what is done is not repeated, killing it loses seconds of
+measuring, or what a training did since its last checkpoint. A WORK of another teacher or other arguments is refused.
 
 Candidates run as budgets of the one model in memory, without copies. The student is an ordinary checkpoint with a model card.
 """
