@@ -1,10 +1,13 @@
 """Few rows by all threads: the product against float64, and when it is left to torch."""
 
+import copy
+
 import pytest
 import torch
 from tiny import prompt, tiny_model
 from torch import nn
 
+from nemotron_h_hf import HybridCache
 from nemotron_h_hf.model import linear as linear_module
 from nemotron_h_hf.model.linear import MOST_ROWS, few_rows, num_parts, project, reads_compiled
 
@@ -132,3 +135,68 @@ def test_an_exported_layer_takes_any_number_of_rows():
     program = torch.export.export(layer, (torch.randn(3, 1024),), dynamic_shapes=({0: rows},), strict=False)
     x = torch.randn(2 * MOST_ROWS, 1024)
     torch.testing.assert_close(program.module()(x), layer(x))
+
+
+@pytest.fixture
+def no_bf16_units(monkeypatch):
+    monkeypatch.setattr(linear_module, "multiplies_bf16", lambda: False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("block", [1, 100, 2**20])
+@pytest.mark.parametrize("kind", ["plain", "hooked", "adapter"])
+def test_many_rows_of_bf16_are_multiplied_in_fp32(no_bf16_units, monkeypatch, bias, block, kind):
+    """Every sum is rounded once: half a unit in the last place of bf16, where PyTorch's own may round partial sums."""
+    monkeypatch.setattr(linear_module, "BLOCK_WEIGHTS", block)
+    calls, product = [], linear_module.product_in_fp32
+    monkeypatch.setattr(linear_module, "product_in_fp32", lambda *args: calls.append(1) or product(*args))
+    torch.manual_seed(0)
+    linear, x, seen = nn.Linear(48, 31, bias=bias, dtype=torch.bfloat16), torch.randn(2, 70, 48).bfloat16(), []
+    exact = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double() if bias else None)
+    if kind == "hooked":
+        linear.register_forward_hook(lambda module, args, output: seen.append(output))
+    module = Adapted(linear) if kind == "adapter" else linear
+    got = project(module, x)
+    assert calls and got.dtype == torch.bfloat16 and got.shape == exact.shape
+    assert ((got.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-6).all()
+    assert len(seen) == (kind == "hooked")
+
+
+class Adapted(nn.Module):
+    """As PEFT wraps a layer."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+
+    def forward(self, x):
+        return self.base_layer(x)
+
+
+@torch.no_grad()
+def test_a_bf16_model_without_units_is_as_exact_as_with(no_bf16_units, monkeypatch):
+    """Logits of many rows and of single tokens, next to those of the same weights in float64."""
+    model, ids = tiny_model("dense").bfloat16(), prompt(4, 40)
+    exact = copy.deepcopy(model).double()(ids).logits
+
+    def error() -> float:
+        cache = HybridCache(model.config)
+        parts = [model(ids[:, :36], past_key_values=cache).logits]
+        parts += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(36, 40)]
+        logits = torch.cat(parts, dim=1)
+        assert logits.dtype == torch.bfloat16
+        return float((logits.double() - exact).square().mean().sqrt())
+
+    in_fp32 = error()
+    monkeypatch.setattr(linear_module, "multiplies_bf16", lambda: True)
+    assert in_fp32 <= 1.05 * error()
+
+
+def test_gradients_and_autocast_keep_torchs_products(no_bf16_units, monkeypatch):
+    monkeypatch.setattr(linear_module, "product_in_fp32", None)
+    linear, x = nn.Linear(48, 31, dtype=torch.bfloat16), torch.randn(70, 48).bfloat16()
+    project(linear, x).sum().backward()
+    assert linear.weight.grad is not None
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert project(linear.float(), x.float()).dtype == torch.bfloat16

@@ -41,12 +41,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..inputs import open_tensors
 from ..model.configuration_nemotron_h import NemotronHConfig
+from ..model.linear import multiply
 from ..slicing import Kept, everything
 from ..tensors import AXES, axes_of, num_groups
 from ..whole_files import whole_file
@@ -242,8 +242,8 @@ def _see_experts(seen: _Seen, index: int, experts: nn.Module, args: tuple[Tensor
     row_of = torch.arange(len(tokens), device=tokens.device) // (len(tokens) // seen.rows)
     for expert in indices.unique().tolist():
         chosen, slot = (indices == expert).nonzero(as_tuple=True)
-        hidden = experts.act_fn(F.linear(tokens[chosen], experts.up_proj[expert]))
-        output = F.linear(hidden, experts.down_proj[expert])
+        hidden = experts.act_fn(multiply(tokens[chosen], experts.up_proj[expert], None))
+        output = multiply(hidden, experts.down_proj[expert], None)
         weighted = output.norm(dim=-1, dtype=torch.float64) * weights[chosen, slot]
         norms[:, expert].index_add_(0, row_of[chosen], weighted)
         neurons[:, expert].index_add_(0, row_of[chosen], hidden.abs().double())

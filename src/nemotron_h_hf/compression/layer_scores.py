@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import require
+from ..model.linear import project
 from .observing import Pass, observe
 
 MEASURES = ("hidden", "logits", "cosine")
@@ -116,7 +117,7 @@ def _branches(model: nn.Module, seen: Pass, narrower: Narrower) -> dict[str, Ten
 
 
 def _output(model: nn.Module, hidden: Tensor, measure: str) -> Tensor:
-    return (model.lm_head(hidden) if measure == "logits" else hidden).float()
+    return (project(model.lm_head, hidden) if measure == "logits" else hidden).float()
 
 
 def _turned(before: Tensor, after: Tensor) -> list[float]:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..model.linear import project
 from .candidates import Candidate
 from .observing import Pass, observe
 
@@ -155,7 +156,7 @@ def predict(lm_head: nn.Module, hidden: Tensor, targets: Tensor) -> Predictions:
     tokens, nats = [], 0.0
     parts = max(1, LOGITS_PER_CHUNK // lm_head.weight.shape[0])
     for rows, wanted in zip(hidden.flatten(0, 1).split(parts), targets.flatten().split(parts)):
-        logits = lm_head(rows).float()  # (n, v)
+        logits = project(lm_head, rows).float()  # (n, v)
         tokens.append(logits.argmax(-1))
         nats += float(F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="sum"))
     return Predictions(torch.cat(tokens).view(targets.shape), nats)

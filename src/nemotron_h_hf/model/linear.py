@@ -15,6 +15,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
 from .plain import is_plain
@@ -23,23 +24,63 @@ from .ssd import under_func
 logger = logging.get_logger(__name__)
 
 MOST_ROWS = 64
+BLOCK_WEIGHTS = 2**20  # 4 MiB in fp32
 COMPILED_DTYPES = (torch.float32, torch.bfloat16)
 FEWEST_WEIGHTS = 2**16  # below this a call of torch's own takes less than reading faster saves: 256 KiB, 5 us
 
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:
     """`linear(x)`: few rows of a plain nn.Linear are multiplied as above, everything else is called as a module."""
-    return multiply(x, linear.weight, linear.bias) if few_rows(x) and is_plain(linear, nn.Linear) else linear(x)
+    if few_rows(x) and is_plain(linear, nn.Linear):
+        return multiply(x, linear.weight, linear.bias)
+    if not computes_in_fp32(x):
+        return linear(x)
+    with ProductsInFp32():
+        return linear(x)
 
 
 def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear`; few rows on a CPU, without gradients, faster. x (..., k), weight (n, k) -> (..., n)."""
+    """`F.linear`; on a CPU, without gradients, faster. x (..., k), weight (n, k) -> (..., n)."""
     if not few_rows(x):
-        return F.linear(x, weight, bias)
+        in_fp32 = computes_in_fp32(x) and is_plain_bf16(weight)
+        return product_in_fp32(x, weight, bias) if in_fp32 else F.linear(x, weight, bias)
     if reads_compiled(x, weight):
         return compiled_product()[1](x, weight, bias)
     parts = num_parts(x, weight)
     return F.linear(x, weight, bias) if parts == 1 else product_in_parts(x, weight, bias, parts)
+
+
+def computes_in_fp32(x: Tensor) -> bool:
+    """Whether products of many rows x are computed in fp32: bf16 on a processor without instructions for it, no gradients."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled() or multiplies_bf16():
+        return False
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing() or under_func()
+    return type(x) is Tensor and not traced and not torch.is_autocast_enabled("cpu")
+
+
+class ProductsInFp32(TorchFunctionMode):
+    """Inside, `F.linear` of plain bf16 tensors is `product_in_fp32`, also in modules with hooks or adapters."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.linear and not kwargs and is_plain_bf16(args[0]) and is_plain_bf16(args[1]):
+            return product_in_fp32(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def is_plain_bf16(t: Tensor) -> bool:
+    """Whether t is bf16 on a CPU and of no subclass with its own products."""
+    return type(t) in (nn.Parameter, Tensor) and t.dtype == torch.bfloat16 and t.device.type == "cpu"
+
+
+def product_in_fp32(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`F.linear` of bf16 tensors, each sum rounded once; the weights become fp32 a block at a time."""
+    rows = x.reshape(-1, x.shape[-1]).float()
+    y = x.new_empty(len(rows), len(weight))
+    step = max(1, BLOCK_WEIGHTS // x.shape[-1])
+    for start in range(0, len(weight), step):
+        block = slice(start, start + step)
+        y[:, block] = F.linear(rows, weight[block].float(), None if bias is None else bias[block].float())
+    return y.view(*x.shape[:-1], len(weight))
 
 
 def few_rows(x: Tensor) -> bool:

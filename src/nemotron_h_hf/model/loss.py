@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .linear import project
 from .ssd import under_func
 
 IGNORE = -100
@@ -45,7 +46,7 @@ def next_token_loss(
     targets = targets.to(hidden_states.device)
 
     def summed(rows: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(lm_head(rows).float(), targets, ignore_index=ignore_index, reduction="sum")
+        return F.cross_entropy(project(lm_head, rows).float(), targets, ignore_index=ignore_index, reduction="sum")
 
     at_once = CHUNKS_AT_ONCE.get(hidden_states.device.type, 1)
     total = sum_in_chunks(

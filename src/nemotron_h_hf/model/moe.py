@@ -12,7 +12,7 @@ from transformers.integrations import use_experts_implementation
 
 from .configuration_nemotron_h import NemotronHConfig
 from .kernels import has_kernels_for
-from .linear import project
+from .linear import multiply, project
 from .ssd import no_autocast, times, under_func, wide
 
 
@@ -119,8 +119,8 @@ class _Experts(nn.Module):
                 continue
             chosen, slot = tokens[start : start + count], slots[start : start + count]
             start += count
-            hidden = F.linear(hidden_states[chosen], self.up_proj[expert])
-            hidden = F.linear(self.act_fn(hidden), self.down_proj[expert])
+            hidden = multiply(hidden_states[chosen], self.up_proj[expert], None)
+            hidden = multiply(self.act_fn(hidden), self.down_proj[expert], None)
             weighted = hidden * top_k_weights.flatten()[slot, None]
             output.index_add_(0, chosen, weighted.to(output.dtype))
         return output.to(hidden_states.dtype)
