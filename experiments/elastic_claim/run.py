@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--budget", choices=tuple(NESTED), default="half", help="of separate (half)")
     parser.add_argument("--arm", choices=("elastic", "separate"), default="elastic", help="of search (elastic)")
     parser.add_argument("--tokens", type=int, default=3_400_000, help="T, of the elastic run and of both separate ones")
+    parser.add_argument("--search-tokens", type=int, default=SEARCH_TOKENS, help="of an elastic run of search")
     parser.add_argument("--runs", type=Path, default=Path("runs/elastic_claim"), help="where runs are kept")
     parser.add_argument("--output", type=Path, default=FOLDER, help="where report writes")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
@@ -118,7 +119,7 @@ def search(arguments: argparse.Namespace) -> None:
     for rate in LEARNING_RATES:
         if arguments.arm == "elastic":
             folder = runs / f"search-elastic-{rate}"
-            run_elastic(arguments, folder, rate, SEARCH_SEED, SEARCH_TOKENS)
+            run_elastic(arguments, folder, rate, SEARCH_SEED, arguments.search_tokens)
             budgets = read_elastic(AutoConfig.from_pretrained(folder / "model")).budgets
             found[rate] = mean(budgets[name].loss for name in NESTED)
         else:
@@ -127,7 +128,9 @@ def search(arguments: argparse.Namespace) -> None:
             for name in NESTED:
                 cut_one(arguments, model, name, runs / f"search-cut-{name}")
                 folder = runs / f"search-separate-{name}-{rate}"
-                run_separate(arguments, folder, runs / f"search-cut-{name}", rate, SEARCH_SEED, SEARCH_TOKENS // 2)
+                run_separate(
+                    arguments, folder, runs / f"search-cut-{name}", rate, SEARCH_SEED, arguments.search_tokens // 2
+                )
                 losses.append(held_out_loss(folder / "model", runs / "validation.jsonl"))
             found[rate] = mean(losses)
         print(f"{arguments.arm}, learning rate {rate}: {found[rate]:.4f}", flush=True)

@@ -65,6 +65,7 @@ def main() -> int:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--mamba", default="auto", help="who computes the Mamba layers (auto)")
     add("--rows_per_step", type=int, default=32)
+    add("--shuffle_rows", type=int, default=ALL_ROWS, help="rows that are shuffled together (all of them)")
     add("--learning_rate", default="4e-3")
     add("--elastic_learning_rate", default="1e-3")
     add("--pretrain_tokens", default="60M")
@@ -129,7 +130,7 @@ def run(name: str, command, words: Sequence[str]) -> None:
 def pretrain_words(arguments: argparse.Namespace, folder: Path, tokens: str) -> list[str]:
     sources = {"python": {"path": str(arguments.output / "text" / "train.jsonl")}}
     return ["--init", "random", "--config_overrides", json.dumps(SHAPE), "--sources", json.dumps(sources),
-            "--shuffle_rows", str(ALL_ROWS), "--warmup_tokens", "2%", "--decay_tokens", "40%", "--min_lr_ratio", "0.05",
+            "--shuffle_rows", str(arguments.shuffle_rows), "--warmup_tokens", "2%", "--decay_tokens", "40%", "--min_lr_ratio", "0.05",
             "--learning_rate", arguments.learning_rate, "--total_tokens", tokens, "--optimizer", "muon",
             "--per_device_train_batch_size", str(arguments.rows_per_step), *common(arguments, folder)]  # fmt: skip
 
@@ -151,7 +152,7 @@ def elastic_words(arguments: argparse.Namespace) -> list[str]:
     return ["--model", str(output / "ordered"), "--budgets", json.dumps(BUDGETS), "--choices", json.dumps(CHOICES),
             "--per_layer", "intermediate_size", "--stages", json.dumps(STAGES), "--calibrate", "false",
             "--cross_entropy_weight", "0.5", "--sources", json.dumps(sources), "--phases", json.dumps(phases),
-            "--chat_template", str(TEMPLATE), "--shuffle_rows", str(ALL_ROWS), "--warmup_tokens", "2%",
+            "--chat_template", str(TEMPLATE), "--shuffle_rows", str(arguments.shuffle_rows), "--warmup_tokens", "2%",
             "--decay_tokens", "60%", "--min_lr_ratio", "0.02", "--learning_rate", arguments.elastic_learning_rate,
             "--per_device_train_batch_size", str(-(-arguments.rows_per_step // MICRO_STEPS)),
             "--gradient_accumulation_steps", str(MICRO_STEPS),

@@ -8,6 +8,7 @@ A cell is as large as a tile of the model, twice over: the picture has to be res
 handwritten digits that were not trained on, and charts and layouts that were not drawn for training.
 
     python pictures.py FOLDER        writes train.pt and held_out.pt
+    python pictures.py FOLDER 50     a fiftieth of them, for a look
 """
 
 import io
@@ -32,9 +33,10 @@ COUNTS = {"train": (9000, 3000, 2000), "held_out": (1000, 500, 400)}  # canvases
 
 
 def main() -> None:
-    folder = Path(sys.argv[1])
+    folder, part = Path(sys.argv[1]), int((sys.argv[2:] or ["1"])[0])
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (digits, shapes, bars) in COUNTS.items():
+    for name, counts in COUNTS.items():
+        digits, shapes, bars = (count // part for count in counts)
         rng = random.Random(name)
         made = [draw_digits(rng, name) for _ in range(digits)]
         made += [draw_shapes(rng) for _ in range(shapes)] + [draw_bars(rng) for _ in range(bars)]

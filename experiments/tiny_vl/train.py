@@ -36,7 +36,7 @@ ORDER = sorted(
     ((v, s) for s in SEEDS for v in VARIANTS),
     key=lambda run: (run[0] not in ("tags", "no_tags") and run[1] > 0, run[1]),
 )
-STEPS, BATCH, PEAK, SAVE_EVERY = 900, 32, 4e-3, 100
+STEPS, BATCH, PEAK, SAVE_EVERY, TOWER_STEPS = 900, 32, 4e-3, 100, 1200
 TILE = 32
 WORDS = "digit in tile read all of how many shapes bar".split()
 TEXT = {
@@ -73,7 +73,7 @@ def run(data: Path, out: Path, variant: str, seed: int, steps: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     processor = make_processor(variant)
     model = make_model(processor, variant, seed)
-    model.model.vision_tower.load_state_dict(pretrained_tower(data))
+    model.model.vision_tower.load_state_dict(pretrained_tower(data, TOWER_STEPS * steps // STEPS))
     seconds = train(model, processor, samples(data, "train"), out, variant, seed, steps)
     accuracy = evaluate(model, processor, samples(data, "held_out"), variant)
     count = sum(weight.numel() for weight in model.parameters())
@@ -136,7 +136,7 @@ def samples(data: Path, split: str) -> list[dict]:
     return torch.load(kept)
 
 
-def pretrained_tower(data: Path, steps: int = 1200) -> dict:
+def pretrained_tower(data: Path, steps: int) -> dict:
     """The tower after it has learnt to tell digits in single tiles, as InternViT comes trained; made once for all runs."""
     kept = data / "tower.pt"
     if kept.is_file():

@@ -119,13 +119,9 @@ def evaluate(
 
     Questions and answers go to `harness_TASK.jsonl` next to the records.
     """
-    from lm_eval.models.huggingface import HFLM
-
     missing = [task for task in tasks if record_key(task, options.limit) not in records]
     if missing:
-        wrapped = HFLM(
-            pretrained=model, tokenizer=tokenizer, batch_size=options.batch_size, max_length=options.max_length
-        )
+        wrapped = _wrap(model, tokenizer, options)
     for task in missing:
         say(f"lm-evaluation-harness: {task.name}")
         with plain_generation(model):
@@ -134,6 +130,17 @@ def evaluate(
         write_lines(path, [row for rows in results["samples"].values() for row in rows])
         records.add(record_key(task, options.limit), record(task, results))
     return [records[record_key(task, options.limit)] for task in tasks]
+
+
+def _wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, options: HarnessOptions) -> LM:
+    """The harness's own wrapper: of a model that sees, the one that hands it pictures (its processor is read from its folder)."""
+    from lm_eval.models.hf_vlms import HFMultimodalLM
+    from lm_eval.models.huggingface import HFLM
+
+    sizes = {"batch_size": options.batch_size, "max_length": options.max_length}
+    if getattr(model.config, "vision_config", None) is not None:
+        return HFMultimodalLM(pretrained=model, convert_img_format=True, **sizes)
+    return HFLM(pretrained=model, tokenizer=tokenizer, **sizes)
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@
     nemotron-h eval --model owner/name --tasks long --lengths 4Ki,32Ki,128Ki --device cuda --output runs/long
     nemotron-h eval --model owner/name --tasks mmlu_pro,gsm8k_cot --limit 100 --batch-size 8 --device cuda
     nemotron-h eval --model owner/name --tasks paper-reasoning --chat --device cuda
+    nemotron-h eval --model owner/vl --tasks mmmu_val --device cuda            # a vision-language model and pictures
     nemotron-h eval --tasks my_task --include-path my_tasks      # your own task: YAML, local files
 
 Any causal language model of transformers can be evaluated: for a Llama, use the same command with another --model
@@ -29,7 +30,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
@@ -214,7 +221,9 @@ def load(arguments: EvalArguments) -> tuple[PreTrainedModel, PreTrainedTokenizer
     if arguments.chat and not tokenizer.chat_template:
         raise ValueError(f"--chat: the tokenizer of {arguments.model} has no chat template")
     spread = {"device_map": "auto"} if device is None else {}
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=arguments.dtype, **spread)
+    sees = getattr(AutoConfig.from_pretrained(arguments.model), "vision_config", None) is not None
+    auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model = auto.from_pretrained(arguments.model, dtype=arguments.dtype, **spread)
     return (model if device is None else model.to(device)).eval(), tokenizer
 
 
