@@ -28,18 +28,20 @@ from nemotron_h_hf.scripts import (
     eval,  # noqa: A004
     export,
     merge,
+    minipuzzle,
     pretrain,
     sft,
     slice,  # noqa: A004
 )
 
 # Imported once, before the children fork
-assert all((convert, distill, elastic_train, elasticize, eval, export, merge, pretrain, sft, slice))
+assert all((convert, distill, elastic_train, elasticize, eval, export, merge, minipuzzle, pretrain, sft, slice))
 
 # What a clock, a path or the road to the result is in; the rest must be the same bytes.
 UNSTEADY = {"conversion_report.json", "conversion_report.txt", "training_args.bin", "trainer_state.json", "metrics.jsonl",
             "whole.json", ".nemotron-h.json", "elastic_manifest.json", "common.pt", ".metadata", "report.json", "log.jsonl",
-            "results.json", "samples.jsonl", "held_out.json", "rng_state.pth"}  # fmt: skip
+            "results.json", "samples.jsonl", "held_out.json", "rng_state.pth", "scores.json", "ranked.json", "student.json",
+            "minipuzzle.json", "report.html", "report.md"}  # fmt: skip
 TRAIN = ["--sequence_length", "32", "--max_steps", "4", "--per_device_train_batch_size", "2", "--use_cpu", "--disable_tqdm",
          "true", "--save_steps", "2", "--learning_rate", "1e-3", "--logging_steps", "1", "--report_to", "none"]  # fmt: skip
 ELASTIC = {
@@ -74,7 +76,12 @@ def commands(box: Path, out: Path) -> dict[str, list[str]]:
     train = [*TRAIN, "--output_dir", str(out)]
     few = ["--rows", "2", "--held_out_rows", "1", "--sequence_length", "48", "--depth_rows", "1", "--removals", "1",
            "--choices", "hidden_size=32", "--calibration", data, "--budget", "a:hidden_size=32", "--device", "cpu"]  # fmt: skip
+    stages = ["--sequence_length", "32", "--width_samples", "4", "--layer_samples", "2", "--ranking_tokens", "64", "--data", data,
+              "--max_parameters", "255K", "--short_tokens", "128", "--finalists", "2", "--long_tokens", "128", "--device", "cpu",
+              "--sizes", "{intermediate_size: [80]}", "--controls", "0", "--distill",
+              "{per_device_train_batch_size: 2, save_steps: 1, report_to: none, disable_tqdm: true}"]  # fmt: skip
     return {
+        "minipuzzle": ["minipuzzle", source, str(out / "work"), "--output", str(out / "student"), *stages],
         "convert to hf": ["convert", megatron, str(out), "--max-shard-size", "20KB"],
         "convert to torch_dist": ["convert", source, str(out), "--max-shard-size", "200KB"],
         "convert to torch": ["convert", source, str(out), "--format", "torch", "--pp", "3"],

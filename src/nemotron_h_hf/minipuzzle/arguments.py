@@ -16,7 +16,7 @@ from ..units import parse_need, parse_tokens
 
 STAGES = ("scores", "candidates", "ranked", "benchmarked", "tournament", "student")
 SET_HERE = {"teacher", "model", "data", "eval_data", "output_dir", "total_tokens", "teacher_cache", "cache_teacher", "config",
-            "column", "sources", "phases", "top_k", "sequence_length"}  # fmt: skip
+            "column", "sources", "phases", "top_k", "sequence_length", "tokenizer", "seed"}  # fmt: skip
 """Options of `distill` that the stages give themselves."""
 
 

@@ -27,14 +27,18 @@ def distill(
 ) -> dict[str, float]:
     """Train the model of a folder on what the teacher predicts, or go on with it; held-out losses before and after.
 
-    The student is OUTPUT/model; checkpoints are removed when it is done.
+    The student is OUTPUT/model. Remove the checkpoints when the losses are kept: without both, all is trained again.
     """
     words = [*_words(run, total_tokens, seed), "--model", str(model), "--output_dir", str(output)]
     run.forget_image()
     command(run, [*words, *(["--teacher", str(run.teacher)] if cache is None else ["--teacher_cache", str(cache)])])
+    return read_json(output / "held_out.json")
+
+
+def remove_checkpoints(output: Path) -> None:
+    """Of a training that is done; optimizer states are large."""
     for folder in output.glob("checkpoint-*"):
         shutil.rmtree(folder)
-    return read_json(output / "held_out.json")
 
 
 def cache_teacher(run: Run, folder: Path, total_tokens: int, seed: int) -> None:
@@ -86,7 +90,7 @@ def _words(run: Run, total_tokens: int, seed: int) -> list[str]:
         "--sequence_length",
         str(arguments.sequence_length),
     ]
-    words += ["--total_tokens", str(total_tokens), "--seed", str(seed)]
+    words += ["--total_tokens", str(total_tokens), "--seed", str(seed), "--tokenizer", str(run.teacher)]
     words += ["--use_cpu"] if run.device.type == "cpu" else []
     for name, value in arguments.distill.items():
         words += _flag(name, value)

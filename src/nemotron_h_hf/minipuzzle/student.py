@@ -21,9 +21,10 @@ from ..model.saving import saving
 from ..output_folders import is_made, note_made, writing
 from ..tokenizer_files import save_tokenizer
 from ..whole_files import write_json, write_text
-from .distilling import distill, held_out_figures, load_student
+from .distilling import distill, held_out_figures, load_student, remove_checkpoints
 from .run import Run
 
+LONG = "distill"  # folder of the long distillation
 SPEED_REPEATS, SPEED_TOKENS = 3, 16
 
 
@@ -34,10 +35,11 @@ def make_student(run: Run, ranked: Mapping[str, Any], tournament: Mapping[str, A
         winner = next(one for one in ranked["ranked"] if one["name"] == tournament["winner"])
         trained, losses = run.work / tournament["model"], None
         if arguments.long_tokens:
-            output = run.work / "distill"
+            output = run.work / LONG
             losses = distill(run, trained, output, arguments.long_tokens, arguments.seed + arguments.rounds)
             trained = output / "model"
         known = stage.finish(**_facts(run, ranked, winner, trained, losses))
+    remove_checkpoints(run.work / LONG)
     _write(run, known)
     return known
 

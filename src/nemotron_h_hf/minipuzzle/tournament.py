@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .distilling import cache_teacher, distill, held_out_figures, load_student
+from .distilling import cache_teacher, distill, held_out_figures, load_student, remove_checkpoints
 from .run import Run
 
 FOLDER = "tournament"
@@ -33,6 +33,7 @@ def hold_tournament(run: Run, ranked: Mapping[str, Any], benchmarked: Mapping[st
             if name not in rounds[number]:
                 rounds[number][name] = _train(run, name, number, cache)
                 stage.keep(now=True, rounds=rounds)
+            remove_checkpoints(run.work / _folder(name, number))
         if cache is not None:
             shutil.rmtree(cache, ignore_errors=True)
         left.sort(key=lambda name: rounds[number][name]["after"])
@@ -65,7 +66,6 @@ def _write_start(run: Run, name: str, order: str, sizes: Mapping[str, Any]) -> N
     folder = run.work / _start(name)
     if not (folder / "config.json").is_file():
         run.image(order).save(sizes, folder)
-        run.text.tokenizer.save_pretrained(folder)
 
 
 def _controls(run: Run, ranked: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
