@@ -21,7 +21,8 @@ def test_the_same_logits(shape, overrides, tmp_path):
     ids = prompt(2, 11)
     found = streamed(model.config, tmp_path)
     torch.testing.assert_close(found(ids).logits, model(ids).logits, rtol=0, atol=0)
-    assert all(p.is_meta for block in found.model.layers for p in block.mixer.parameters())
+    held = [any(not p.is_meta for p in block.mixer.parameters()) for block in found.model.layers]
+    assert held == [False] * (len(held) - 1) + [True]  # the last one to run
     if shape not in ("moe", "latent"):  # torch has no grouped product in float64
         wide = streamed(model.config, tmp_path, torch.float64)(ids).logits
         torch.testing.assert_close(wide, model.double()(ids).logits, rtol=0, atol=1e-12)
@@ -42,14 +43,16 @@ def test_a_layer_that_is_left_out_is_not_read(tmp_path):
     assert read == [0, 2, 4, 5, 6]
 
 
-def test_a_layer_that_fails_is_let_go(tmp_path, monkeypatch):
+def test_a_layer_that_fails_is_let_go_when_the_next_is_read(tmp_path, monkeypatch):
     model = tiny_model("dense")
     model.save_pretrained(tmp_path)
     found = streamed(model.config, tmp_path)
     mixer = found.model.layers[1].mixer
-    monkeypatch.setattr(mixer, "forward", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        found(prompt())
+    with monkeypatch.context() as broken:
+        broken.setattr(mixer, "forward", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            found(prompt())
+    found(prompt())
     assert all(p.is_meta for p in mixer.parameters())
 
 

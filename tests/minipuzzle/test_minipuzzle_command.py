@@ -305,6 +305,20 @@ def test_other_teachers(shape, box, tmp_path):
     assert num_parameters(small) <= int(most) and 0 < best["agreement"] <= 1
 
 
+def test_streaming_scores_the_same_and_reads_a_layer_once(box, tmp_path, monkeypatch):
+    """With one layer in memory; the work folder then goes on with the whole teacher."""
+    words = ["--mixed_widths", "false", "--dtype", "float32"]
+    for name, more in (("whole", []), ("streamed", ["--stream"])):
+        assert run(box, tmp_path / name, *words, *more, "--until", "candidates") == 0
+    found, expected = (read(tmp_path / name, "scores") for name in ("streamed", "whole"))
+    for branch, errors in expected["errors"]["hidden"].items():
+        assert found["errors"]["hidden"][branch] == pytest.approx(errors, rel=1e-4)
+    assert read(tmp_path / "streamed", "candidates") == read(tmp_path / "whole", "candidates")
+    assert run(box, tmp_path / "streamed", *words, "--until", "ranked") == 0
+    with pytest.raises(ValueError, match="stream: got True, allowed is false"):
+        run(box, tmp_path / "streamed", *words, "--stream")
+
+
 def test_times_of_a_table_limit_too(made, ranked, tmp_path):
     for path in ("candidates.json", "ranked.json"):
         (ranked / path).unlink()

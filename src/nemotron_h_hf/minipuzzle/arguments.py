@@ -103,6 +103,7 @@ class MiniPuzzleArguments:
         None, "also write the teacher with the finalists as budgets, an elastic parent, to this folder"
     )
 
+    stream: bool = _flag(False, "read one layer at a time, for a teacher larger than memory; up to candidates")
     dtype: str = _flag("auto", "to measure in; auto: as stored", ("auto", "float32", "bfloat16"))
     device: str | None = _flag(None, "to measure on; default: cuda where there is one")
     seed: int = _flag(0, "of the order of documents, of controls and of distillation")
@@ -137,6 +138,13 @@ class MiniPuzzleArguments:
             require(name not in SET_HERE, "distill", name, "options that minipuzzle does not set itself")
         for name in self.more_scores:
             require(name in MEASURES, "more_scores", name, ", ".join(MEASURES))
+        early = self.until in ("scores", "candidates") and not self.mixed_widths
+        require(
+            early or not self.stream,
+            "stream",
+            True,
+            "false; or true with until scores or candidates, without mixed_widths",
+        )
         require(bool(self.limits()), "budget", None, "31.7GiB@1M, or one of the other limits")
 
     @property

@@ -52,12 +52,6 @@ class MemoryImage:
         self.parent.submodel(sizes).save_pretrained(folder)
 
 
-def load_teacher(teacher: Path, dtype: str, device: torch.device) -> NemotronHForCausalLM:
-    """The model to measure."""
-    kind = dtype if dtype == "auto" else getattr(torch, dtype)
-    return NemotronHForCausalLM.from_pretrained(teacher, dtype=kind).to(device).eval()
-
-
 def order_of(config: NemotronHConfig, scores: WidthScores, fields: set[str], rule: str = "importance") -> Kept:
     """All indices of a model; of the axes that `fields` need, the most important first.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +14,13 @@ from ..compression.importance import WidthScores
 from ..elastic.cut.cutting import local_folder, read_parent
 from ..elastic.prepare.defaults import default_choices
 from ..elastic.prepare.elasticize import check_model
+from ..elastic.prepare.streaming import streamed
 from ..errors import require
 from ..inputs import read_device
+from ..model.modeling_nemotron_h import NemotronHForCausalLM
 from ..output_folders import stamps
 from .arguments import STAGES, MiniPuzzleArguments
-from .memory_image import MemoryImage, load_teacher, order_of
+from .memory_image import MemoryImage, order_of
 from .stage_files import Stage
 from .text import Text, file_stamps
 
@@ -100,13 +103,17 @@ class Run:
         self._image = None
         gc.collect()
 
-    def load(self):
-        """The teacher as it is.
+    def load(self) -> NemotronHForCausalLM:
+        """The teacher as it is, whole or a layer at a time.
 
         Raises:
             ValueError: for one that is quantised, or an elastic parent.
         """
-        model = load_teacher(self.teacher, self.arguments.dtype, self.device)
+        arguments = self.arguments
+        dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+        if arguments.stream:
+            return streamed(copy.deepcopy(self.config), self.teacher, dtype, self.device)
+        model = NemotronHForCausalLM.from_pretrained(self.teacher, dtype=dtype or "auto").to(self.device).eval()
         check_model(model)
         return model
 

@@ -23,12 +23,15 @@ def score(run: Run) -> dict[str, Any]:
     started, model, rows = time.monotonic(), run.load(), run.text.scoring_rows()
     before = arguments.neuron_score == "before"
     widths = measure_width(model, rows, arguments.batch_size, run.work / WIDTH_SCORES, run.width_mark, before)
-    run.keep_image(MemoryImage.of(model, order_of(run.config, widths, set(run.sizes))))
+    narrow = None
+    if not arguments.stream:
+        image = MemoryImage.of(model, order_of(run.config, widths, set(run.sizes)))
+        run.keep_image(image)
+        model, narrow = image.parent, narrower(run, image)
     scores = LayerScores(stage.partial().get("errors", {}))
-    image, todo = run.image(), rows[scores.num_samples : arguments.layer_samples]
-    batches = batches_of(todo, arguments.batch_size)
+    batches = batches_of(rows[scores.num_samples : arguments.layer_samples], arguments.batch_size)
     with tqdm(total=arguments.layer_samples, initial=scores.num_samples, unit="row", desc="layers") as bar:
-        for done in accumulate(image.parent, batches, scores, run.measures, narrower(run, image)):
+        for done in accumulate(model, batches, scores, run.measures, narrow):
             bar.update(done - bar.n)
             stage.keep(errors=scores.errors)
     return stage.finish(

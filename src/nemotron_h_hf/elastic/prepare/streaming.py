@@ -1,7 +1,8 @@
 """A model whose layers are read from its checkpoint each time they run: one of them is in memory at a time.
 
 It measures a model larger than memory. Embeddings, norms and head stay; the mixer of a layer is read before it runs and
-freed after it. A bypassed one is not read. A forward reads the file once, so larger batches read less.
+freed before the next one is read. A bypassed one is not read. A forward reads the file once, so larger batches read less; a
+layer that runs several times in a row is read once.
 """
 
 from __future__ import annotations
@@ -66,11 +67,18 @@ def streamed(
             raise ValueError(f"{folder} lacks {prefix}{min(missing)} or a part of it, which its config asks for")
         module.load_state_dict(found, assign=True)
 
+    def enter(mixer: nn.Module, prefix: str) -> None:
+        if mixer not in loaded:
+            while loaded:
+                loaded.pop().to("meta")
+            loaded.append(mixer)  # also if reading fails
+            read(mixer, prefix)
+
+    loaded: list[nn.Module] = []
     for index, block in enumerate(model.model.layers):
         prefix = f"model.layers.{index}."
         read(block.norm, f"{prefix}norm.")
-        block.mixer.register_forward_pre_hook(lambda mixer, _, prefix=prefix: read(mixer, f"{prefix}mixer."))
-        block.mixer.register_forward_hook(_let_go, always_call=True)
+        block.mixer.register_forward_pre_hook(lambda mixer, _, prefix=prefix: enter(mixer, f"{prefix}mixer."))
     read(model.model.embeddings, "model.embeddings.")
     read(model.model.norm_f, "model.norm_f.")
     if config.tie_word_embeddings:
@@ -78,7 +86,3 @@ def streamed(
     else:
         read(model.lm_head, "lm_head.")
     return model.requires_grad_(False).eval()
-
-
-def _let_go(mixer: nn.Module, *_: object) -> None:
-    mixer.to("meta")
