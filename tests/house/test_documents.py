@@ -30,11 +30,11 @@ DOCUMENTS += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs" / "re
 
 COMMANDS = {name: module for name, module, _ in nemotron_h_cli.COMMANDS}
 # Options of other programs that documents mention.
-FOREIGN = {"--hf-overrides", "--config_file", "--no-deps", "--target", "--help", "--debug"}
+FOREIGN = {"--hf-overrides", "--external_plugins", "--config_file", "--no-deps", "--target", "--help", "--debug"}
 # Files that a run writes or a reader brings, not files of the tree.
 BROUGHT = ("runs/", "text/", "path/to/", "OUTPUT", "megatron/", "run/", "test/")
 # Files of others, in docstrings.
-OTHERS = {"pydoc_data/topics.py", "llava_model.py"}
+OTHERS = {"pydoc_data/topics.py", "llava_model.py", "plugin.py"}
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef)
 
 
