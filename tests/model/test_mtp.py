@@ -1,10 +1,14 @@
 """Multi-token prediction: every depth equals a float64 reference written from the formulas, with and without a cache."""
 
+import json
+
 import pytest
 import torch
 from reference import reference_mtp
 from tiny import prompt, tiny_model
 
+from nemotron_h_hf import NemotronHForCausalLM
+from nemotron_h_hf.model.mtp import add_mtp
 from nemotron_h_hf.model.padding import read_rows
 
 pytestmark = pytest.mark.usefixtures("no_grad")
@@ -69,3 +73,83 @@ def test_documents_of_a_row_do_not_see_each_other():
     packed = model.mtp(hidden, embeds, read_rows(None, embeds, positions))
     alone = chain(model, ids[:, 6:], 1)[0]
     torch.testing.assert_close(model.lm_head(packed[:, 6:-1]), alone, rtol=0, atol=1e-5)
+
+
+def naive_losses(model, ids, labels, num_depths):
+    """Of one document: for each depth, the cross-entropies of the labels that are there, from the float64 reference."""
+    losses = []
+    for depth, logits in enumerate(reference_mtp(model.state_dict(), model.config, ids, num_depths), start=1):
+        targets = labels[depth + 1 :]
+        chosen = -logits[: len(targets)].log_softmax(-1).gather(1, targets.clamp(min=0)[:, None])[:, 0]
+        losses.append(chosen[targets != -100])
+    return losses
+
+
+@pytest.mark.parametrize("case, num_steps", [("one depth repeated", 3), ("two depths of latent experts", None)])
+def test_the_loss_of_packed_documents(case, num_steps):
+    """Each document's own predictions and nothing across; labels of -100 do not count."""
+    shape, fields, num_depths = CASES[case]
+    model = tiny_model(shape, **fields).double()
+    ids, sizes = prompt(1, 17), [7, 2, 8]
+    labels = ids.clone()
+    labels[0, [3, 12]] = -100
+    positions = torch.cat([torch.arange(size) for size in sizes])[None]
+    settings = {"labels": labels, "position_ids": positions, "use_cache": False}
+    plain = model(ids, **settings)
+    output = model(ids, **settings, mtp_loss_weight=0.3, mtp_steps=num_steps)
+    pairs = zip(ids[0].split(sizes), labels[0].split(sizes))
+    by_document = [naive_losses(model, text, own, num_depths) for text, own in pairs if len(text) > num_depths]
+    expected = torch.stack([torch.cat(losses).mean() for losses in zip(*by_document)]).mean()
+    torch.testing.assert_close(output.mtp_loss.double(), expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(output.loss, plain.loss + 0.3 * output.mtp_loss, rtol=0, atol=1e-6)
+    assert plain.mtp_loss is None
+
+
+def test_accumulated_losses_count_once():
+    """Two halves of a batch, each with the number of items of both, add up to the mean of their losses."""
+    model, ids = tiny_model("dense", **ONE, mtp_hybrid_override_pattern="*-"), prompt(2, 9)
+    both = [model(row[None], labels=row[None], num_items_in_batch=16, mtp_loss_weight=1.0) for row in ids]
+    whole = model(ids, labels=ids, mtp_loss_weight=1.0)
+    torch.testing.assert_close(sum(part.loss for part in both), whole.loss, rtol=0, atol=1e-5)
+
+
+def test_fresh_heads_change_nothing_else(tmp_path):
+    model, ids = tiny_model("moe"), prompt()
+    before = model(ids).logits
+    add_mtp(model, 2)
+    assert model.config.mtp_hybrid_override_pattern == "*E" and torch.equal(model(ids).logits, before)
+    model.save_pretrained(tmp_path)
+    back = NemotronHForCausalLM.from_pretrained(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, back.state_dict()[name]), name
+    assert {"mtp.layers.0.eh_proj.weight", "mtp.layers.3.final_layernorm.weight"} <= set(back.state_dict())
+    assert all(parameter.std() > 0 for name, parameter in back.mtp.named_parameters() if "norm" not in name)
+    with pytest.raises(ValueError, match="mtp_depth=1: allowed is None, or 2"):
+        add_mtp(model, 1)
+    with pytest.raises(ValueError, match="mtp_hybrid_override_pattern='X'"):
+        add_mtp(tiny_model("dense"), 1, "X")
+
+
+@pytest.mark.parametrize("given, words", [
+    ({"inputs_embeds": torch.zeros(1, 4, 48), "labels": torch.zeros(1, 4, dtype=torch.long)}, "allowed with input_ids and labels"),
+    ({"input_ids": torch.zeros(1, 4, dtype=torch.long), "shift_labels": torch.zeros(1, 4, dtype=torch.long)}, "shift_labels alone"),
+])  # fmt: skip
+def test_a_loss_needs_tokens_and_labels(given, words):
+    with pytest.raises(ValueError, match=words):
+        tiny_model("dense", **ONE, mtp_hybrid_override_pattern="*-")(**given, mtp_loss_weight=1.0)
+
+
+def test_files_that_contradict_the_configuration(tmp_path):
+    """Fewer depths than the configuration says, or more: nothing is half loaded."""
+    model = tiny_model("dense", **TWO, mtp_hybrid_override_pattern="*-")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    fields = json.loads(path.read_text())
+    for depth, words in (
+        (3, r"lacks \d+ tensors.*mtp\.layers\.4"),
+        (1, r"no place for.*mtp\.layers\.2"),
+        (0, "no place for.*mtp"),
+    ):
+        path.write_text(json.dumps(fields | {"num_nextn_predict_layers": depth}))
+        with pytest.raises(ValueError, match=words):
+            NemotronHForCausalLM.from_pretrained(tmp_path)

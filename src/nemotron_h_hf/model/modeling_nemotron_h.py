@@ -9,7 +9,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from inspect import signature
 
 import torch
@@ -344,6 +344,13 @@ class NemotronHModel(NemotronHPreTrainedModel):
         return not traced and not any(wanted) and not is_watched(self)
 
 
+@dataclass
+class NemotronHCausalLMOutput(MoeCausalLMOutputWithPast):
+    """transformers' output, with the loss of multi-token prediction (mean over depths, without gradient)."""
+
+    mtp_loss: Tensor | None = None
+
+
 class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
     """The language model: stack, lm_head, loss, generation."""
 
@@ -360,6 +367,12 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
             self.mtp = NemotronHMTP(config)
         self.post_init()
 
+    def post_init(self) -> None:
+        """As transformers'; heads of multi-token prediction that the configuration does not name are refused, not ignored."""
+        super().post_init()
+        ignored = self._keys_to_ignore_on_load_unexpected or ()
+        self._keys_to_ignore_on_load_unexpected = {rule for rule in ignored if not rule.startswith("^mtp")}
+
     @can_return_tuple
     def forward(
         self,
@@ -374,9 +387,11 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
         skip_logits: bool | None = None,
         num_items_in_batch: Tensor | int | None = None,
         loss_from_hidden: Callable[[Tensor, nn.Module], Tensor] | None = None,
+        mtp_loss_weight: float = 0.0,
+        mtp_steps: int | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
-    ) -> MoeCausalLMOutputWithPast:
+    ) -> "NemotronHCausalLMOutput":
         """Logits, and the next-token loss if there are labels. Arguments not listed are those of `NemotronHModel.forward`.
 
         Args:
@@ -387,6 +402,9 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
             num_items_in_batch: divisor of the summed loss, as transformers' Trainer passes it.
             loss_from_hidden: called with (hidden states (b, l, hidden), lm_head), makes a scalar that replaces the
                 next-token loss. It runs inside this forward because only here a sharded lm_head has its weight.
+            mtp_loss_weight: with labels, add so much of the loss of multi-token prediction (mtp.py), which sees the data's
+                labels whatever makes the main loss; the output has it as `mtp_loss`.
+            mtp_steps: depths in it; those beyond the ones with weights repeat the last. Default: those with weights.
             shift_labels (in kwargs): (b, l) labels already shifted (sequence parallelism). Trainer would expect every
                 argument whose name has "label" in each batch that it evaluates.
         """
@@ -423,15 +441,44 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
                 share = share_of_items(num_items_in_batch, labels, shift_labels)
                 share = share.to(aux_loss.device) if isinstance(share, Tensor) else share
                 loss = loss + (config.router_aux_loss_coef * share * aux_loss).to(loss.device)
-        return MoeCausalLMOutputWithPast(
+        mtp_loss = None
+        if mtp_loss_weight:
+            documents = {name: kwargs.get(name) for name in ("seq_idx", "cu_seq_lens_q")}
+            mtp_loss = self._mtp_loss(
+                hidden_states, input_ids, labels, mtp_steps, attention_mask, position_ids, **documents
+            )
+            loss = loss + mtp_loss_weight * share_of_items(num_items_in_batch, labels) * mtp_loss
+        return NemotronHCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
+            mtp_loss=None if mtp_loss is None else mtp_loss.detach(),
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             **{CACHE_NAME: cache_of(outputs)},
         )
+
+    def _mtp_loss(
+        self,
+        hidden_states: Tensor,
+        input_ids: Tensor | None,
+        labels: Tensor | None,
+        num_steps: int | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        seq_idx: Tensor | None,
+        cu_seq_lens_q: Tensor | None,
+    ) -> Tensor:
+        if not self.config.num_nextn_predict_layers:
+            raise ValueError("mtp_loss_weight: allowed is 0, the model has no multi-token prediction (add_mtp adds it)")
+        if input_ids is None or labels is None:
+            raise ValueError(
+                "mtp_loss_weight: allowed with input_ids and labels, not with embeddings or shift_labels alone"
+            )
+        rows = read_rows(attention_mask, hidden_states, position_ids, seq_idx, cu_seq_lens_q)
+        embeds, labels = self.model.embeddings(input_ids), labels.to(hidden_states.device)
+        return self.mtp.loss(hidden_states, embeds, self.lm_head, labels, rows, num_steps)
 
 
 class NemotronHForSequenceClassification(GenericForSequenceClassification, NemotronHPreTrainedModel):

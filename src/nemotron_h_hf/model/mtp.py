@@ -17,13 +17,16 @@ trained. Layer i of a depth is `mtp.layers.{depth * layers of a depth + i}`.
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from .blocks import NemotronHBlock, NemotronHRMSNorm, run_blocks
 from .cache import HybridCache
 from .configuration_nemotron_h import NemotronHConfig
 from .linear import project
+from .loss import IGNORE, next_token_loss
 from .padding import Rows
 
 
@@ -93,3 +96,64 @@ class NemotronHMTP(nn.Module):
         own = copy.copy(self.config)
         own.layers_block_type = self.config.mtp_layers_block_type
         return HybridCache(own)
+
+    def loss(
+        self,
+        hidden_states: Tensor,
+        embeds: Tensor,
+        lm_head: nn.Module,
+        labels: Tensor,
+        rows: Rows,
+        num_steps: int | None = None,
+    ) -> Tensor:
+        """Mean over depths of the cross-entropy of the tokens that each predicts (arXiv 2412.19437, eqs. 24, 25), in fp32.
+
+        Args:
+            hidden_states, embeds: (b, l, hidden) of the stack and of the row's own tokens.
+            labels: (b, l), not shifted, -100 for none. A document's last tokens predict nothing of the next document.
+            num_steps: depths, by default those with weights.
+        """
+        losses = []
+        for depth in range(num_steps or self.num_depths):
+            embeds = F.pad(embeds[:, 1:], (0, 0, 0, 1))
+            hidden_states = self(hidden_states, embeds, rows, depth)
+            targets = _later(labels, depth + 2, IGNORE)
+            if rows.documents is not None:
+                targets = targets.masked_fill(_later(rows.documents, depth + 2, -1) != rows.documents, IGNORE)
+            count = (targets != IGNORE).sum().clamp(min=1)
+            vocab_size = self.config.vocab_size
+            losses.append(next_token_loss(hidden_states, lm_head, vocab_size, None, count, targets))
+        return torch.stack(losses).mean()
+
+
+def _later(x: Tensor, steps: int, beyond: int) -> Tensor:
+    """(b, l) of the tokens `steps` places on, `beyond` after a row's end."""
+    steps = min(steps, x.shape[1])
+    return F.pad(x[:, steps:], (0, steps), value=beyond)
+
+
+def add_mtp(model: PreTrainedModel, depth: int, pattern: str | None = None) -> None:
+    """Give a language model fresh heads, `depth` of them, and the fields of its configuration.
+
+    Args:
+        pattern: layers of a depth, such as "*E"; by default attention (where the model has any, else Mamba) and experts or
+            an MLP.
+
+    Raises:
+        ValueError: for a model that has multi-token prediction, or fields that its configuration does not allow.
+    """
+    config = model.config
+    if config.num_nextn_predict_layers:
+        raise ValueError(
+            f"mtp_depth={depth}: allowed is None, or {config.num_nextn_predict_layers} as the model has it already "
+            "(num_nextn_predict_layers)"
+        )
+    kinds = config.hybrid_override_pattern
+    pattern = pattern or ("*" if "*" in kinds else "M") + ("E" if "E" in kinds else "-")
+    fields = {"num_nextn_predict_layers": depth, "mtp_hybrid_override_pattern": pattern}
+    checked = type(config).from_dict({**config.to_dict(), **fields})
+    for name in ("num_nextn_predict_layers", "mtp_layers_block_type"):
+        setattr(config, name, getattr(checked, name))
+    with torch.device(model.device):
+        model.mtp = NemotronHMTP(config).to(model.dtype)
+    model.mtp.apply(model._init_weights)

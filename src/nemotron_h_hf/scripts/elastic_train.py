@@ -72,6 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         "nemotron-h elastic-train", **DEFAULTS,
     )  # fmt: skip
     require(start.model is not None, "model", start.model, "a parent made by nemotron-h elasticize")
+    weight = training.mtp_loss_weight
+    require(
+        weight == 0,
+        "mtp_loss_weight",
+        weight,
+        "0: train the heads of a parent by pretrain or sft, of a child after slice",
+    )
     evaluate_every(data, training)
     repo_id = take_push(training)
     with writing_run(training, start.model, knowledge.teacher):

@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         (DataArguments, LongContextArguments, AdapterArguments, VisionArguments, ModelArguments, NemotronHTrainingArguments),
         argv, __doc__, "nemotron-h sft", **DEFAULTS,
     )  # fmt: skip
-    check(adapters, start)
+    check(adapters, start, training)
     evaluate_every(data, training)
     repo_id = take_push(training)
     with writing_run(training, start.model):
@@ -119,8 +119,10 @@ def run(
     return 0
 
 
-def check(adapters: AdapterArguments, start: ModelArguments) -> None:
+def check(adapters: AdapterArguments, start: ModelArguments, training: NemotronHTrainingArguments) -> None:
     """Refuse flags that contradict each other."""
+    weight = training.mtp_loss_weight
+    require(not (adapters.lora_rank and weight), "mtp_loss_weight", weight, "0 with --lora_rank")
     if adapters.load_in_4bit:
         require(
             adapters.lora_rank > 0, "load_in_4bit", True, "only with --lora_rank: weights in 4 bits are not trained"

@@ -83,6 +83,13 @@ class ModelArguments:
         "implementation of attention: sdpa, eager, flash_attention_2, flex_attention; default: transformers' choice",
     )
     mamba: str = flag("auto", "who computes the Mamba layers", ("auto", "torch", "kernels", "triton"))
+    mtp_depth: int | None = flag(
+        None, "add fresh heads of multi-token prediction, this many depths, to a model that has none"
+    )
+    mtp_pattern: str | None = flag(
+        None,
+        "with --mtp_depth: layers of a depth, such as '*E'; default: attention and what the model has, experts or MLP",
+    )
     fp8: bool = flag(False, "linear layers in FP8 but for the first and last four, after the paper; needs torchao")
 
 
@@ -112,6 +119,14 @@ class NemotronHTrainingArguments(TrainingArguments):
         "weight in the training loss of the experts' balance loss, which is 1 when balanced; 0 is off; default: as the "
         "model's configuration says",
     )
+    mtp_loss_weight: float = flag(
+        0.0,
+        "weight of the loss of multi-token prediction, the mean over its depths; 0 leaves those weights as they are",
+    )
+    mtp_steps: int | None = flag(
+        None, "depths in that loss; beyond those with weights the last repeats; default: those with weights"
+    )
+    mtp_freeze_trunk: bool = flag(False, "with --mtp_loss_weight: train multi-token prediction alone")
     max_loss_jump: float = flag(
         4.0, "stop when a step's loss is this many nats above the mean of the last 100 steps; 0 is off"
     )
@@ -169,12 +184,15 @@ class NemotronHTrainingArguments(TrainingArguments):
         )
         for name in ("sequence_length", "per_device_train_batch_size", "gradient_accumulation_steps"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("z_loss", "max_loss_jump", "weight_decay", "max_grad_norm"):
+        for name in ("z_loss", "mtp_loss_weight", "max_loss_jump", "weight_decay", "max_grad_norm"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 (off) or more")
         require(self.learning_rate > 0, "learning_rate", self.learning_rate, "a number above 0")
         require(self.min_lr_ratio is None or 0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "0 to 1")
         coefficient = self.router_aux_loss_coef
         require(coefficient is None or coefficient >= 0, "router_aux_loss_coef", coefficient, "0 (off) or more")
+        for name, value in (("mtp_steps", self.mtp_steps), ("mtp_freeze_trunk", self.mtp_freeze_trunk or None)):
+            require(value is None or self.mtp_loss_weight > 0, name, value, "none without mtp_loss_weight")
+        require(self.mtp_steps is None or self.mtp_steps >= 1, "mtp_steps", self.mtp_steps, "1 or more")
         if self.total_tokens is not None:
             self.max_steps = parse_tokens(self.total_tokens, "total_tokens") // self.tokens_per_step
             require(self.max_steps > 0, "total_tokens", self.total_tokens, f"a step's {self.tokens_per_step} or more")

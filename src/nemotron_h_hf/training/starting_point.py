@@ -11,7 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from ..errors import require
 from ..inputs import load_tokenizer as open_tokenizer
+from ..model.mtp import add_mtp
 from .arguments import ModelArguments, as_mapping, nearest
 from .fp8 import convert_to_fp8, print_fp8_modules
 from .one_copy import device_to_load_on
@@ -42,11 +44,30 @@ def load_model(
             )
         how = {"dtype": dtype, "attn_implementation": arguments.attention, "device_map": device, **loading}
         model = load_weights(name, "model", **how)
+    settle_mtp(model, arguments)
     model.set_mamba_implementation(arguments.mamba)
     if arguments.fp8:
         convert_to_fp8(model)
         print_fp8_modules(model)
     return model
+
+
+def settle_mtp(model: PreTrainedModel, arguments: ModelArguments) -> None:
+    """Add the fresh heads that `mtp_depth` asks for; it may also name those that the model has."""
+    depth, config = arguments.mtp_depth, model.config.get_text_config()
+    pattern = arguments.mtp_pattern
+    require(pattern is None or depth is not None, "mtp_pattern", pattern, "none without mtp_depth")
+    if depth is None:
+        return
+    require(config is model.config, "mtp_depth", depth, "none for a vision-language model")
+    require(depth >= 1, "mtp_depth", depth, "1 or more")
+    held = config.num_nextn_predict_layers
+    require(held in (0, depth), "mtp_depth", depth, f"none, or the {held} that the model has")
+    if held:
+        own = config.mtp_hybrid_override_pattern
+        require(pattern in (None, own), "mtp_pattern", pattern, f"none, or the model's {own!r}")
+    else:
+        add_mtp(model, depth, pattern)
 
 
 def load_weights(name: str, field: str, **loading: object) -> PreTrainedModel:

@@ -8,7 +8,7 @@ What it adds to transformers.Trainer, which does all the rest:
     checkpoints               whole or ignored (checkpoints.py): a crash or a full disk at any moment loses nothing
     divergence                a loss or gradient that is no number, or a jump of the loss, stops before the weights change
     held-out loss             the mean over all tokens that count, at any batch size and number of processes
-    z-loss, balance loss      where they are asked for, in training alone; the experts' balance loss is logged
+    further losses            z-loss, the experts' balance loss, multi-token prediction; in training alone, the latter two logged
 """
 
 from __future__ import annotations
@@ -123,6 +123,7 @@ class NemotronHTrainer(Trainer):
                 raise ValueError(
                     f"dataloader_num_workers: got {args.dataloader_num_workers}, allowed is 0: the rows' state is here"
                 )
+        _settle_mtp(model, args)
         use_cache = model.config.use_cache
         super().__init__(model, args, data_collator, train_dataset, *others, **named)
         self.model.config.use_cache = (
@@ -139,7 +140,8 @@ class NemotronHTrainer(Trainer):
         self.monitor = Monitor(flops_per_token, show_bar=not args.disable_tqdm)
         self.add_callback(self.monitor)
         self._loss_of_step = torch.zeros((), device=args.device)
-        self._balance = torch.zeros(2, device=args.device)  # balance loss since the last line of the log: sum, count
+        # Means since the last line of the log: sum, count
+        self._means = {name: torch.zeros(2, device=args.device) for name in ("balance_loss", "mtp_loss")}
         self._recent_losses: deque[float] = deque(maxlen=STEPS_REMEMBERED)
         self._evaluated: list[Tensor] = []  # of each batch, the sum of its loss and the number of its items
         self._first_step = self._first_row = 0  # where this process began
@@ -258,7 +260,7 @@ class NemotronHTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch=None
     ) -> Any:
-        """As transformers': the model's own loss; in training with z-loss and balance loss, where they are asked for.
+        """As transformers': the model's own loss; in training with the further losses that are asked for.
 
         In evaluation its sum is kept. Where the items are those of all processes, all of them add the same number of
         items, and each its loss times the number of processes: the quotient of the sums is the mean either way.
@@ -274,10 +276,13 @@ class NemotronHTrainer(Trainer):
             inputs = {"skip_logits": True, **inputs}
         if self.args.router_aux_loss_coef and model.training:
             inputs = {**inputs, "output_router_logits": True}
+        if self.args.mtp_loss_weight and model.training:
+            inputs |= {"mtp_loss_weight": self.args.mtp_loss_weight, "mtp_steps": self.args.mtp_steps}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if model.training and outputs.get("aux_loss") is not None:
-            balance = outputs["aux_loss"].detach().to(self._balance)
-            self._balance += torch.stack([balance, torch.ones_like(balance)])
+        for name, output in (("balance_loss", "aux_loss"), ("mtp_loss", "mtp_loss")):
+            if model.training and outputs.get(output) is not None:
+                value = outputs[output].detach().to(self._means[name])
+                self._means[name] += torch.stack([value, torch.ones_like(value)])
         if not model.training and num_items_in_batch is not None:
             items = torch.as_tensor(num_items_in_batch).to(loss.device, torch.float32)
             total = torch.where(items > 0, loss.detach().float().mean() * items, 0.0)
@@ -378,16 +383,19 @@ class NemotronHTrainer(Trainer):
     # Logging and saving
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As transformers', with tokens per second, MFU, memory and the experts' balance loss in addition to a training loss."""
+        """As transformers', with tokens per second, MFU, memory and the parts of the loss in addition to a training loss."""
         if "loss" in logs:
-            logs |= self.monitor.figures(self.args, self.state) | self._mean_balance()
+            logs |= self.monitor.figures(self.args, self.state) | self._parts_of_loss()
         super().log(logs, start_time)
 
-    def _mean_balance(self) -> dict[str, float]:
-        """Over the micro-steps of all processes since the last line; nothing where the model was not asked for it."""
-        total, count = self.accelerator.reduce(self._balance.clone(), "sum").tolist()
-        self._balance.zero_()
-        return {"balance_loss": total / count} if count else {}
+    def _parts_of_loss(self) -> dict[str, float]:
+        """Means over the micro-steps of all processes since the last line, of the parts that the model was asked for."""
+        found = {}
+        for name, sums in self._means.items():
+            total, count = self.accelerator.reduce(sums.clone(), "sum").tolist()
+            sums.zero_()
+            found |= {name: total / count} if count else {}
+        return found
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """As transformers', with the rows' state; the folder counts once everything in it is on the disk."""
@@ -436,6 +444,19 @@ class NemotronHTrainer(Trainer):
             value for state in self.optimizer.state.values() for value in state.values() if torch.is_tensor(value)
         ]
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _settle_mtp(model: nn.Module, args: NemotronHTrainingArguments) -> None:
+    """Ask for the gradients that `mtp_loss_weight` and `mtp_freeze_trunk` need."""
+    weight, config = args.mtp_loss_weight, model.config.get_text_config()
+    if not weight:
+        return
+    require(config is model.config, "mtp_loss_weight", weight, "0 for a vision-language model")
+    depth = config.num_nextn_predict_layers
+    require(depth > 0, "mtp_loss_weight", weight, "0 for a model without multi-token prediction; --mtp_depth adds it")
+    if args.mtp_freeze_trunk:
+        model.requires_grad_(False)
+    model.mtp.requires_grad_(True)
 
 
 @contextmanager
