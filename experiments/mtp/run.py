@@ -25,7 +25,7 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from nemotron_h_hf import EMBEDDED_MODEL, NemotronHElasticForCausalLM, NemotronHForCausalLM
+from nemotron_h_hf import NemotronHElasticForCausalLM, NemotronHForCausalLM
 from nemotron_h_hf.cost import parameters_by_kind
 from nemotron_h_hf.data.stdlib_text import as_jsonl, read_documents, split_documents
 from nemotron_h_hf.elastic.prepare.elasticize import elasticize
@@ -106,7 +106,7 @@ def measure(arguments: argparse.Namespace) -> None:
         "command": f"python experiments/mtp/run.py measure --new-tokens {arguments.new_tokens} --rounds {arguments.rounds} "
                    f"--threads {arguments.threads}",
         "trained": f"python experiments/mtp/run.py train --tokens {arguments.tokens} --seed {arguments.seed}",
-        "last_mtp_loss": [json.loads(line) for line in (arguments.output / "run" / "metrics.jsonl").read_text().splitlines()][-1]["mtp_loss"],
+        "mtp_loss": json.loads((arguments.output / "run" / "metrics.jsonl").read_text().splitlines()[-1])["mtp_loss"],
         "machine": "2-core x86 CPU", "dtype": "float32", "threads": arguments.threads, "torch": torch.__version__,
         "parameters": parameters_by_kind(plain.config), "prompts": len(prompts), "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": arguments.new_tokens, "rounds": arguments.rounds, "all_texts_equal": True,
