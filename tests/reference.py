@@ -63,12 +63,13 @@ def block(weights: dict[str, Tensor], prefix: str, letter: str, config, sizes, s
 
 
 def sizes_at(config, index: int) -> SimpleNamespace:
-    """The configuration as layer `index` sees it: its own entry of a list of sizes."""
+    """The configuration as layer `index` sees it: its own entry of a list of sizes, or what its block says."""
     pattern, sizes = config.hybrid_override_pattern, config.to_dict()
     number = pattern[:index].count(pattern[index])
     lists = {"M": ("mamba_num_heads", "mamba_head_dim"), "*": ("num_attention_heads",)}.get(pattern[index], ())
-    own = {field: sizes[field][number] for field in lists if isinstance(sizes[field], list)}
-    return SimpleNamespace(**{**sizes, **own})
+    own = {field: sizes[field][number] for field in lists if isinstance(sizes.get(field), list)}
+    blocks = sizes.get("block_configs") or [{}] * len(pattern)
+    return SimpleNamespace(**{"moe_latent_size": None, "sliding_window": None, **sizes, **own, **blocks[index]})
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -136,10 +137,11 @@ def attention(weights: dict[str, Tensor], config, inputs: list[Tensor]) -> list[
         for head in range(config.num_attention_heads):
             own = slice(head * dim, (head + 1) * dim)
             shared = slice(head // share * dim, (head // share + 1) * dim)
-            scores = torch.stack([query[own] @ key[shared] / math.sqrt(dim) for key in keys])
+            seen = slice(-(config.sliding_window or len(keys)), None)
+            scores = torch.stack([query[own] @ key[shared] / math.sqrt(dim) for key in keys[seen]])
             chances = torch.exp(scores - scores.max())
             chances = chances / chances.sum()
-            out.append(sum(chance * value[shared] for chance, value in zip(chances, values)))
+            out.append(sum(chance * value[shared] for chance, value in zip(chances, values[seen])))
         outputs.append(linear(weights, "o_proj", torch.cat(out)))
     return outputs
 

@@ -1,4 +1,4 @@
-"""Nemotron-H for Hugging Face transformers. Importing the package registers its classes for `model_type: nemotron_h`.
+"""Nemotron-H for Hugging Face transformers. Importing the package registers its classes for `nemotron_h` and `nemotron_h_puzzle`.
 
 tensors.py             the table of a checkpoint's tensors and of the axes that smaller models cut
 cost.py                parameters, bytes and operations of a configuration
@@ -35,10 +35,17 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor  #
 
 from .elastic.attach import attach
 from .model.cache import HybridCache
-from .model.configuration_nemotron_h import NemotronHConfig
+from .model.configuration_nemotron_h import NemotronHConfig, NemotronHPuzzleConfig
 from .model.configuration_nemotron_h_vl import NemotronHVLConfig
 from .model.image_processing_nemotron_h_vl import NemotronHVLImageProcessor, NemotronNanoVLV2ImageProcessor
-from .model.modeling_nemotron_h import NemotronHForCausalLM, NemotronHForSequenceClassification, NemotronHModel
+from .model.modeling_nemotron_h import (
+    NemotronHForCausalLM,
+    NemotronHForSequenceClassification,
+    NemotronHModel,
+    NemotronHPuzzleForCausalLM,
+    NemotronHPuzzleForSequenceClassification,
+    NemotronHPuzzleModel,
+)
 from .model.modeling_nemotron_h_vl import (
     NemotronH_Nano_Omni_Reasoning_V3,
     NemotronH_Nano_VL_V2,
@@ -59,10 +66,15 @@ EMBEDDED_MODEL = str(Path(__file__).parent / "assets" / "nemotron-h-tiny")
 EMBEDDED_VISION_MODEL = str(Path(__file__).parent / "assets" / "nemotron-h-vl-tiny")
 
 attach()
-AutoConfig.register("nemotron_h", NemotronHConfig, exist_ok=True)
-AutoModel.register(NemotronHConfig, NemotronHModel, exist_ok=True)
-AutoModelForCausalLM.register(NemotronHConfig, NemotronHForCausalLM, exist_ok=True)
-AutoModelForSequenceClassification.register(NemotronHConfig, NemotronHForSequenceClassification, exist_ok=True)
+for base, language_model, classifier in (
+    (NemotronHModel, NemotronHForCausalLM, NemotronHForSequenceClassification),
+    (NemotronHPuzzleModel, NemotronHPuzzleForCausalLM, NemotronHPuzzleForSequenceClassification),
+):
+    config_class = base.config_class
+    AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+    AutoModel.register(config_class, base, exist_ok=True)
+    AutoModelForCausalLM.register(config_class, language_model, exist_ok=True)
+    AutoModelForSequenceClassification.register(config_class, classifier, exist_ok=True)
 
 AutoModel.register(NemotronHVLConfig, NemotronHVLModel, exist_ok=True)
 for model_class, image_processor, processor in (
@@ -102,6 +114,10 @@ __all__ = [
     "NemotronHForCausalLM",
     "NemotronHForSequenceClassification",
     "NemotronHModel",
+    "NemotronHPuzzleConfig",
+    "NemotronHPuzzleForCausalLM",
+    "NemotronHPuzzleForSequenceClassification",
+    "NemotronHPuzzleModel",
     "NemotronH_Nano_Omni_Reasoning_V3",
     "NemotronH_Nano_VL_V2",
     "NemotronHVLConfig",

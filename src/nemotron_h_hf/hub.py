@@ -31,13 +31,17 @@ LOCAL_PATH = re.compile(
 )
 PACKAGE = Path(__file__).parent
 CARD_TEMPLATE = PACKAGE / "assets" / "model_card_template.md"
-AUTO_MAP = {
-    "AutoConfig": "configuration_nemotron_h.NemotronHConfig",
-    "AutoModel": "modeling_nemotron_h.NemotronHModel",
-    "AutoModelForCausalLM": "modeling_nemotron_h.NemotronHForCausalLM",
-    "AutoModelForSequenceClassification": "modeling_nemotron_h.NemotronHForSequenceClassification",
+AUTO_MAPS = {
+    model_type: {
+        "AutoConfig": f"configuration_nemotron_h.{name}Config",
+        "AutoModel": f"modeling_nemotron_h.{name}Model",
+        "AutoModelForCausalLM": f"modeling_nemotron_h.{name}ForCausalLM",
+        "AutoModelForSequenceClassification": f"modeling_nemotron_h.{name}ForSequenceClassification",
+    }
+    for model_type, name in (("nemotron_h", "NemotronH"), ("nemotron_h_puzzle", "NemotronHPuzzle"))
 }
-"""The `auto_map` of config.json, with which `trust_remote_code=True` finds the classes in the files next to the weights."""
+"""The `auto_map` of config.json, by its `model_type`, with which `trust_remote_code=True` finds the classes in the files next to
+the weights."""
 PROCESSOR_AUTO_MAP = {
     "AutoImageProcessor": "image_processing_nemotron_h_vl.NemotronHVLImageProcessor",
     "AutoProcessor": "processing_nemotron_h_vl.NemotronHVLProcessor",
@@ -107,7 +111,7 @@ def with_auto_map(config_text: str) -> bytes:
     config = config if sees else with_plain_limit(config)
     config["auto_map"] = {
         **config.get("auto_map", {}),
-        **(VISION_AUTO_MAPS[config["model_type"]] if sees else AUTO_MAP),
+        **(VISION_AUTO_MAPS if sees else AUTO_MAPS)[config.get("model_type", "nemotron_h")],
     }
     return (json.dumps(config, indent=2) + "\n").encode()
 

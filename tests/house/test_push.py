@@ -206,7 +206,7 @@ def test_bad_arguments_are_named(argv, named):
 def test_attach_code_writes_once_and_replaces_nothing(folder):
     written = hub.attach_code(folder)
     assert "configuration_nemotron_h.py" in written and hub.attach_code(folder) == []
-    assert json.loads((folder / "config.json").read_text())["auto_map"] == hub.AUTO_MAP
+    assert json.loads((folder / "config.json").read_text())["auto_map"] == hub.AUTO_MAPS["nemotron_h"]
     (folder / "modeling_nemotron_h.py").write_text("# changed by its owner\n")
     with pytest.raises(ValueError, match=r"modeling_nemotron_h\.py exists with other content"):
         hub.attach_code(folder)

@@ -23,7 +23,7 @@ from .kernels import attends_in_triton
 from .linear import project
 from .mamba2 import NemotronHMamba2Mixer
 from .moe import NemotronHMLP, NemotronHMoE
-from .padding import Padding, Rows, flash_offsets
+from .padding import Padding, Rows, flash_offsets, mask_name, within_window
 from .ssd import inverse_rms, wide
 
 
@@ -48,7 +48,10 @@ class NemotronHRMSNorm(nn.Module):
 
 
 class NemotronHAttention(nn.Module):
-    """Causal attention with grouped keys and values and no position embedding (order comes from the Mamba layers)."""
+    """Causal attention with grouped keys and values and no position embedding (order comes from the Mamba layers).
+
+    With a `sliding_window` a token sees that many, itself included; a mask says so, or it is None and `attend_in_window` does.
+    """
 
     def __init__(self, config: NemotronHConfig, layer_idx: int) -> None:
         super().__init__()
@@ -56,7 +59,7 @@ class NemotronHAttention(nn.Module):
         self.head_dim, self.scaling, self.is_causal = config.head_dim, config.head_dim**-0.5, True
         num_heads = config.size("num_attention_heads", layer_idx)
         self.num_key_value_groups = num_heads // config.num_key_value_heads
-        self.attention_dropout = config.attention_dropout
+        self.attention_dropout, self.sliding_window = config.attention_dropout, config.size("sliding_window", layer_idx)
         hidden, bias = config.hidden_size, config.attention_bias
         self.q_proj = nn.Linear(hidden, num_heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden, config.num_key_value_heads * self.head_dim, bias=bias)
@@ -87,15 +90,19 @@ class NemotronHAttention(nn.Module):
             return project(self.o_proj, self._decode(query, key, value, attention_mask, cache).flatten(2)), None
         # with a mask (static caches) the general way would repeat keys and values for every query head, in memory
         grouped = query.device.type == "cpu" or attention_mask is not None
-        if implementation == "sdpa" and rows[1] == 1 and grouped and not self.training:
+        if implementation == "sdpa" and self.sliding_window and attention_mask is None:
+            dropout = self.attention_dropout if self.training else 0.0
+            output, weights = attend_in_window(query, key, value, self.sliding_window, self.scaling, dropout), None
+        elif implementation == "sdpa" and rows[1] == 1 and grouped and not self.training:
             output, weights = attend_one(query, key, value, attention_mask, self.scaling), None
         elif continues:
             output, weights = attend_after(query, key, value, self.scaling), None
         else:
             attend: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
             dropout = self.attention_dropout if self.training else 0.0
+            window = {} if self.sliding_window is None else {"sliding_window": self.sliding_window}
             output, weights = attend(
-                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+                self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **window, **kwargs
             )
         return project(self.o_proj, output.reshape(*rows, -1)), weights
 
@@ -128,6 +135,24 @@ def attend_one(query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor
     grouped = query.view(query.shape[0], key.shape[1], -1, query.shape[-1])  # (b, kv heads, heads per kv head, d)
     output = nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=attention_mask, scale=scaling)
     return output.reshape(query.shape[0], 1, -1, query.shape[-1])
+
+
+def attend_in_window(
+    query: Tensor, key: Tensor, value: Tensor, window: int, scaling: float, dropout: float = 0.0
+) -> Tensor:
+    """SDPA where a token sees the last `window`, itself included; keys and values that no query sees are not read.
+
+    query (b, heads, l, d), the last tokens of key and value (b, kv heads, past + l, d), all real -> (b, l, heads, d).
+    """
+    length = query.shape[2]
+    seen = min(key.shape[2], length + window - 1)
+    key, value = key[:, :, key.shape[2] - seen :], value[:, :, value.shape[2] - seen :]
+    places = torch.arange(seen, device=query.device)
+    distance = places[seen - length :, None] - places
+    mask = None if length == 1 else (distance >= 0) & (distance < window)
+    attend = nn.functional.scaled_dot_product_attention
+    output = attend(query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling, enable_gqa=True)
+    return output.transpose(1, 2)
 
 
 def can_attend_after(x: Tensor, head_dim: int) -> bool:
@@ -195,7 +220,7 @@ def make_mixer(config: NemotronHConfig, kind: str, layer_idx: int) -> nn.Module:
         "linear_attention": lambda: NemotronHMamba2Mixer(config, layer_idx),
         "full_attention": lambda: NemotronHAttention(config, layer_idx),
         "mlp": lambda: NemotronHMLP(config, config.size("intermediate_size", layer_idx)),
-        "moe": lambda: NemotronHMoE(config),
+        "moe": lambda: NemotronHMoE(config, layer_idx),
     }
     return mixers[kind]()
 
@@ -256,14 +281,16 @@ def run_blocks(
     **kwargs: object,
 ) -> Tensor:
     """Blocks one after the other over one stretch of tokens: (b, l, hidden) -> (b, l, hidden)."""
-    mask, more = None, {}
-    if any(block.block_type == "full_attention" for block in blocks):
-        mask, more = _attention_mask(config, hidden_states, rows, cache, blocks[0].training)
+    windows = {block.mixer.sliding_window for block in blocks if block.block_type == "full_attention"}
+    training = blocks[0].training
+    masks = {window: _attention_mask(config, hidden_states, rows, cache, training, window) for window in windows}
     for block in blocks:
+        attends = block.block_type == "full_attention"
+        mask, more = masks[block.mixer.sliding_window] if attends else (None, {})
         hidden_states = block(
             hidden_states,
             cache=cache,
-            attention_mask=mask if block.block_type == "full_attention" else None,
+            attention_mask=mask,
             padding=rows.padding,
             seq_idx=rows.documents,
             **kwargs,
@@ -273,11 +300,13 @@ def run_blocks(
 
 
 def _attention_mask(
-    config: NemotronHConfig, embeds: Tensor, rows: Rows, cache: Cache | None, training: bool
+    config: NemotronHConfig, embeds: Tensor, rows: Rows, cache: Cache | None, training: bool, window: int | None
 ) -> tuple[Tensor | None, dict]:
-    """The mask in the form that the attention implementation wants, and what else attention layers must know."""
+    """The mask in the form that the attention implementation wants, and what else the attention layers with that sliding
+    window (None: without) must know."""
     if rows.is_masked:
-        return rows.attention_mask, {}
+        mask = rows.attention_mask
+        return (mask[mask_name(window)] if isinstance(mask, dict) else mask), {}
     mask, documents = rows.real, rows.documents
     if documents is None:
         growing = cache is None or not cache.is_compileable
@@ -286,14 +315,12 @@ def _attention_mask(
                 return None, {}  # one token sees everything before it
             if not training and _continues(embeds, config.head_dim, mask, cache):
                 return None, {"continues": embeds.shape[1] > 1}
-        return create_causal_mask(config, embeds, mask, cache), {}
-    if "flash" in config._attn_implementation:
+            if window is not None and mask is None:
+                return None, {}  # the layer sees to its window
+    elif "flash" in config._attn_implementation:
         return None, flash_offsets(documents, mask)
-
-    def same_document(row, _head, query, key):
-        return documents[row, query] == documents[row, key]
-
-    return create_causal_mask(config, embeds, mask, cache, and_mask_function=same_document), {}
+    within = within_window(window, mask, cache, documents)
+    return create_causal_mask(config, embeds, mask, cache, and_mask_function=within), {}
 
 
 def _continues(embeds: Tensor, head_dim: int, mask: Tensor | None, cache: Cache | None) -> bool:

@@ -5,24 +5,31 @@ A layer is one mixer: Mamba-2 (M), attention (*), MLP (-) or mixture of experts 
 
     layers_block_type   list of "linear_attention" | "full_attention" | "mlp" | "moe", one per layer (transformers' names)
     mlp_widths          one width per MLP layer, in order
-    size(field, layer)  a size of one layer: `intermediate_size`, `mamba_num_heads`, `mamba_head_dim` and
-                        `num_attention_heads` may be one int, or a list with one for each layer of their kind
+    size(field, layer)  a size of one layer: each of PER_LAYER_FIELDS may be one int, or a list with one for each layer of
+                        its kind, the layers of multi-token prediction last
     time_step_limit     (low, high) of the Mamba step size; absent or null means (0, inf), never (time_step_min, inf)
 
 Widths are never derived from `expand` or `hidden_size`: the Mamba width is heads * head_dim (`mamba_intermediate_size`).
+
+What an ordinary file cannot say (experts that differ by layer, sliding windows) makes it a NemotronHPuzzleConfig, whose files
+are laid out as the released Puzzle model's (block_configs.py).
 """
 
 import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .block_configs import LAYOUT_FIELDS, LEGACY_TYPES, OPTIONAL, REQUIRED, pack_blocks, unpack_blocks
+from .presets import PATTERN_8B, PRESETS
+
 LETTER_TO_TYPE = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
 TYPE_TO_LETTER = {name: letter for letter, name in LETTER_TO_TYPE.items()}
 LAYER_NAMES = {"linear_attention": "Mamba", "full_attention": "attention", "mlp": "MLP", "moe": "MoE"}  # for people
-LEGACY_TYPES = {"mamba": "linear_attention", "attention": "full_attention"}
 
 # Other spellings of a field -> the field. A value in another spelling is used only where the field itself is not given.
 SYNONYMS = {
@@ -64,7 +71,11 @@ LARGEST = 3.4028234663852886e38  # of fp32: stands for infinity in files whose l
 
 MAMBA_IMPLEMENTATIONS = ("auto", "torch", "kernels", "triton")
 
-_PATTERN_8B = "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-"
+# Of these, lists are told by nobody but the Puzzle layout; where all entries agree they are one value.
+PUZZLE_LISTS = (
+    "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "moe_shared_expert_intermediate_size",
+    "moe_latent_size",
+)  # fmt: skip
 
 
 class NemotronHConfig(PreTrainedConfig):
@@ -72,8 +83,9 @@ class NemotronHConfig(PreTrainedConfig):
 
     Layers come from `hybrid_override_pattern` ("M-M*-"), or from a list in `layers_block_type` (or `layer_types`) with
     the names linear_attention/mamba, full_attention/attention, mlp, moe. Sizes are counts of elements.
-    `intermediate_size`, `mamba_num_heads`, `mamba_head_dim` and `num_attention_heads` are one size for every layer of
-    their kind, or a list with one size for each of them.
+    Sizes of MLP and Mamba layers, `num_attention_heads`, the sizes and counts of experts and `sliding_window` (tokens, the
+    newest included; None sees all) are one for every layer of their kind, or a list with one for each of them. A list may go
+    on with those of multi-token prediction, which else have the largest.
     `mamba_implementation` chooses the ops: "auto" (the packages' kernels where they and the tensors allow; on a CPU, for
     single tokens, our own where Numba is installed), "torch", "kernels" (the packages'), "triton" (ours, not timed yet).
 
@@ -90,6 +102,8 @@ class NemotronHConfig(PreTrainedConfig):
         "mamba_num_heads": "linear_attention",
         "mamba_head_dim": "linear_attention",
         "num_attention_heads": "full_attention",
+        "sliding_window": "full_attention",
+        **dict.fromkeys(PUZZLE_LISTS, "moe"),
     }
     fields_of_others = ()  # that a package around these files adds; None and {} are not written
     # in_proj packs five blocks of rows (gate, x, B, C, dt), so it is gathered before they are cut apart; conv and scan run
@@ -137,6 +151,7 @@ class NemotronHConfig(PreTrainedConfig):
     head_dim: int = 128
     attention_bias: bool = False
     attention_dropout: float = 0.0
+    sliding_window: int | list[int | None] | None = None
     # MLP
     intermediate_size: int | list[int] = 21504
     mlp_hidden_act: str = "relu2"
@@ -159,12 +174,12 @@ class NemotronHConfig(PreTrainedConfig):
     mamba_ssm_cache_dtype: str = "float32"
     mamba_implementation: str = "auto"
     # mixture of experts
-    n_routed_experts: int = 8
-    num_experts_per_tok: int = 2
+    n_routed_experts: int | list[int] = 8
+    num_experts_per_tok: int | list[int] = 2
     n_shared_experts: int = 1
-    moe_intermediate_size: int = 7688
-    moe_shared_expert_intermediate_size: int = 7688
-    moe_latent_size: int | None = None
+    moe_intermediate_size: int | list[int] = 7688
+    moe_shared_expert_intermediate_size: int | list[int] = 7688
+    moe_latent_size: int | list[int | None] | None = None
     moe_shared_expert_overlap: bool = True
     routed_scaling_factor: float = 1.0
     n_group: int = 1
@@ -183,13 +198,23 @@ class NemotronHConfig(PreTrainedConfig):
     hidden_dropout: float = 0.0
 
     def __new__(cls, *args: Any, **given: Any) -> "NemotronHConfig":
-        config = super().__new__(cls)
+        config = super().__new__(NemotronHPuzzleConfig if cls is NemotronHConfig and _needs_blocks(given) else cls)
         if given:  # kept until `__post_init__`: a field that is given wins, even if it is given its default
             config.__dict__["_given"] = {name for name, value in given.items() if value is not None}
         return config
 
     def __post_init__(self, **kwargs: Any) -> None:
         given = self.__dict__.pop("_given", set())
+        if any(name in kwargs for name in LAYOUT_FIELDS):
+            told = {name: kwargs[name] if name in kwargs else getattr(self, name) for name in given}
+            kwargs = {name: value for name, value in kwargs.items() if name not in LAYOUT_FIELDS}
+            for name, value in unpack_blocks(told, self.PER_LAYER_FIELDS).items():
+                if name in self.__dataclass_fields__:
+                    setattr(self, name, value)
+                else:
+                    kwargs[name] = value
+        self._blockwise = kwargs.pop("blockwise", None)
+        kwargs.pop("model_type", None)  # the class has it
         for name in [name for name in kwargs if name in SYNONYMS]:
             value, field = kwargs.pop(name), SYNONYMS[name]
             if field not in given:
@@ -218,6 +243,10 @@ class NemotronHConfig(PreTrainedConfig):
         _check_token_ids(self)
         super().__post_init__(**kwargs)
         self.validate()
+        for field in (*PUZZLE_LISTS, "sliding_window"):
+            sizes = getattr(self, field)
+            if isinstance(sizes, list) and len(set(sizes)) == 1:
+                setattr(self, field, sizes[0])
 
     def validate(self) -> None:
         """Check every field again; transformers calls it before saving."""
@@ -231,10 +260,11 @@ class NemotronHConfig(PreTrainedConfig):
             ValueError: for the configuration of another kind of model.
         """
         found = config_dict.get("model_type", cls.model_type)
-        if found != cls.model_type:
+        if found != cls.model_type and cls not in _layouts(found):
             raise ValueError(f"model_type={found!r}: allowed is {cls.model_type!r}")
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in _spellings(cls)}
-        return super().from_dict({**_without(config_dict, overrides), **overrides}, **kwargs)
+        told, overrides = (unpack_blocks(fields, cls.PER_LAYER_FIELDS) for fields in (config_dict, overrides))
+        return super().from_dict({**_without(told, overrides), **overrides}, **kwargs)
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "NemotronHConfig":
@@ -268,12 +298,31 @@ class NemotronHConfig(PreTrainedConfig):
     def mtp_hybrid_override_pattern(self) -> str:
         return "".join(TYPE_TO_LETTER[name] for name in self.mtp_layers_block_type or [])
 
-    def size(self, field: str, layer_idx: int) -> int:
-        """`field`, one of PER_LAYER_FIELDS, of layer `layer_idx`; layers past the stack (MTP) have the largest."""
-        value, kinds = getattr(self, field), self.layers_block_type
-        if isinstance(value, int):
+    def size(self, field: str, layer_idx: int) -> int | None:
+        """`field`, one of PER_LAYER_FIELDS, of layer `layer_idx`. Layers past the stack are those of multi-token prediction,
+        all depths alike; they have the largest size where a list does not name theirs."""
+        value, kinds, kind = getattr(self, field), self.layers_block_type, self.PER_LAYER_FIELDS[field]
+        if not isinstance(value, list):
             return value
-        return max(value) if layer_idx >= len(kinds) else value[kinds[:layer_idx].count(self.PER_LAYER_FIELDS[field])]
+        if layer_idx < len(kinds):
+            return value[kinds[:layer_idx].count(kind)]
+        mtp = self.mtp_layers_block_type or []
+        number = kinds.count(kind) + mtp[: (layer_idx - len(kinds)) % max(1, len(mtp))].count(kind)
+        if len(value) > kinds.count(kind):
+            return value[number]
+        return None if None in value else max(value)
+
+    def layers_with(self, kind: str) -> list[int]:
+        """Indices of the layers with that mixer, those of multi-token prediction, which follow the stack, included."""
+        every = [*self.layers_block_type, *(self.mtp_layers_block_type or [])]
+        return [index for index, found in enumerate(every) if found == kind]
+
+    def drop_mtp(self) -> None:
+        """Leave multi-token prediction out, and its entries in lists of sizes."""
+        for field, kind in self.PER_LAYER_FIELDS.items():
+            if isinstance(sizes := getattr(self, field), list):
+                setattr(self, field, sizes[: self.layers_block_type.count(kind)])
+        self.num_nextn_predict_layers, self.mtp_layers_block_type = 0, None
 
     def mamba_width(self, layer_idx: int) -> int:
         """Width of Mamba layer `layer_idx`: heads * head_dim."""
@@ -314,8 +363,15 @@ class NemotronHConfig(PreTrainedConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """As `PreTrainedConfig.to_dict`, in the one layout that old and new readers accept."""
+        output = self.plain_dict()
+        if self.sliding_window is None:
+            del output["sliding_window"]
+        return output
+
+    def plain_dict(self) -> dict[str, Any]:
+        """The fields as `from_dict` takes them, with a pattern and lists of sizes, whichever layout the files have."""
         output = with_plain_limit(super().to_dict())
-        for name in ("layers_block_type", "mtp_layers_block_type"):
+        for name in ("layers_block_type", "mtp_layers_block_type", "_blockwise"):
             output.pop(name, None)
         output["hybrid_override_pattern"] = self.hybrid_override_pattern
         output["num_hidden_layers"] = self.num_hidden_layers
@@ -327,6 +383,45 @@ class NemotronHConfig(PreTrainedConfig):
         dropped += tuple(name for name in self.fields_of_others if not getattr(self, name))
         dropped += () if self.num_nextn_predict_layers else MTP_FIELDS
         return {key: value for key, value in output.items() if key not in dropped}
+
+
+class NemotronHPuzzleConfig(NemotronHConfig):
+    """A configuration whose files have `block_configs`, as the released Puzzle model's; all else is NemotronHConfig's."""
+
+    model_type = "nemotron_h_puzzle"
+
+    def to_dict(self) -> dict[str, Any]:
+        """As NemotronHConfig's, with blocks in place of the pattern; fields are said by block if they were read so, or differ."""
+        output = self.plain_dict()
+        kinds = {*self.layers_block_type, *(self.mtp_layers_block_type or [])}
+        blockwise = self._blockwise
+        if blockwise is None:
+            blockwise = [field for kind, fields in REQUIRED.items() if kind in kinds for field in fields]
+            blockwise += [] if self.moe_latent_size is None else ["moe_latent_size"]
+        lists = [field for field in self.PER_LAYER_FIELDS if isinstance(getattr(self, field), list)]
+        dropped = {"hybrid_override_pattern", "mtp_hybrid_override_pattern", *blockwise, *lists}
+        output = {key: value for key, value in output.items() if key not in dropped}
+        if self.architectures:
+            output["architectures"] = [
+                re.sub(r"^NemotronH(?=For|Model)", "NemotronHPuzzle", it) for it in self.architectures
+            ]
+        return output | pack_blocks(self, blockwise)
+
+
+def _needs_blocks(fields: Mapping[str, Any]) -> bool:
+    """Whether these fields are of a Puzzle file, or an ordinary file cannot say them."""
+    if fields.get("model_type") == NemotronHPuzzleConfig.model_type or fields.get("block_configs") is not None:
+        return True
+    lists = [fields.get(field) for field in PUZZLE_LISTS]
+    differ = any(isinstance(sizes, (list, tuple)) and any(size != sizes[0] for size in sizes) for sizes in lists)
+    window = fields.get("sliding_window")
+    return differ or (any(window) if isinstance(window, (list, tuple)) else window is not None)
+
+
+def _layouts(model_type: str) -> tuple[type[NemotronHConfig], ...]:
+    """The classes that read files of a kind: either reads both."""
+    both = (NemotronHConfig, NemotronHPuzzleConfig)
+    return both if model_type in {each.model_type for each in both} else ()
 
 
 def with_plain_limit(fields: dict[str, Any]) -> dict[str, Any]:
@@ -346,7 +441,8 @@ def preset_names() -> list[str]:
 def _spellings(config_class: type[NemotronHConfig]) -> set[str]:
     """Every name under which a field of ours can be given."""
     fields = set(config_class.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
-    return {*fields, *config_class.fields_of_others, *SYNONYMS, *LAYER_SPELLINGS, *MTP_SPELLINGS, "use_mamba_kernels"}
+    others = (*SYNONYMS, *LAYER_SPELLINGS, *MTP_SPELLINGS, *LAYOUT_FIELDS, "use_mamba_kernels")
+    return {*fields, *config_class.fields_of_others, *others}
 
 
 def _without(fields: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
@@ -364,7 +460,7 @@ def _read_layers(
     layers: list[str] | None,
     pattern: str | None,
     count: int | None,
-    default: str = _PATTERN_8B,
+    default: str = PATTERN_8B,
     field: str = "layers_block_type",
 ) -> list[str]:
     pattern_field = "hybrid_override_pattern" if field == "layers_block_type" else "mtp_hybrid_override_pattern"
@@ -431,33 +527,28 @@ def _validate(config: NemotronHConfig) -> None:
         if not condition:
             raise ValueError(f"{field}={getattr(config, field)!r}: allowed is {allowed}")
 
-    def is_count(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
-
     def is_number(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < LARGEST  # NaN is not
 
     counts = ["vocab_size", "hidden_size", "max_position_embeddings", "num_key_value_heads", "head_dim",
               "ssm_state_size", "n_groups", "chunk_size"]  # fmt: skip
     if config.has_experts:
-        counts += ["n_routed_experts", "num_experts_per_tok", "moe_intermediate_size", "n_shared_experts", "n_group",
-                   "topk_group", "moe_shared_expert_intermediate_size"]  # fmt: skip
+        counts += ["n_shared_experts", "n_group", "topk_group"]
     for field in counts:
-        require(is_count(getattr(config, field)), field, "a positive integer")
+        require(_is_count(getattr(config, field)), field, "a positive integer")
     for field, kind in config.PER_LAYER_FIELDS.items():
-        sizes, count = getattr(config, field), config.layers_block_type.count(kind)
-        if isinstance(sizes, (list, tuple)):
-            setattr(config, field, list(sizes))
-            require(all(map(is_count, sizes)), field, "an integer or a list of positive integers")
-            name = LAYER_NAMES[kind]
-            require(len(sizes) == count, field, f"one per {name} layer; the pattern has {count} of them")
-        else:
-            require(is_count(sizes), field, f"a positive integer or a list of them, one per {LAYER_NAMES[kind]} layer")
+        if kind != "moe" or config.has_experts:
+            _check_sizes(config, field, kind)
+    if type(config) is NemotronHConfig and _needs_blocks(vars(config)):
+        different = [
+            field for field in (*PUZZLE_LISTS, "sliding_window") if _needs_blocks({field: getattr(config, field)})
+        ]
+        require(False, different[0], "one value; give a list to a new configuration, whose files can say it")
     for field, divisor in (("num_attention_heads", "num_key_value_heads"), ("mamba_num_heads", "n_groups")):
         sizes, by = getattr(config, field), getattr(config, divisor)
         sizes = sizes if isinstance(sizes, list) else [sizes]
         require(all(size % by == 0 for size in sizes), field, f"a multiple of {divisor}={by}")
-    require(is_count(config.conv_kernel) and config.conv_kernel > 1, "conv_kernel", "an integer of 2 or more")
+    require(_is_count(config.conv_kernel) and config.conv_kernel > 1, "conv_kernel", "an integer of 2 or more")
     for field in ("layer_norm_epsilon", "initializer_range", "time_step_min", "time_step_max", "time_step_floor"):
         require(is_number(getattr(config, field)) and getattr(config, field) > 0, field, "a positive number")
     for field in ("attention_dropout", "hidden_dropout"):
@@ -473,75 +564,57 @@ def _validate(config: NemotronHConfig) -> None:
         f"one of {', '.join(MAMBA_IMPLEMENTATIONS)}",
     )  # fmt: skip
     mtp_depth = config.num_nextn_predict_layers
-    require(mtp_depth == 0 or is_count(mtp_depth), "num_nextn_predict_layers", "a non-negative integer")
+    require(mtp_depth == 0 or _is_count(mtp_depth), "num_nextn_predict_layers", "a non-negative integer")
     if config.has_experts:
-        experts, top_k = config.n_routed_experts, config.num_experts_per_tok
-        require(top_k <= experts, "num_experts_per_tok", f"at most n_routed_experts={experts}")
-        require(experts % config.n_group == 0, "n_group", f"a divisor of n_routed_experts={experts}")
         require(config.topk_group <= config.n_group, "topk_group", f"at most n_group={config.n_group}")
-        reach = experts // config.n_group * config.topk_group
-        require(
-            top_k <= reach,
-            "num_experts_per_tok",
-            f"at most the {reach} experts of topk_group={config.topk_group} groups",
-        )
-        latent = config.moe_latent_size
-        require(latent is None or is_count(latent), "moe_latent_size", "null or a positive integer")
+        for layer in config.layers_with("moe"):
+            _check_choice(config, layer)
         require(is_number(config.routed_scaling_factor), "routed_scaling_factor", "a number")
 
 
-# Released shapes (facts of the family: NVIDIA's provider code and model cards). Fields not named are the class defaults.
-_MOE = {"n_group": 1, "topk_group": 1, "norm_topk_prob": True, "n_shared_experts": 1}
-_NANO_30B = {
-    "hybrid_override_pattern": "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME", "hidden_size": 2688,
-    "intermediate_size": 1856, "num_key_value_heads": 2, "mamba_num_heads": 64, "max_position_embeddings": 262144,
-    "n_routed_experts": 128, "num_experts_per_tok": 6, "moe_intermediate_size": 1856,
-    "moe_shared_expert_intermediate_size": 3712, "routed_scaling_factor": 2.5, **_MOE,
-}  # fmt: skip
-PRESETS: dict[str, dict[str, Any]] = {
-    "4b": {"hybrid_override_pattern": _PATTERN_8B, "hidden_size": 3072, "intermediate_size": 12288, "mamba_num_heads": 112},
-    "8b": {"hybrid_override_pattern": _PATTERN_8B},
-    "47b": {
-        "hybrid_override_pattern": "M-M-M-M-M-M-M-M-M*-M-M-M-M-M-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-M-M---MM---M"
-        "-M*-M-M-M-M-M-",
-        "hidden_size": 8192, "intermediate_size": 30720, "num_attention_heads": 64, "mamba_num_heads": 256,
-        "ssm_state_size": 256,
-    },
-    "56b": {
-        "hybrid_override_pattern": "M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M*"
-        "-M-M-M-M-M*-M-M-M-M-M*-M-M-M-M-M-",
-        "hidden_size": 8192, "intermediate_size": 32768, "num_attention_heads": 64, "mamba_num_heads": 256,
-        "ssm_state_size": 256,
-    },
-    "nano-9b-v2": {
-        "hybrid_override_pattern": "M-M-M-MM-M-M-M*-M-M-M*-M-M-M-M*-M-M-M-M*-M-MM-M-M-M-M-M-", "hidden_size": 4480,
-        "intermediate_size": 15680, "num_attention_heads": 40, "mamba_head_dim": 80, "max_position_embeddings": 131072,
-    },
-    "nano-12b-v2": {
-        "hybrid_override_pattern": "M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M*-M-M-M-M-", "hidden_size": 5120,
-        "intermediate_size": 20480, "num_attention_heads": 40, "mamba_head_dim": 80, "max_position_embeddings": 131072,
-    },
-    "3-nano-4b": {
-        "hybrid_override_pattern": "M-M-M-MM-M-M*-M-M*-M-M-M*-M-M-MM*-MMM-M-M-", "hidden_size": 3136,
-        "intermediate_size": 12544, "num_attention_heads": 40, "mamba_num_heads": 96, "mamba_head_dim": 80,
-        "chunk_size": 256, "max_position_embeddings": 262144,
-    },
-    "3-nano-30b-a3b": _NANO_30B,
-    "3-super": {
-        "hybrid_override_pattern": "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEME"
-        "ME",
-        "hidden_size": 4096, "num_key_value_heads": 2, "mamba_num_heads": 128, "max_position_embeddings": 262144,
-        "n_routed_experts": 512, "num_experts_per_tok": 22, "moe_intermediate_size": 2688,
-        "moe_shared_expert_intermediate_size": 5376, "moe_latent_size": 1024, "routed_scaling_factor": 5.0,
-        "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E", **_MOE,
-    },
-    "3-ultra": {
-        "hybrid_override_pattern": "MEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EMEMEM*EMEMEMEM*EMEMEMEM*EM"
-        "EMEM*EMEMEMEM*EMEMEMEME",
-        "hidden_size": 8192, "intermediate_size": 5120, "num_attention_heads": 64, "num_key_value_heads": 2,
-        "mamba_num_heads": 256, "max_position_embeddings": 262144, "n_routed_experts": 512, "num_experts_per_tok": 22,
-        "moe_intermediate_size": 5120, "moe_shared_expert_intermediate_size": 10240, "moe_latent_size": 2048,
-        "routed_scaling_factor": 5.0, "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E", **_MOE,
-    },
-    "3.5-lightning": {**_NANO_30B, "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"},
-}  # fmt: skip
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
+
+
+def _check_sizes(config: NemotronHConfig, field: str, kind: str) -> None:
+    """A count, or a list of counts, one for each layer of the kind; null where a field may have none."""
+    sizes, name = getattr(config, field), LAYER_NAMES[kind]
+    optional = field in OPTIONAL
+    null = "null, " if optional else ""
+
+    def is_size(value: Any) -> bool:
+        return _is_count(value) or (optional and value is None)
+
+    if not isinstance(sizes, (list, tuple)):
+        if not is_size(sizes):
+            raise ValueError(
+                f"{field}={sizes!r}: allowed is {null}a positive integer or a list of them, one per {name} layer"
+            )
+        return
+    setattr(config, field, list(sizes))
+    if not all(map(is_size, sizes)):
+        raise ValueError(f"{field}={list(sizes)!r}: allowed is {null}an integer or a list of positive integers")
+    count, mtp = config.layers_block_type.count(kind), (config.mtp_layers_block_type or []).count(kind)
+    if len(sizes) not in (count, count + mtp):
+        more = f" and {mtp} more for multi-token prediction" if mtp else ""
+        raise ValueError(
+            f"{field}={list(sizes)!r} has {len(sizes)} entries: allowed is one per {name} layer; the pattern has {count} of "
+            f"them{more}"
+        )
+
+
+def _check_choice(config: NemotronHConfig, layer: int) -> None:
+    """That a layer's router can choose as many experts as it shall."""
+    experts, top_k = (config.size(field, layer) for field in ("n_routed_experts", "num_experts_per_tok"))
+    differs = any(isinstance(getattr(config, field), list) for field in ("n_routed_experts", "num_experts_per_tok"))
+    place = f" in layer {layer}" if differs else ""
+    reach = experts // config.n_group * config.topk_group
+    if top_k > experts:
+        raise ValueError(f"num_experts_per_tok={top_k}{place}: allowed is at most n_routed_experts={experts}")
+    if experts % config.n_group:
+        raise ValueError(f"n_group={config.n_group}{place}: allowed is a divisor of n_routed_experts={experts}")
+    if top_k > reach:
+        raise ValueError(
+            f"num_experts_per_tok={top_k}{place}: allowed is at most the {reach} experts of topk_group={config.topk_group} "
+            "groups"
+        )

@@ -28,9 +28,11 @@ NOT_CAPTURED = ("output_hidden_states", "output_attentions", "output_router_logi
 
 def can_replay(model: nn.Module) -> bool:
     """Whether steps of this model can be captured: everything on one GPU, our kernels for all that Triton does, no experts
-    (their numbers of tokens are known only on the device), and no hook that would miss the replays."""
+    (their numbers of tokens are known only on the device), no sliding window, and no hook that would miss the replays."""
     config = model.config.get_text_config()
     if not attends_in_triton(model.get_input_embeddings().weight, config.head_dim, config.mamba_implementation):
+        return False
+    if config.sliding_window is not None:
         return False
     if "moe" in config.layers_block_type or config._attn_implementation != "sdpa" or model.training:
         return False

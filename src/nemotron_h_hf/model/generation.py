@@ -18,7 +18,7 @@ from .arguments import CACHE_NAME, name_cache, one_cache
 from .cache import HybridCache, adopt_cache, sequence_length
 from .configuration_nemotron_h import NemotronHConfig
 from .decode_graph import DecodeGraph, can_replay
-from .padding import find_padding, real_tokens
+from .padding import find_padding, mask_name, real_tokens, windows_of, within_window
 from .speculation import check_drafting, generate_with_mtp
 
 MIN_STATIC_STEP = 64  # tokens; the room of static caches is a multiple of this
@@ -180,14 +180,17 @@ class NemotronHGenerationMixin(GenerationMixin):
                 raise TypeError(f"create_masks_for_generate() got an unexpected keyword argument {name!r}")
         config = config.get_text_config()  # of a vision-language model, the language model\'s
         length = inputs_embeds.shape[1]
-        attends = "full_attention" in config.layers_block_type
         # generate() adds real tokens only
         padded = length > 1 and find_padding(real_tokens(attention_mask), length) is not None
-        return {
-            "full_attention": create_causal_mask(
-                config, inputs_embeds, attention_mask, one_cache(cache, past_key_values)
+        cache = one_cache(cache, past_key_values)
+        masks = {
+            mask_name(window): create_causal_mask(
+                config,
+                inputs_embeds,
+                attention_mask,
+                cache,
+                and_mask_function=within_window(window, real_tokens(attention_mask), cache),
             )
-            if attends
-            else None,
-            "linear_attention": attention_mask[:, -length:] if padded else None,
+            for window in windows_of(config)
         }
+        return {"full_attention": None, **masks, "linear_attention": attention_mask[:, -length:] if padded else None}

@@ -72,9 +72,12 @@ def register_names() -> None:
     # transformers 5.3 to 5.15 wrote `embedding` (transformers#48075); read under every prefix that is read
     singular = [OldName(f"{at}embedding.weight", f"{at}embeddings.weight") for at in ("backbone.", "model.")]
     singular.append(OldName("^embedding.weight", "embeddings.weight"))
-    register_checkpoint_conversion_mapping(
-        "nemotron_h", [*singular, WeightRenaming("backbone.", "model."), *expert_rules()], overwrite=True
-    )
+    for layout, prefix in (
+        ("nemotron_h", WeightRenaming),
+        ("nemotron_h_puzzle", OldName),
+    ):  # the latter writes `model.`
+        rules = [*singular, prefix("backbone.", "model."), *expert_rules()]
+        register_checkpoint_conversion_mapping(layout, rules, overwrite=True)
 
 
 def expert_rules() -> list[WeightConverter]:
@@ -273,7 +276,8 @@ def check_loaded(model: nn.Module, info: dict, path: str, new_on_load: tuple[str
 def warn_of_fresh_head(model: nn.Module, info: dict) -> tuple[str, ...]:
     """The head that a save of the bare stack cannot have, with a warning; from a language model's files it must not be missing."""
     head = "lm_head.weight"
-    if head not in info["missing_keys"] or "NemotronHModel" not in (model.config.architectures or ()):
+    bare = {"NemotronHModel", "NemotronHPuzzleModel"}
+    if head not in info["missing_keys"] or not bare & {*(model.config.architectures or ())}:
         return ()
     logger.warning(f"{head} is not in a checkpoint of NemotronHModel and is newly initialized: train it before use")
     return (head,)
@@ -291,7 +295,7 @@ def drop_absent_mtp(model: nn.Module, info: dict) -> None:
             "(transformers' own class drops them on saving): multi-token prediction is left out."
         )
         del model.mtp
-        model.config.num_nextn_predict_layers, model.config.mtp_layers_block_type = 0, None
+        model.config.drop_mtp()
         info["missing_keys"] = set(info["missing_keys"]) - expected
 
 
@@ -307,6 +311,12 @@ def limits_of_other_readers(config: PreTrainedConfig) -> list[str]:
     }
     for field in ("mamba_num_heads", "mamba_head_dim", "num_attention_heads"):
         reasons[field] = (isinstance(getattr(config, field), list), "refuses a list of sizes (so does vLLM)")
+    if config.model_type == "nemotron_h_puzzle":
+        return [
+            "The checkpoint has the layout of the released Puzzle model (model_type nemotron_h_puzzle, a block for each layer), "
+            "because experts differ by layer, attention has a sliding window, or it was read so: vLLM, TensorRT-LLM and "
+            "llama.cpp read it, transformers needs this package or its code next to the weights."
+        ]
     return [
         f"{field}={getattr(config, field)}: without this package, transformers' own nemotron_h {effect}."
         for field, (applies, effect) in reasons.items()

@@ -37,7 +37,7 @@ from .arguments import (
 )
 from .blocks import NemotronHAttention, NemotronHBlock, NemotronHRMSNorm, run_blocks
 from .cache import HybridCache, adopt_cache, check_cache, leave_inference_mode
-from .configuration_nemotron_h import NemotronHConfig
+from .configuration_nemotron_h import NemotronHConfig, NemotronHPuzzleConfig
 from .forks import prepare_for_forks
 from .generation import NemotronHGenerationMixin
 from .kernels import check_implementation
@@ -436,7 +436,8 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
         if outputs.router_logits:
             real = real_tokens(attention_mask)
             real = None if real is None else real[:, -hidden_states.shape[1] :].flatten().bool()
-            aux_loss = load_balancing_loss(outputs.router_logits, config.num_experts_per_tok, real)
+            top_k = [config.size("num_experts_per_tok", layer) for layer in config.layers_with("moe")]
+            aux_loss = load_balancing_loss(outputs.router_logits, top_k[: len(outputs.router_logits)], real)
             if has_loss:
                 share = share_of_items(num_items_in_batch, labels, shift_labels)
                 share = share.to(aux_loss.device) if isinstance(share, Tensor) else share
@@ -511,7 +512,33 @@ class NemotronHForSequenceClassification(GenericForSequenceClassification, Nemot
         return super().forward(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **named)
 
 
+class NemotronHPuzzleModel(NemotronHModel):
+    """NemotronHModel, for files with `block_configs`."""
+
+    config_class = NemotronHPuzzleConfig
+
+
+class NemotronHPuzzleForCausalLM(NemotronHForCausalLM):
+    """NemotronHForCausalLM, for files with `block_configs`."""
+
+    config_class = NemotronHPuzzleConfig
+
+
+class NemotronHPuzzleForSequenceClassification(NemotronHForSequenceClassification):
+    """NemotronHForSequenceClassification, for files with `block_configs`."""
+
+    config_class = NemotronHPuzzleConfig
+
+
 # transformers asks whether the words `@use_experts_implementation` are in this file; the decorated class is in moe.py.
 register_names()
 
-__all__ = ["NemotronHForCausalLM", "NemotronHForSequenceClassification", "NemotronHModel", "NemotronHPreTrainedModel"]
+__all__ = [
+    "NemotronHForCausalLM",
+    "NemotronHForSequenceClassification",
+    "NemotronHModel",
+    "NemotronHPreTrainedModel",
+    "NemotronHPuzzleForCausalLM",
+    "NemotronHPuzzleForSequenceClassification",
+    "NemotronHPuzzleModel",
+]

@@ -3,6 +3,8 @@
 t tokens, e experts, k experts per token
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -54,12 +56,14 @@ class SquaredReLU(nn.Module):
 class NemotronHTopkRouter(nn.Module):
     """Scores experts by sigmoid of fp32 logits; the bias takes part in choosing experts, never in weighting them."""
 
-    def __init__(self, config: NemotronHConfig) -> None:
+    def __init__(self, config: NemotronHConfig, layer_idx: int) -> None:
         super().__init__()
-        self.top_k, self.n_group, self.topk_group = config.num_experts_per_tok, config.n_group, config.topk_group
-        self.norm_topk_prob, self.routed_scaling_factor = config.norm_topk_prob, config.routed_scaling_factor
-        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        self.register_buffer("e_score_correction_bias", torch.zeros(config.n_routed_experts, dtype=torch.float32))
+        self.top_k, self.n_group = config.size("num_experts_per_tok", layer_idx), config.n_group
+        self.topk_group, self.norm_topk_prob = config.topk_group, config.norm_topk_prob
+        self.routed_scaling_factor = config.routed_scaling_factor
+        num_experts = config.size("n_routed_experts", layer_idx)
+        self.weight = nn.Parameter(torch.empty(num_experts, config.hidden_size))
+        self.register_buffer("e_score_correction_bias", torch.zeros(num_experts, dtype=torch.float32))
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(t, hidden) -> logits (t, e), weights (t, k), indices (t, k), logits and weights in fp32."""
@@ -96,12 +100,13 @@ class NemotronHTopkRouter(nn.Module):
 class _Experts(nn.Module):
     """Routed experts, run as `config._experts_implementation` says."""
 
-    def __init__(self, config: NemotronHConfig) -> None:
+    def __init__(self, config: NemotronHConfig, layer_idx: int) -> None:
         super().__init__()
-        self.num_experts = config.n_routed_experts
-        size = config.moe_latent_size or config.hidden_size
-        self.up_proj = nn.Parameter(torch.empty(self.num_experts, config.moe_intermediate_size, size))
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, size, config.moe_intermediate_size))
+        self.num_experts = config.size("n_routed_experts", layer_idx)
+        width = config.size("moe_intermediate_size", layer_idx)
+        size = config.size("moe_latent_size", layer_idx) or config.hidden_size
+        self.up_proj = nn.Parameter(torch.empty(self.num_experts, width, size))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, size, width))
         self.act_fn = SquaredReLU(config) if config.mlp_hidden_act == "relu2" else ACT2FN[config.mlp_hidden_act]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -140,15 +145,15 @@ class NemotronHExperts(_Experts):
 class NemotronHMoE(nn.Module):
     """Routed experts (behind two projections to a smaller size in latent models) plus experts that every token uses."""
 
-    def __init__(self, config: NemotronHConfig) -> None:
+    def __init__(self, config: NemotronHConfig, layer_idx: int) -> None:
         super().__init__()
-        self.gate = NemotronHTopkRouter(config)
-        self.experts = NemotronHExperts(config)
-        self.shared_experts = NemotronHMLP(config, config.moe_shared_expert_intermediate_size)
+        self.gate = NemotronHTopkRouter(config, layer_idx)
+        self.experts = NemotronHExperts(config, layer_idx)
+        self.shared_experts = NemotronHMLP(config, config.size("moe_shared_expert_intermediate_size", layer_idx))
         self.fc1_latent_proj = self.fc2_latent_proj = nn.Identity()
-        if config.moe_latent_size is not None:
-            self.fc1_latent_proj = nn.Linear(config.hidden_size, config.moe_latent_size, bias=config.mlp_bias)
-            self.fc2_latent_proj = nn.Linear(config.moe_latent_size, config.hidden_size, bias=config.mlp_bias)
+        if (latent := config.size("moe_latent_size", layer_idx)) is not None:
+            self.fc1_latent_proj = nn.Linear(config.hidden_size, latent, bias=config.mlp_bias)
+            self.fc2_latent_proj = nn.Linear(latent, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """(b, l, hidden) -> (b, l, hidden); the router sees the full hidden state, the latent experts a projection of it."""
@@ -190,17 +195,17 @@ def init_experts(module: nn.Module, std: float) -> None:
         init.normal_(module.down_proj, mean=0.0, std=std)
 
 
-def load_balancing_loss(router_logits: tuple[Tensor, ...], top_k: int, real: Tensor | None = None) -> Tensor:
+def load_balancing_loss(router_logits: Sequence[Tensor], top_k: Sequence[int], real: Tensor | None = None) -> Tensor:
     """Mean over layers of e * sum over experts of (share of the choices) * (mean probability); 1 when balanced.
 
-    Probabilities are sigmoid scores normalised over experts; router_logits: (t, e) per layer; `real` (t) bool leaves
-    padding out. Source: arXiv 2101.03961, eq. 4.
+    Probabilities are sigmoid scores normalised over experts; router_logits: (t, e) per layer; top_k: experts per token in each;
+    `real` (t) bool leaves padding out. Source: arXiv 2101.03961, eq. 4.
     """
     losses = []
-    for logits in router_logits:
+    for logits, k in zip(router_logits, top_k, strict=True):
         logits = logits if real is None else logits[real.to(logits.device)]
         scores = logits.sigmoid()
         probabilities = scores / scores.sum(-1, keepdim=True)
-        chosen = torch.zeros_like(scores).scatter_(1, scores.topk(top_k, dim=-1).indices, 1.0)
-        losses.append(scores.shape[1] * (chosen.mean(0) / top_k * probabilities.mean(0)).sum())
+        chosen = torch.zeros_like(scores).scatter_(1, scores.topk(k, dim=-1).indices, 1.0)
+        losses.append(scores.shape[1] * (chosen.mean(0) / k * probabilities.mean(0)).sum())
     return torch.stack(losses).mean()

@@ -9,11 +9,13 @@ Packing puts several documents in one row. They are found in `position_ids` that
     b batch, l length
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 
 from .cache import sequence_length
@@ -50,7 +52,9 @@ class Rows:
     padding: Padding | None
     documents: Tensor | None = None  # (b, l)
     is_masked: bool = False
-    attention_mask: Any = None  # in the form of the attention implementation; None sees everything before
+    attention_mask: Any = (
+        None  # in the form of the attention implementation; None sees everything before; a dict has several
+    )
     is_custom: bool = False  # the mask says more than `real` does
 
     def can_split(self) -> bool:
@@ -85,7 +89,7 @@ def read_rows(
     padding = find_padding(real, length)
     documents = find_documents(batch_size, length, source.device, position_ids, seq_idx, cu_seq_lens, padding)
     if isinstance(attention_mask, dict):
-        return Rows(length, real, padding, documents, True, attention_mask["full_attention"])
+        return Rows(length, real, padding, documents, True, attention_mask)
     is_custom = attention_mask is not None and real is None
     return Rows(length, real, padding, documents, is_custom, attention_mask if is_custom else None, is_custom)
 
@@ -94,6 +98,42 @@ def real_tokens(attention_mask: Any) -> Tensor | None:
     """(b, past + l) of any `attention_mask`, 0 for padding; None if it does not tell."""
     mask = attention_mask.get("linear_attention") if isinstance(attention_mask, dict) else attention_mask
     return mask if mask is not None and len(mask.shape) == 2 else None
+
+
+def windows_of(config: PreTrainedConfig) -> list[int | None]:
+    """The sliding windows that attention layers have, each once; None is to see everything before."""
+    layers = [index for index, kind in enumerate(config.layers_block_type) if kind == "full_attention"]
+    return list(dict.fromkeys(config.size("sliding_window", layer) for layer in layers))
+
+
+def mask_name(window: int | None) -> str:
+    """Where the mask of layers with that window is among those of `create_masks_for_generate`."""
+    return "full_attention" if window is None else f"window_{window}"
+
+
+def within_window(
+    window: int | None, real: Tensor | None, cache: Cache | None, documents: Tensor | None = None
+) -> Callable | None:
+    """Which pairs of tokens a causal mask keeps, as transformers' masks take it; None for all.
+
+    A window counts real tokens: padding between them takes no room in it.
+
+    Args:
+        real: (b, past + l), 0 for padding.
+        documents: (b, l), of packed rows, which have no past.
+    """
+    places = None
+    if window is not None and real is not None:
+        room = getattr(cache, "max_cache_len", None) or real.shape[1]
+        places = torch.nn.functional.pad(real.long().cumsum(1), (0, max(0, room - real.shape[1])))
+
+    def keeps(row: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        near = True
+        if window is not None:
+            near = query - key < window if places is None else places[row, query] - places[row, key] < window
+        return near if documents is None else near & (documents[row, query] == documents[row, key])
+
+    return None if window is None and documents is None else keeps
 
 
 def check_mask(attention_mask: Any, batch_size: int, length: int, cache: object = None) -> None:
