@@ -17,6 +17,7 @@ source_checkpoint.py   a checkpoint as one lazy mapping
 torchzip.py            torch.save's files in pieces
 unpickle.py            pickles without executing them
 plan.py                what will be done, tensor by tensor
+options.py             what may be asked of a conversion
 convert.py             both directions in one call
 read_ahead.py          reads the next tensor while one is written
 write_hf.py            writes Hugging Face checkpoints
@@ -29,5 +30,6 @@ verify.py              reads the output again
 
 from .convert import convert, write_megatron
 from .formats import read_megatron
+from .options import Options
 
-__all__ = ["convert", "read_megatron", "write_megatron"]
+__all__ = ["Options", "convert", "read_megatron", "write_megatron"]

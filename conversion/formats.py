@@ -95,6 +95,11 @@ def read_megatron(path: str | Path) -> SourceCheckpoint:
     found = find(path)
     if found.format == "hf":
         raise ValueError(f"{path} is a Hugging Face checkpoint, not a Megatron one")
+    return open_megatron(found)
+
+
+def open_megatron(found: Found) -> SourceCheckpoint:
+    """As `read_megatron`, of a folder that was found."""
     with naming(found.folder):
         return legacy.open_folder(found.folder) if found.format == "torch" else _open_distributed(found)
 

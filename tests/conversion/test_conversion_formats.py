@@ -7,14 +7,15 @@ import hashlib
 import json
 import pickle
 import shutil
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from megatron_fixtures import FIXTURES, assert_same
+from nemotron_h_hf.conversion import Options, convert, formats, read_megatron, torch_dist
 from nemotron_h_hf.conversion import config as configs
-from nemotron_h_hf.conversion import convert, formats, read_megatron, torch_dist
 from nemotron_h_hf.conversion.plan import plan_to_hf
 from safetensors.torch import save_file
 
@@ -291,3 +292,14 @@ def test_a_tokenizer_folder_without_tokenizer_is_refused(tmp_path):
     with pytest.raises(ValueError, match="tokenizer=.*tokenizer.json"):
         convert(DENSE.path, tmp_path / "hf", tokenizer=tmp_path)
     assert not (tmp_path / "hf").exists()
+
+
+def test_the_command_line_has_the_options_of_the_call(tmp_path):
+    options = vars(command.parse(["run", "model"]))
+    del options["source"], options["target"]
+    assert options == {field.name: field.default for field in fields(Options)} | {
+        "allow_unused": [],
+        "allow_missing": [],
+    }
+    with pytest.raises(TypeError, match="tokeniser"):
+        convert(DENSE.path, tmp_path / "hf", tokeniser=tmp_path)

@@ -16,45 +16,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 
 from nemotron_h_hf.conversion import convert
-
-
-@dataclass(frozen=True)
-class ConvertArguments:
-    """What the command line says; the fields are those of `nemotron_h_hf.conversion.convert`."""
-
-    source: str
-    target: str
-    to: str | None
-    format: str | None
-    tp: int
-    pp: int | list[int]
-    ep: int
-    dtype: str | None
-    config: str | None
-    max_shard_size: str
-    tokenizer: str | None
-    vocab_divisible_by: int
-    core: str
-    allow_unused: list[str]
-    allow_missing: list[str]
-    dry_run: bool
-    verify_output: bool
-    verify_logits: str | None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Convert, with a progress bar on a terminal, and print the summary (or the whole plan of a dry run)."""
     arguments = parse(argv)
-    report = convert(**asdict(arguments), progress=sys.stderr.isatty(), say=lambda line: print(line, file=sys.stderr))
+    report = convert(**vars(arguments), progress=sys.stderr.isatty(), say=lambda line: print(line, file=sys.stderr))
     print(report.table() if arguments.dry_run else "\n".join(report.summary()))
     return 0
 
 
-def parse(argv: Sequence[str] | None) -> ConvertArguments:
-    """Read the command line."""
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line; the names are those of `nemotron_h_hf.conversion.Options`."""
     parser = argparse.ArgumentParser(
         prog="nemotron-h convert", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -91,7 +66,7 @@ def parse(argv: Sequence[str] | None) -> ConvertArguments:
         "--verify", dest="verify_output", action="store_true", help="read everything that was written again"
     )
     parser.add_argument("--verify-logits", metavar="REF", help="compare a probe with this Hugging Face checkpoint")
-    return ConvertArguments(**vars(parser.parse_args(argv)))
+    return parser.parse_args(argv)
 
 
 def _stages(text: str) -> int | list[int]:
