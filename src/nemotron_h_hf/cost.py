@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import NamedTuple
 
 from .model.configuration_nemotron_h import NemotronHConfig
 from .tensors import WeightShape, checkpoint_tensors, size
@@ -55,40 +56,55 @@ def stored_bytes(tensor: WeightShape, dtype: str) -> float:
     return tensor.num_elements * (4 if tensor.in_float32 else bytes_per_element(dtype))
 
 
+class CacheElements(NamedTuple):
+    """What a layer keeps of one sequence: keys and values of each token; recurrent state and convolution window of all."""
+
+    kv: int = 0
+    state: int = 0
+    conv: int = 0
+
+
+def cache_elements(config: NemotronHConfig, layer: int) -> CacheElements:
+    """Elements that a layer of the stack keeps."""
+    kind = config.layers_block_type[layer]
+    if kind == "full_attention":
+        return CacheElements(kv=2 * config.num_key_value_heads * config.head_dim)
+    if kind == "linear_attention":
+        state = config.mamba_width(layer) * config.ssm_state_size
+        return CacheElements(state=state, conv=config.conv_width(layer) * config.conv_kernel)
+    return CacheElements()
+
+
 def kv_bytes_per_token(config: NemotronHConfig, dtype: str = "bfloat16") -> int:
     """Bytes that every further token adds to one sequence's cache: keys and values of the attention layers."""
-    layers = layers_of_kind(config, "full_attention")
-    return sum(layer_cache_bytes(config, index, 1, dtype) for index in layers)
+    return _cached(config, "kv") * bytes_per_element(dtype)
 
 
 def ssm_state_bytes(config: NemotronHConfig, dtype: str = "float32") -> int:
     """Bytes of the recurrent state (heads x head_dim x state per Mamba layer) of one sequence of any length."""
-    width = sum(map(config.mamba_width, layers_of_kind(config, "linear_attention")))
-    return width * config.ssm_state_size * bytes_per_element(dtype)
+    return _cached(config, "state") * bytes_per_element(dtype)
 
 
 def conv_state_bytes(config: NemotronHConfig, dtype: str = "bfloat16") -> int:
     """Bytes of the convolution windows (conv_dim x kernel per Mamba layer) of one sequence of any length."""
-    channels = sum(map(config.conv_width, layers_of_kind(config, "linear_attention")))
-    return channels * config.conv_kernel * bytes_per_element(dtype)
+    return _cached(config, "conv") * bytes_per_element(dtype)
+
+
+def _cached(config: NemotronHConfig, part: str) -> int:
+    return sum(getattr(cache_elements(config, layer), part) for layer in range(config.num_hidden_layers))
 
 
 def cache_bytes(config: NemotronHConfig, num_tokens: int, dtype: str = "bfloat16") -> int:
     """Bytes of one sequence's whole cache after `num_tokens`, the recurrent state in float32."""
-    return sum(layer_cache_bytes(config, index, num_tokens, dtype) for index in range(config.num_hidden_layers))
+    return sum(layer_cache_bytes(config, layer, num_tokens, dtype) for layer in range(config.num_hidden_layers))
 
 
-def layer_cache_bytes(config: NemotronHConfig, index: int, num_tokens: int, dtype: str = "bfloat16") -> int:
-    """Bytes that layer `index` of the stack keeps of one sequence after `num_tokens`."""
+def layer_cache_bytes(config: NemotronHConfig, layer: int, num_tokens: int, dtype: str = "bfloat16") -> int:
+    """Bytes that a layer of the stack keeps of one sequence after `num_tokens`."""
     if num_tokens < 0:
         raise ValueError(f"num_tokens is {num_tokens}; it must be 0 or more")
-    kind = config.layers_block_type[index]
-    if kind == "full_attention":
-        return 2 * num_tokens * config.num_key_value_heads * config.head_dim * bytes_per_element(dtype)
-    if kind == "linear_attention":
-        state = config.mamba_width(index) * config.ssm_state_size * bytes_per_element("float32")
-        return state + config.conv_width(index) * config.conv_kernel * bytes_per_element(dtype)
-    return 0
+    kept = cache_elements(config, layer)
+    return 4 * kept.state + (num_tokens * kept.kv + kept.conv) * bytes_per_element(dtype)
 
 
 def forward_flops_per_token(config: NemotronHConfig, sequence_length: int, first_layer: int = 0) -> dict[str, float]:

@@ -79,11 +79,10 @@ def memory_by_layer(config: NemotronHConfig, deployment: Deployment) -> Counter[
     found: Counter[int | None] = Counter()
     for tensor in checkpoint_tensors(config):
         found[tensor.stack_layer] += cost.stored_bytes(tensor, deployment.dtype("weights"))
-    sizes = {part: cost.bytes_per_element(deployment.dtype(part)) for part in ("kv", "state", "conv")}
-    for layer in cost.layers_of_kind(config, "full_attention"):
-        elements = 2 * deployment.num_tokens * config.num_key_value_heads * config.head_dim
-        found[layer] += deployment.sequences * elements * sizes["kv"]
-    for layer in cost.layers_of_kind(config, "linear_attention"):
-        state = config.mamba_width(layer) * config.ssm_state_size * sizes["state"]
-        found[layer] += deployment.sequences * (state + config.conv_width(layer) * config.conv_kernel * sizes["conv"])
+    kv, state, conv = (cost.bytes_per_element(deployment.dtype(part)) for part in ("kv", "state", "conv"))
+    for layer in range(config.num_hidden_layers):
+        kept = cost.cache_elements(config, layer)
+        found[layer] += deployment.sequences * (
+            deployment.num_tokens * kept.kv * kv + kept.state * state + kept.conv * conv
+        )
     return found

@@ -129,6 +129,22 @@ def cuts(parent: NemotronHConfig, kept: Kept, child: NemotronHConfig | None = No
             yield Cut(place.released, source.released, shape, rows, columns)
 
 
+def kept_of(
+    parent: NemotronHConfig, kept: Kept, letter: str, layer: int | None, expert: int | None = None
+) -> Tensor | None:
+    """What stays of one letter of a layer (tensors.py), of the product of its fields: int64; None where it is never cut."""
+    fields, found = fields_of(parent, letter), None
+    for name in fields if AXIS_OF.keys() & fields else ():
+        if (axis := AXIS_OF.get(name)) is None:
+            indices = torch.arange(size(parent, name, layer))
+        else:
+            indices = getattr(kept, axis.name)
+            indices = indices if axis.kind is None else indices[layer]
+            indices = indices[expert] if axis.within == "experts" else indices
+        found = indices if found is None else (found[:, None] * size(parent, name, layer) + indices).flatten()
+    return found
+
+
 def runs(indices: Tensor) -> list[tuple[int, int]]:
     """Indices as [start, stop) runs of successive ones, in order: what can be read or viewed in one piece."""
     breaks = (torch.nonzero(indices.diff() != 1).flatten() + 1).tolist()
@@ -159,24 +175,10 @@ def _in_parent(
 def _indices(parent: NemotronHConfig, kept: Kept, word: str, layer: int | None, expert: int | None) -> Tensor | None:
     """The rows (or columns) that stay, of parts one after another; None where nothing is ever cut."""
     letters = word.split("+")
-    parts = [_part(parent, kept, letter, layer, expert) for letter in letters]
+    parts = [kept_of(parent, kept, letter, layer, expert) for letter in letters]
     if len(parts) == 1:
         return parts[0]
     of = sizes(parent, layer)
     starts = accumulate((of[letter] for letter in letters), initial=0)
     return torch.cat([start + (torch.arange(of[letter]) if part is None else part)
                       for start, letter, part in zip(starts, letters, parts)])  # fmt: skip
-
-
-def _part(parent: NemotronHConfig, kept: Kept, letter: str, layer: int | None, expert: int | None) -> Tensor | None:
-    """What stays of one letter: of the product of its fields, of which some are axes."""
-    fields, found = fields_of(parent, letter), None
-    for name in fields if AXIS_OF.keys() & fields else ():
-        if (axis := AXIS_OF.get(name)) is None:
-            indices = torch.arange(size(parent, name, layer))
-        else:
-            indices = getattr(kept, axis.name)
-            indices = indices if axis.kind is None else indices[layer]
-            indices = indices[expert] if axis.within == "experts" else indices
-        found = indices if found is None else (found[:, None] * size(parent, name, layer) + indices).flatten()
-    return found

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..cost import elements_per_token, kv_bytes_per_token, layers_of_kind
+from ..cost import bytes_per_element, cache_elements, elements_per_token, layers_of_kind
 from ..errors import require
 from ..memory_model import Deployment, memory_by_layer
 from ..model.configuration_nemotron_h import NemotronHConfig
@@ -175,8 +175,8 @@ def parameters_by_layer(config: NemotronHConfig, active: bool = False) -> Counte
 
 def kv_bytes_by_layer(config: NemotronHConfig, dtype: str) -> dict[int | None, float]:
     """What a further token adds to the cache of each layer."""
-    layers = layers_of_kind(config, "full_attention")
-    return dict.fromkeys(layers, kv_bytes_per_token(config, dtype) / max(1, len(layers)))
+    size = bytes_per_element(dtype)
+    return {layer: cache_elements(config, layer).kv * size for layer in layers_of_kind(config, "full_attention")}
 
 
 def _over_counts(

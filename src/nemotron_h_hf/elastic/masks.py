@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from ..model.arguments import one_cache
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.modeling_nemotron_h import NemotronHModel
+from ..slicing import kept_of
 from ..tensors import AXES, Axis, axes_of, size
 from .child import Child
 
@@ -78,7 +79,7 @@ def child_masks(child: Child, device: torch.device | str | None = None) -> Masks
             if axis in MASKED:
                 indices, shape = getattr(kept, axis.name)[index], _shape(config, axis, index)
                 if axis.name == "channels":
-                    indices = (kept.heads[index][:, None] * shape[1] + indices).flatten()
+                    indices = kept_of(config, kept, "x", index)
                 elif axis.within:
                     indices = indices[0]
                 mask = _hard(math.prod(shape), indices, device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...model.cache import HybridCache, MambaCacheLayer, read_states
 from ...model.configuration_nemotron_h import NemotronHConfig
-from ...slicing import Kept
+from ...slicing import Kept, kept_of
 from ..child import Child
 
 
@@ -93,9 +93,8 @@ def _carry_states(
 ) -> tuple[Tensor, Tensor]:
     """Convolution state (b, channels, k) and state (b, h, p, n) of one layer, in the target's heads and channels."""
     conv, state = states
-    size = parent.size("mamba_head_dim", index)
     # Channels of heads, in the parent's order
-    ours, theirs = ((kept.heads[index][:, None] * size + kept.channels[index]).flatten() for kept in (source, target))
+    ours, theirs = (kept_of(parent, kept, "x", index) for kept in (source, target))
     shape = target.channels[index].shape
     shared = conv.shape[1] - len(ours)  # of B and C
     places = torch.full((parent.mamba_width(index),), len(ours))  # where the source has it, the end for nowhere
