@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from reference import reference_mtp
 from tiny import prompt, tiny_model
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -11,6 +12,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from nemotron_h_hf import BudgetSchedule, HybridCache, NemotronHElasticForCausalLM
 from nemotron_h_hf.elastic.live.cache_carry import Carried, carry_cache
+from nemotron_h_hf.model.padding import read_rows
 
 BUDGETS = {
     "large": {},
@@ -59,6 +61,32 @@ def test_a_budget_for_each_row(parent):
     for row, name in enumerate(names):
         alone = greedy(parent, ids[row : row + 1], 6, budget=name, attention_mask=mask[row : row + 1])
         assert torch.equal(rows[row : row + 1], alone), row
+
+
+def test_a_budget_drafts_with_its_part_of_the_head():
+    """The head is as narrow as the budget, computes what the reference computes of its weights, and changes no text."""
+    mtp = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*-", "vocab_size": 6, "pad_token_id": 0,
+           "bos_token_id": 1, "eos_token_id": None}  # fmt: skip
+    parent = NemotronHElasticForCausalLM.from_model(
+        tiny_model("dense", elastic={"version": 1, "budgets": BUDGETS}, **mtp)
+    )
+    ids, kept = prompt(2, 9) % 6, []
+    for name in BUDGETS:
+        small = parent.submodel(name)
+        embeds = small.model.embeddings(ids[:1, 1:])
+        hidden = small.model(ids[:1]).last_hidden_state[:, :-1]
+        logits = small.lm_head(small.mtp(hidden, embeds, read_rows(None, embeds)))[0].double()
+        torch.testing.assert_close(
+            logits, reference_mtp(small.state_dict(), small.config, ids[0], 1)[0], rtol=0, atol=1e-4
+        )
+        drafted = greedy(parent, ids, 20, budget=name, num_mtp_tokens=2, return_dict_in_generate=True)
+        assert torch.equal(drafted.sequences, greedy(parent, ids, 20, budget=name))
+        kept.append(drafted.acceptance_rate)
+    assert max(kept) > 0
+    names = ["small", "large"]
+    assert torch.equal(greedy(parent, ids, 9, budget=names, num_mtp_tokens=2), greedy(parent, ids, 9, budget=names))
+    with pytest.raises(ValueError, match="num_mtp_tokens=2 with a BudgetSchedule"):
+        greedy(parent, ids, 9, budget=BudgetSchedule("small", "large", after=2), num_mtp_tokens=2)
 
 
 def test_rows_that_end_early_are_padded_on_the_right(parent):

@@ -229,6 +229,7 @@ def test_generate_options_do_not_change_greedy_text(option, capsys):
         (["--temperature", "-1"], "--temperature is -1.0"),
         (["--top-p", "0"], "--top-p is 0.0"),
         (["--prompt-lookup", "2", "--cache", "static"], "--prompt-lookup needs --cache dynamic"),
+        (["--num-mtp-tokens", "2"], "num_mtp_tokens=2: allowed is None, the model has no multi-token prediction"),
     ],
 )
 def test_generate_names_bad_options(argv, name, capsys):

@@ -4,6 +4,7 @@
     nemotron-h generate --prompt "import os" --max-new-tokens 64
     echo "def main" | nemotron-h generate --prompt - --temperature 0
     nemotron-h generate --model owner/name --dtype bfloat16 --device cuda --cache static
+    nemotron-h generate --model owner/name --num-mtp-tokens 2      # drafts by multi-token prediction, where the model has it
     nemotron-h generate --model a/vision-model --image photo.png --prompt "What is this?"      # --image may be given again
 
 Pictures go in front of the prompt, or where it says <image>. The text goes to standard output, a line with the speed to
@@ -42,7 +43,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclass(frozen=True)
 class GenerateArguments:
-    """What the command line says; temperature 0 is greedy, prompt_lookup 0 is off."""
+    """What the command line says; temperature 0 is greedy, prompt_lookup 0 and num_mtp_tokens None are off."""
 
     model: str
     prompt: str
@@ -54,6 +55,7 @@ class GenerateArguments:
     dtype: str
     cache: str
     prompt_lookup: int
+    num_mtp_tokens: int | None
     image: list[str]
 
 
@@ -146,6 +148,9 @@ def parse(argv: Sequence[str] | None) -> GenerateArguments:
         "--prompt-lookup", type=int, default=0, metavar="N", help="guess up to N tokens from the prompt (0: off)"
     )
     parser.add_argument(
+        "--num-mtp-tokens", type=int, metavar="K", help="draft K tokens by multi-token prediction for each pass (off)"
+    )
+    parser.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="a picture for a vision-language model"
     )
     arguments = GenerateArguments(**vars(parser.parse_args(argv)))
@@ -184,6 +189,8 @@ def generation_options(arguments: GenerateArguments) -> dict:
         options["cache_implementation"] = "static"
     if arguments.prompt_lookup:
         options["prompt_lookup_num_tokens"] = arguments.prompt_lookup
+    if arguments.num_mtp_tokens is not None:
+        options["num_mtp_tokens"] = arguments.num_mtp_tokens
     return options
 
 

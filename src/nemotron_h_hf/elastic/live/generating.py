@@ -31,8 +31,8 @@ logger = logging.get_logger(__name__)
 
 # What has no one meaning for rows that several models make.
 REFUSED = ("streamer", *CACHE_NAMES, "inputs_embeds", "return_dict_in_generate", "output_scores", "output_logits")
-REFUSED_IN_SCHEDULES = (*REFUSED, "assistant_model", "num_beams", "num_return_sequences", "stop_strings", "max_length",
-                        "min_length", "min_new_tokens", "stopping_criteria", "max_time")  # fmt: skip
+REFUSED_IN_SCHEDULES = (*REFUSED, "assistant_model", "num_mtp_tokens", "num_beams", "num_return_sequences", "stop_strings",
+                        "max_length", "min_length", "min_new_tokens", "stopping_criteria", "max_time")  # fmt: skip
 
 
 @dataclass
