@@ -222,6 +222,15 @@ def axes_of(kind: str) -> Iterator[Axis]:
     return (axis for axis in AXES if axis.kind == kind)
 
 
+def together(field: str) -> list[Axis]:
+    """The axis of a field, with those that are ordered with it: heads and their channels, groups and what is in them."""
+    return [axis for axis in AXES if _leader(axis) == _leader(AXIS_OF[field])]
+
+
+def _leader(axis: Axis) -> str:
+    return axis.within or (AXIS_OF[axis.groups].name if axis.groups in AXIS_OF else axis.name)
+
+
 def is_there(config: NemotronHConfig, row: Row) -> bool:
     """Whether a model of `config` has the tensor."""
     return all(getattr(config, need) for need in row.needs.split())

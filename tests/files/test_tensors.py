@@ -16,7 +16,7 @@ from nemotron_h_hf.elastic.budgets import FIELDS_OF_KIND, Budget
 from nemotron_h_hf.elastic.masks import Masks
 from nemotron_h_hf.model.weights import FLOAT32
 from nemotron_h_hf.slicing import Kept
-from nemotron_h_hf.tensors import AXES, checkpoint_tensors, fields_of, kind_of, sizes
+from nemotron_h_hf.tensors import AXES, checkpoint_tensors, fields_of, kind_of, sizes, together
 
 # transformers has no biases in attention; test_cost.py counts ours
 BIASES = {"use_bias": True, "mlp_bias": True, "use_conv_bias": False}
@@ -84,3 +84,12 @@ def test_all_that_is_kept_by_axis_has_the_axes_of_the_table():
     per_layer = NemotronHConfig.PER_LAYER_FIELDS
     assert all(axis.kind == per_layer[axis.field] for axis in AXES if axis.field in per_layer)
     assert sorted(FIELDS_OF_KIND) == sorted({axis.kind for axis in AXES if axis.kind})
+
+
+def test_axes_that_are_ordered_together():
+    """Against the table as it was written out by hand."""
+    heads, queries, experts = ["heads", "channels"], ["key_value_heads", "query_heads"], ["experts", "expert_neurons"]
+    expected = {"hidden_size": ["hidden"], "intermediate_size": ["neurons"], "mamba_num_heads": heads, "mamba_head_dim": heads,
+                "num_key_value_heads": queries, "num_attention_heads": queries, "n_routed_experts": experts,
+                "moe_intermediate_size": experts, "moe_shared_expert_intermediate_size": ["shared_neurons"]}  # fmt: skip
+    assert {axis.field: [one.name for one in together(axis.field)] for axis in AXES} == expected

@@ -16,14 +16,8 @@ from ..elastic.prepare.permuting import permute_model
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
 from ..slicing import Kept, everything
+from ..tensors import together
 
-AXES = {
-    "intermediate_size": ("neurons",), "hidden_size": ("hidden",), "mamba_num_heads": ("heads", "channels"),
-    "mamba_head_dim": ("heads", "channels"), "num_attention_heads": ("query_heads", "key_value_heads"),
-    "num_key_value_heads": ("query_heads", "key_value_heads"), "n_routed_experts": ("experts", "expert_neurons"),
-    "moe_intermediate_size": ("experts", "expert_neurons"), "moe_shared_expert_intermediate_size": ("shared_neurons",),
-}  # fmt: skip
-"""Field of the configuration -> what is put in order for it; heads with their channels, experts with their neurons."""
 WIDTHS = ("neurons", "expert_neurons", "shared_neurons")  # what a control orders otherwise
 
 
@@ -53,13 +47,13 @@ class MemoryImage:
 
 
 def order_of(config: NemotronHConfig, scores: WidthScores, fields: set[str], rule: str = "importance") -> Kept:
-    """All indices of a model; of the axes that `fields` need, the most important first.
+    """All indices of a model; of the axes that `fields` need (heads with their channels), the most important first.
 
     Args:
         rule: "importance", or for controls "reversed" or "random:SEED", which change the order of neurons alone.
     """
     by_importance, own = importance_order(config, importance_of(config, scores)), everything(config)
-    axes = {axis for name in fields for axis in AXES[name]}
+    axes = {axis.name for name in fields for axis in together(name)}
     order = replace(own, **{axis: getattr(by_importance, axis) for axis in axes})
     if rule == "importance":
         return order

@@ -13,6 +13,7 @@ from ..elastic.resolve import resolve
 from ..errors import require
 from ..inputs import read_json
 from ..model.configuration_nemotron_h import NemotronHConfig
+from ..tensors import size
 from .run import Run
 
 
@@ -64,9 +65,7 @@ def seconds_of_table(table: Mapping[str, Any]) -> CostByLayer:
     def seconds(config: NemotronHConfig) -> Counter[int | None]:
         found: Counter[int | None] = Counter({None: _number(table, "outside", None)})
         for layer, kind in enumerate(config.layers_block_type):
-            field = widths[kind]
-            size = config.size(field, layer) if field in config.PER_LAYER_FIELDS else getattr(config, field)
-            found[layer] = _number(table, kind, size)
+            found[layer] = _number(table, kind, size(config, widths[kind], layer))
         return found
 
     return seconds
