@@ -42,7 +42,9 @@ def reference_mtp(weights: dict[str, Tensor], config, ids: Tensor, num_depths: i
             ]
             stream.append(weights[first + "eh_proj.weight"] @ torch.cat(pair))
         for index, letter in enumerate(pattern):
-            sizes = SimpleNamespace(**config.to_dict())
+            fields = config.to_dict()
+            own = (fields.get("mtp_block_configs") or [{}] * len(pattern))[index]
+            sizes = SimpleNamespace(**{"moe_latent_size": None, "sliding_window": None, **fields, **own})
             stream = block(weights, f"mtp.layers.{start + index}.", letter, config, sizes, stream)
         hidden = [rms_norm(x, weights[last + "final_layernorm.weight"], eps) for x in stream]
         logits.append(torch.stack([head_of(weights) @ x for x in hidden]))

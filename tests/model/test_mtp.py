@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 from reference import reference_mtp
-from tiny import prompt, tiny_model
+from test_puzzle import MTP_BLOCKS, RELEASED
+from tiny import prompt, spread, tiny_model
 
-from nemotron_h_hf import NemotronHForCausalLM
+from nemotron_h_hf import NemotronHForCausalLM, NemotronHPuzzleConfig, NemotronHPuzzleForCausalLM
 from nemotron_h_hf.model.mtp import add_mtp
 from nemotron_h_hf.model.padding import read_rows
 
@@ -47,6 +48,14 @@ def test_every_depth_is_the_reference(case):
     expected = reference_mtp(model.state_dict(), model.config, ids[0], num_depths)
     for ours, theirs in zip(chain(model, ids, num_depths), expected, strict=True):
         torch.testing.assert_close(ours[0], theirs, rtol=0, atol=atol)
+
+
+def test_a_puzzle_has_its_own_sizes_in_the_head():
+    blocks = [{**MTP_BLOCKS[0], "sliding_window": 4}, MTP_BLOCKS[1]]
+    config = NemotronHPuzzleConfig(**{**RELEASED, "mtp_block_configs": blocks, "dtype": None})
+    model, ids = spread(NemotronHPuzzleForCausalLM(config)).eval().double(), prompt(1, 13)
+    for ours, theirs in zip(chain(model, ids, 2), reference_mtp(model.state_dict(), config, ids[0], 2), strict=True):
+        torch.testing.assert_close(ours[0], theirs, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("pattern", ["*-", "M-"])

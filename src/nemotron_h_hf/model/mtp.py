@@ -150,10 +150,16 @@ def add_mtp(model: PreTrainedModel, depth: int, pattern: str | None = None) -> N
         )
     kinds = config.hybrid_override_pattern
     pattern = pattern or ("*" if "*" in kinds else "M") + ("E" if "E" in kinds else "-")
-    fields = {"num_nextn_predict_layers": depth, "mtp_hybrid_override_pattern": pattern}
-    checked = type(config).from_dict({**config.to_dict(), **fields})
-    for name in ("num_nextn_predict_layers", "mtp_layers_block_type"):
-        setattr(config, name, getattr(checked, name))
+    before = config.num_nextn_predict_layers, config.mtp_layers_block_type
+    config.mtp_layers_block_type = NemotronHConfig(
+        num_nextn_predict_layers=1, mtp_hybrid_override_pattern=pattern
+    ).mtp_layers_block_type
+    config.num_nextn_predict_layers = depth
+    try:
+        config.validate()
+    except ValueError:
+        config.num_nextn_predict_layers, config.mtp_layers_block_type = before
+        raise
     with torch.device(model.device):
         model.mtp = NemotronHMTP(config).to(model.dtype)
     model.mtp.apply(model._init_weights)
