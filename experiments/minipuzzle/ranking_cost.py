@@ -3,7 +3,8 @@
     OMP_NUM_THREADS=1 python experiments/minipuzzle/ranking_cost.py --layers 28 --candidates 8
 
 Both sides rank the same candidates of a random model with the paper's scheme of layers on the same random tokens, by turns,
-and find the same figures. Seconds are those of the processor, which a busy machine changes least; memory is the peak over what was resident before.
+and find the same figures. Seconds are those of the processor, which a busy machine changes least; memory is the peak over what
+was resident before.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -20,7 +21,7 @@ from nemotron_h_hf.elastic.budgets import read_elastic
 from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.manifest import NAME as MANIFEST
 from nemotron_h_hf.manifest import check_manifest
-from nemotron_h_hf.minipuzzle import ranking, scoring, student, tournament
+from nemotron_h_hf.minipuzzle import ranking, scoring, stage_files, student, tournament
 from nemotron_h_hf.model.loading import weight_files
 
 SMALL = {
@@ -188,6 +189,47 @@ def test_an_interrupted_ranking_repeats_nothing(made, ranked, monkeypatch):
         [one[name] for name in steady] for one in whole["ranked"]
     ]
     assert len(seen) == 2 * len(whole["ranked"])  # two batches, each candidate once
+
+
+@pytest.mark.slow
+def test_tasks_of_the_harness_and_long_context(made, ranked, tmp_path, monkeypatch):
+    """By name: a task of one's own for lm-eval, and needles; the teacher is asked too."""
+    pytest.importorskip("lm_eval")
+    rows = [{"q": f"def f{n}(x):", "choices": ["return", "pass"], "a": n % 2} for n in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "choose.yaml").write_text(
+        f"dataset_path: json\ndataset_kwargs: {{data_files: {{test: {tmp_path / 'rows.jsonl'}}}}}\ntest_split: test\n"
+        'doc_to_text: "{{q}}"\ntask: choose\noutput_type: multiple_choice\ndoc_to_choice: "{{choices}}"\n'
+        'doc_to_target: "{{a}}"\nmetric_list: [{metric: acc}]\n'
+    )
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    words = ["--tasks", "choose", "needle", "--task_path", str(tmp_path), "--task_limit", "1", "--task_length", "400"]
+    assert run(made, ranked, *words, "--top", "1", "--until", "benchmarked") == 0
+    found = read(ranked, "benchmarked")
+    assert set(found["teacher"]) == {"choose", "needle"} and len(found["order"]) == 1
+    scores = found["scores"][found["order"][0]]
+    assert scores["mean"] == pytest.approx((scores["choose"] + scores["needle"]) / 2)
+    assert all(0 <= value <= 1 for value in found["teacher"].values())
+
+
+def test_a_full_disk_loses_nothing(made, ranked, monkeypatch):
+    """The error names the file; what was there stays, and the same command goes on."""
+    (ranked / "ranked.json").unlink()
+    real = stage_files.write_json
+
+    def full(path, content):
+        if path.name == "ranked.json":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(path, content)
+
+    monkeypatch.setattr(stage_files, "write_json", full)
+    with pytest.raises(OSError, match="No space left on device.*ranked.json"):
+        run(made, ranked, "--controls", "0", "--until", "ranked")
+    assert not (ranked / "ranked.json").exists() and (ranked / "scores.json").is_file()
+    monkeypatch.undo()
+    monkeypatch.setattr("nemotron_h_hf.compression.ranking.predict", lambda *_: pytest.fail("a candidate ran again"))
+    assert run(made, ranked, "--controls", "0", "--until", "ranked") == 0
 
 
 @pytest.mark.slow

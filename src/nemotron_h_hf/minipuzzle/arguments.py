@@ -87,6 +87,7 @@ class MiniPuzzleArguments:
     )  # fmt: skip
     task_limit: int | None = _flag(None, "questions of each task")
     task_length: str = _flag("1Ki", "tokens of long-context questions")
+    task_path: str | None = _flag(None, "folder with tasks of your own for lm-eval, YAML files")
     finalists: int = _flag(3, "candidates that are distilled")
     min_distance: int = _flag(2, "layers and sizes in which finalists differ at least")
 

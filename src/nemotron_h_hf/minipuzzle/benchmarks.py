@@ -75,7 +75,7 @@ def task_of(name: str, run: Run) -> Score:
     if ":" in name:
         own = imported(name)
         return lambda model, tokenizer, folder: float(own(model, tokenizer))
-    task, manager = harness.HarnessTask(name), harness.task_manager(None)
+    task, manager = harness.HarnessTask(name), harness.task_manager(run.arguments.task_path)
     harness.check_tasks([task], manager, LONG, allow_code=False)
     options = harness.HarnessOptions(limit=run.arguments.task_limit, seed=run.arguments.seed)
 
