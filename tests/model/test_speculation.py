@@ -11,6 +11,7 @@ CASES = {
     "dense": ("dense", {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*-"}),
     "mamba": ("dense", {"num_nextn_predict_layers": 2, "mtp_hybrid_override_pattern": "M*"}),
     "attention_free": ("attention_free", {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "-"}),
+    "window": ("dense", {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*-", "sliding_window": 6}),
     "latent": ("latent", {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"}),
 }
 
@@ -31,13 +32,13 @@ def left_padded(batch=3, length=9):
     return {"input_ids": ids.masked_fill(mask == 0, 0), "attention_mask": mask}
 
 
-@pytest.mark.parametrize("num_mtp_tokens", [1, 2, 5])
+@pytest.mark.parametrize("num_mtp_tokens", [1, 4])
 @pytest.mark.parametrize("case", CASES)
 def test_greedy_text_of_one_row(case, num_mtp_tokens):
     model = drafting_model(case)
-    plain = model.generate(few(1, 7), max_new_tokens=40, do_sample=False)
+    plain = model.generate(few(1, 7), max_new_tokens=24, do_sample=False)
     output = model.generate(
-        few(1, 7), max_new_tokens=40, do_sample=False, num_mtp_tokens=num_mtp_tokens, return_dict_in_generate=True
+        few(1, 7), max_new_tokens=24, do_sample=False, num_mtp_tokens=num_mtp_tokens, return_dict_in_generate=True
     )
     assert torch.equal(output.sequences, plain)
     assert 0 < output.acceptance_rate < 1 and 1 < output.tokens_per_step < num_mtp_tokens + 1
@@ -48,9 +49,9 @@ def test_greedy_text_of_one_row(case, num_mtp_tokens):
 def test_greedy_text_of_rows(case):
     """Rows of different lengths, which keep different numbers of drafts, and end at different tokens."""
     model, given = drafting_model(case, eos_token_id=2), left_padded()
-    plain = model.generate(**given, max_new_tokens=40, do_sample=False)
-    assert torch.equal(model.generate(**given, max_new_tokens=40, do_sample=False, num_mtp_tokens=3), plain)
-    unending = {"max_new_tokens": 24, "eos_token_id": None, "do_sample": False}
+    plain = model.generate(**given, max_new_tokens=24, do_sample=False)
+    assert torch.equal(model.generate(**given, max_new_tokens=24, do_sample=False, num_mtp_tokens=3), plain)
+    unending = {"max_new_tokens": 16, "eos_token_id": None, "do_sample": False}
     plain = model.generate(**given, **unending)
     assert torch.equal(model.generate(**given, **unending, num_mtp_tokens=2), plain)
 
@@ -61,7 +62,7 @@ def test_greedy_text_of_rows(case):
 ])  # fmt: skip
 def test_what_changes_logits_or_ends_texts(settings):
     model, given = drafting_model(), left_padded(2)
-    settings = {"do_sample": False, **({} if "max_length" in settings else {"max_new_tokens": 30}), **settings}
+    settings = {"do_sample": False, **({} if "max_length" in settings else {"max_new_tokens": 16}), **settings}
     plain = model.generate(**given, **settings)
     assert torch.equal(model.generate(**given, **settings, num_mtp_tokens=3), plain)
 
@@ -119,7 +120,7 @@ def test_a_streamer_gets_every_token():
     assert seen == [*written[0].tolist(), "end"]
 
 
-@pytest.mark.parametrize("rows, settings", [(1, {}), (3, {"temperature": 0.6}), (2, {"top_k": 3})])
+@pytest.mark.parametrize("rows, settings", [(1, {}), (3, {"temperature": 0.6, "top_k": 4})])
 def test_sampling_has_the_models_distribution(rows, settings):
     """Frequencies of all texts of three tokens against exact probabilities: chi-squared."""
     model, length = drafting_model(seed=3), 3
@@ -127,7 +128,7 @@ def test_sampling_has_the_models_distribution(rows, settings):
     expected = exact_distribution(model, ids, length, **settings)
     counts = torch.zeros(6**length)
     torch.manual_seed(1)
-    for _ in range(10):
+    for _ in range(6):
         texts = model.generate(
             ids.expand(rows, -1), max_new_tokens=length, do_sample=True, num_mtp_tokens=2, num_return_sequences=600 // rows,
             top_k=settings.get("top_k", 0), temperature=settings.get("temperature", 1.0),

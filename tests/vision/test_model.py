@@ -108,6 +108,13 @@ def greedy(model, batch: dict, pixels: torch.Tensor) -> torch.Tensor:
     return ids
 
 
+def test_multi_token_prediction_drafts_after_pictures():
+    model = vl_model(text={"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*-"}).eval()
+    batch, pixels = prompt([2, "2", 3, "1", 1], [4, "1", 2]), tiles(4)
+    expected = model.generate(**batch, pixel_values=pixels, **NEW)
+    assert torch.equal(model.generate(**batch, pixel_values=pixels, **NEW, num_mtp_tokens=2), expected)
+
+
 def test_decoding_after_right_padding(model):
     """One more token per row, after a prompt whose padding stands on the right."""
     rows, counts = ([2, "2", 3, "1", 1], [4, "1", 2]), (3, 1)

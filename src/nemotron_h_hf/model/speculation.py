@@ -207,7 +207,8 @@ class SelfSpeculation:
         count, newest = drafts.shape[1], torch.stack([self.texts[row][-1:] for row in self.rows])
         mask = None if self.mask is None else F.pad(self.mask, (0, count + 1), value=1)
         given = {"attention_mask": mask, CACHE_NAME: self.cache, "use_cache": True}
-        hidden = self.model.model(torch.cat([newest, drafts], dim=1), **given).last_hidden_state
+        embeds = self._embed(torch.cat([newest, drafts], dim=1))  # of ids a vision model would ask for their images
+        hidden = self.model.model(inputs_embeds=embeds, **given).last_hidden_state
         scores = self._scores(project(self.model.lm_head, hidden), drafts)
         kept, tokens = accept(scores, drafts, probabilities if self.samples else None)
         following = F.pad(drafts, (0, 1)).scatter(1, kept[:, None], tokens)  # (r, k + 1)
