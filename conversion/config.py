@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nemotron_h_hf.inputs import read_json
+from nemotron_h_hf.model.block_configs import unpack_blocks
 from nemotron_h_hf.model.configuration_nemotron_h import SYNONYMS, NemotronHConfig
 
 from .source_checkpoint import SourceCheckpoint, naming
@@ -156,7 +157,10 @@ def from_tensors(checkpoint: SourceCheckpoint) -> dict[str, Known]:
     known["mtp_hybrid_override_pattern"] = Known(patterns.pop() if patterns else "", "the names of its mtp.layers")
     shapes: dict[str, dict[Any, str]] = {}
     widths = []
+    experts: dict[str, dict[int, str]] = {}  # by layer
     for name, entry in checkpoint.entries.items():
+        if (match := EXPERT_WIDTH.fullmatch(name)) and entry.shape:
+            experts.setdefault(match[1], {}).setdefault(entry.shape[0], name)
         for regex, field, axis in MEASURES:
             if regex.search(name) and len(entry.shape) > axis:
                 shapes.setdefault(field, {}).setdefault(entry.shape[axis], name)
@@ -167,6 +171,8 @@ def from_tensors(checkpoint: SourceCheckpoint) -> dict[str, Known]:
             both = " and ".join(f"{value} ({name})" for value, name in list(values.items())[:2])
             raise ValueError(f"{field} differs between tensors: {both}")
         known[field] = next(Known(value, f"the shape of {name}") for value, name in values.items())
+    if experts:
+        known["moe_intermediate_size"] = _expert_widths(experts)
     if widths:
         per_layer = [width for _, width in sorted(widths)]
         uniform = len(set(per_layer)) == 1
@@ -202,11 +208,32 @@ MEASURES = tuple(
         (_BLOCK + r"self_attention\.linear_proj\.weight$", "query_width", 1),
         (_BLOCK + r"self_attention\.linear_qkv\.weight$", "qkv_rows", 0),
         (_BLOCK + r"mlp\.router\.weight$", "n_routed_experts", 0),
-        (_BLOCK + r"mlp\.experts\.linear_fc1\.weight\d+$", "moe_intermediate_size", 0),
         (_BLOCK + r"mlp\.shared_experts\.linear_fc1\.weight$", "moe_shared_expert_intermediate_size", 0),
         (_BLOCK + r"mlp\.fc1_latent_proj\.weight$", "moe_latent_size", 0),
     )
 )
+
+
+EXPERT_WIDTH = re.compile(
+    r"((?:decoder\.layers\.\d+|mtp\.layers\.\d+\.mtp_model_layer\.layers\.\d+)\.)mlp\.experts\.linear_fc1\.weight\d+"
+)
+
+
+def _expert_widths(experts: dict[str, dict[int, str]]) -> Known:
+    """The width of all experts, or a list of each layer's, those of multi-token prediction (all depths alike) last."""
+    widths: dict[tuple, dict[int, str]] = {}
+    for place, found in experts.items():
+        numbers = [int(number) for number in re.findall(r"\d+", place)]
+        widths.setdefault((place.startswith("mtp."), numbers[-1]), {}).update(found)
+    for found in widths.values():
+        if len(found) > 1:
+            both = " and ".join(f"{width} ({name})" for width, name in list(found.items())[:2])
+            raise ValueError(f"moe_intermediate_size differs between tensors of a layer: {both}")
+    return Known(_one_or_all([next(iter(found)) for _, found in sorted(widths.items())]), "the shapes of mlp.experts")
+
+
+def _one_or_all(sizes: list[int]) -> int | list[int]:
+    return sizes[0] if len(set(sizes)) == 1 else sizes
 
 
 def _block_names(checkpoint: SourceCheckpoint) -> tuple[list[set[str]], list[list[set[str]]]]:
@@ -244,13 +271,14 @@ def from_args(args: dict[str, Any], known: dict[str, Known]) -> dict[str, Known]
     """What the training arguments say, in the configuration's fields; None means that they are silent."""
     has_experts = "E" in known["hybrid_override_pattern"].value + known["mtp_hybrid_override_pattern"].value
     found: dict[str, Known] = {}
+    by_layer = _by_layer(args, known)
     for argument, field in FIELDS.items():
         value = args.get(argument)
-        if value is None or (field in MOE_ONLY and not has_experts):
+        if value is None or (field in MOE_ONLY and not has_experts) or field in by_layer:
             continue
         _check_number(argument, field, value)
         _merge(found, {field: Known(value, f"the argument {argument}")})
-    if has_experts and "moe_intermediate_size" not in found and args.get("ffn_hidden_size") is not None:
+    if has_experts and "moe_intermediate_size" not in {**found, **by_layer} and args.get("ffn_hidden_size") is not None:
         found["moe_intermediate_size"] = Known(args["ffn_hidden_size"], "the argument ffn_hidden_size")
     if args.get("num_query_groups") is not None and args.get("group_query_attention") is False:
         # Megatron ignores the number of groups then
@@ -261,7 +289,40 @@ def from_args(args: dict[str, Any], known: dict[str, Known]) -> dict[str, Known]
     if isinstance(args.get("num_layers"), int) and args["num_layers"] != len(known["hybrid_override_pattern"].value):
         raise ValueError(f"num_layers is {args['num_layers']} by the arguments, but the tensors have "
                          f"{len(known['hybrid_override_pattern'].value)} layers")  # fmt: skip
-    return found | _patterns(args)
+    return found | _patterns(args) | by_layer
+
+
+# keys of `per_layer_config_overrides`, as Megatron-Bridge writes them for the Puzzle model -> field
+OVERRIDES = {"moe_ffn_hidden_size": "moe_intermediate_size", "moe_router_topk": "num_experts_per_tok"}
+
+
+def _by_layer(args: dict[str, Any], known: dict[str, Known]) -> dict[str, Known]:
+    """What differs by layer: an entry for each, None or the arguments that it has for itself."""
+    names = ("per_layer_config_overrides", "mtp_per_layer_config_overrides")
+    if not any(args.get(name) for name in names):
+        return {}
+    patterns = [known[field].value for field in ("hybrid_override_pattern", "mtp_hybrid_override_pattern")]
+    found: dict[str, list[int]] = {argument: [] for argument in OVERRIDES}
+    for name, pattern in zip(names, patterns):
+        entries = args.get(name) or [None] * len(pattern)
+        if not isinstance(entries, (list, tuple)) or len(entries) != len(pattern):
+            raise ValueError(
+                f"the argument {name} is {entries!r}: allowed is an entry for each of the {len(pattern)} layers"
+            )
+        for layer, (letter, entry) in enumerate(zip(pattern, entries)):
+            more = set(entry or ()) - set(OVERRIDES)
+            if more or (entry and letter != "E"):
+                raise ValueError(
+                    f"the argument {name}[{layer}] is {entry!r}, of a layer {letter}: allowed are None, and in layers E "
+                    f"{' and '.join(OVERRIDES)}"
+                )
+            for argument, field in OVERRIDES.items() if letter == "E" else ():
+                value = (entry or {}).get(argument, args.get(argument))
+                _check_number(f"{name}[{layer}].{argument}", field, value)
+                found[argument].append(value)
+    return {
+        OVERRIDES[name]: Known(_one_or_all(sizes), f"the argument {names[0]}") for name, sizes in found.items() if sizes
+    }
 
 
 def _check_number(argument: str, field: str, value: Any) -> None:
@@ -305,12 +366,12 @@ def read_extra(extra: str | Path) -> dict[str, Any]:
     path = Path(extra)
     path = path / "config.json" if path.is_dir() else path
     if path.is_file():
-        given = read_json(path)
+        given = unpack_blocks(read_json(path), NemotronHConfig.PER_LAYER_FIELDS)
         config = NemotronHConfig(**given)
     else:
         given = None
         config = NemotronHConfig.from_preset(str(extra))
-    fields = config.to_dict()
+    fields = config.plain_dict()
     for name in ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "num_hidden_layers"):
         fields.pop(name, None)
     if given is not None:  # what the file does not say is not a statement
@@ -367,8 +428,9 @@ def other_groups(config: NemotronHConfig) -> str | None:
     Megatron by as many as each chosen group has of the token's experts."""
     if not config.has_experts or config.topk_group == config.n_group:
         return None
-    ranked = config.num_experts_per_tok // config.topk_group
-    if ranked == 2:
+    counts = {config.size("num_experts_per_tok", layer) for layer in config.layers_with("moe")}
+    ranked = next((count // config.topk_group for count in sorted(counts) if count // config.topk_group != 2), None)
+    if ranked is None:
         return None
     return (
         f"num_experts_per_tok={config.num_experts_per_tok} with topk_group={config.topk_group} of "
@@ -389,6 +451,7 @@ def to_args(config: NemotronHConfig, padded_rows: int, sizes: dict[str, int], co
     else:
         args |= {"moe_router_score_function": "sigmoid", "moe_router_pre_softmax": False}
         args |= {"moe_router_enable_expert_bias": True, "moe_router_dtype": "fp32"}
+        args |= _overrides(config)
     dtype = str(config.dtype or "bfloat16").removeprefix("torch.")
     mtp = f"/{config.mtp_hybrid_override_pattern}" * config.num_nextn_predict_layers
     newer = core == "0.19"
@@ -425,3 +488,20 @@ def to_args(config: NemotronHConfig, padded_rows: int, sizes: dict[str, int], co
         "consumed_valid_samples": 0,
         "iteration": 0,
     }
+
+
+def _overrides(config: NemotronHConfig) -> dict[str, Any]:
+    """Megatron-Bridge's arguments for experts that differ by layer; the largest is what the whole model is said to have."""
+    if not any(isinstance(getattr(config, field), list) for field in OVERRIDES.values()):
+        return {}
+    kinds = [*config.layers_block_type, *(config.mtp_layers_block_type or ())]
+    count = config.num_hidden_layers
+
+    def own(layer: int) -> dict[str, int] | None:
+        return {name: config.size(field, layer) for name, field in OVERRIDES.items()} if kinds[layer] == "moe" else None
+
+    entries = [own(layer) for layer in range(len(kinds))]
+    args = {name: max(entry[name] for entry in entries if entry) for name in OVERRIDES}
+    mtp = {"mtp_per_layer_config_overrides": entries[count:], "mtp_pattern_length": len(kinds) - count}
+    args |= {"per_layer_config_overrides": entries[:count], "heterogeneous_block_specs": True}
+    return args | (mtp if len(kinds) > count else {})

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from nemotron_h_hf import tensors
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
+from nemotron_h_hf.model.weights import name_in_file
 from nemotron_h_hf.tensors import is_there, sizes
 
 ROWS, COLUMNS, COPY = "rows", "columns", "copy"  # what a tensor-parallel rank holds: a range of axis 0, of axis 1, all
@@ -134,9 +135,25 @@ class Link(NamedTuple):
         return (self.shape,)
 
 
+# What may differ by layer: MLPs by their shapes, experts by Megatron-Bridge's `per_layer_config_overrides`.
+BY_LAYER = ("intermediate_size", "moe_intermediate_size", "num_experts_per_tok")
+
+
 def links(config: NemotronHConfig) -> Iterator[Link]:
-    """Every tensor of a model of this configuration, in order of depth."""
-    config.require_uniform(*(field for field in config.PER_LAYER_FIELDS if field != "intermediate_size"))
+    """Every tensor of a model of this configuration, in order of depth; raises as `check_sizes`."""
+    check_sizes(config)
+    for link in _links(config):
+        yield link._replace(hf=tuple(name_in_file(name, config.model_type) for name in link.hf))
+
+
+def check_sizes(config: NemotronHConfig) -> None:
+    """Raise a ValueError for sizes that differ by layer where Megatron has one, and for a sliding window."""
+    config.require_uniform(*(field for field in config.PER_LAYER_FIELDS if field not in BY_LAYER))
+    if config.sliding_window is not None:
+        raise ValueError(f"sliding_window={config.sliding_window}: allowed is null here, Megatron's layers have none")
+
+
+def _links(config: NemotronHConfig) -> Iterator[Link]:
     embeddings, final_norm, output_layer = TOP
     outside = sizes(config, None)
     yield _link(embeddings, "", "", outside)
@@ -153,7 +170,7 @@ def links(config: NemotronHConfig) -> Iterator[Link]:
 def _block(config: NemotronHConfig, letter: str, megatron: str, hf: str, layer: int) -> Iterator[Link]:
     of = sizes(config, layer)
     for row in BLOCKS[letter]:
-        if all(is_there(config, tensor) for tensor in row.hf_rows):
+        if all(is_there(config, tensor, layer) for tensor in row.hf_rows):
             for expert in range(of["e"]) if "{e}" in row.megatron else (None,):
                 yield _link(row, megatron, hf, of, expert)
 

@@ -15,7 +15,7 @@ import torch
 from nemotron_h_hf.checkpoint import save
 from nemotron_h_hf.inputs import read_json
 from nemotron_h_hf.model.configuration_nemotron_h import with_plain_limit
-from nemotron_h_hf.model.weights import Checkpoint, Name, TensorSpec, read_name, stays_float32
+from nemotron_h_hf.model.weights import Checkpoint, Name, TensorSpec, name_in_file, read_name, stays_float32
 from nemotron_h_hf.tokenizer_files import TOKENIZER_FILES, copy_files
 from nemotron_h_hf.whole_files import write_text
 
@@ -52,10 +52,11 @@ def export_run(
             f"model; the end of the run writes them to {checkpoint.parent / 'adapter'}, for nemotron-h merge. If it was "
             f"interrupted there, remove {checkpoint} and repeat the training command"
         )
-    specs = [_spec(source.spec(name), dtype) for name in sorted(source, key=_by_depth)]
-    save(target, specs, ((spec.name, source[spec.name]) for spec in specs), max_shard_bytes)
-    copy_files(TOKENIZER_FILES, checkpoint, target)
     config = with_plain_limit(read_json(checkpoint / "config.json"))
+    names = {name_in_file(name, config.get("model_type")): name for name in sorted(source, key=_by_depth)}
+    specs = [_spec(source.spec(name), dtype)._replace(name=written) for written, name in names.items()]
+    save(target, specs, ((written, source[name]) for written, name in names.items()), max_shard_bytes)
+    copy_files(TOKENIZER_FILES, checkpoint, target)
     stored = next(spec.dtype for spec in specs if not stays_float32(spec.name))
     write_text(
         target / "config.json", json.dumps({**config, "dtype": str(stored).removeprefix("torch.")}, indent=2) + "\n"

@@ -28,6 +28,7 @@ from .names import (
     EXTRA_STATE_TOP,
     PARTS,
     VOCAB,
+    check_sizes,
 )
 from .plan import Job, Plan
 
@@ -67,6 +68,7 @@ class Layout(NamedTuple):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}={getattr(self, field)}: allowed are positive integers")
         stage_sizes(config, self.pp)
+        check_sizes(config)
         if self.format == "torch_dist" and (self.tp, self.pp, self.ep) != (1, 1, 1):
             raise ValueError(f"tp={self.tp}, pp={self.pp}, ep={self.ep}: torch_dist is loaded under any parallelism; "
                              f"sizes are for format torch")  # fmt: skip

@@ -12,14 +12,14 @@ from pathlib import Path
 from . import cost
 from .elastic.budgets import Budget, read_elastic
 from .elastic.child import Child, child_of
-from .model.configuration_nemotron_h import NemotronHConfig
+from .model.configuration_nemotron_h import PUZZLE_LISTS, NemotronHConfig, NemotronHPuzzleConfig
 from .model.configuration_nemotron_h_vl import NemotronHNanoVLConfig, NemotronHOmniConfig, NemotronHVLConfig
 from .model.json_files import read_json
 from .model.weights import DTYPES, Stored, files_of, read_header, read_name
 from .tensors import AXES, checkpoint_tensors
 from .vision_summary import VisionFacts, describe_vision
 
-CONFIGS = (NemotronHConfig, NemotronHVLConfig, NemotronHNanoVLConfig, NemotronHOmniConfig)
+CONFIGS = (NemotronHConfig, NemotronHPuzzleConfig, NemotronHVLConfig, NemotronHNanoVLConfig, NemotronHOmniConfig)
 LAYER_NAMES = {"M": "Mamba-2", "*": "attention", "-": "MLP", "E": "MoE"}
 
 
@@ -33,6 +33,8 @@ class Facts:
     hidden_size: int
     vocab_size: int
     parameters: dict[str, int]
+    parameters_by_layer: list[int]  # those of multi-token prediction, all depths, last
+    expert_layers: list[dict[str, int | None]]  # sizes of each layer with experts, if they differ
     num_parameters: int
     num_active_parameters: int
     num_checkpoint_tensors: int
@@ -146,6 +148,8 @@ def describe(
         hidden_size=config.hidden_size,
         vocab_size=config.vocab_size,
         parameters=cost.parameters_by_kind(config),
+        parameters_by_layer=cost.parameters_by_layer(config),
+        expert_layers=_expert_layers(config),
         num_parameters=cost.num_parameters(config),
         num_active_parameters=cost.num_active_parameters(config),
         num_checkpoint_tensors=cost.num_checkpoint_tensors(config),
@@ -183,6 +187,16 @@ def disagreements(config: NemotronHConfig, contents: Contents) -> list[str]:
             found = sorted(list(shape) for shape in set(shapes) - {tensor.shape})[0]
             lines.append(f"{tensor.name}: config.json asks for shape {list(tensor.shape)}, the files hold {found}")
     return lines
+
+
+def _expert_layers(config: NemotronHConfig) -> list[dict[str, int | None]]:
+    """The sizes of each layer of experts, multi-token prediction after the stack; none if all are alike."""
+    if not any(isinstance(getattr(config, field), list) for field in PUZZLE_LISTS):
+        return []
+    return [
+        {"layer": layer, **{field: config.size(field, layer) for field in PUZZLE_LISTS}}
+        for layer in config.layers_with("moe")
+    ]
 
 
 def _budget_facts(child: Child, dtype: str) -> BudgetFacts:

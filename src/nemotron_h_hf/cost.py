@@ -30,6 +30,16 @@ def parameters_by_kind(config: NemotronHConfig) -> dict[str, int]:
     return dict(counts)
 
 
+def parameters_by_layer(config: NemotronHConfig) -> list[int]:
+    """Exact number of stored elements of each layer of the stack, then of each layer of multi-token prediction."""
+    mtp = len(config.mtp_layers_block_type or ()) * config.num_nextn_predict_layers
+    counts = [0] * (config.num_hidden_layers + mtp)
+    for tensor in checkpoint_tensors(config):
+        if (number := tensor.place.layer) is not None:
+            counts[number + config.num_hidden_layers * (tensor.place.root == "mtp")] += tensor.num_elements
+    return counts
+
+
 def num_parameters(config: NemotronHConfig, with_mtp: bool = True) -> int:
     """Exact number of stored elements; `with_mtp=False` counts the main stack alone."""
     counts = parameters_by_kind(config)
@@ -114,7 +124,7 @@ def forward_flops_per_token(config: NemotronHConfig, sequence_length: int, first
     `first_layer`.
 
         linear     2 x elements of every matrix that a token meets: routed experts by num_experts_per_tok, and lm_head
-        attention  2 products x 2 x heads x head_dim x (l + 1) / 2 tokens seen on average, per layer
+        attention  2 products x 2 x heads x head_dim x tokens seen on average ((l + 1) / 2 without a window), per layer
         scan       in chunks of q tokens: C B^T and its product with x, 2q (groups x state + heads x head_dim); into the
                    state and out of it, 4 x heads x head_dim x state; per layer
         conv       2 x channels x taps, per layer
@@ -124,14 +134,23 @@ def forward_flops_per_token(config: NemotronHConfig, sequence_length: int, first
         for kind in ("linear_attention", "full_attention")
     )
     inner, state = sum(map(config.mamba_width, mamba)), config.ssm_state_size  # of all layers
-    heads = sum(config.size("num_attention_heads", index) for index in attention)
+    seen = sum(
+        config.size("num_attention_heads", index) * tokens_seen(sequence_length, config.size("sliding_window", index))
+        for index in attention
+    )
     chunk = min(config.chunk_size, sequence_length)
     return {
         "linear": 2 * _matrix_elements_per_token(config, first_layer),
-        "attention": 2 * heads * config.head_dim * (sequence_length + 1),
+        "attention": 4 * config.head_dim * seen,
         "scan": 2 * chunk * (len(mamba) * config.n_groups * state + inner) + 4 * inner * state,
         "conv": 2 * sum(map(config.conv_width, mamba)) * config.conv_kernel,
     }
+
+
+def tokens_seen(sequence_length: int, window: int | None) -> float:
+    """Tokens that one of a row attends to, itself included, on average."""
+    window = sequence_length if window is None else min(window, sequence_length)
+    return window * (2 * sequence_length - window + 1) / (2 * sequence_length)
 
 
 def training_flops_per_token(config: NemotronHConfig, sequence_length: int) -> float:

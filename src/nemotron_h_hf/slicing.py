@@ -91,20 +91,36 @@ def kept_config(parent: NemotronHConfig, kept: Kept) -> NemotronHConfig:
     for axis in AXES:
         of = getattr(kept, axis.name) if axis.kind else {}
         found = [indices.shape[-1] for index, indices in sorted(of.items()) if index in stack]
-        alike = len(set(found)) == 1
-        if found and not alike and axis.field not in parent.PER_LAYER_FIELDS:
-            raise ValueError(f"{axis.field}={found}: allowed is one size for every layer")
-        if found:
-            entry[axis.field] = found[0] if alike else found
+        more = [indices.shape[-1] for index, indices in sorted(of.items()) if index >= parent.num_hidden_layers]
+        if len({*found, *more}) > 1 and axis.field not in parent.PER_LAYER_FIELDS:
+            raise ValueError(f"{axis.field}={found + more}: allowed is one size for every layer")
+        if found or more:
+            entry[axis.field] = one_or_list(found, more)
     return type(parent).from_dict(entry)
 
 
+def one_or_list(sizes: Sequence[int | None], mtp_sizes: Sequence[int | None]) -> int | None | list[int | None]:
+    """How a configuration says the sizes of the stack's layers of a kind, and of those of multi-token prediction: as one,
+    as a list, or as a list that goes on with the latter where they are not all the largest."""
+    if len({*sizes, *mtp_sizes}) == 1:
+        return [*sizes, *mtp_sizes][0]
+    if not sizes or None in sizes or set(mtp_sizes) - {max(sizes)}:
+        return [*sizes, *mtp_sizes]
+    return list(sizes)
+
+
 def entry_without_sizes(parent: NemotronHConfig, layers: Sequence[int]) -> dict[str, Any]:
-    """The parent's configuration with these of its layers and without budgets; its sizes are still the parent's."""
-    entry = parent.to_dict()
+    """The parent's configuration with these of its layers and without budgets; their sizes are still the parent's."""
+    entry = parent.plain_dict()
     for derived in ("elastic", "hybrid_override_pattern", "num_hidden_layers"):
         entry.pop(derived, None)
-    return {**entry, "layers_block_type": [parent.layers_block_type[index] for index in layers]}
+    kinds, count = parent.layers_block_type, parent.num_hidden_layers
+    for name, kind in parent.PER_LAYER_FIELDS.items():
+        if isinstance(getattr(parent, name), list):
+            stack = [parent.size(name, index) for index in layers if kinds[index] == kind]
+            more = [parent.size(name, index) for index in parent.layers_with(kind) if index >= count]
+            entry[name] = one_or_list(stack, more) if stack or more else []
+    return {**entry, "layers_block_type": [kinds[index] for index in layers]}
 
 
 def cuts(parent: NemotronHConfig, kept: Kept, child: NemotronHConfig | None = None) -> Iterator[Cut]:
@@ -133,7 +149,7 @@ def kept_of(
     parent: NemotronHConfig, kept: Kept, letter: str, layer: int | None, expert: int | None = None
 ) -> Tensor | None:
     """What stays of one letter of a layer (tensors.py), of the product of its fields: int64; None where it is never cut."""
-    fields, found = fields_of(parent, letter), None
+    fields, found = fields_of(parent, letter, layer), None
     for name in fields if AXIS_OF.keys() & fields else ():
         if (axis := AXIS_OF.get(name)) is None:
             indices = torch.arange(size(parent, name, layer))

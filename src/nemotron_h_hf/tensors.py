@@ -190,7 +190,7 @@ def sizes(config: NemotronHConfig, layer: int | None) -> dict[str, int]:
     """Size of each letter that the tensors of a layer have; None: of those outside of the layers."""
     kind = "last" if layer is None else kind_of(config, layer)
     return {
-        letter: math.prod(size(config, field, layer) for field in fields_of(config, letter))
+        letter: math.prod(size(config, field, layer) for field in fields_of(config, letter, layer))
         for letter in _LETTERS_OF[kind]
     }
 
@@ -201,9 +201,9 @@ def size(config: NemotronHConfig, field: str, layer: int | None) -> int:
     return config.size(field, layer) if isinstance(value, list) else value
 
 
-def fields_of(config: NemotronHConfig, letter: str) -> list[str]:
-    """The fields whose product a letter is, from the outermost in."""
-    return LETTERS["d" if letter == "l" and not config.moe_latent_size else letter].split()
+def fields_of(config: NemotronHConfig, letter: str, layer: int | None) -> list[str]:
+    """The fields whose product a letter is in a layer, from the outermost in."""
+    return LETTERS["d" if letter == "l" and not size(config, "moe_latent_size", layer) else letter].split()
 
 
 def kind_of(config: NemotronHConfig, layer: int) -> str:
@@ -231,9 +231,9 @@ def _leader(axis: Axis) -> str:
     return axis.within or (AXIS_OF[axis.groups].name if axis.groups in AXIS_OF else axis.name)
 
 
-def is_there(config: NemotronHConfig, row: Row) -> bool:
-    """Whether a model of `config` has the tensor."""
-    return all(getattr(config, need) for need in row.needs.split())
+def is_there(config: NemotronHConfig, row: Row, layer: int) -> bool:
+    """Whether a layer of a model of `config` has the tensor."""
+    return all(size(config, need, layer) for need in row.needs.split())
 
 
 def _outside(config: NemotronHConfig, part: str) -> Iterator[WeightShape]:
@@ -245,7 +245,7 @@ def _outside(config: NemotronHConfig, part: str) -> Iterator[WeightShape]:
 def _layer(config: NemotronHConfig, root: str, number: int, layer: int, rows: tuple[Row, ...]) -> Iterator[WeightShape]:
     of = sizes(config, layer)
     for row in rows:
-        if is_there(config, row):
+        if is_there(config, row, layer):
             copies = of["e"] if "{e}" in row.name else 1
             yield WeightShape(Name(root, number, row.name), row, _shape(row, of), copies, layer)
 

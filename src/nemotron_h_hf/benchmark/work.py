@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from .. import cost
 from ..model.configuration_nemotron_h import NemotronHConfig
 from ..model.ssd import CHUNK_TOKENS, SEGMENT_TOKENS
+from ..tensors import checkpoint_tensors
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,12 @@ def _hybrid_costs(config: NemotronHConfig, dtype: str) -> Costs:
     table = 0 if config.tie_word_embeddings else kinds["embeddings"]
     weight_bytes = cost.weight_bytes(config, dtype)
     routed = kinds["moe_routed"]
+    met = sum(cost.elements_per_token(config, it) for it in checkpoint_tensors(config) if it.kind == "moe_routed")
     return Costs(
         weight_bytes=weight_bytes,
         step_bytes=weight_bytes - size * (table + kinds["mtp"] + routed),
         routed_bytes=size * routed,
-        routed_share=config.num_experts_per_tok / config.n_routed_experts if routed else 0.0,
+        routed_share=met / routed if routed else 0.0,
         kv_bytes=cost.kv_bytes_per_token(config, dtype),
         state_bytes=cost.ssm_state_bytes(config) + cost.conv_state_bytes(config, dtype),
         flops=sum(flops.values()) - head_flops,
@@ -162,8 +164,10 @@ def _block_bytes(config: NemotronHConfig, index: int, rows: int, tokens: int, pa
         return count * s * 2 * (query + config.num_key_value_heads * config.head_dim) + masked
     if kind == "mlp":
         return count * 2 * s * config.size("intermediate_size", index)
-    routed = 2 * config.moe_intermediate_size + 2 * (config.moe_latent_size or config.hidden_size)
-    return count * s * (config.num_experts_per_tok * routed + 2 * config.moe_shared_expert_intermediate_size)
+    chosen, width, latent, shared = (config.size(field, index) for field in
+                                     ("num_experts_per_tok", "moe_intermediate_size", "moe_latent_size",
+                                      "moe_shared_expert_intermediate_size"))  # fmt: skip
+    return count * s * (chosen * 2 * (width + (latent or config.hidden_size)) + 2 * shared)
 
 
 def _segment_bytes(config: NemotronHConfig, index: int, rows: int, tokens: int) -> int:

@@ -53,10 +53,10 @@ class Budget:
     mamba_head_dim: int | tuple[int, ...] | None = None
     num_key_value_heads: int | None = None
     num_attention_heads: int | tuple[int, ...] | None = None
-    n_routed_experts: int | None = None
-    moe_intermediate_size: int | None = None
-    moe_shared_expert_intermediate_size: int | None = None
-    num_experts_per_tok: int | None = None
+    n_routed_experts: int | tuple[int, ...] | None = None
+    moe_intermediate_size: int | tuple[int, ...] | None = None
+    moe_shared_expert_intermediate_size: int | tuple[int, ...] | None = None
+    num_experts_per_tok: int | tuple[int, ...] | None = None
     trained: bool = False
     loss: float | None = None
 
@@ -214,9 +214,15 @@ def check_budget(parent: PreTrainedConfig, budget: Budget) -> None:
             multiple = budget.num_key_value_heads
         require(all(size % multiple == 0 for size in sizes), field, f"a multiple of {multiple}")
         if field == "n_routed_experts":
-            least = budget.num_experts_per_tok if _is_count(budget.num_experts_per_tok) else parent.num_experts_per_tok
-            require(value >= least, field, f"at least num_experts_per_tok={least}")
-            require(value >= 2 * parent.n_group or parent.n_group == 1, field, "two experts or more in each group")
+            asked = budget.num_experts_per_tok
+            known = asked is None or _is_count(asked) or (isinstance(asked, tuple) and len(asked) == len(sizes))
+            least = sizes_of_kept(
+                parent, budget if known else replace(budget, num_experts_per_tok=None), "num_experts_per_tok"
+            )
+            for size, few in zip(sizes, least):
+                require(not _is_count(few) or size >= few, field, f"at least num_experts_per_tok={few}")
+            enough = parent.n_group == 1 or all(size >= 2 * parent.n_group for size in sizes)
+            require(enough, field, "two experts or more in each group")
 
 
 def _check_choices(field: str, sizes: Any) -> None:

@@ -15,7 +15,7 @@ from functools import cached_property
 
 from ..cost import num_parameters
 from ..model.configuration_nemotron_h import NemotronHConfig
-from ..slicing import Cut, Kept, cuts, entry_without_sizes, prefix
+from ..slicing import Cut, Kept, cuts, entry_without_sizes, one_or_list, prefix
 from .budgets import SIZE_FIELDS, Budget, check_budget, heads_left, sizes_of_kept
 
 
@@ -67,8 +67,7 @@ def child_of(parent: NemotronHConfig, budget: Budget) -> Child:
     entry = entry_without_sizes(parent, budget.kept_layers(parent))
     for field in SIZE_FIELDS:
         if field in parent.PER_LAYER_FIELDS:
-            sizes = sizes_of_kept(parent, budget, field)
-            entry[field] = (sizes[0] if len(set(sizes)) == 1 else list(sizes)) if sizes else _one(parent, budget, field)
+            entry[field] = _sizes(parent, budget, field)
         elif (size := getattr(budget, field)) is not None:
             entry[field] = size
     config = type(parent).from_dict(entry)
@@ -77,10 +76,25 @@ def child_of(parent: NemotronHConfig, budget: Budget) -> Child:
     return Child(parent, budget, config)
 
 
+def _sizes(parent: NemotronHConfig, budget: Budget, field: str) -> int | list[int]:
+    """What the child's configuration says of a field that may differ by layer. Layers of multi-token prediction that the
+    parent names keep their sizes, those above the budget's largest have that."""
+    sizes, value = sizes_of_kept(parent, budget, field), getattr(parent, field)
+    kind, count = parent.PER_LAYER_FIELDS[field], parent.num_hidden_layers
+    if isinstance(value, list) and len(value) > parent.layers_block_type.count(kind):
+        more = [parent.size(field, index) for index in parent.layers_with(kind) if index >= count]
+        if getattr(budget, field) is not None:
+            more = [min(size, max(sizes, default=_one(parent, budget, field))) for size in more]
+        return one_or_list(sizes, more)
+    if not sizes:
+        return _one(parent, budget, field)
+    return sizes[0] if len(set(sizes)) == 1 else list(sizes)
+
+
 def _one(parent: NemotronHConfig, budget: Budget, field: str) -> int:
     """A size for a kind of layer that is gone from the stack; multi-token prediction may still have it."""
     value = getattr(budget, field)
     if value is None:
         whole = getattr(parent, field)
         value = heads_left(parent, whole, budget.num_key_value_heads) if field == "num_attention_heads" else whole
-    return value if isinstance(value, int) else max(value)
+    return value if isinstance(value, int) else max(value, default=1)

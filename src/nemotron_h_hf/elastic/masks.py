@@ -13,7 +13,7 @@ What a mask multiplies:
     channels        y * silu(gate), the input of a Mamba layer's gated norm
     query_heads     the input of o_proj
     experts         the weights of the chosen experts; an expert whose mask is 0 is never chosen
-    experts_per_token      no mask: how many experts each token is sent to
+    experts_per_token      no mask: how many experts each token is sent to, where it is fewer than in the parent
     layers          the mixer's output; a layer whose entry is 0 is not run at all
 
 A norm over d of D channels divides by the root mean square of those d. With a mask m of mean f, norm(x m / sqrt(f)) has
@@ -59,7 +59,7 @@ class Masks:
     experts: dict[int, Tensor] = field(default_factory=dict)  # (e)
     expert_neurons: dict[int, Tensor] = field(default_factory=dict)  # (w)
     shared_neurons: dict[int, Tensor] = field(default_factory=dict)  # (s)
-    experts_per_token: int | None = None  # in every layer
+    experts_per_token: dict[int, int] = field(default_factory=dict)
 
 
 MASKED = tuple(axis for axis in AXES if axis.kind and axis.name in Masks.__dataclass_fields__)
@@ -70,11 +70,12 @@ def child_masks(child: Child, device: torch.device | str | None = None) -> Masks
     """The hard masks of a child, fp32, on `device` (`layers` on the CPU); none where all of an axis stays."""
     config, layers, kept = child.parent, child.layers, child.kept
     masks = Masks(_hard(config.hidden_size, kept.hidden, device))
-    if child.config.num_experts_per_tok != config.num_experts_per_tok:
-        masks.experts_per_token = child.config.num_experts_per_tok
     if len(layers) < config.num_hidden_layers:
         masks.layers = _hard(config.num_hidden_layers, torch.tensor(layers), None)
-    for index in layers:
+    for own, index in enumerate(layers):
+        if config.layers_block_type[index] == "moe":
+            few, all_of_it = (size(of, "num_experts_per_tok", at) for of, at in ((child.config, own), (config, index)))
+            masks.experts_per_token |= {index: few} if few != all_of_it else {}
         for axis in axes_of(config.layers_block_type[index]):
             if axis in MASKED:
                 indices, shape = getattr(kept, axis.name)[index], _shape(config, axis, index)
@@ -161,14 +162,19 @@ def check_masks(config: NemotronHConfig, masks: Masks) -> None:
 
     require("hidden", masks.hidden, config.hidden_size)
     require("layers", masks.layers, config.num_hidden_layers)
-    if masks.experts_per_token is not None and not 0 < masks.experts_per_token <= config.num_experts_per_tok:
-        allowed = f"1 to {config.num_experts_per_tok}"
-        raise ValueError(f"experts_per_token={masks.experts_per_token}: allowed is {allowed}, what the model has")
+    for index, few in masks.experts_per_token.items():
+        _require_kind(config, "experts_per_token", index, "moe")
+        if not 0 < few <= (most := size(config, "num_experts_per_tok", index)):
+            raise ValueError(f"experts_per_token[{index}]={few}: allowed is 1 to {most}, what the layer has")
     for axis in MASKED:
         for index, mask in getattr(masks, axis.name).items():
-            if not 0 <= index < config.num_hidden_layers or config.layers_block_type[index] != axis.kind:
-                raise ValueError(f"{axis.name}[{index}]: allowed are the layers of kind {axis.kind}")
+            _require_kind(config, axis.name, index, axis.kind)
             require(f"{axis.name}[{index}]", mask, *_shape(config, axis, index))
+
+
+def _require_kind(config: NemotronHConfig, name: str, index: int, kind: str) -> None:
+    if not 0 <= index < config.num_hidden_layers or config.layers_block_type[index] != kind:
+        raise ValueError(f"{name}[{index}]: allowed are the layers of kind {kind}")
 
 
 def _shape(config: NemotronHConfig, axis: Axis, layer: int) -> tuple[int, ...]:
@@ -246,9 +252,9 @@ def _mixer_masked(block: nn.Module, masks: Masks) -> Iterator[None]:
             stack.enter_context(mixer.experts.act_fn.register_forward_hook(partial(_times_output, mask)))
         if (mask := masks.experts.get(index)) is not None:
             stack.enter_context(_experts_left_out(mixer.gate, mask))
-        if masks.experts_per_token is not None and block.block_type == "moe":
+        if index in masks.experts_per_token:
             stack.callback(setattr, mixer.gate, "top_k", mixer.gate.top_k)
-            mixer.gate.top_k = masks.experts_per_token
+            mixer.gate.top_k = masks.experts_per_token[index]
         yield
 
 

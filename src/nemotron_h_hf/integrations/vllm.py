@@ -20,9 +20,9 @@ from ..elastic.budgets import Budget
 from ..elastic.child import Child
 from ..elastic.cut.other_readers import nearest_expressible
 from ..elastic.resolve import resolve
-from ..model.configuration_nemotron_h import NemotronHConfig
+from ..model.configuration_nemotron_h import PUZZLE_LISTS, NemotronHConfig
 
-ONE_SIZE = ("mamba_num_heads", "mamba_head_dim", "num_attention_heads")  # for all layers, in vLLM
+ONE_SIZE = ("mamba_num_heads", "mamba_head_dim", "num_attention_heads", *PUZZLE_LISTS)  # for all layers, in vLLM
 
 
 class BudgetConfig(NemotronHConfig):
@@ -75,7 +75,7 @@ def cut(weights: Iterable[tuple[str, Tensor]], child: Child) -> Iterator[tuple[s
 def _check_sizes(child: Child) -> None:
     for field in ONE_SIZE:
         sizes = getattr(child.config, field)
-        if not isinstance(sizes, int):
+        if isinstance(sizes, list):
             nearest = nearest_expressible(child).budget.describe()
             raise ValueError(f"budget={child.name!r} has {field}={sizes}: allowed in vLLM is one size, as in {nearest}")
 

@@ -105,6 +105,14 @@ def released_name(name: str) -> str:
     return read_name(name).released
 
 
+def name_in_file(name: str, model_type: str) -> str:
+    """A released name as a checkpoint of that kind has it: the Puzzle model's begin with `model.`."""
+    name = released_name(name)
+    if model_type == "nemotron_h_puzzle" and name.startswith("backbone."):
+        return f"model.{name.removeprefix('backbone.')}"
+    return name
+
+
 class TensorSpec(NamedTuple):
     """What is known about a tensor before it is read."""
 

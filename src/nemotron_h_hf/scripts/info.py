@@ -194,6 +194,7 @@ def as_text(facts: Facts, contents: Contents | None, arguments: InfoArguments, c
     if facts.mtp_pattern:
         lines.append(f"multi-token prediction: {draw_pattern(facts.mtp_pattern, colour)}")
     lines += [] if facts.vision is None else ["", *vision_lines(facts.vision)]
+    lines += ["", *expert_lines(facts)] if facts.expert_layers else []
     return [*lines, "", *parameter_lines(facts), "", *memory_lines(facts, contents, arguments)]
 
 
@@ -220,11 +221,27 @@ def legend(facts: Facts, colour: bool) -> str:
     return f"{len(facts.pattern)} layers: {', '.join(parts)}; hidden {facts.hidden_size}, vocab {facts.vocab_size}"
 
 
+def expert_lines(facts: Facts) -> list[str]:
+    """A row for each layer with experts."""
+    heads = ["layer", "experts", "per token", "width", "shared width", "latent", "parameters"]
+    rows = []
+    for sizes in facts.expert_layers:
+        layer, *counts = ("-" if size is None else str(size) for size in sizes.values())
+        of_mtp = int(layer) - len(facts.pattern)
+        name = layer if of_mtp < 0 else f"mtp {of_mtp}"
+        rows.append([name, *counts, f"{facts.parameters_by_layer[int(layer)]:,}"])
+    widths = [max(map(len, column)) for column in zip(heads, *rows)]
+    return ["experts by layer"] + ["  " + "  ".join(map(str.rjust, row, widths)) for row in [heads, *rows]]
+
+
 def parameter_lines(facts: Facts) -> list[str]:
     """Parameters by kind, with shares."""
     rows = [(kind, count) for kind, count in facts.parameters.items() if count]
     lines = [f"  {kind:<12}{count:>18,}  {count / facts.num_parameters:6.1%}" for kind, count in rows]
     lines += [f"  {'total':<12}{facts.num_parameters:>18,}  = {human_count(facts.num_parameters)}"]
+    if mtp := facts.parameters["mtp"]:
+        without = facts.num_parameters - mtp
+        lines += [f"  {'without mtp':<12}{without:>18,}  = {human_count(without)}"]
     if facts.parameters["moe_routed"]:
         active = facts.num_active_parameters
         lines += [f"  {'active':<12}{active:>18,}  = {human_count(active)} per token, embeddings included, without mtp"]

@@ -129,9 +129,13 @@ def trained_adapters(model: nn.Module) -> tuple[float, int]:
     config, elements, layers = model.config.get_text_config(), 0.0, []
     for name, weight in model.named_parameters():
         if weight.requires_grad and weight.dim() == 2:
-            routed = ".experts." in name
-            elements += weight.numel() * (config.num_experts_per_tok / config.n_routed_experts if routed else 1)
-            layers += map(int, re.findall(r"\.layers\.(\d+)\.", name))
+            own = [int(number) for number in re.findall(r"\.layers\.(\d+)\.", name)]
+            share = 1.0
+            if ".experts." in name:
+                chosen, of = (config.size(field, own[-1]) for field in ("num_experts_per_tok", "n_routed_experts"))
+                share = chosen / of
+            elements += weight.numel() * share
+            layers += own
     return elements, min(layers, default=config.num_hidden_layers)
 
 

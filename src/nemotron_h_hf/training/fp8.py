@@ -117,11 +117,10 @@ def decoder_gemms(model_or_config: PreTrainedModel | PreTrainedConfig) -> list[t
         prefix += "language_model." if config is not model_or_config.config else ""
     else:
         config, prefix = model_or_config, "model."
-    latent = config.moe_latent_size is not None
     return [
         tuple(f"{prefix}layers.{index}.mixer.{name}" for name in gemm)
         for index, kind in enumerate(config.layers_block_type)
-        for gemm in GEMMS["latent_moe" if kind == "moe" and latent else kind]
+        for gemm in GEMMS["latent_moe" if kind == "moe" and config.size("moe_latent_size", index) else kind]
     ]
 
 

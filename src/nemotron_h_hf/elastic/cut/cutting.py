@@ -31,7 +31,7 @@ from ...cost import num_parameters
 from ...model.configuration_nemotron_h import NemotronHConfig
 from ...model.loading import limits_of_other_readers, weight_files
 from ...model.modeling_nemotron_h import NemotronHForCausalLM
-from ...model.weights import TensorSpec, find_tensors
+from ...model.weights import TensorSpec, find_tensors, name_in_file, released_name
 from ...output_folders import writing
 from ...resumable import Journal, check_room, write_shards
 from ...tokenizer_files import TOKENIZER_FILES, copy_files
@@ -120,7 +120,7 @@ def _slice(
     if uniform:
         child = nearest
     files, reader = weight_files(source), ChildFiles(child)
-    pending = reader.tensors(files)
+    pending = {name_in_file(name, child.config.model_type): cut for name, cut in reader.tensors(files).items()}
     if (source / manifest.NAME).is_file():
         manifest.check_manifest(source / manifest.NAME, files)
     shards = plan_shards(([_spec(name, cut)] for name, cut in pending.items()), _shard_bytes(max_shard_bytes, files))
@@ -257,7 +257,9 @@ def _finish(
     budget = {"name": child.budget.name, **child.budget.to_dict()}
     stored = find_tensors(weight_files(target))
     more = {"budget": budget, "parent": origin, "residual": report.residual}
-    found = manifest.make_manifest(stored, {name: digest.sha256 for name, digest in digests.items()}, **more)
+    found = manifest.make_manifest(
+        stored, {released_name(name): digest.sha256 for name, digest in digests.items()}, **more
+    )
     if found["num_parameters"] != report.num_parameters:
         raise ValueError(f"{target} holds {found['num_parameters']:,} parameters, its config {report.num_parameters:,}")
     code = sorted(path.name for path in source.glob("*.py")) if "auto_map" in child.config.to_dict() else []

@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 from ...tensors import num_groups
-from ..budgets import sizes_of_kept
+from ..budgets import SIZE_FIELDS, sizes_of_kept
 from ..child import Child, child_of
 
 
@@ -20,7 +20,7 @@ def nearest_expressible(child: Child) -> Child:
     """The child with one size in the place of each list; itself if it has none."""
     nearest = child
     for field in child.parent.PER_LAYER_FIELDS:
-        if isinstance(getattr(nearest.config, field), list):
+        if field in SIZE_FIELDS and isinstance(getattr(nearest.config, field), list):
             for sizes in _allowed(nearest, field):
                 if fitting := bisect_right(sizes, nearest.num_parameters, key=partial(_parameters, nearest, field)):
                     nearest = _with_size(nearest, field, sizes[fitting - 1])

@@ -12,7 +12,7 @@ from ...checkpoint import save
 from ...model.loading import warn_of_other_readers, weight_files
 from ...model.modeling_nemotron_h import NemotronHForCausalLM
 from ...model.saving import save_whole
-from ...model.weights import FLOATS, TensorSpec, find_tensors, read_name
+from ...model.weights import FLOATS, TensorSpec, find_tensors, name_in_file, read_name, released_name
 from ...tensors import checkpoint_tensors
 from ...units import parse_bytes
 from ...whole_files import write_text
@@ -62,7 +62,7 @@ def write_ordinary(
     """Write the configuration and the weights in released names; those of `state_dict` (names of our modules) if given."""
     check_plain(model)
     warn_of_other_readers(model.config)
-    names = list(checkpoint_names(model))
+    names = [name_in_file(name, model.config.model_type) for name in checkpoint_names(model)]
     tensors = ((name, ordinary_tensor(model, name, state_dict)) for name in names)
     specs = [
         TensorSpec(name, tensor_of(*find(model, read_name(name).module)).dtype, shape)
@@ -76,7 +76,7 @@ def write_ordinary(
         if model.generation_config is not None:
             model.generation_config.save_pretrained(folder)
         digests = save(Path(folder), specs, tensors, parse_bytes(max_shard_size, "max_shard_size"))
-        write_manifest(folder, {name: digest.sha256 for name, digest in digests.items()})
+        write_manifest(folder, {released_name(name): digest.sha256 for name, digest in digests.items()})
 
     save_whole(directory, write)
 

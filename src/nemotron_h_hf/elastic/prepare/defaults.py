@@ -67,7 +67,9 @@ def scaled(config: NemotronHConfig, field: str, whole: int, share: float) -> int
     step = num_groups(config, field) if AXIS_OF[field].groups else _step(whole)
     least = step
     if field == "n_routed_experts":
-        least = max(config.num_experts_per_tok, 2 * config.n_group if config.n_group > 1 else 1)
+        most = config.num_experts_per_tok
+        most = max(most) if isinstance(most, list) else most
+        least = max(most, 2 * config.n_group if config.n_group > 1 else 1)
         least = -(-least // step) * step
     return min(whole, max(least, round(whole * share / step) * step))
 
