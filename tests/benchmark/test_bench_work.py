@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from nemotron_h_hf import HybridCache, NemotronHConfig, NemotronHForCausalLM, NemotronHModel, cost
+from nemotron_h_hf import HybridCache, NemotronHConfig, NemotronHForCausalLM, cost
 from nemotron_h_hf.benchmark import models, work
 from nemotron_h_hf.benchmark.caches import RoomyGrowingLayer, empty_cache, prefill
 from nemotron_h_hf.benchmark.gate import random_ids
@@ -116,7 +116,7 @@ def test_activations_are_those_alive_at_the_peak(pattern, dtype, rows, tokens, b
     """As on a GPU, where a part of a prompt attends under a mask in fp32, and in 16 bits by FlashAttention, which makes its
     output alone (an empty one stands for it)."""
     if dtype == "float32":
-        monkeypatch.setattr(NemotronHModel, "_continues", lambda *_: False)
+        monkeypatch.setattr(blocks, "_continues", lambda *_: False)
     monkeypatch.setattr(blocks, "attend_after", lambda query, *_: torch.empty_like(query).transpose(1, 2))
     config = NemotronHConfig(hybrid_override_pattern=pattern, **WIDE)
     model = NemotronHForCausalLM(config).to(getattr(torch, dtype)).eval()
