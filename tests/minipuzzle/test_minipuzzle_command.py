@@ -347,6 +347,25 @@ def test_other_teachers(shape, box, tmp_path):
     assert num_parameters(small) <= int(most) and 0 < best["agreement"] <= 1
 
 
+def test_further_axes(box, tmp_path):
+    """Heads and embedding channels as dimensions of the grid; figures are those of the budget cut out."""
+    words = [
+        "--sizes",
+        "{mamba_num_heads: [4, 8], hidden_size: [32, 48]}",
+        "--mixed_widths",
+        "false",
+        "--controls",
+        "0",
+    ]
+    words += ["--counts", "{mamba: [3, 3], mlp: [3, 3]}", "--dtype", "float32", "--max_parameters", "260K"]
+    assert run(box, tmp_path / "work", *words, "--keep", "all", "--until", "ranked") == 0
+    found = read(tmp_path / "work", "ranked")["ranked"]
+    assert {(one["sizes"]["mamba_num_heads"], one["sizes"]["hidden_size"]) for one in found} >= {(4, 32), (8, 32)}
+    teacher = NemotronHConfig.from_pretrained(box / "teacher")
+    for one in found:
+        assert one["costs"]["parameters"] == num_parameters(resolve(teacher, one["sizes"]).config) <= 260_000
+
+
 def test_streaming_scores_the_same_and_reads_a_layer_once(box, tmp_path, monkeypatch):
     """With one layer in memory; the work folder then goes on with the whole teacher."""
     words = ["--mixed_widths", "false", "--dtype", "float32"]

@@ -15,6 +15,7 @@ from ..training.arguments import as_mapping
 from ..units import parse_need, parse_tokens
 
 STAGES = ("scores", "candidates", "ranked", "benchmarked", "tournament", "student")
+SIZES = tuple(name for name in CHOICE_FIELDS if name != "num_key_value_heads")  # which would take query heads along
 SET_HERE = {"teacher", "model", "data", "eval_data", "output_dir", "total_tokens", "teacher_cache", "cache_teacher", "config",
             "column", "sources", "phases", "top_k", "sequence_length", "tokenizer", "seed"}  # fmt: skip
 """Options of `distill` that the stages give themselves."""
@@ -130,7 +131,7 @@ class MiniPuzzleArguments:
         rows = self.ranking_tokens // self.sequence_length
         require(rows >= 1, "ranking_tokens", self.ranking_tokens, f"a row's {self.sequence_length} or more")
         for field_name, values in self.sizes.items():
-            require(field_name in CHOICE_FIELDS, "sizes", field_name, ", ".join(CHOICE_FIELDS))
+            require(field_name in SIZES, "sizes", field_name, ", ".join(SIZES))
             counts = isinstance(values, list) and values and all(type(size) is int and size > 0 for size in values)
             require(counts, f"sizes.{field_name}", values, "a list of positive integers")
         for name in self.counts:
