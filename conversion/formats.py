@@ -60,7 +60,7 @@ def _iteration(path: Path) -> Path:
         return inner[0] if len(inner) == 1 and inner[0].is_dir() and not (path / ".metadata").exists() else path
     text = tracker.read_text(errors="replace").strip()
     if text != "release" and not re.fullmatch(r"\d{1,12}", text):
-        raise ValueError(f"{tracker} holds {text!r:.40}; a number or 'release' is allowed")
+        raise ValueError(f"{tracker} holds {text!r:.40}: allowed is a number or 'release'")
     folder = path / ("release" if text == "release" else f"iter_{int(text):07d}")
     if not folder.is_dir():
         raise ValueError(f"{tracker} names {folder.name}, which is missing")
@@ -76,7 +76,7 @@ def _distributed(folder: Path) -> str:
         raise ValueError(f"{folder} is in the zarr format, which megatron-core dropped in 0.16; load it with 0.15 or "
                          f"older and save it as torch_dist")  # fmt: skip
     if backend != "torch_dist":
-        raise ValueError(f"{folder / 'metadata.json'}: sharded_backend={backend!r}; allowed is 'torch_dist'")
+        raise ValueError(f"{folder / 'metadata.json'}: sharded_backend={backend!r}: allowed is 'torch_dist'")
     if not (folder / ".metadata").is_file():
         raise ValueError(f"{folder / '.metadata'} is missing")
     if (folder / "run_config.yaml").is_file():

@@ -142,7 +142,7 @@ def _grid(folder: Path, args: dict[str, Any], names: list[str]) -> Grid:
              args.get("expert_tensor_parallel_size") or tp)  # fmt: skip
     grid = Grid(*(1 if size is None else size for size in sizes))
     if not all(isinstance(size, int) and 0 < size < 10**6 for size in vars(grid).values()):
-        raise ValueError(f"{folder}: its arguments give {grid}; positive integers are allowed")
+        raise ValueError(f"{folder}: its arguments give {grid}: allowed are positive integers")
     expected = 1 + (grid.pp > 1) + (grid.ep > 1)
     for name in names:
         found = sum(part is not None for part in _FOLDER.fullmatch(name).groups())

@@ -41,14 +41,14 @@ def export_run(
     """
     if (checkpoint / "adapter_config.json").is_file():
         raise ValueError(
-            f"{checkpoint} holds adapters (LoRA) and not the weights under them, allowed is a checkpoint of a whole model; "
+            f"{checkpoint} holds adapters (LoRA) and not the weights under them: allowed is a checkpoint of a whole model; "
             f"nemotron-h merge {checkpoint} --output {target} makes one"
         )
     sharded = (checkpoint / WEIGHTS_FOLDER).is_dir()
     source = open_sharded(checkpoint / WEIGHTS_FOLDER) if sharded else Checkpoint(checkpoint)
     if any(name.startswith(ADAPTED) for name in source):
         raise ValueError(
-            f"{checkpoint} holds sharded adapters (LoRA) and not the weights under them, allowed is a checkpoint of a whole "
+            f"{checkpoint} holds sharded adapters (LoRA) and not the weights under them: allowed is a checkpoint of a whole "
             f"model; the end of the run writes them to {checkpoint.parent / 'adapter'}, for nemotron-h merge. If it was "
             f"interrupted there, remove {checkpoint} and repeat the training command"
         )

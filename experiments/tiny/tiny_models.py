@@ -119,10 +119,10 @@ def parse_arguments(argv: Sequence[str] | None) -> TrainTinyArguments:
     for name, multiple in (("hidden_size", HEAD_DIM), ("sequence_length", 64)):
         value = getattr(arguments, name)
         if value <= 0 or value % multiple:
-            raise ValueError(f"{name}: got {value}, allowed is a positive multiple of {multiple}")
+            raise ValueError(f"{name}={value}: allowed is a positive multiple of {multiple}")
     for name in ("max_tokens", "batch_size", "log_steps", "save_steps", "num_samples"):
         if getattr(arguments, name) <= 0:
-            raise ValueError(f"{name}: got {getattr(arguments, name)}, allowed is 1 or more")
+            raise ValueError(f"{name}={getattr(arguments, name)}: allowed is 1 or more")
     return arguments
 
 

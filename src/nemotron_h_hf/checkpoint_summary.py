@@ -214,7 +214,7 @@ def _load_config(name: str) -> NemotronHConfig | NemotronHVLConfig:
     known = {config_class.model_type: config_class for config_class in CONFIGS}
     if fields.get("model_type") not in known:
         raise ValueError(
-            f"model_type of {name} is {fields.get('model_type')!r}; allowed: {', '.join(map(repr, known))}"
+            f"model_type of {name} is {fields.get('model_type')!r}: allowed are {', '.join(map(repr, known))}"
         )
     return known[fields["model_type"]].from_dict(fields)
 

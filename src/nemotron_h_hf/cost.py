@@ -112,7 +112,7 @@ def cache_bytes(config: NemotronHConfig, num_tokens: int, dtype: str = "bfloat16
 def layer_cache_bytes(config: NemotronHConfig, layer: int, num_tokens: int, dtype: str = "bfloat16") -> int:
     """Bytes that a layer of the stack keeps of one sequence after `num_tokens`."""
     if num_tokens < 0:
-        raise ValueError(f"num_tokens is {num_tokens}; it must be 0 or more")
+        raise ValueError(f"num_tokens={num_tokens}: allowed is 0 or more")
     kept = cache_elements(config, layer)
     return 4 * kept.state + (num_tokens * kept.kv + kept.conv) * bytes_per_element(dtype)
 
@@ -196,7 +196,7 @@ def elements_per_token(config: NemotronHConfig, tensor: WeightShape) -> int:
 def bytes_per_element(dtype: str) -> float:
     """Bytes of one element of `dtype`, named as in torch but without `torch.`."""
     if dtype not in BYTES_PER_ELEMENT:
-        raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(BYTES_PER_ELEMENT)}")
+        raise ValueError(f"dtype={dtype!r}: allowed are {', '.join(BYTES_PER_ELEMENT)}")
     return BYTES_PER_ELEMENT[dtype]
 
 

@@ -6,4 +6,4 @@ from typing import Any
 def require(condition: bool, name: str, value: Any, allowed: str) -> None:
     """`ValueError` naming field, value and what is allowed, unless the condition holds."""
     if not condition:
-        raise ValueError(f"{name}: got {value!r}, allowed is {allowed}")
+        raise ValueError(f"{name}={value!r}: allowed is {allowed}")

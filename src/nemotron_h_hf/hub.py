@@ -266,7 +266,7 @@ def _files(folder: Path, include: Iterable[str]) -> dict[str, Path | bytes]:
     names |= {Path(file).name for file in _shards(folder)} | _code_named_in(folder / "config.json")
     for name in include:
         if not (folder / name).is_file():
-            raise ValueError(f"include: got {name!r}, allowed are files of {folder}")
+            raise ValueError(f"include={name!r}: allowed are files of {folder}")
         names.add(Path(name).as_posix())
     plan: dict[str, Path | bytes] = {}
     for name in sorted(name for name in names if (folder / name).is_file()):

@@ -35,7 +35,7 @@ def finite(text: str) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"got {text!r}, allowed is a finite number")
+        raise argparse.ArgumentTypeError(f"{text!r}: allowed is a finite number")
     return number
 
 
@@ -53,7 +53,7 @@ def read_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError, ImportError, ValueError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(
-            f"--device: got {name!r}, allowed are cpu, cuda, cuda:1, ... where there is one ({first})"
+            f"--device={name!r}: allowed are cpu, cuda, cuda:1, ... where there is one ({first})"
         ) from None
     return device
 
@@ -72,7 +72,7 @@ def read_yaml(path: str | os.PathLike, name: str) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ValueError(f"{name}: {path} holds a {type(content).__name__}; allowed is a mapping of names to values")
+        raise ValueError(f"{name}: {path} holds a {type(content).__name__}: allowed is a mapping of names to values")
     return content
 
 

@@ -51,7 +51,7 @@ def resolve_target(target: str | os.PathLike, *sources: str | os.PathLike | None
     """
     path = Path(os.path.realpath(target))
     if path.exists() and not path.is_dir():
-        raise ValueError(f"{target} is a file; a folder is allowed")
+        raise ValueError(f"{target} is a file: allowed is a folder")
     for source in sources:
         if source is None or not os.path.exists(source):
             continue
@@ -85,7 +85,7 @@ def is_made(target: Path, made_from: Any) -> bool:
     except (OSError, ValueError, LookupError, TypeError):
         same, files = False, {}
     if not same:
-        raise ValueError(f"{target} is there already; a new or empty folder is allowed (nothing in it was touched)")
+        raise ValueError(f"{target} is there already: allowed is a new or empty folder (nothing in it was touched)")
     for name, sha256 in files.items():
         if not (target / name).is_file() or file_checksum(target / name) != sha256:
             raise ValueError(

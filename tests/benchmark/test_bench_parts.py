@@ -287,7 +287,7 @@ def test_vllm_that_fails_says_why(config, monkeypatch):
 
 
 @pytest.mark.parametrize("options, message", [
-    (("decode", "--rows", "0"), "--rows is 0; it must be 1 or more"),
+    (("decode", "--rows", "0"), "--rows=0: allowed is 1 or more"),
     (("decode", "--variants", "fp8"), "--variants fp8: allowed for train"),
     (("decode", "--model", "nemotron-h-9"), "preset='nemotron-h-9' is unknown"),
     (("decode", "--layers", "9"), "--layers 9: allowed are 1 to the 7 layers"),

@@ -109,7 +109,7 @@ def bad(**changes):
 
 
 def test_limits_that_nothing_fits_name_the_smallest():
-    with pytest.raises(ValueError, match=r"bytes: got '1 B', allowed is [\d.]+ KiB or more, the smallest"):
+    with pytest.raises(ValueError, match=r"bytes='1 B': allowed is [\d.]+ KiB or more, the smallest"):
         bad(limits={"bytes": 1})
     least = bad(counts={"mamba": [1, 1], "mlp": [1, 1]}, limits={"parameters": 40_000}).candidates[0]
     assert least.counts == {"attention": 1, "mamba": 1, "mlp": 1}
@@ -122,7 +122,7 @@ def test_a_teacher_that_fits_is_refused():
 
 @pytest.mark.parametrize(
     ("counts", "message"),
-    [({"moe": [1, 2]}, "counts: got 'moe', allowed is attention, mamba, mlp"), ({"mlp": [2, 4]}, "counts.mlp: got .2, 4."),
+    [({"moe": [1, 2]}, "counts='moe': allowed is attention, mamba, mlp"), ({"mlp": [2, 4]}, "counts.mlp=.2, 4."),
      ({"mlp": [3, 2]}, "counts.mlp"), ({"mlp": 3}, "counts.mlp")],
 )  # fmt: skip
 def test_wrong_counts_are_refused(counts, message):

@@ -62,5 +62,5 @@ def test_counts_hold_and_nothing_that_fits_is_an_error():
     costs, limits = costs_of(DEPLOYMENT), {"bytes": 0.9 * memory(config, DEPLOYMENT).total}
     found = best_mixed(config, errors_of(config, 1), WIDTHS, {"mlp": [1, 1], "attention": [0, 0]}, costs, limits)
     assert found.counts["mlp"] == 1 and found.counts["attention"] == 0
-    with pytest.raises(ValueError, match="budget: got .*, allowed is limits"):
+    with pytest.raises(ValueError, match="budget=.*: allowed is limits"):
         best_mixed(config, errors_of(config, 1), WIDTHS, {}, costs, {"bytes": 1000.0})

@@ -222,7 +222,7 @@ def test_vocabulary_is_padded_as_asked(hf, tmp_path):
     ("dense", {"tp": 2}, "torch_dist is loaded under any parallelism"),
     ("dense", {"to": "hf"}, "to='hf'"),
     ("dense", {"dtype": "int8"}, "dtype='int8'"),
-    ("dense", {"max_shard_size": "much"}, "max_shard_size: got 'much'"),
+    ("dense", {"max_shard_size": "much"}, "max_shard_size='much'"),
     ("dense", {"core": "1"}, "core='1'"),
 ])  # fmt: skip
 def test_bad_options_are_named_and_nothing_is_written(hf, tmp_path, family, options, message):

@@ -252,7 +252,7 @@ def test_a_short_run_sees_rows_of_all_documents(tmp_path):
     for rows in (after, longer):
         rows.load_state_dict(json.loads(json.dumps(before.state_after(17))))
         assert taken(rows, 33) == seen[17:], "a longer run reads on with the same windows"
-    with pytest.raises(ValueError, match="shuffle_rows: got 500, allowed is up to 40, the rows of the shortest phase"):
+    with pytest.raises(ValueError, match="shuffle_rows=500: allowed is up to 40, the rows of the shortest phase"):
         phases = [Phase({"text": 1.0}, until=600), Phase({"text": 1.0})]
         packed_blend([source], phases, words, 1000, 10, 0, split_documents=True, shuffle_rows=500)
 
@@ -349,7 +349,7 @@ def test_phases_cover_the_run():
     [
         ([Phase({"a": 1}, until="60%"), Phase({"a": 1}, last=10)], "last is 10, so it begins at 90 tokens, .* end at 60"),
         ([Phase({"a": 1}, until="60%")], "phases end at 60 tokens, total_tokens is 100"),
-        ([Phase({"a": 1}, until=50), Phase({"a": 1}, until="40%")], "number 2 ends at 40 tokens; allowed is more than 50"),
+        ([Phase({"a": 1}, until=50), Phase({"a": 1}, until="40%")], "number 2 ends at 40 tokens: allowed is more than 50"),
         ([Phase({"a": 1}), Phase({"a": 1})], "number 1 has no `until`"),
         ([Phase({"a": 1}, last=5), Phase({"a": 1})], "number 1: last is 5; only the last phase"),
         ([Phase({"a": 1}, last=5, until=5)], "only the last phase may have it, and then no `until`"),
@@ -358,7 +358,7 @@ def test_phases_cover_the_run():
         ([Phase({"a": float("nan")})], "weight of a is nan"),
         ([Phase({"a": "1"})], "weight of a is '1'"),
         ([Phase({"a": 0})], "at least one source needs a positive weight"),
-        ([Phase({"a": 1}, until="half")], "until: got 'half', allowed is a number of tokens"),
+        ([Phase({"a": 1}, until="half")], "until='half': allowed is a number of tokens"),
         ([], "phases is empty"),
     ],
 )  # fmt: skip
@@ -370,7 +370,7 @@ def test_phases_that_make_no_sense(phases, said):
 def test_what_a_blend_refuses(sources):
     with pytest.raises(ValueError, match="each name is allowed once"):
         Blend([*sources, sources[0]], PHASES, words, TOTAL)
-    with pytest.raises(ValueError, match="total_tokens is 0"):
+    with pytest.raises(ValueError, match="total_tokens=0"):
         Blend(sources, PHASES, words, 0)
     with pytest.raises(ValueError, match="phases, number 1 has a key 'untl'; did you mean 'until'"):
         phases_from([{"untl": 5, "weights": {}}])

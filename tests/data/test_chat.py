@@ -141,10 +141,10 @@ def test_template_that_rewrites_earlier_turns_is_refused(tokenizer):
 @pytest.mark.parametrize(
     "messages, said",
     [
-        ([], "messages is"),
-        ("Hi", "messages is"),
+        ([], "messages='\\[]': allowed is a list"),
+        ("Hi", "messages='Hi'"),
         ([{"content": "x"}], "message 1 is"),
-        ([{"role": "user", "content": None}], "message 1: content is None"),
+        ([{"role": "user", "content": None}], "message 1: content=None"),
         (TALK[:2], "no assistant turn"),
     ],
 )

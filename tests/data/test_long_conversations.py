@@ -224,5 +224,5 @@ def test_conversations_that_cannot_be_used(caplog):
     assert dict(long.bad.counts) == {"cannot be encoded": 1, "longer than target_tokens": 1}
     assert "not this one" in caplog.text
     for name, value in (("target_tokens", 0), ("num_references", -1), ("reference_share", 1)):
-        with pytest.raises(ValueError, match=f"{name} is {value}"):
+        with pytest.raises(ValueError, match=f"{name}={value}"):
             LongConversations(TALKS, encode, **{"target_tokens": 10, name: value})

@@ -295,11 +295,11 @@ def test_documents_longer_than_a_row(caplog):
 def test_what_packing_refuses():
     with pytest.raises(ValueError, match="documents is a generator, which can be read once"):
         SplitRows((document for document in [[1]]), 8)
-    with pytest.raises(ValueError, match="sequence_length is 0"):
+    with pytest.raises(ValueError, match="sequence_length=0"):
         SplitRows([[1]], 0)
-    with pytest.raises(ValueError, match="shuffle_rows is -1; 1 or more is allowed"):
+    with pytest.raises(ValueError, match="shuffle_rows=-1: allowed is 1 or more"):
         ShuffledRows([[1]], 8, shuffle_rows=-1)
-    with pytest.raises(ValueError, match="window_documents is 0; 1 or more is allowed"):
+    with pytest.raises(ValueError, match="window_documents=0: allowed is 1 or more"):
         WholeRows([[1]], 8, window_documents=0)
     with pytest.raises(ValueError, match=r"input_ids of shape \(2,\) and labels of \(1,\)"):
         list(SplitRows([{"input_ids": [1, 2], "labels": [1]}], 8))

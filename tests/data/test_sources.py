@@ -150,7 +150,7 @@ def test_a_sorted_stream_larger_than_its_window_is_named(caplog):
 def test_another_window_and_an_order_of_before_are_refused_on_resume(folder):
     state = SourceStream(Source("s", str(folder), shuffle_window=7)).state_dict()
     for window in (None, 0, 8):
-        with pytest.raises(ValueError, match=f"source s: shuffle_window is {window}, .*saved with 7 records at a time"):
+        with pytest.raises(ValueError, match=f"source s: shuffle_window={window}: .*saved with, 7 records at a time"):
             SourceStream(Source("s", str(folder), shuffle_window=window)).load_state_dict(state)
     del state["order"]
     with pytest.raises(ValueError, match="saved with blocks, as an earlier version had it"):
@@ -302,7 +302,7 @@ def test_source_with_nothing_usable_is_an_error(tmp_path):
         ValueError, match=r"source s: no usable record in 1 files; the last .*a.jsonl:1: no column 'text'"
     ):
         next(SourceStream(Source("s", str(tmp_path))))
-    with pytest.raises(ValueError, match="source s: path is .*none"):
+    with pytest.raises(ValueError, match="source s: path=.*none"):
         SourceStream(Source("s", str(tmp_path / "none*.txt")))
 
 
@@ -415,19 +415,19 @@ def test_dataset_with_bad_records(caplog):
 def test_what_a_source_refuses():
     with pytest.raises(ValueError, match="path is None and dataset None; give one"):
         Source("s")
-    with pytest.raises(ValueError, match="format is 'csv'; allowed are text, lines, jsonl, parquet"):
+    with pytest.raises(ValueError, match="format='csv': allowed are text, lines, jsonl, parquet"):
         Source("s", "x", format="csv")
-    with pytest.raises(ValueError, match="shuffle_window is -1"):
+    with pytest.raises(ValueError, match="shuffle_window=-1"):
         Source("s", "x", shuffle_window=-1)
     for more in ({"path": "x"}, {"dataset": datasets.Dataset.from_dict({"text": ["a"]})}):
-        with pytest.raises(ValueError, match="revision is 'v1'; text is allowed, and only with the hub id"):
+        with pytest.raises(ValueError, match="revision='v1': allowed is text, and only with the hub id"):
             Source("s", revision="v1", **more)
     with pytest.raises(ValueError, match="source web has a key 'pth'; did you mean 'path'"):
         sources_from({"web": {"pth": "x"}})
-    with pytest.raises(ValueError, match="sources is None"):
+    with pytest.raises(ValueError, match="sources=None"):
         sources_from(None)
-    with pytest.raises(ValueError, match="on_bad_data is 'ignore'; allowed are 'skip' and 'error'"):
+    with pytest.raises(ValueError, match="on_bad_data='ignore': allowed are 'skip' and 'error'"):
         SourceStream(Source("s", __file__), on_bad_data="ignore")
-    with pytest.raises(ValueError, match="dataset is a int"):
+    with pytest.raises(ValueError, match="dataset is a int: allowed is a hub id"):
         SourceStream(Source("s", dataset=5))
     assert sources_from({"web": {"path": "x", "column": None}}) == [Source("web", "x", column=None)]

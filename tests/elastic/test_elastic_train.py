@@ -120,17 +120,17 @@ def test_another_teacher_and_next_token_loss(box, tmp_path):
     "flags, message",
     [
         (["--budgets", "{half: 0.5}"], "just one is the parent"),
-        (["--budgets", "{full: 1.0, half: 5T}"], "budgets.half: got '5T'"),
+        (["--budgets", "{full: 1.0, half: 5T}"], "budgets.half='5T'"),
         (["--choices", "{hidden_size: [47], mamba_num_heads: [3]}"], "a multiple of 2"),
-        (["--stages", "[{weights: {quarter: 1}}]"], "got 'quarter', allowed is full, half"),
+        (["--stages", "[{weights: {quarter: 1}}]"], "='quarter': allowed is full, half"),
         (["--metric", "latency"], "latency_table"),
-        (["--measure_latency"], "latency_table: got None, allowed is the file to write"),
+        (["--measure_latency"], "latency_table=None: allowed is the file to write"),
         (["--gumbel_temperature", "1.0"], "temperature: got"),
         (["--optimizer", "muon"], "allowed is adamw"),
-        (["--interpolate", "{tiny: 0.1}"], "interpolate.tiny: got 0.1, allowed is 0.6 or more, as is trained"),
-        (["--interpolate", "{half: 0.7}"], "interpolate: got 'half', allowed is names that budgets does not have"),
+        (["--interpolate", "{tiny: 0.1}"], "interpolate.tiny=0.1: allowed is 0.6 or more, as is trained"),
+        (["--interpolate", "{half: 0.7}"], "interpolate='half': allowed is names that budgets does not have"),
         (["--router_lerning_rate", "1"], "did you mean 'router_learning_rate'"),
-        (["--model", EMBEDDED_MODEL], "choices: got {}, allowed is sizes by field; nemotron-h elasticize"),
+        (["--model", EMBEDDED_MODEL], "choices={}: allowed is sizes by field; nemotron-h elasticize"),
     ],
 )
 def test_command_refuses(flags, message, box, tmp_path):

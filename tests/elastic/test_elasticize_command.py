@@ -145,14 +145,14 @@ def test_few_rows_are_all_scored_for_depth(tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--budget", "a"], "budget: got 'a', allowed is NAME:FIELD=SIZE"),
+        (["--budget", "a"], "budget='a': allowed is NAME:FIELD=SIZE"),
         (["--budget", "a:hidden_size=x"], "'x' is not a whole number"),
         (["--budget", "a:hidden_size=144", "--budget", "a:depth=3"], "'a' is given twice"),
         (["--budget", "a:width=3"], "budget 'a' has 'width'"),
         (["--budget", "a:depth=6", "--depth_rows", "0"], "the layers are not scored"),
         (["--rows", "1000"], "rows: 1000 rows of 48 tokens are asked for, the text has"),
-        (["--rows", "0"], "rows: got 0"),
-        (["--depth_rows", "9"], "depth_rows: got 9, allowed is 0 to rows=3"),
+        (["--rows", "0"], "rows=0"),
+        (["--depth_rows", "9"], "depth_rows=9: allowed is 0 to rows=3"),
         (["--calibration", "nowhere/*.txt"], "'nowhere/*.txt' matches no file"),
     ],
 )
@@ -185,7 +185,7 @@ def test_budgets_come_from_files_and_flags(tmp_path):
     }
     assert read_choices(None) is None and read_budgets([], None) == {}
     path.write_text("- 6b\n")
-    with pytest.raises(ValueError, match=r"budgets: .*budgets\.yaml holds a list; allowed is a mapping"):
+    with pytest.raises(ValueError, match=r"budgets: .*budgets\.yaml holds a list: allowed is a mapping"):
         read_budgets([], str(path))
 
 

@@ -119,7 +119,7 @@ def test_latency_is_the_sum_over_layers_of_the_table(shape, choices, per_layer):
 def test_what_cannot_be_costed_is_refused():
     config = tiny_config()
     axes = axes_of(config, {"hidden_size": [32]})
-    with pytest.raises(ValueError, match="metric: got 'flops', allowed are parameters, memory, latency"):
+    with pytest.raises(ValueError, match="metric='flops': allowed are parameters, memory, latency"):
         ExpectedCost(config, axes, "flops")
     with pytest.raises(ValueError, match="measure_latency makes one"):
         ExpectedCost(config, axes, "latency")

@@ -101,12 +101,12 @@ def test_soft_masks_are_the_mean_of_prefixes_and_differentiable():
 
 
 @pytest.mark.parametrize("choices, per_layer, message", [
-    ({"width": [4]}, (), "choices: got 'width'"),
-    ({"hidden_size": [32]}, ("hidden_size",), "per_layer: got 'hidden_size'"),
+    ({"width": [4]}, (), "choices='width'"),
+    ({"hidden_size": [32]}, ("hidden_size",), "per_layer='hidden_size'"),
     ({"mamba_num_heads": [3]}, (), "a multiple of 2"),
     ({"hidden_size": [64]}, (), "at most the parent's 48"),
     ({"n_routed_experts": [4]}, (), "no moe layer"),
-    ({"hidden_size": []}, (), "positive integers"), ({"num_experts_per_tok": [1]}, (), "choices: got 'num_experts_per_tok'"),
+    ({"hidden_size": []}, (), "positive integers"), ({"num_experts_per_tok": [1]}, (), "choices='num_experts_per_tok'"),
 ])  # fmt: skip
 def test_choices_that_do_not_fit_are_refused(choices, per_layer, message):
     with pytest.raises(ValueError, match=message):
@@ -177,5 +177,5 @@ def test_unseen_budgets_are_mixtures_of_their_neighbours():
     assert budget_vector(targets, 0.6).tolist() == pytest.approx([0, 0.6, 0.4])
     assert budget_vector(targets, 0.9).tolist() == pytest.approx([0.6, 0, 0.4])
     for target in (0.4, 1.1):
-        with pytest.raises(ValueError, match=f"budget: got {target}, allowed is 0.5 to 1"):
+        with pytest.raises(ValueError, match=f"budget={target}: allowed is 0.5 to 1"):
             budget_vector(targets, target)

@@ -99,7 +99,7 @@ def test_bad_text_is_named(tmp_path, content, message):
 def test_a_folder_belongs_to_one_evaluation(tmp_path):
     claim(tmp_path, "model.json", {"seed": 0, "shape": (1, 2)})
     claim(tmp_path, "model.json", {"seed": 0, "shape": (1, 2)})
-    with pytest.raises(ValueError, match="seed: got 1, but .* holds an evaluation with 0"):
+    with pytest.raises(ValueError, match="seed=1: allowed is 0, which the evaluation in .* was begun with"):
         claim(tmp_path, "model.json", {"seed": 1, "shape": (1, 2)})
 
 
@@ -270,7 +270,7 @@ def test_command_evaluates_resumes_and_adds(tmp_path, short_text, capsys, monkey
     )
     assert command.main(argv) == 0 and not asked
     assert command.main([*argv, "--lengths", "320,384,448"]) == 0 and len(asked) == 2
-    with pytest.raises(ValueError, match="seed: got 1"):
+    with pytest.raises(ValueError, match="seed=1"):
         command.main([*argv, "--seed", "1"])
     (tmp_path / "held_out.txt").write_text("other text\n")
     with pytest.raises(ValueError, match="text: got"):
@@ -304,21 +304,21 @@ def test_another_folder_is_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("x")
     with pytest.raises(ValueError, match="is not empty and holds no evaluation"):
         command.main([*SMALL, "--output", str(tmp_path)])
-    with pytest.raises(ValueError, match="mine.txt is a file; a folder is allowed"):
+    with pytest.raises(ValueError, match="mine.txt is a file: allowed is a folder"):
         command.main([*SMALL, "--output", str(tmp_path / "mine.txt")])
 
 
 @pytest.mark.parametrize(
     "argv, message",
     (
-        (["--lengths", "4k,x"], "--lengths: got 'x', allowed is a number of tokens such as"),
-        (["--lengths", "0"], "--lengths: got '0'"),
-        (["--depths", "101"], "--depths has '101'; allowed are numbers from 0 to 100"),
+        (["--lengths", "4k,x"], "--lengths='x': allowed is a number of tokens such as"),
+        (["--lengths", "0"], "--lengths='0'"),
+        (["--depths", "101"], "--depths has '101': allowed are numbers from 0 to 100"),
         (["--depths", "nan"], "--depths has 'nan'"),
         (["--tasks", ","], "--tasks is ','; give at least one"),
-        (["--limit", "0"], "--limit is 0; it must be 1 or more"),
-        (["--window", "8", "--stride", "8"], "--stride is 8; it must be below --window, 8"),
-        (["--window", "1"], "--stride is 1; it must be below --window, 1"),
+        (["--limit", "0"], "--limit=0: allowed is 1 or more"),
+        (["--window", "8", "--stride", "8"], "--stride=8: allowed is below --window, 8"),
+        (["--window", "1"], "--stride=1: allowed is below --window, 1"),
     ),
 )
 def test_wrong_options_are_named(argv, message):

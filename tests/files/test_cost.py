@@ -180,7 +180,7 @@ def test_bad_values_are_named():
     config = small_config(hybrid_override_pattern="M*-")
     with pytest.raises(ValueError, match=r"int3.*allowed"):
         cost.weight_bytes(config, "int3")
-    with pytest.raises(ValueError, match="num_tokens is -1"):
+    with pytest.raises(ValueError, match="num_tokens=-1"):
         cost.cache_bytes(config, -1)
 
 

@@ -248,9 +248,9 @@ def test_two_rounds_read_a_cache_of_the_teacher(made, ranked):
 
 
 def test_a_work_folder_of_other_arguments_is_refused(made, ranked):
-    with pytest.raises(ValueError, match=r"layer_samples: got 3, but .*scores.json was made with 4"):
+    with pytest.raises(ValueError, match=r"layer_samples=3: allowed is 4, which .*scores.json was made with"):
         run(made, ranked, "--layer_samples", "3")
-    with pytest.raises(ValueError, match="controls: got 2"):
+    with pytest.raises(ValueError, match="controls=2"):
         run(made, ranked, "--controls", "2")
     with pytest.raises(ValueError, match="limits: got"):
         run(made, ranked, "--max_parameters", "100K")
@@ -258,14 +258,14 @@ def test_a_work_folder_of_other_arguments_is_refused(made, ranked):
 
 def test_a_work_folder_of_another_teacher_is_refused(made, ranked, tmp_path):
     shutil.copytree(made / "teacher", tmp_path / "other")
-    with pytest.raises(ValueError, match=r"teacher: got .*other.*, but .*scores.json was made with"):
+    with pytest.raises(ValueError, match=r"teacher=.*other.*: allowed is .*scores.json was made with"):
         run(made, ranked, "--teacher", str(tmp_path / "other"))
 
 
 def test_folders_in_use_are_refused(box, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
-    with pytest.raises(ValueError, match="work: got .*mine.*, allowed is a new or empty folder"):
+    with pytest.raises(ValueError, match="work=.*mine.*: allowed is a new or empty folder"):
         run(box, tmp_path / "mine")
     with pytest.raises(ValueError, match="the target .* is the source"):
         run(box, box / "teacher")
@@ -276,11 +276,11 @@ def test_folders_in_use_are_refused(box, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--max_parameters", "1K"], r"parameters: got '1,000', allowed is [\d,]+ or more, the smallest"),
+        (["--max_parameters", "1K"], r"parameters='1,000': allowed is [\d,]+ or more, the smallest"),
         (["--max_parameters", "1B"], "the teacher itself fits"),
         (
             ["--budget", "1KiB@1M"],
-            r"bytes: got '1.0 KiB', allowed is .* GiB or more|bytes: got '1.0 KiB', allowed is .* MiB",
+            r"bytes='1.0 KiB': allowed is .* GiB or more|bytes='1.0 KiB': allowed is .* MiB",
         ),
     ],
 )
@@ -295,16 +295,16 @@ def test_limits_that_make_no_sense(made, ranked, words, message):
     ("words", "message"),
     [
         (["--width_samples", "5000"], r"width_samples: 5000 rows of 32 tokens are asked for, the text has"),
-        (["--ranking_tokens", "1M"], r"ranking_tokens: got 1,000,000, allowed is at most what the 80 documents have"),
-        (["--layer_samples", "7"], "layer_samples: got 7, allowed is at most width_samples=6"),
-        (["--sizes", "{width: [3]}"], "sizes: got 'width'"),
+        (["--ranking_tokens", "1M"], r"ranking_tokens=1,000,000: allowed is at most what the 80 documents have"),
+        (["--layer_samples", "7"], "layer_samples=7: allowed is at most width_samples=6"),
+        (["--sizes", "{width: [3]}"], "sizes='width'"),
         (["--sizes", "{intermediate_size: [81]}"], "intermediate_size=81"),
-        (["--counts", "{experts: [1, 2]}"], "counts: got 'experts'"),
-        (["--counts", "{moe: [1, 2]}"], "counts: got 'moe', allowed is attention, mamba, mlp"),
-        (["--distill", "{output_dir: here}"], "distill: got 'output_dir'"),
+        (["--counts", "{experts: [1, 2]}"], "counts='experts'"),
+        (["--counts", "{moe: [1, 2]}"], "counts='moe': allowed is attention, mamba, mlp"),
+        (["--distill", "{output_dir: here}"], "distill='output_dir'"),
         (["--weights", "fp3"], "weights"),
-        (["--max_seconds", "1"], "latency: got None"),
-        (["--tasks", "no_module:score"], "tasks: got 'no_module:score'"),
+        (["--max_seconds", "1"], "latency=None"),
+        (["--tasks", "no_module:score"], "tasks='no_module:score'"),
         (["--budgit", "1GiB"], "unknown option --budgit; did you mean 'budget'"),
     ],
 )
@@ -376,7 +376,7 @@ def test_streaming_scores_the_same_and_reads_a_layer_once(box, tmp_path, monkeyp
         assert found["errors"]["hidden"][branch] == pytest.approx(errors, rel=1e-4)
     assert read(tmp_path / "streamed", "candidates") == read(tmp_path / "whole", "candidates")
     assert run(box, tmp_path / "streamed", *words, "--until", "ranked") == 0
-    with pytest.raises(ValueError, match="stream: got True, allowed is false"):
+    with pytest.raises(ValueError, match="stream=True: allowed is false"):
         run(box, tmp_path / "streamed", *words, "--stream")
 
 

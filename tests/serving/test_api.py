@@ -225,7 +225,7 @@ def test_a_conversation_is_refused_by_field(server, change, param):
 
 
 def test_unknown_models_keys_and_paths(server, client):
-    with pytest.raises(openai.NotFoundError, match="'gpt': allowed are|got 'gpt', allowed are tiny"):
+    with pytest.raises(openai.NotFoundError, match="model='gpt': allowed are tiny"):
         client.completions.create(model="gpt", prompt="Hi")
     with pytest.raises(openai.NotFoundError, match="tiny:7b"):
         client.completions.create(model="tiny:7b", prompt="Hi")

@@ -284,13 +284,13 @@ def test_a_cache_is_read_with_the_tokenizer_of_the_student(tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--temperature", "0"], "temperature: got 0"),
-        (["--cross_entropy_weight", "2"], "cross_entropy_weight: got 2"),
+        (["--temperature", "0"], "temperature=0"),
+        (["--cross_entropy_weight", "2"], "cross_entropy_weight=2"),
         (["--cache_teacher", "a", "--teacher_cache", "b"], "teacher_cache"),
         (["--max_steps", "-1"], "total_tokens"),
-        (["--teacher", "nowhere"], "teacher: got 'nowhere', allowed is a checkpoint folder or a hub id"),
-        (["--eval_steps", "2"], "eval_steps: got 2.0, allowed is none without --eval_data"),
-        (["--config_overrides", "{vocab_size: 100}"], "tokenizer: .* tokens, allowed are the model's 100"),
+        (["--teacher", "nowhere"], "teacher='nowhere': allowed is a checkpoint folder or a hub id"),
+        (["--eval_steps", "2"], "eval_steps=2.0: allowed is none without --eval_data"),
+        (["--config_overrides", "{vocab_size: 100}"], "tokenizer: .* tokens: allowed are the model's 100"),
         (["--temprature", "1"], "did you mean 'temperature'"),
     ],
 )

@@ -71,7 +71,7 @@ def test_eval_steps_alone_evaluates(name, box, tmp_path):
     steps = {row["step"] for row in read_metrics(tmp_path) if "eval_loss" in row or "eval_half_loss" in row}
     assert steps == ({1, 2} if name == "elastic" else {0, 1, 2})
     for steps, flags in (("1.5", held_out), ("0", held_out), ("1", [])):
-        with pytest.raises(ValueError, match=f"eval_steps: got {float(steps)}, allowed is"):
+        with pytest.raises(ValueError, match=f"eval_steps={float(steps)}: allowed is"):
             run(name, box, tmp_path / "x", "--eval_steps", steps, *flags)
 
 

@@ -68,13 +68,13 @@ def test_a_run_adds_heads_which_convert_there_and_back(texts, tmp_path):
 
 
 @pytest.mark.parametrize("flags, message", [
-    ({"mtp_loss_weight": -1}, "mtp_loss_weight: got -1.0, allowed is 0"),
-    ({"mtp_freeze_trunk": True}, "mtp_freeze_trunk: got True, allowed is none without mtp_loss_weight"),
-    ({"mtp_steps": 2}, "mtp_steps: got 2, allowed is none without mtp_loss_weight"),
-    ({"mtp_steps": 0, "mtp_loss_weight": 0.1}, "mtp_steps: got 0, allowed is 1 or more"),
-    ({"mtp_loss_weight": 0.1}, "mtp_loss_weight: got 0.1, allowed is 0 for a model without"),
-    ({"mtp_depth": 0}, "mtp_depth: got 0, allowed is 1 or more"),
-    ({"mtp_pattern": "*-"}, "mtp_pattern: got '\\*-', allowed is none without mtp_depth"),
+    ({"mtp_loss_weight": -1}, "mtp_loss_weight=-1.0: allowed is 0"),
+    ({"mtp_freeze_trunk": True}, "mtp_freeze_trunk=True: allowed is none without mtp_loss_weight"),
+    ({"mtp_steps": 2}, "mtp_steps=2: allowed is none without mtp_loss_weight"),
+    ({"mtp_steps": 0, "mtp_loss_weight": 0.1}, "mtp_steps=0: allowed is 1 or more"),
+    ({"mtp_loss_weight": 0.1}, "mtp_loss_weight=0.1: allowed is 0 for a model without"),
+    ({"mtp_depth": 0}, "mtp_depth=0: allowed is 1 or more"),
+    ({"mtp_pattern": "*-"}, "mtp_pattern='\\*-': allowed is none without mtp_depth"),
     ({"mtp_depth": 1, "mtp_pattern": "Q"}, "mtp_hybrid_override_pattern='Q'"),
 ])  # fmt: skip
 def test_flags_that_cannot_be(texts, tmp_path, flags, message, capsys):

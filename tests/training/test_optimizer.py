@@ -108,7 +108,7 @@ def test_state_can_be_saved_and_loaded(name, tmp_path):
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="optimizer: got 'sgd', allowed are adamw, muon"):
+    with pytest.raises(ValueError, match="optimizer='sgd': allowed are adamw, muon"):
         make_optimizer(tiny_model(), "sgd")
 
 

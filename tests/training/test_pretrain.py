@@ -76,39 +76,39 @@ def test_help_teaches(capsys):
         (["--lerning_rate", "1"], "unknown option --lerning_rate; did you mean 'learning_rate'"),
         (["--learning-rate", "fast"], "--learning_rate.*invalid float value: 'fast'"),
         (["--optimizer", "sgd"], "--optimizer: invalid choice: 'sgd'"),
-        (["--total_tokens", "3X"], "total_tokens: got '3X', allowed is a number of tokens such as"),
-        (["--total_tokens", "9"], "total_tokens: got '9', allowed is a step's 4096 or more"),
-        (["--min_lr_ratio", "2"], "min_lr_ratio: got 2.0, allowed is 0 to 1"),
-        (["--z_loss=-1"], "z_loss: got -1.0, allowed is 0"),
-        (["--router_aux_loss_coef=-1"], "router_aux_loss_coef: got -1.0, allowed is 0"),
+        (["--total_tokens", "3X"], "total_tokens='3X': allowed is a number of tokens such as"),
+        (["--total_tokens", "9"], "total_tokens='9': allowed is a step's 4096 or more"),
+        (["--min_lr_ratio", "2"], "min_lr_ratio=2.0: allowed is 0 to 1"),
+        (["--z_loss=-1"], "z_loss=-1.0: allowed is 0"),
+        (["--router_aux_loss_coef=-1"], "router_aux_loss_coef=-1.0: allowed is 0"),
         (
             ["--lr_scheduler_type", "cosine", "--decay_tokens", "1M"],
-            "decay_tokens: got '1M', allowed is .*not with cosine",
+            "decay_tokens='1M': allowed is .*not with cosine",
         ),
         (
             ["--lr_scheduler_type", "linear", "--min_lr_ratio", "0.1"],
-            "min_lr_ratio: got 0.1, allowed is .*not with linear",
+            "min_lr_ratio=0.1: allowed is .*not with linear",
         ),
         (
             ["--lr_scheduler_type", "cosine", "--decay_shape", "cosine"],
-            "decay_shape: got 'cosine', allowed is with .*wsd",
+            "decay_shape='cosine': allowed is with .*wsd",
         ),
-        (["--warmup_steps", "5"], "warmup_steps: got 5.0, allowed is none with wsd; give --warmup_tokens"),
-        (["--optim", "adamw_8bit"], "optim: got 'adamw_8bit', allowed is .*choose by --optimizer"),
-        (["--optim_args", "a=b"], "optim_args: got 'a=b', allowed is none"),
-        (["--auto_find_batch_size", "true"], "auto_find_batch_size: got True, allowed is False"),
-        (["--fp16", "true"], "fp16: got True, allowed is False, or --bf16"),
+        (["--warmup_steps", "5"], "warmup_steps=5.0: allowed is none with wsd; give --warmup_tokens"),
+        (["--optim", "adamw_8bit"], "optim='adamw_8bit': allowed is .*choose by --optimizer"),
+        (["--optim_args", "a=b"], "optim_args='a=b': allowed is none"),
+        (["--auto_find_batch_size", "true"], "auto_find_batch_size=True: allowed is False"),
+        (["--fp16", "true"], "fp16=True: allowed is False, or --bf16"),
         (
             ["--sources", "{a: {path: x}}", "--total_tokens", "1M", "--push_to_hub"],
-            "hub_model_id: got None, allowed is owner",
+            "hub_model_id=None: allowed is owner",
         ),
         (
             ["--sources", "{a: {path: x}}", "--total_tokens", "1M", "--eval_steps", "5"],
-            "eval_steps: got 5.0?, allowed is none",
+            "eval_steps=5.0?: allowed is none",
         ),
-        (["--total_tokens", "1M"], "sources: got None, allowed is a mapping"),
-        (["--sources", "nothing"], "sources: got 'nothing', allowed is a mapping or list"),
-        (["--sources", "{a: {path: x}}"], "total_tokens: got None, allowed is a number of tokens"),
+        (["--total_tokens", "1M"], "sources=None: allowed is a mapping"),
+        (["--sources", "nothing"], "sources='nothing': allowed is a mapping or list"),
+        (["--sources", "{a: {path: x}}"], "total_tokens=None: allowed is a number of tokens"),
         (["run.yaml"], "unexpected argument 'run.yaml'"),
     ],
 )
@@ -122,20 +122,20 @@ def test_wrong_flags_are_named(argv, message):
     [
         ({"totl_tokens": 5}, "run.yaml has an unknown key 'totl_tokens'; did you mean 'total_tokens'"),
         ({"learning_rate": "quick"}, "invalid float value: 'quick'"),
-        ({"shuffle_rows": -2}, "shuffle_rows: got -2, allowed is 0 or more"),
+        ({"shuffle_rows": -2}, "shuffle_rows=-2: allowed is 0 or more"),
         ({"sources": {"low": {"pth": "x"}}}, "source low has a key 'pth'; did you mean 'path'"),
         ({"phases": [{"weights": {"lo": 1}}]}, "'lo'; did you mean 'low'"),
-        ({"config_overrides": {"hiden_size": 3}}, "config_overrides: got 'hiden_size'.*did you mean 'hidden_size'"),
+        ({"config_overrides": {"hiden_size": 3}}, "config_overrides='hiden_size'.*did you mean 'hidden_size'"),
         ({"init": "weights"}, "config_overrides: allowed with --init random"),
         ({"tokenizer": "nowhere"}, "tokenizer: none found in 'nowhere'"),
-        ({"model": "nowhere"}, "model: got 'nowhere', allowed with --init random is .* preset .*nemotron-h-8b"),
-        ({"model": "a/nowhere"}, "model: got 'a/nowhere', allowed with --init random is a checkpoint folder"),
+        ({"model": "nowhere"}, "model='nowhere': allowed with --init random is .* preset .*nemotron-h-8b"),
+        ({"model": "a/nowhere"}, "model='a/nowhere': allowed with --init random is a checkpoint folder"),
         (
             {"model": "nowhere", "init": "weights", "config_overrides": None},
-            "model: got 'nowhere', allowed is a checkpoint folder or a hub id",
+            "model='nowhere': allowed is a checkpoint folder or a hub id",
         ),
-        ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef: got 0.1, allowed is for a model with experts"),
-        ({"config_overrides": {**MODEL, "vocab_size": 99}}, "has 2048 tokens, allowed are the model's 99"),
+        ({"router_aux_loss_coef": 0.1}, "router_aux_loss_coef=0.1: allowed is for a model with experts"),
+        ({"config_overrides": {**MODEL, "vocab_size": 99}}, "has 2048 tokens: allowed are the model's 99"),
     ],
 )
 def test_wrong_yaml_is_named(texts, tmp_path, changes, message):
@@ -145,7 +145,7 @@ def test_wrong_yaml_is_named(texts, tmp_path, changes, message):
 
 
 def test_a_file_that_is_no_mapping(tmp_path):
-    for text, message in (("- a\n", "holds a list; allowed is a mapping"), ("a: [", "is not YAML")):
+    for text, message in (("- a\n", "holds a list: allowed is a mapping"), ("a: [", "is not YAML")):
         (tmp_path / "run.yaml").write_text(text)
         with pytest.raises(ValueError, match=message):
             pretrain.main(["--config", str(tmp_path / "run.yaml")])
@@ -154,7 +154,7 @@ def test_a_file_that_is_no_mapping(tmp_path):
 def test_launched_with_fp16_is_refused(tmp_path, monkeypatch):
     """`accelerate launch --mixed_precision fp16` says so in the environment."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
-    with pytest.raises(ValueError, match="mixed_precision: got 'fp16', allowed is bf16 or no"):
+    with pytest.raises(ValueError, match="mixed_precision='fp16': allowed is bf16 or no"):
         NemotronHTrainingArguments(output_dir=str(tmp_path), use_cpu=True)
 
 
@@ -179,7 +179,7 @@ def test_encoder_opens_and_closes_documents():
     encode = pretrain.document_encoder(AutoTokenizer.from_pretrained(EMBEDDED_MODEL))
     ids = encode("def f():")
     assert ids[0] == ids[-1] == 0 and 0 not in ids[1:-1]
-    with pytest.raises(ValueError, match="the document is a list; allowed are text and lists of token ids"):
+    with pytest.raises(ValueError, match="the document is a list: allowed are text and lists of token ids"):
         encode([{"role": "user"}])
 
 
@@ -202,7 +202,7 @@ def test_token_ids_are_taken_as_they_are(texts, tmp_path):
     assert len(ours) > 10 and all(
         torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(ours, expected, strict=True)
     )
-    with pytest.raises(ValueError, match=f"token ids from 3 to {len(tokenizer)}; allowed are 0 to"):
+    with pytest.raises(ValueError, match=f"token ids from 3 to {len(tokenizer)}: allowed are 0 to"):
         encode([3, len(tokenizer)])
 
 

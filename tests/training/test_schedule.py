@@ -64,11 +64,11 @@ def test_without_warmup_or_decay():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ((100, 101, 0), "warmup_tokens: got 101"),
+        ((100, 101, 0), "warmup_tokens=101"),
         ((100, 60, 50), "together at most"),
-        ((100, 10, -1), "decay_tokens: got -1"),
-        ((100, 0, 0, 1.5), "min_ratio: got 1.5"),
-        ((100, 0, 0, 0.1, "square"), "shape: got 'square', allowed are linear, cosine"),
+        ((100, 10, -1), "decay_tokens=-1"),
+        ((100, 0, 0, 1.5), "min_ratio=1.5"),
+        ((100, 0, 0, 0.1, "square"), "shape='square': allowed are linear, cosine"),
     ],
 )
 def test_bad_values(fields, message):

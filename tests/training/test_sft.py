@@ -267,9 +267,9 @@ def test_adapters_train_save_resume_and_push(tmp_path, capsys):
     "flags, message",
     [
         (["--lora_rank", "-1"], "lora_rank"),
-        (["--lora_targets", "all"], "lora_targets: got 'all', allowed is none without --lora_rank"),
-        (["--lora_alpha", "32"], "lora_alpha: got 32.0, allowed is none without --lora_rank"),
-        (["--lora_dropout", "0"], "lora_dropout: got 0.0, allowed is none without --lora_rank"),
+        (["--lora_targets", "all"], "lora_targets='all': allowed is none without --lora_rank"),
+        (["--lora_alpha", "32"], "lora_alpha=32.0: allowed is none without --lora_rank"),
+        (["--lora_dropout", "0"], "lora_dropout=0.0: allowed is none without --lora_rank"),
         (["--load_in_4bit"], "only with --lora_rank"),
         (["--load_in_4bit", "--lora_rank", "4", "--init", "random"], "--init weights"),
         (["--lora_rank", "4", "--lora_targets", "in_porj"], "did you mean 'in_proj'"),

@@ -65,7 +65,7 @@ class Arguments:
             values = getattr(self, name)
             for value in values if isinstance(values, list) else [values]:
                 if value is not None and value < 1:
-                    raise ValueError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
+                    raise ValueError(f"--{name.replace('_', '-')}={value}: allowed is 1 or more")
         if "fp8" in self.variants and (self.part != "train" or self.sides != ["ours"]):
             raise ValueError("--variants fp8: allowed for train with --sides ours")
         llama_cpp_peer.check(self.gguf)

@@ -202,7 +202,7 @@ def _refuse_useless(config, grid: _Grid, costs, limits: Mapping[str, float], fit
     whole = {name: math.fsum(costs[name](config).values()) for name in limits}
     if all(whole[name] <= most for name, most in limits.items()):
         told = ", ".join(f"{name}={_human(name, amount)}" for name, amount in whole.items())
-        raise ValueError(f"budget: the teacher itself fits ({told}); allowed is less than it takes")
+        raise ValueError(f"budget: the teacher itself fits ({told}): allowed is less than it takes")
     for name, most in limits.items():
         least = grid.amounts[name].min().item()
         require(least <= most, name, _human(name, most), f"{_human(name, least)} or more, the smallest in the grid")

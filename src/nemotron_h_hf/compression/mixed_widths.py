@@ -105,6 +105,6 @@ def _solver():
         from scipy.optimize import LinearConstraint, milp
     except ImportError:
         raise ValueError(
-            "mixed_widths: got true, allowed is false without SciPy; pip install 'nemotron-h-hf[compress]'"
+            "mixed_widths=true: allowed is false without SciPy; pip install 'nemotron-h-hf[compress]'"
         ) from None
     return milp, LinearConstraint

@@ -22,7 +22,7 @@ class BadData:
 
     def __init__(self, source: str, policy: str = "skip"):
         if policy not in POLICIES:
-            raise ValueError(f"on_bad_data is {policy!r}; allowed are {' and '.join(map(repr, POLICIES))}")
+            raise ValueError(f"on_bad_data={policy!r}: allowed are {' and '.join(map(repr, POLICIES))}")
         self.source = source
         self.policy = policy
         self.counts: Counter[str] = Counter()

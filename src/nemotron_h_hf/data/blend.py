@@ -118,7 +118,7 @@ class Blend:
             ValueError: if the seed, the sources, their files, or the phases that have begun are not the state's.
         """
         if state["seed"] != self.seed:
-            raise ValueError(f"seed is {self.seed}, the state was saved with {state['seed']}; that one is allowed")
+            raise ValueError(f"seed is {self.seed}, the state was saved with {state['seed']}: allowed is that one")
         if set(state["sources"]) != set(self._feeds):
             raise ValueError(f"sources are {sorted(self._feeds)}, the state was saved with {sorted(state['sources'])}")
         begun = sum(start <= max(state["tokens"], state["filled"]) for start, _, _ in state["spans"])

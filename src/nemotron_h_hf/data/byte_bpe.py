@@ -16,7 +16,7 @@ PAD = "<|pad|>"
 def train_tokenizer(texts: Iterable[str], vocab_size: int, max_length: int) -> PreTrainedTokenizerFast:
     """A tokenizer of exactly `vocab_size` tokens (256 bytes, two special ones, the rest merges), given enough text."""
     if vocab_size < 258:
-        raise ValueError(f"vocab_size: got {vocab_size}, allowed is 258 (256 bytes and two special tokens) or more")
+        raise ValueError(f"vocab_size={vocab_size}: allowed is 258 (256 bytes and two special tokens) or more")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

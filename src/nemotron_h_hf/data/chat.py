@@ -54,9 +54,7 @@ def encode_conversation(
     """
     check_messages(messages)
     if not tokenizer.is_fast:
-        raise ValueError(
-            f"tokenizer is a {type(tokenizer).__name__}; a fast tokenizer, which knows offsets, is allowed"
-        )
+        raise ValueError(f"tokenizer is a {type(tokenizer).__name__}: allowed is a fast tokenizer, which knows offsets")
     messages = [{key: value for key, value in message.items() if value is not None} for message in messages]
     render = _renderer(tokenizer, tools)
     text = render(messages)
@@ -83,12 +81,12 @@ def check_messages(messages: Sequence[Message]) -> None:
         ValueError: naming the message and the field.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise ValueError(f"messages is {str(messages)[:80]!r}; a list of mappings with role and content is allowed")
+        raise ValueError(f"messages={str(messages)[:80]!r}: allowed is a list of mappings with role and content")
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ValueError(f"message {number} is {str(message)[:80]!r}; a mapping with role and content is allowed")
+            raise ValueError(f"message {number} is {str(message)[:80]!r}: allowed is a mapping with role and content")
         if not isinstance(message.get("content"), (str, list)) and not message.get("tool_calls"):
-            raise ValueError(f"message {number}: content is {message.get('content')!r}; text is allowed")
+            raise ValueError(f"message {number}: content={message.get('content')!r}: allowed is text")
     if all(message["role"] != "assistant" for message in messages):
         raise ValueError("messages have no assistant turn, so there is nothing to learn")
 

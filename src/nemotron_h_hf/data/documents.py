@@ -46,13 +46,13 @@ def document_encoder(tokenizer: Any) -> Callable[[str | list[int]], list[int]]:
         if isinstance(document, list) and set(map(type, document)) == {int}:
             if min(document) < 0 or max(document) >= size:
                 raise ValueError(
-                    f"the document has token ids from {min(document)} to {max(document)}; allowed are 0 to {size - 1}"
+                    f"the document has token ids from {min(document)} to {max(document)}: allowed are 0 to {size - 1}"
                 )
             return document
         if not isinstance(document, str):
             kind = type(document).__name__
             raise ValueError(
-                f"the document is a {kind}; allowed are text and lists of token ids, name their column in the source"
+                f"the document is a {kind}: allowed are text and lists of token ids, name their column in the source"
             )
         return [begin, *tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"], end]
 
@@ -72,7 +72,7 @@ def as_document(item: Any) -> Document:
     labels = torch.as_tensor(item["labels"], dtype=torch.int64) if named and "labels" in item else input_ids
     if input_ids.dim() != 1 or input_ids.shape != labels.shape or not len(input_ids):
         raise ValueError(
-            f"a document has input_ids of shape {tuple(input_ids.shape)} and labels of {tuple(labels.shape)}; allowed is "
+            f"a document has input_ids of shape {tuple(input_ids.shape)} and labels of {tuple(labels.shape)}: allowed is "
             "one dimension, the same for both, and at least one token"
         )
     return Document(input_ids, labels)
@@ -86,7 +86,7 @@ class Counted:
     def __init__(self, documents: Iterable[Any]):
         if iter(documents) is documents:
             raise ValueError(
-                f"documents is a {type(documents).__name__}, which can be read once; a list, a dataset or a Blend is allowed"
+                f"documents is a {type(documents).__name__}, which can be read once: allowed is a list, a dataset or a Blend"
             )
         self.documents = documents
         self.taken = 0

@@ -24,7 +24,7 @@ def encode_record(record: Mapping[str, Any] | str, tokenizer: Any) -> dict[str, 
     """
     record = {"text": record} if isinstance(record, str) else record
     if not isinstance(record, Mapping):
-        raise ValueError(f"a record is a {type(record).__name__}; text or a mapping is allowed")
+        raise ValueError(f"a record is a {type(record).__name__}: allowed is text or a mapping")
     if "messages" in record:
         return encode_conversation(record["messages"], tokenizer, record.get("tools"))
     if "prompt" in record and "completion" in record:
@@ -33,7 +33,7 @@ def encode_record(record: Mapping[str, Any] | str, tokenizer: Any) -> dict[str, 
         ids = document_encoder(tokenizer)(record["text"])
         return {"input_ids": ids, "labels": list(ids)}
     raise ValueError(
-        f"a record has {', '.join(record) or 'nothing'}; messages, prompt and completion, or text are allowed"
+        f"a record has {', '.join(record) or 'nothing'}: allowed are messages, prompt and completion, or text"
     )
 
 
@@ -57,5 +57,5 @@ def _opening(text: str, tokenizer: Any) -> list[int]:
 
 def _text(record: Mapping[str, Any], name: str) -> str:
     if not isinstance(record[name], str):
-        raise ValueError(f"{name} is a {type(record[name]).__name__}; text is allowed")
+        raise ValueError(f"{name} is a {type(record[name]).__name__}: allowed is text")
     return record[name]

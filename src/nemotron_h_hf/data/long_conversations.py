@@ -64,9 +64,9 @@ class LongConversations:
     ):
         for field, value, least in (("target_tokens", target_tokens, 1), ("num_references", num_references, 0)):
             if value < least:
-                raise ValueError(f"{field} is {value}; {least} or more is allowed")
+                raise ValueError(f"{field}={value}: allowed is {least} or more")
         if not 0 <= reference_share < 1:
-            raise ValueError(f"reference_share is {reference_share}; 0 or more and less than 1 is allowed")
+            raise ValueError(f"reference_share={reference_share}: allowed is 0 or more and less than 1")
         self.conversations = resumable(conversations)
         self.encode = encode
         self.target_tokens = target_tokens

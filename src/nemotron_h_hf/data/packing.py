@@ -68,7 +68,7 @@ class Rows(IterableDataset):
 
     def __init__(self, documents: Resumable | Iterable[Any], sequence_length: int, pad_token_id: int = 0):
         if sequence_length < 1:
-            raise ValueError(f"sequence_length is {sequence_length}; 1 or more is allowed")
+            raise ValueError(f"sequence_length={sequence_length}: allowed is 1 or more")
         self.documents = resumable(documents)
         self.sequence_length, self.pad_token_id = sequence_length, pad_token_id
         self.rows_yielded = 0
@@ -212,7 +212,7 @@ class ShuffledRows(SplitRows):
         seed: int = 0,
     ):
         if shuffle_rows < 1:
-            raise ValueError(f"shuffle_rows is {shuffle_rows}; 1 or more is allowed")
+            raise ValueError(f"shuffle_rows={shuffle_rows}: allowed is 1 or more")
         self.shuffle_rows, self.seed = shuffle_rows, seed
         super().__init__(documents, sequence_length, pad_token_id)
 
@@ -254,7 +254,7 @@ class WholeRows(Rows):
         on_long_document: str = "skip",
     ):
         if window_documents < 1:
-            raise ValueError(f"window_documents is {window_documents}; 1 or more is allowed")
+            raise ValueError(f"window_documents={window_documents}: allowed is 1 or more")
         self.window_documents = window_documents
         super().__init__(documents, sequence_length, pad_token_id)
         self.bad = BadData("rows", on_long_document)

@@ -44,7 +44,7 @@ class Span:
 def phases_from(items: Sequence[Mapping]) -> list[Phase]:
     """Phases from the mappings of a YAML file; a key that is unknown is an error that names the nearest."""
     if isinstance(items, Mapping) or isinstance(items, str) or not items:
-        raise ValueError(f"phases is {items!r}; a list of mappings with weights and until or last is allowed")
+        raise ValueError(f"phases={items!r}: allowed is a list of mappings with weights and until or last")
     for number, item in enumerate(items, 1):
         check_keys(f"phases, number {number}", item, [f.name for f in fields(Phase)])
     return [Phase(**item) for item in items]
@@ -57,7 +57,7 @@ def resolve_phases(phases: Sequence[Phase], sources: Iterable[str], total_tokens
         ValueError: naming the phase and the field, for weights of unknown sources, ends that do not rise, or a gap.
     """
     if total_tokens <= 0:
-        raise ValueError(f"total_tokens is {total_tokens}; a positive number is allowed")
+        raise ValueError(f"total_tokens={total_tokens}: allowed is a positive number")
     if not phases:
         raise ValueError("phases is empty; at least one is needed")
     known, spans, start = list(sources), [], 0
@@ -75,7 +75,7 @@ def resolve_phases(phases: Sequence[Phase], sources: Iterable[str], total_tokens
 def check_keys(place: str, item: object, allowed: Sequence[str]) -> None:
     """Refuse anything but a mapping with keys out of `allowed`; the message names the nearest allowed key."""
     if not isinstance(item, Mapping):
-        raise ValueError(f"{place} is {item!r}; a mapping with {', '.join(allowed)} is allowed")
+        raise ValueError(f"{place}={item!r}: allowed is a mapping with {', '.join(allowed)}")
     for key in item:
         if key not in allowed:
             nearest = difflib.get_close_matches(str(key), allowed, n=1, cutoff=0.5)
@@ -105,18 +105,18 @@ def _end_of(name: str, phase: Phase, following: Phase | None, start: int, total_
             f"{name} has no `until`; only the last phase, or one before a phase with `last`, may leave it out"
         )
     if not start < end <= total_tokens:
-        raise ValueError(f"{name} ends at {end:,} tokens; allowed is more than {start:,}, up to {total_tokens:,}")
+        raise ValueError(f"{name} ends at {end:,} tokens: allowed is more than {start:,}, up to {total_tokens:,}")
     return end
 
 
 def _normalised(name: str, weights: Mapping[str, float], known: list[str]) -> dict[str, float]:
     if not isinstance(weights, Mapping):
-        raise ValueError(f"{name}: weights is {weights!r}; a mapping from source to number is allowed")
+        raise ValueError(f"{name}: weights={weights!r}: allowed is a mapping from source to number")
     check_keys(f"{name}, weights", weights, known)
     for source, weight in weights.items():
         number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
         if not number or not 0 <= weight < math.inf:
-            raise ValueError(f"{name}: weight of {source} is {weight!r}; a number of 0 or more is allowed")
+            raise ValueError(f"{name}: weight of {source} is {weight!r}: allowed is a number of 0 or more")
     total = math.fsum(weights.values())
     if total <= 0:
         raise ValueError(f"{name}: weights is {dict(weights)!r}; at least one source needs a positive weight")
@@ -132,5 +132,5 @@ def check_windows(spans: Sequence[Span], shuffle_rows: int, sequence_length: int
     shortest = min(span.end - span.start for span in spans)
     if len(spans) > 1 and shuffle_rows * sequence_length > shortest:
         raise ValueError(
-            f"shuffle_rows: got {shuffle_rows}, allowed is up to {shortest // sequence_length}, the rows of the shortest phase"
+            f"shuffle_rows={shuffle_rows}: allowed is up to {shortest // sequence_length}, the rows of the shortest phase"
         )

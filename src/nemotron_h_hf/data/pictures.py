@@ -108,7 +108,7 @@ def encode_pictures(record: Mapping[str, Any], processor: Any, folder: Path = Pa
             its text has `<image>`.
     """
     if not isinstance(record, Mapping):
-        raise ValueError(f"a record is a {type(record).__name__}; a mapping is allowed")
+        raise ValueError(f"a record is a {type(record).__name__}: allowed is a mapping")
     record, images = _flat(record)
     marks = _count(record, processor.image_token)
     if marks != len(images):
@@ -174,7 +174,7 @@ def _flat(record: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
             elif part.get("type") == "text":
                 words.append(part["text"])
             else:
-                raise ValueError(f"a part of a message has type {part.get('type')!r}; image and text are allowed")
+                raise ValueError(f"a part of a message has type {part.get('type')!r}: allowed are image and text")
         return "".join(words)
 
     for name in ("messages", "prompt", "completion"):

@@ -41,7 +41,7 @@ def find_files(name: str, path: str | list[str] | tuple[str, ...]) -> list[str]:
         files = [pattern] if Path(pattern).is_file() else glob.glob(wanted, recursive=True)
         files = [file for file in files if Path(file).is_file()]
         if not files:
-            raise ValueError(f"source {name}: path is {pattern!r}; a file, folder or pattern that exists is allowed")
+            raise ValueError(f"source {name}: path={pattern!r}: allowed is a file, folder or pattern that exists")
         found.update(files)
     return sorted(found)
 

@@ -79,18 +79,18 @@ class Source:
             )
         if self.revision is not None and not (isinstance(self.revision, str) and isinstance(self.dataset, str)):
             raise ValueError(
-                f"source {self.name}: revision is {self.revision!r}; text is allowed, and only with the hub id of a dataset"
+                f"source {self.name}: revision={self.revision!r}: allowed is text, and only with the hub id of a dataset"
             )
         if self.format is not None and self.format not in FORMATS:
-            raise ValueError(f"source {self.name}: format is {self.format!r}; allowed are {', '.join(FORMATS)}")
+            raise ValueError(f"source {self.name}: format={self.format!r}: allowed are {', '.join(FORMATS)}")
         if self.shuffle_window is not None and (not isinstance(self.shuffle_window, int) or self.shuffle_window < 0):
-            raise ValueError(f"source {self.name}: shuffle_window is {self.shuffle_window!r}; 0 or more is allowed")
+            raise ValueError(f"source {self.name}: shuffle_window={self.shuffle_window!r}: allowed is 0 or more")
 
 
 def sources_from(items: Mapping[str, Mapping]) -> list[Source]:
     """Sources from the mapping of a YAML file; a key that is unknown is an error that names the nearest."""
     if not isinstance(items, Mapping) or not items:
-        raise ValueError(f"sources is {items!r}; a mapping from names to path or dataset is allowed")
+        raise ValueError(f"sources={items!r}: allowed is a mapping from names to path or dataset")
     for name, item in items.items():
         check_keys(f"source {name}", item, [f.name for f in fields(Source) if f.name != "name"])
     return [Source(name=str(name), **item) for name, item in items.items()]
@@ -168,8 +168,8 @@ class SourceStream:
             )
         if (order := state.get("order", "blocks, as an earlier version had it")) != self.order:
             raise ValueError(
-                f"source {self.source.name}: shuffle_window is {self.source.shuffle_window}, which means {self.order}; the state "
-                f"was saved with {order}, allowed is that or a new run"
+                f"source {self.source.name}: shuffle_window={self.source.shuffle_window}: allowed is a new run, or what the state "
+                f"was saved with, {order}, not {self.order}"
             )
         self._begin(state)
         for _ in range(state["taken"]):
@@ -346,8 +346,8 @@ def open_dataset(source: Source) -> Any:
         dataset = dataset.to_iterable_dataset()
     if not isinstance(dataset, datasets.IterableDataset):
         raise ValueError(
-            f"source {source.name}: dataset is a {type(dataset).__name__}; a hub id, a folder, a Dataset or "
-            "an IterableDataset is allowed"
+            f"source {source.name}: dataset is a {type(dataset).__name__}: allowed is a hub id, a folder, a Dataset "
+            "or an IterableDataset"
         )
     return dataset
 

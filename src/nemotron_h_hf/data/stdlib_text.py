@@ -44,7 +44,7 @@ def read_documents(root: Path | None = None) -> list[Document]:
 def split_documents(documents: list[Document], held_out_share: float = 0.03) -> tuple[list[Document], list[Document]]:
     """Train and held-out documents; the name's hash decides, so adding a document moves no other."""
     if not 0 < held_out_share < 1:
-        raise ValueError(f"held_out_share: got {held_out_share}, allowed is a number between 0 and 1")
+        raise ValueError(f"held_out_share={held_out_share}: allowed is a number between 0 and 1")
     train, held_out = [], []
     for document in documents:
         (held_out if _name_hash(document.name) < held_out_share else train).append(document)

@@ -19,7 +19,7 @@ def bits_per_byte(
 ) -> float:
     """Bits per byte of `model` over `documents`: pairs of token ids (no special ones) and the text's size in bytes."""
     if not 0 < stride < window:
-        raise ValueError(f"stride: got {stride}, allowed is 1 to window - 1 = {window - 1}")
+        raise ValueError(f"stride={stride}: allowed is 1 to window - 1 = {window - 1}")
     bits, num_bytes = 0.0, 0
     for token_ids, size in documents:
         bits += document_bits(model, torch.tensor([end_id, *token_ids, end_id]), window, stride)

@@ -38,7 +38,7 @@ def evaluate(
     A record is known by the document's number, which makes a path spelled in another way the same document.
     """
     if not 0 < stride < window:
-        raise ValueError(f"stride: got {stride}, allowed is 1 to window - 1 = {window - 1}")
+        raise ValueError(f"stride={stride}: allowed is 1 to window - 1 = {window - 1}")
     end_id, found = end_token(tokenizer), []
     with tqdm(documents, unit="document", desc="bits per byte") as bar:
         for number, (name, text) in enumerate(bar):

@@ -82,7 +82,7 @@ def parses(function: str) -> bool:
 def parsing_share(model: nn.Module, tokenizer, prompts: list[str], sampling: Sampling) -> tuple[float, list[str]]:
     """The share of completions that parse, and the functions themselves in the order of `prompts`."""
     if not prompts:
-        raise ValueError("prompts: got none, allowed is one or more function headers")
+        raise ValueError("prompts=[]: allowed is one or more function headers")
     torch.manual_seed(sampling.seed)
     device = next(model.parameters()).device
     functions = []

@@ -29,8 +29,8 @@ def claim(folder: Path, name: str, content: dict) -> None:
         for field in dict.fromkeys([*before, *content]):
             if before.get(field) != content.get(field):
                 raise ValueError(
-                    f"{field}: got {content.get(field)!r}, but {folder} holds an evaluation with "
-                    f"{before.get(field)!r}; give that, or another --output"
+                    f"{field}={content.get(field)!r}: allowed is {before.get(field)!r}, which the evaluation in {folder} "
+                    "was begun with, or another --output"
                 )
         return
     write_json(path, content)

@@ -108,4 +108,4 @@ def imported(name: str) -> Callable[[PreTrainedModel, PreTrainedTokenizerBase], 
     try:
         return vars(importlib.import_module(module))[function]
     except (ImportError, KeyError) as error:
-        raise ValueError(f"tasks: got {name!r}, allowed is module:function that Python imports ({error})") from None
+        raise ValueError(f"tasks={name!r}: allowed is module:function that Python imports ({error})") from None

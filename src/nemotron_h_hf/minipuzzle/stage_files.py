@@ -81,7 +81,7 @@ class Stage:
             if before.get(name) != self.made_from.get(name):
                 what = "what the stages before it found" if name == "after" else name
                 raise ValueError(
-                    f"{what}: got {self.made_from.get(name)!r}, but {path} was made with {before.get(name)!r}; give that, or "
+                    f"{what}={self.made_from.get(name)!r}: allowed is {before.get(name)!r}, which {path} was made with, or "
                     "another work folder"
                 )
         return found

@@ -88,7 +88,7 @@ class Text:
             if missing <= 0:
                 return number
         raise ValueError(
-            f"ranking_tokens: got {self.arguments.ranking_tokens:,}, allowed is at most what the {len(texts):,} documents have "
+            f"ranking_tokens={self.arguments.ranking_tokens:,}: allowed is at most what the {len(texts):,} documents have "
             f"that may be held out, {self.arguments.ranking_tokens - missing:,} tokens"
         )
 

@@ -273,7 +273,7 @@ class NemotronHConfig(PreTrainedConfig):
         for prefix in ("nvidia/", "nvidia-", "nemotron-", "h-"):
             short = short.removeprefix(prefix)
         if short not in PRESETS:
-            raise ValueError(f"preset={name!r} is unknown; allowed: {', '.join(preset_names())}")
+            raise ValueError(f"preset={name!r} is unknown: allowed are {', '.join(preset_names())}")
         return cls(**{**PRESETS[short], **overrides})
 
     # Derived sizes, each computed in one place.

@@ -82,7 +82,7 @@ def _guarded(name: str, read: Callable) -> "Image.Image":
     try:
         return read()
     except Image.DecompressionBombError as error:
-        raise ValueError(f"{name} is too large: {error}; allowed are {2 * Image.MAX_IMAGE_PIXELS:,} pixels") from None
+        raise ValueError(f"{name} is too large: {error}: allowed are {2 * Image.MAX_IMAGE_PIXELS:,} pixels") from None
     except (OSError, SyntaxError, EOFError, IndexError, TypeError, OverflowError) as error:
         raise ValueError(f"{name} is no picture, or one that is broken or cut short: {error}") from None
 

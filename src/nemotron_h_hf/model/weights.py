@@ -282,7 +282,7 @@ def read_index(path: str | os.PathLike) -> dict[str, str]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or "\0" in file:
             raise ValueError(
-                f"{path} names the shard {file!r} for {name}: a plain file name is allowed, without folders"
+                f"{path} names the shard {file!r} for {name}: allowed is a plain file name, without folders"
             )
     return weight_map
 

@@ -153,7 +153,7 @@ def cache(
     """
     if is_fsdp_enabled():
         raise ValueError(
-            "fsdp_cpu_ram_efficient_loading: got true, allowed with cache_teacher is a launch without it "
+            "fsdp_cpu_ram_efficient_loading=true: allowed with cache_teacher is a launch without it "
             "(examples/accelerate/multi_gpu.yaml), as every process runs the whole teacher"
         )
     vocab_size = AutoConfig.from_pretrained(knowledge.teacher or EMBEDDED_MODEL).vocab_size

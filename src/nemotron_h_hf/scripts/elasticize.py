@@ -146,11 +146,11 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     for name in ("rows", "held_out_rows", "sequence_length", "batch_size"):
         if getattr(arguments, name) < 1:
-            raise ValueError(f"{name}: got {getattr(arguments, name)}, allowed is 1 or more")
+            raise ValueError(f"{name}={getattr(arguments, name)}: allowed is 1 or more")
     if arguments.depth_rows is None:
         arguments.depth_rows = min(8, arguments.rows)
     if not 0 <= arguments.depth_rows <= arguments.rows:
-        raise ValueError(f"depth_rows: got {arguments.depth_rows}, allowed is 0 to rows={arguments.rows}")
+        raise ValueError(f"depth_rows={arguments.depth_rows}: allowed is 0 to rows={arguments.rows}")
     read_device(arguments.device)
     return arguments
 
@@ -168,9 +168,7 @@ def read_budgets(named: Sequence[str], file: str | None) -> dict[str, dict[str, 
     for text in named:
         name, _, sizes = text.partition(":")
         if not name or not sizes:
-            raise ValueError(
-                f"budget: got {text!r}, allowed is NAME:FIELD=SIZE,... such as 6b:hidden_size=3072,depth=46"
-            )
+            raise ValueError(f"budget={text!r}: allowed is NAME:FIELD=SIZE,... such as 6b:hidden_size=3072,depth=46")
         if name in found:
             raise ValueError(f"budget: {name!r} is given twice")
         pairs = [pair.partition("=") for pair in sizes.split(",")]
@@ -192,7 +190,7 @@ def read_choices(given: Sequence[str] | None) -> dict[str, list[int]] | None:
 def whole_number(flag: str, text: str, size: str) -> int:
     """A size in the text of a flag."""
     if not size.strip().isdigit():
-        raise ValueError(f"{flag}: got {text!r}, in which {size!r} is not a whole number")
+        raise ValueError(f"{flag}={text!r}: allowed are whole numbers, not {size!r}")
     return int(size)
 
 

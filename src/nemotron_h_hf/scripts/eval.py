@@ -169,14 +169,14 @@ def check(given: argparse.Namespace) -> EvalArguments:
     values = vars(given)
     for option in ("limit", "window", "stride", "batch_size", "max_length"):
         if values[option] is not None and values[option] < 1:
-            raise ValueError(f"--{option.replace('_', '-')} is {values[option]}; it must be 1 or more")
+            raise ValueError(f"--{option.replace('_', '-')}={values[option]}: allowed is 1 or more")
     values["tasks"] = tuple(dict.fromkeys(split(given.tasks, "--tasks")))
     values["lengths"] = tuple(dict.fromkeys(read_length(word) for word in split(given.lengths, "--lengths")))
     values["depths"] = tuple(dict.fromkeys(read_depth(word) for word in split(given.depths, "--depths")))
     values["stride"] = given.stride or max(1, given.window // 2)
     values["dtype"] = given.dtype or ("float32" if given.device == "cpu" else "auto")
     if values["stride"] >= given.window:
-        raise ValueError(f"--stride is {values['stride']}; it must be below --window, {given.window}")
+        raise ValueError(f"--stride={values['stride']}: allowed is below --window, {given.window}")
     return EvalArguments(**values)
 
 
@@ -202,7 +202,7 @@ def read_depth(word: str) -> float:
     except ValueError:
         percent = -1.0
     if not 0 <= percent <= 100:
-        raise ValueError(f"--depths has {word!r}; allowed are numbers from 0 to 100, in percent")
+        raise ValueError(f"--depths has {word!r}: allowed are numbers from 0 to 100, in percent")
     return percent / 100
 
 

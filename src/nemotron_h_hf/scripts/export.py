@@ -65,7 +65,7 @@ def parse(argv: Sequence[str] | None) -> ExportArguments:
     parser.add_argument("--max-shard-gb", type=finite, default=5.0, help="of the files of DST (5)")
     arguments = ExportArguments(**vars(parser.parse_args(argv)))
     if not arguments.max_shard_gb > 0:
-        raise ValueError(f"--max-shard-gb is {arguments.max_shard_gb}; it must be above 0")
+        raise ValueError(f"--max-shard-gb={arguments.max_shard_gb}: allowed is above 0")
     return arguments
 
 
@@ -76,7 +76,7 @@ def find_checkpoint(source: Path) -> Path:
         return source
     checkpoint = last_whole_checkpoint(source)
     if checkpoint is None:
-        raise ValueError(f"SRC is {source}; allowed is a run's folder with a whole checkpoint, or such a checkpoint")
+        raise ValueError(f"SRC={source}: allowed is a run's folder with a whole checkpoint, or such a checkpoint")
     return checkpoint
 
 

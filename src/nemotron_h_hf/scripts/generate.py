@@ -167,15 +167,15 @@ def check(arguments: GenerateArguments) -> None:
     if not arguments.prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in arguments.prompt):
         raise ValueError("--prompt is not UTF-8")
     if arguments.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {arguments.max_new_tokens}; it must be 1 or more")
+        raise ValueError(f"--max-new-tokens={arguments.max_new_tokens}: allowed is 1 or more")
     if arguments.temperature < 0:
-        raise ValueError(f"--temperature is {arguments.temperature}; it must be 0 (greedy) or more")
+        raise ValueError(f"--temperature={arguments.temperature}: allowed is 0 (greedy) or more")
     if not 0 < arguments.top_p <= 1:
-        raise ValueError(f"--top-p is {arguments.top_p}; it must be above 0 and at most 1")
+        raise ValueError(f"--top-p={arguments.top_p}: allowed is above 0 and at most 1")
     if not 0 <= arguments.seed < 2**32:
-        raise ValueError(f"--seed is {arguments.seed}; it must be from 0 to {2**32 - 1}")
+        raise ValueError(f"--seed={arguments.seed}: allowed is from 0 to {2**32 - 1}")
     if arguments.prompt_lookup < 0:
-        raise ValueError(f"--prompt-lookup is {arguments.prompt_lookup}; it must be 0 (off) or more")
+        raise ValueError(f"--prompt-lookup={arguments.prompt_lookup}: allowed is 0 (off) or more")
     if arguments.prompt_lookup and arguments.cache == "static":
         raise ValueError("--prompt-lookup needs --cache dynamic: a fixed cache cannot take guesses back")
 

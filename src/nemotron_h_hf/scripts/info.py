@@ -118,9 +118,9 @@ def parse(argv: Sequence[str] | None) -> InfoArguments:
     deployment = Deployment(**asked, num_tokens=given["context"]) if asked else None
     arguments = InfoArguments(**given, deployment=deployment)
     if arguments.context < 1:
-        raise ValueError(f"--context is {arguments.context}; it must be 1 or more")
+        raise ValueError(f"--context={arguments.context}: allowed is 1 or more")
     if not arguments.memory_gib > 0:
-        raise ValueError(f"--memory-gib is {arguments.memory_gib}; it must be above 0")
+        raise ValueError(f"--memory-gib={arguments.memory_gib}: allowed is above 0")
     return arguments
 
 

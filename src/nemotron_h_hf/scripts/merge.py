@@ -96,7 +96,7 @@ def parse(argv: Sequence[str] | None) -> MergeArguments:
     arguments = MergeArguments(**vars(parser.parse_args(argv)))
     folder = Path(arguments.adapter)
     if folder.is_dir() and not (folder / "adapter_config.json").is_file():
-        raise ValueError(f"adapter is {arguments.adapter!r}; a folder with an adapter_config.json is allowed")
+        raise ValueError(f"adapter={arguments.adapter!r}: allowed is a folder with an adapter_config.json")
     return arguments
 
 

@@ -76,7 +76,7 @@ def parse(argv: Sequence[str] | None) -> PlotArguments:
     parser.add_argument("--log-scale", action="store_true", help="logarithmic vertical axis")
     arguments = PlotArguments(**vars(parser.parse_args(argv)))
     if arguments.window < 1:
-        raise ValueError(f"--window is {arguments.window}; it must be 1 or more")
+        raise ValueError(f"--window={arguments.window}: allowed is 1 or more")
     return arguments
 
 
@@ -100,7 +100,7 @@ def log_file(place: Path) -> Path:
     for name in LOG_FILES:
         if (place / name).is_file():
             return place / name
-    raise ValueError(f"RUN {place}: there is no {' or '.join(LOG_FILES)}; allowed is a run's folder or a .jsonl file")
+    raise ValueError(f"RUN {place}: there is no {' or '.join(LOG_FILES)}: allowed is a run's folder or a .jsonl file")
 
 
 def figures(path: Path, patterns: Sequence[str]) -> list[str]:

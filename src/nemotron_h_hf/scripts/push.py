@@ -81,11 +81,9 @@ def parse(argv: Sequence[str] | None) -> PushArguments:
     parser.add_argument("--dry-run", action="store_true", help="show what would be sent, and the card; send nothing")
     arguments = PushArguments(**vars(parser.parse_args(argv)))
     if not any(Path(arguments.folder, name).is_file() for name in ("config.json", "adapter_config.json")):
-        raise ValueError(
-            f"folder is {arguments.folder!r}; a folder with a config.json or adapter_config.json is allowed"
-        )
+        raise ValueError(f"folder={arguments.folder!r}: allowed is a folder with a config.json or adapter_config.json")
     if "/" not in arguments.repo_id:
-        raise ValueError(f"repo_id is {arguments.repo_id!r}; owner/name is allowed")
+        raise ValueError(f"repo_id={arguments.repo_id!r}: allowed is owner/name")
     return arguments
 
 

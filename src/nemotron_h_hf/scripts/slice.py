@@ -104,7 +104,7 @@ def parse(argv: Sequence[str] | None) -> SliceArguments:
     if (arguments.output is None) == (arguments.candidates is None):
         raise ValueError("give OUT, or --candidates N to write nothing")
     if arguments.candidates is not None and arguments.candidates < 1:
-        raise ValueError(f"--candidates is {arguments.candidates}; it must be 1 or more")
+        raise ValueError(f"--candidates={arguments.candidates}: allowed is 1 or more")
     return arguments
 
 

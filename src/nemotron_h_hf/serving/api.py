@@ -150,7 +150,7 @@ def _budgets(engine: Engine, body: Body) -> tuple[Any, Any]:
         raise _unknown(engine, body.model) from None
     if body.budget is not None:
         if first is not None:
-            raise Failure(400, f"budget: got {body.budget!r} and model={body.model!r}, allowed is one budget", "budget")
+            raise Failure(400, f"budget={body.budget!r} and model={body.model!r}: allowed is one budget", "budget")
         first, _, then = str(body.budget).partition(">")
     for name in filter(None, (first, then)):
         try:
@@ -178,7 +178,7 @@ def _unknown(engine: Engine, name: str, why: str = "") -> Failure:
     root = engine.budgets.name
     ids = [root, *(f"{root}:{budget}" for budget in engine.budgets.named)]
     more = f", {root}:SIZE such as {root}:7GiB@32Ki, {root}:SMALL>LARGE" if engine.budgets.named else ""
-    return Failure(404, f"model: got {name!r}{why}, allowed are {', '.join(ids)}{more}", "model", "model_not_found")
+    return Failure(404, f"model={name!r}{why}: allowed are {', '.join(ids)}{more}", "model", "model_not_found")
 
 
 async def _say(_request: Request, error: Exception) -> JSONResponse:

@@ -46,7 +46,7 @@ class Budgets:
         if request in (None, ""):
             return self.whole
         if not self.is_elastic:
-            raise ValueError(f"budget={request!r}: {self.name} names no budgets; allowed is to leave it out")
+            raise ValueError(f"budget={request!r}: {self.name} names no budgets: allowed is to leave it out")
         with self._lock:
             key = str(request)
             if key not in self._found:

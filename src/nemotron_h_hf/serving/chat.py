@@ -190,7 +190,5 @@ def _plain(message: Message) -> dict[str, Any]:
             try:
                 call["function"]["arguments"] = json.loads(arguments or "{}")
             except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"messages: got tool_calls with arguments {arguments!r}, allowed is JSON ({error})"
-                ) from None
+                raise ValueError(f"messages.tool_calls.arguments={arguments!r}: allowed is JSON ({error})") from None
     return plain

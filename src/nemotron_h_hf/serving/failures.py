@@ -64,5 +64,5 @@ def _invalid(error: RequestValidationError) -> Failure:
         return Failure(400, f"the body is not JSON: {first['ctx']['error']}", code="invalid_json")
     if first["type"] == "extra_forbidden":
         return Failure(400, f"{'.'.join(place)}: not supported", ".".join(place), "unsupported_field")
-    given = "" if first["type"] == "missing" else f": got {str(first['input'])[:80]!r}"
+    given = "" if first["type"] == "missing" else f"={str(first['input'])[:80]!r}"
     return Failure(400, f"{'.'.join(place) or 'the body'}{given}: {first['msg']}", place[0] if place else None)

@@ -63,7 +63,7 @@ def read_keys(path: str | Path) -> list[str]:
     """
     keys = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     if not keys:
-        raise ValueError("--api-key-file: the file holds no key; allowed is one on each line")
+        raise ValueError("--api-key-file: the file holds no key: allowed is one on each line")
     return keys
 
 

@@ -309,7 +309,7 @@ def as_mapping(value: str | Mapping | Sequence | None, name: str) -> Any:
     try:
         content = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ValueError(f"{name}: got {value!r}, allowed is a mapping or list in YAML or JSON: {error}") from None
+        raise ValueError(f"{name}={value!r}: allowed is a mapping or list in YAML or JSON: {error}") from None
     require(isinstance(content, (dict, list)), name, value, "a mapping or list in YAML or JSON")
     return content
 

@@ -205,7 +205,7 @@ def _require_shards(folder: Path) -> None:
         missing = sorted(name for name in names if not (index.parent / name).is_file())
         if missing:
             raise OSError(
-                f"output_dir: got {str(folder.parent)!r}, allowed is a folder on a file system that all processes see: "
+                f"output_dir={str(folder.parent)!r}: allowed is a folder on a file system that all processes see: "
                 f"{len(missing)} of the {len(names)} files of {index.parent} are not here, {missing[0]} first"
             )
 

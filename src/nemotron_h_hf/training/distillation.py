@@ -80,7 +80,7 @@ class DistillationTrainer(NemotronHTrainer):
     ):
         super().__init__(*args, **named)
         if self.args.z_loss:
-            raise ValueError(f"z_loss: got {self.args.z_loss}, allowed in distillation is 0")
+            raise ValueError(f"z_loss={self.args.z_loss}: allowed in distillation is 0")
         check_teacher(teacher, self.model, temperature)
         self.teacher = teacher
         self.temperature, self.cross_entropy_weight = temperature, cross_entropy_weight
@@ -155,7 +155,7 @@ def check_teacher(teacher: PreTrainedModel | TeacherCache, student: nn.Module, t
         teacher.check(vocab_size=vocab_size, temperature=temperature)
     elif teacher.config.vocab_size != vocab_size:
         raise ValueError(
-            f"teacher: its vocab_size is {teacher.config.vocab_size}, the student's {vocab_size}; allowed is the same"
+            f"teacher: its vocab_size is {teacher.config.vocab_size}, the student's {vocab_size}: allowed is the same"
         )
 
 
@@ -170,7 +170,7 @@ def shard_teacher(teacher: PreTrainedModel) -> None:
         ValueError: if lm_head and embeddings are one weight.
     """
     if teacher.config.tie_word_embeddings:
-        raise ValueError("teacher: tie_word_embeddings is true; allowed under FSDP is a teacher with its own lm_head")
+        raise ValueError("teacher: tie_word_embeddings is true: allowed under FSDP is a teacher with its own lm_head")
     lm_head = teacher.get_output_embeddings()
     with filled_after(teacher):
         for layer in teacher.base_model.layers:

@@ -99,11 +99,11 @@ def fp8_module_names(
     """
     for field, value in (("skip_first", skip_first), ("skip_last", skip_last)):
         if value < 0:
-            raise ValueError(f"{field}: got {value}, allowed is 0 or more")
+            raise ValueError(f"{field}={value}: allowed is 0 or more")
     gemms = decoder_gemms(model_or_config)
     if skip_first + skip_last >= len(gemms):
         raise ValueError(
-            f"skip_first, skip_last: got {skip_first} and {skip_last}, allowed is a sum below the {len(gemms)} GEMMs of "
+            f"skip_first={skip_first}, skip_last={skip_last}: allowed is a sum below the {len(gemms)} GEMMs of "
             "this model's decoder"
         )
     return [name for gemm in gemms[skip_first : len(gemms) - skip_last] for name in gemm]
@@ -178,7 +178,7 @@ def refuse_accelerate_fp8(mixed_precision: str | None) -> None:
     ):
         if value is not None and value.lower() == "fp8":
             raise ValueError(
-                f"{source}: got fp8, allowed are bf16 and no: Accelerate would convert every Linear but two, after "
+                f"{source}=fp8: allowed are bf16 and no; Accelerate would convert every Linear but two, after "
                 "another filter than the paper's; the conversion here is the whole of FP8"
             )
 
@@ -190,7 +190,7 @@ def check_modules(model: nn.Module, names: list[str]) -> None:
         module = modules.get(name)
         if type(module) is not nn.Linear:
             raise ValueError(
-                f"{name}: got {type(module).__name__}, allowed is nn.Linear: convert before adapters are added, "
+                f"{name}={type(module).__name__}: allowed is nn.Linear; convert before adapters are added, "
                 "and without quantised weights"
             )
 
@@ -219,7 +219,7 @@ def choose_emulated(model: nn.Module, names: list[str], emulate: bool | None) ->
     if odd and not emulate:
         inputs, outputs = linear[odd[0]].in_features, linear[odd[0]].out_features
         raise ValueError(
-            f"{odd[0]}: got {inputs} inputs and {outputs} outputs, allowed in real FP8 are multiples of {MULTIPLE}; choose "
+            f"{odd[0]}={inputs} inputs and {outputs} outputs: allowed in real FP8 are multiples of {MULTIPLE}; choose "
             "such sizes, or emulate=None, which emulates the modules that have others"
         )
     return names if emulate else []

@@ -42,7 +42,7 @@ def make_optimizer(
         ValueError: for an unknown name, or Muon with sharded parameters: it needs whole matrices.
     """
     if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer: got {name!r}, allowed are {', '.join(OPTIMIZERS)}")
+        raise ValueError(f"optimizer={name!r}: allowed are {', '.join(OPTIMIZERS)}")
     groups = parameter_groups(model, weight_decay)
     if not groups:
         raise ValueError("model: no parameter has requires_grad, there is nothing to train")
@@ -81,7 +81,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         if any(isinstance(matrix, DTensor) for group in self.parts[0].param_groups for matrix in group["params"]):
-            raise ValueError("optimizer: got 'muon' with sharded parameters (FSDP), allowed is 'adamw'")
+            raise ValueError("optimizer='muon' with sharded parameters (FSDP): allowed is 'adamw'")
         for part in self.parts:
             part.step()
 

@@ -32,16 +32,16 @@ class Schedule:
         for name in ("total_tokens", "warmup_tokens", "decay_tokens"):
             value = getattr(self, name)
             if not 0 <= value <= self.total_tokens:
-                raise ValueError(f"{name}: got {value:,}, allowed is 0 to the run's total of {self.total_tokens:,}")
+                raise ValueError(f"{name}={value:,}: allowed is 0 to the run's total of {self.total_tokens:,}")
         if self.warmup_tokens + self.decay_tokens > self.total_tokens:
             raise ValueError(
-                f"warmup_tokens: got {self.warmup_tokens:,}, and decay_tokens {self.decay_tokens:,}; together at most the "
-                f"run's total of {self.total_tokens:,} is allowed"
+                f"warmup_tokens={self.warmup_tokens:,}, decay_tokens={self.decay_tokens:,}: allowed is together at most the "
+                f"run's total of {self.total_tokens:,}"
             )
         if not 0 <= self.min_ratio <= 1:
-            raise ValueError(f"min_ratio: got {self.min_ratio}, allowed is 0 to 1")
+            raise ValueError(f"min_ratio={self.min_ratio}: allowed is 0 to 1")
         if self.shape not in SHAPES:
-            raise ValueError(f"shape: got {self.shape!r}, allowed are {', '.join(SHAPES)}")
+            raise ValueError(f"shape={self.shape!r}: allowed are {', '.join(SHAPES)}")
 
     def factor(self, tokens: int) -> float:
         """Factor on the peak learning rate for the step ending at `tokens` tokens."""

@@ -75,7 +75,7 @@ def load_weights(name: str, field: str, **loading: object) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(name, **loading)
     except OSError as error:
-        raise ValueError(f"{field}: got {name!r}, allowed is a checkpoint folder or a hub id ({error})") from error
+        raise ValueError(f"{field}={name!r}: allowed is a checkpoint folder or a hub id ({error})") from error
 
 
 def load_config(name: str, from_preset: Callable[..., PreTrainedConfig], overrides: dict) -> PreTrainedConfig:
@@ -85,7 +85,7 @@ def load_config(name: str, from_preset: Callable[..., PreTrainedConfig], overrid
         base = from_preset(name) if is_preset else AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         allowed = "a checkpoint folder, a hub id or a preset"
-        raise ValueError(f"model: got {name!r}, allowed with --init random is {allowed} ({error})") from error
+        raise ValueError(f"model={name!r}: allowed with --init random is {allowed} ({error})") from error
     kept = base.to_dict()
     layers = {"layers_block_type", "hybrid_override_pattern"} & overrides.keys()
     for field in ("layers_block_type", "hybrid_override_pattern", "num_hidden_layers") if layers else ():
@@ -94,7 +94,7 @@ def load_config(name: str, from_preset: Callable[..., PreTrainedConfig], overrid
     for field in overrides:
         if field not in known:
             raise ValueError(
-                f"config_overrides: got {field!r}, allowed are fields of the configuration{nearest(field, known)}"
+                f"config_overrides={field!r}: allowed are fields of the configuration{nearest(field, known)}"
             )
     return type(base).from_dict({**kept, **overrides})
 
@@ -111,7 +111,7 @@ def load_tokenizer(arguments: ModelArguments, default: str, vocab_size: int) -> 
     except (OSError, ValueError) as error:
         raise ValueError(f"tokenizer: none found in {name!r}; name one by --tokenizer ({error})") from None
     if len(tokenizer) > vocab_size:
-        raise ValueError(f"tokenizer: {name} has {len(tokenizer)} tokens, allowed are the model's {vocab_size}")
+        raise ValueError(f"tokenizer: {name} has {len(tokenizer)} tokens: allowed are the model's {vocab_size}")
     if tokenizer.eos_token_id is None:
         raise ValueError(f"tokenizer: {name} has no eos_token, which ends a document")
     return tokenizer

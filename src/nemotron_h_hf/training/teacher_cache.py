@@ -191,7 +191,7 @@ def _start(folder: Path, identity: CacheIdentity) -> None:
         return
     if folder.exists() and not is_empty(folder):
         raise ValueError(
-            f"{folder} holds files but no cache.json; allowed is a new or empty folder, or a cache to continue"
+            f"{folder} holds files but no cache.json: allowed is a new or empty folder, or a cache to continue"
         )
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "cache.json", asdict(identity))

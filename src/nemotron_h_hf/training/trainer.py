@@ -121,7 +121,7 @@ class NemotronHTrainer(Trainer):
             args.ignore_data_skip = True
             if args.dataloader_num_workers:
                 raise ValueError(
-                    f"dataloader_num_workers: got {args.dataloader_num_workers}, allowed is 0: the rows' state is here"
+                    f"dataloader_num_workers={args.dataloader_num_workers}: allowed is 0, the rows' state is here"
                 )
         _settle_mtp(model, args)
         use_cache = model.config.use_cache
@@ -186,9 +186,9 @@ class NemotronHTrainer(Trainer):
         marker = checkpoints.check_whole(folder, contents=self.is_world_process_zero())
         if marker["tokens_per_step"] != self.args.tokens_per_step:
             raise ValueError(
-                f"tokens per step: got {self.args.tokens_per_step:,} (per_device_train_batch_size x "
-                "gradient_accumulation_steps x processes x sequence_length), allowed is what "
-                f"{folder} was trained with, {marker['tokens_per_step']:,}"
+                f"tokens per step={self.args.tokens_per_step:,}: allowed is what {folder} was trained with, "
+                f"{marker['tokens_per_step']:,} (per_device_train_batch_size x gradient_accumulation_steps x processes x "
+                "sequence_length)"
             )
         self._first_step = marker["step"]
         history = read_json(folder / TRAINER_STATE_NAME)["log_history"]

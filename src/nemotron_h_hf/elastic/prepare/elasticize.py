@@ -120,7 +120,7 @@ def check_model(model: NemotronHForCausalLM, whole: bool = True) -> None:
         raise ValueError(f"model={type(model).__name__}: allowed is NemotronHForCausalLM; merge adapters first")
     if any(isinstance(module, OrderedLinear) for module in model.modules()):
         raise ValueError(
-            f"model={type(model).__name__} keeps its weights in the order of budgets; allowed is the ordinary model, "
+            f"model={type(model).__name__} keeps its weights in the order of budgets: allowed is the ordinary model, "
             "loaded by AutoModelForCausalLM"
         )
     if "quantization_config" in model.config.to_dict():
@@ -129,7 +129,7 @@ def check_model(model: NemotronHForCausalLM, whole: bool = True) -> None:
         names = ", ".join(model.config.elastic.get("budgets", {})) or "none"
         raise ValueError(
             f"elastic is in the configuration (budgets: {names}): this is a parent already, and another order of its "
-            "weights would spoil its budgets; allowed is a model without"
+            "weights would spoil its budgets: allowed is a model without"
         )
     if whole and any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(
@@ -142,9 +142,9 @@ def check_text(rows: Sequence[Row], held_out: Sequence[Row]) -> None:
     """Raise a ValueError unless there is text of both kinds, in rows of one length."""
     for name, text in (("rows", rows), ("held_out", held_out)):
         if len(text) == 0:
-            raise ValueError(f"{name}: got none, at least one row is needed")
+            raise ValueError(f"{name}=[]: allowed is one row or more")
         if len({row["input_ids"].shape[-1] for row in text}) > 1:
-            raise ValueError(f"{name}: got rows of several lengths, allowed is one length")
+            raise ValueError(f"{name}=rows of several lengths: allowed is one length")
 
 
 def check_named(config: NemotronHConfig, named: Mapping[str, Mapping[str, Any]], num_removals: int) -> None:
@@ -180,7 +180,7 @@ def read_choices(config: NemotronHConfig, choices: Mapping[str, Sequence[int]]) 
     found = {}
     for field, sizes in choices.items():
         if field not in CHOICE_FIELDS:
-            raise ValueError(f"choices: got {field!r}, allowed are {', '.join(CHOICE_FIELDS)}")
+            raise ValueError(f"choices={field!r}: allowed are {', '.join(CHOICE_FIELDS)}")
         whole = getattr(config, field)
         found[field] = sorted({*sizes, *([whole] if isinstance(whole, int) else [])}, reverse=True)
         for size in found[field]:

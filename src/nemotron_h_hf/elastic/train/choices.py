@@ -69,11 +69,11 @@ def axes_of(
     """
     for field in choices:
         if field not in FIELDS:
-            raise ValueError(f"choices: got {field!r}, allowed are {', '.join(FIELDS)}")
+            raise ValueError(f"choices={field!r}: allowed are {', '.join(FIELDS)}")
     for field in per_layer:
         allowed = [name for name in config.PER_LAYER_FIELDS if name in choices]
         if field not in allowed:
-            raise ValueError(f"per_layer: got {field!r}, allowed are {', '.join(allowed) or 'none of these choices'}")
+            raise ValueError(f"per_layer={field!r}: allowed are {', '.join(allowed) or 'none of these choices'}")
     return tuple(_axis(config, field, choices[field], field in per_layer) for field in FIELDS if field in choices)
 
 
@@ -169,15 +169,15 @@ def _axis(config: NemotronHConfig, field: str, sizes: Sequence[int], per_layer: 
     kind = AXIS_OF[field].kind if field in AXIS_OF else None
     layers = tuple(index for index, found in enumerate(config.layers_block_type) if found == kind)
     if kind is not None and not layers:
-        raise ValueError(f"choices.{field}: the model has no {kind} layer, allowed is no such choice")
+        raise ValueError(f"choices.{field}: the model has no {kind} layer: allowed is no such choice")
     if not sizes or not all(isinstance(size, int) and size > 0 for size in sizes):
-        raise ValueError(f"choices.{field}: got {sizes!r}, allowed are positive integers")
+        raise ValueError(f"choices.{field}={sizes!r}: allowed are positive integers")
     if field == DEPTH:
         own = [config.num_hidden_layers]
     else:
         own = [size(config, field, layer) for layer in layers] or [getattr(config, field)]
     if max(sizes) > max(own):
-        raise ValueError(f"choices.{field}: got {max(sizes)}, allowed is at most the parent's {max(own)}")
+        raise ValueError(f"choices.{field}={max(sizes)}: allowed is at most the parent's {max(own)}")
     smaller = sorted({smaller for smaller in sizes if smaller < max(own)}, reverse=True)
     table = tuple((width, *(min(width, size) for size in smaller)) for width in own)
     for column in zip(*table) if field != DEPTH else ():

@@ -53,7 +53,7 @@ class ExpectedCost:
         latency: Mapping[str, Any] | None = None,
     ) -> None:
         if metric not in METRICS:
-            raise ValueError(f"metric: got {metric!r}, allowed are {', '.join(METRICS)}")
+            raise ValueError(f"metric={metric!r}: allowed are {', '.join(METRICS)}")
         self.config, self.axes, self.metric, self.layer_order = config, tuple(axes), metric, layer_order
         self.context_tokens, self.batch_size, self.dtype = context_tokens, batch_size, dtype
         if metric == "latency":
@@ -111,13 +111,13 @@ def check_latency(config: NemotronHConfig, axes: Sequence[Axis], table: Mapping[
     """Raise a ValueError unless the table has times for these choices."""
     if not table or "seconds" not in table or "choices" not in table:
         raise ValueError(
-            "latency: got no table of seconds and choices; nemotron-h elastic-train --measure_latency makes one"
+            "latency=None: allowed is a table of seconds and choices; nemotron-h elastic-train --measure_latency makes one"
         )
     config.require_uniform(*config.PER_LAYER_FIELDS)
     wanted = choices_of(axes)
     if table["choices"] != wanted:
         raise ValueError(
-            f"latency: its table was measured for choices {table['choices']}, allowed are this run's {wanted}"
+            f"latency: its table was measured for choices {table['choices']}: allowed are this run's {wanted}"
         )
     if missing := {*config.layers_block_type, "outside"} - set(table["seconds"]):
         raise ValueError(f"latency: its table has no times of {min(missing)}")

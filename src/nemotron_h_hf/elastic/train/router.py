@@ -44,12 +44,12 @@ class RouterSettings:
     def __post_init__(self) -> None:
         for name in ("temperature", "logit_scale"):
             if len(getattr(self, name)) != 2 or min(getattr(self, name)) <= 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, allowed are two numbers above 0, first and last")
+                raise ValueError(f"{name}={getattr(self, name)}: allowed are two numbers above 0, first and last")
         for name in ("width", "init_std"):
             if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: got {getattr(self, name)}, allowed is more than 0")
+                raise ValueError(f"{name}={getattr(self, name)}: allowed is more than 0")
         if not 0 <= self.hard_share <= 1:
-            raise ValueError(f"hard_share: got {self.hard_share}, allowed is 0 to 1")
+            raise ValueError(f"hard_share={self.hard_share}: allowed is 0 to 1")
 
     def temperature_at(self, progress: float) -> float:
         """t at a progress from 0, the first step, to 1, the last."""
@@ -129,7 +129,7 @@ def budget_vector(targets: Sequence[float], target: float) -> Tensor:
         ValueError: for a target outside of the list's range.
     """
     if not min(targets) <= target <= max(targets):
-        raise ValueError(f"budget: got {target:g}, allowed is {min(targets):g} to {max(targets):g}, what is trained")
+        raise ValueError(f"budget={target:g}: allowed is {min(targets):g} to {max(targets):g}, what is trained")
     above = min((value, index) for index, value in enumerate(targets) if value >= target)
     below = max((value, index) for index, value in enumerate(targets) if value <= target)
     share = 1.0 if math.isclose(above[0], below[0]) else (target - below[0]) / (above[0] - below[0])

@@ -71,7 +71,7 @@ class ElasticTrainer(DistillationTrainer):
         **named: Any,
     ):
         if named.get("teacher") is model:
-            raise ValueError("teacher: got the model itself, allowed is a copy of it or another model: it stays frozen")
+            raise ValueError("teacher=the model itself: allowed is a copy of it or another model, it stays frozen")
         with torch.random.fork_rng():  # the same router on every process, and nothing else drawn differently for it
             torch.manual_seed(args.seed)
             self.routed = RoutedModel(model, route)
@@ -297,7 +297,7 @@ def load_router(routed: RoutedModel, path: Path) -> None:
     with open_tensors(path) as file:
         for name, value in _identity(routed.route).items():
             if (found := file.metadata().get(name)) != value:
-                raise ValueError(f"{name}: got {value}, allowed is what {path} was trained with, {found}")
+                raise ValueError(f"{name}={value}: allowed is what {path} was trained with, {found}")
         routed.router.load_state_dict({name: file.get_tensor(name) for name in file.keys()})
 
 
