@@ -153,7 +153,7 @@ def test_another_window_and_an_order_of_before_are_refused_on_resume(folder):
         with pytest.raises(ValueError, match=f"source s: shuffle_window={window}: .*saved with, 7 records at a time"):
             SourceStream(Source("s", str(folder), shuffle_window=window)).load_state_dict(state)
     del state["order"]
-    with pytest.raises(ValueError, match="saved with blocks, as an earlier version had it"):
+    with pytest.raises(ValueError, match="saved with, blocks, as an earlier version had it"):
         SourceStream(Source("s", str(folder), shuffle_window=7)).load_state_dict(state)
 
 

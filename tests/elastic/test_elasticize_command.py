@@ -146,7 +146,7 @@ def test_few_rows_are_all_scored_for_depth(tmp_path):
     "more, message",
     [
         (["--budget", "a"], "budget='a': allowed is NAME:FIELD=SIZE"),
-        (["--budget", "a:hidden_size=x"], "'x' is not a whole number"),
+        (["--budget", "a:hidden_size=x"], "allowed are whole numbers, not 'x'"),
         (["--budget", "a:hidden_size=144", "--budget", "a:depth=3"], "'a' is given twice"),
         (["--budget", "a:width=3"], "budget 'a' has 'width'"),
         (["--budget", "a:depth=6", "--depth_rows", "0"], "the layers are not scored"),
