@@ -14,6 +14,7 @@ from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.compression.importance import Importance
 from nemotron_h_hf.elastic.budgets import FIELDS_OF_KIND, Budget
 from nemotron_h_hf.elastic.masks import Masks
+from nemotron_h_hf.model.configuration_nemotron_h import NemotronHPuzzleConfig
 from nemotron_h_hf.model.weights import FLOAT32
 from nemotron_h_hf.slicing import Kept
 from nemotron_h_hf.tensors import AXES, checkpoint_tensors, fields_of, kind_of, sizes, together
@@ -34,14 +35,27 @@ def native_shapes(config: NemotronHConfig, **changed: int) -> dict[str, tuple[in
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
+def shapes_of_table(config: NemotronHConfig) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for tensor in checkpoint_tensors(config):
+        stacked = (tensor.copies,) if "{e}" in tensor.name else ()
+        shapes[tensor.place.module] = (*stacked, *tensor.shape)
+    return shapes
+
+
 @pytest.mark.parametrize(("shape", "more"), KINDS)
 def test_names_and_shapes_are_those_of_transformers_own_model(shape, more):
     config = tiny_config(shape, **more)
-    ours = {}
-    for tensor in checkpoint_tensors(config):
-        stacked = (tensor.copies,) if "{e}" in tensor.name else ()
-        ours[tensor.place.module] = (*stacked, *tensor.shape)
-    assert ours == native_shapes(config)
+    assert shapes_of_table(config) == native_shapes(config)
+
+
+def test_sizes_may_differ_by_layer():
+    """Which transformers' own model does not know: against our modules."""
+    experts = {"n_routed_experts": [8, 4], "moe_intermediate_size": [24, 16], "moe_latent_size": [None, 32]}
+    config = NemotronHPuzzleConfig(**{**tiny_config("moe").to_dict(), **experts, "mamba_num_heads": [8, 4, 8]})
+    with torch.device("meta"):
+        model = NemotronHForCausalLM(config)
+    assert shapes_of_table(config) == {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("axis", AXES, ids=lambda axis: axis.name)
@@ -52,7 +66,9 @@ def test_an_axis_is_where_its_letters_are(axis, shape, more):
     whole, small = native_shapes(config), native_shapes(config, **{axis.field: SMALLER[axis.field]})
     for tensor in checkpoint_tensors(config):
         words = (["e"] if "{e}" in tensor.name else []) + tensor.row.shape.split()
-        expected = [any(axis.field in fields_of(config, letter) for letter in word.split("+")) for word in words]
+        expected = [
+            any(axis.field in fields_of(config, letter, tensor.layer) for letter in word.split("+")) for word in words
+        ]
         before, after = whole[tensor.place.module], small[tensor.place.module]
         assert [one != other for one, other in zip(before, after, strict=True)] == expected, tensor.name
 
