@@ -9,6 +9,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from transformers import PreTrainedConfig
+
 from . import cost
 from .elastic.budgets import Budget, read_elastic
 from .elastic.child import Child, child_of
@@ -210,7 +212,7 @@ def _budget_facts(child: Child, dtype: str) -> BudgetFacts:
 def _load_config(name: str) -> NemotronHConfig | NemotronHVLConfig:
     if (path := Path(name) / "config.json").is_file():
         read_json(path)
-    fields, _ = NemotronHConfig.get_config_dict(name)
+    fields, _ = PreTrainedConfig.get_config_dict(name)
     known = {config_class.model_type: config_class for config_class in CONFIGS}
     if fields.get("model_type") not in known:
         raise ValueError(

@@ -7,14 +7,22 @@ import torch
 from puzzle_tiny import RELEASED, released_shapes, write_released
 from safetensors.torch import load_file
 from tiny import prompt, tiny_config, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, configuration_utils
 
-from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM, NemotronHPuzzleConfig, cost
+from nemotron_h_hf import (
+    NemotronHConfig,
+    NemotronHElasticForCausalLM,
+    NemotronHForCausalLM,
+    NemotronHPuzzleConfig,
+    cost,
+)
 from nemotron_h_hf.elastic.budgets import Budget
 from nemotron_h_hf.elastic.child import child_of
 from nemotron_h_hf.elastic.cut.cutting import slice_checkpoint
 from nemotron_h_hf.elastic.masks import attach_masks, child_masks
 from nemotron_h_hf.elastic.resolve import resolve
+from nemotron_h_hf.elastic.train.choices import axes_of, budget_of, masks_of, one_hot
+from nemotron_h_hf.elastic.train.expected_cost import expected_config
 from nemotron_h_hf.scripts import info
 from nemotron_h_hf.slicing import cuts, everything, kept_config
 from nemotron_h_hf.tensors import checkpoint_tensors
@@ -126,6 +134,42 @@ def test_budgets_of_a_puzzle_parent(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             resolve(config, Budget(name="bad", **fields))
+
+
+@pytest.mark.parametrize("sizes", ["ordinary", "puzzle"])
+def test_live_submodels(sizes, tmp_path):
+    """Views of one parent's weights compute what the cut model does."""
+    more = {} if sizes == "ordinary" else {"moe_intermediate_size": [16, 40], "n_routed_experts": [8, 6]}
+    tiny_model("moe", **more).save_pretrained(tmp_path / "parent")
+    parent = NemotronHElasticForCausalLM.from_pretrained(tmp_path / "parent")
+    small, ids = parent.submodel(BY_LAYER), prompt(2, 9)
+    cut = NemotronHForCausalLM.from_pretrained(tmp_path / "parent", budget=BY_LAYER)
+    assert torch.allclose(logits(small, ids), logits(cut, ids), atol=1e-5)
+    assert small.config.plain_dict() == cut.config.plain_dict() and parent.submodel(Budget(name="all")) is parent
+    small.save_pretrained(tmp_path / "small")
+    assert all(name.startswith(("model.", "lm_head")) for name in load_file(tmp_path / "small" / "model.safetensors"))
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "small"), ids), logits(cut, ids))
+
+
+def test_a_router_may_choose_expert_sizes_by_layer():
+    config = tiny_config("moe")
+    axes = axes_of(config, {"moe_intermediate_size": [16], "n_routed_experts": [6]}, ("moe_intermediate_size",))
+    budget = budget_of(config, axes, {"moe_intermediate_size": [1, 0], "n_routed_experts": [1]}, "chosen")
+    assert budget.moe_intermediate_size == (16, 24) and budget.n_routed_experts == 6
+    chosen = one_hot(axes, {"moe_intermediate_size": [1, 0], "n_routed_experts": [1]})
+    masks, hard = masks_of(config, axes, chosen), child_masks(child_of(config, budget))
+    assert masks.expert_neurons[1].sum() == 16 and torch.equal(masks.expert_neurons[1], hard.expert_neurons[1])
+    assert masks.expert_neurons[4].sum() == 24 and torch.equal(masks.experts[4], hard.experts[4])
+    expected = expected_config(config, axes, chosen)
+    assert int(cost.num_parameters(expected)) == cost.num_parameters(child_of(config, budget).config)
+
+
+def test_the_ordinary_class_reads_puzzle_files_without_a_warning(tmp_path, monkeypatch):
+    folder, said = write_released(tmp_path / "released"), []
+    monkeypatch.setattr(configuration_utils.logger, "warning", said.append)
+    config = NemotronHConfig.from_pretrained(folder)
+    assert type(config) is NemotronHPuzzleConfig and not said
+    assert config.to_dict()["block_configs"] == RELEASED["block_configs"]
 
 
 def test_windows_stay_with_their_layers():

@@ -68,7 +68,8 @@ def folders(tmp_path_factory) -> list[Path]:
     for shape in ("dense", "moe"):
         tiny_model(shape).save_pretrained(root / shape)
     tiny_model("dense", elastic=ELASTIC).save_pretrained(root / "parent")
-    folders = [root / name for name in ("embedded", "dense", "moe", "parent")]
+    tiny_model("moe", num_experts_per_tok=[3, 1], sliding_window=6).save_pretrained(root / "puzzle")
+    folders = [root / name for name in ("embedded", "dense", "moe", "parent", "puzzle")]
     for folder in folders:
         hub.attach_code(folder)
     return folders
@@ -106,7 +107,8 @@ def test_saving_there_carries_the_code_and_the_released_names(folders, answer):
         again = Path(f"{folder}.again")
         assert set(hub.code_files()) <= {path.name for path in again.iterdir()}
         config = json.loads((again / "config.json").read_text())
-        assert config["auto_map"]["AutoModelForCausalLM"] == "modeling_nemotron_h.NemotronHForCausalLM"
+        name = "NemotronHPuzzleForCausalLM" if folder.name == "puzzle" else "NemotronHForCausalLM"
+        assert config["auto_map"]["AutoModelForCausalLM"] == f"modeling_nemotron_h.{name}"
         # Kept, though it is not read there
         assert config.get("elastic") == (ELASTIC if folder.name == "parent" else None)
         first, second = load_file(folder / "model.safetensors"), load_file(again / "model.safetensors")

@@ -49,7 +49,7 @@ class Child:
 
     def is_whole(self) -> bool:
         """Whether this is the parent itself."""
-        ours, theirs = self.config.to_dict(), self.parent.to_dict()
+        ours, theirs = self.config.plain_dict(), self.parent.plain_dict()
         return ours == {name: value for name, value in theirs.items() if name != "elastic"}
 
     def cuts(self) -> Iterator[Cut]:

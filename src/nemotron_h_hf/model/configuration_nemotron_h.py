@@ -16,6 +16,7 @@ are laid out as the released Puzzle model's (block_configs.py).
 """
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -267,6 +268,19 @@ class NemotronHConfig(PreTrainedConfig):
         return super().from_dict({**_without(told, overrides), **overrides}, **kwargs)
 
     @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> tuple[dict, dict]:
+        """As transformers'. Where the files are of the other layout, `blockwise` says so and not `model_type`, of which
+        transformers would warn."""
+        fields, rest = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        found = fields.get("model_type")
+        if cls is NemotronHConfig and found == NemotronHPuzzleConfig.model_type:
+            fields = unpack_blocks(
+                {name: it for name, it in fields.items() if name != "model_type"}, cls.PER_LAYER_FIELDS
+            )
+            fields.setdefault("blockwise", [])
+        return fields, rest
+
+    @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> "NemotronHConfig":
         """The released shape called `name` ("nemotron-h-8b", "nano-9b-v2", "3-super", ...), with fields overridden."""
         short = name.lower()
@@ -410,7 +424,8 @@ class NemotronHPuzzleConfig(NemotronHConfig):
 
 def _needs_blocks(fields: Mapping[str, Any]) -> bool:
     """Whether these fields are of a Puzzle file, or an ordinary file cannot say them."""
-    if fields.get("model_type") == NemotronHPuzzleConfig.model_type or fields.get("block_configs") is not None:
+    told = [fields.get(name) is not None for name in ("block_configs", "blockwise")]
+    if fields.get("model_type") == NemotronHPuzzleConfig.model_type or any(told):
         return True
     lists = [fields.get(field) for field in PUZZLE_LISTS]
     differ = any(isinstance(sizes, (list, tuple)) and any(size != sizes[0] for size in sizes) for sizes in lists)
