@@ -12,7 +12,7 @@ from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.memory_model import Deployment, memory
 
 pytest.importorskip("scipy")
-WIDTHS = (40, 80)
+WIDTHS = {"intermediate_size": (40, 80)}
 DEPLOYMENT = Deployment("fp8", "fp16", "bf16", num_tokens=500)
 
 
@@ -29,7 +29,7 @@ def test_it_is_the_best_of_all_combinations(scale, share):
     config = tiny_config("dense")
     errors, most = errors_of(config, scale), share * memory(config, DEPLOYMENT).total
     found = best_mixed(config, errors, WIDTHS, {}, costs_of(DEPLOYMENT), {"bytes": most})
-    choices = [[0, *WIDTHS] if kind == "mlp" else [0, None] for kind in config.layers_block_type]
+    choices = [[0, 40, 80] if kind == "mlp" else [0, None] for kind in config.layers_block_type]
     best = float("inf")
     for combination in itertools.product(*choices):
         kinds = {config.layers_block_type[layer] for layer, size in enumerate(combination) if size != 0}

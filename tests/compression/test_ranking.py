@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from tiny import prompt, tiny_model
+from transformers import AutoModelForCausalLM
 
 from nemotron_h_hf import NemotronHElasticForCausalLM
 from nemotron_h_hf.compression.candidates import Candidate
@@ -17,7 +18,17 @@ SIZES = {
     "d": {"layers": [0, 1, 2, 3, 4, 6], "intermediate_size": [16, 80, 8]},
     "e": {"layers": [0, 1, 3, 5], "hidden_size": 32},
 }
-CANDIDATES = [Candidate(name, sizes, {}, {}) for name, sizes in SIZES.items()]
+EXPERTS = {
+    "a": {"layers": [0, 1, 2, 3, 4], "moe_intermediate_size": [16, 24]},
+    "b": {"layers": [0, 1, 3, 4], "moe_intermediate_size": 16},
+}
+
+
+def candidates_of(sizes: dict) -> list[Candidate]:
+    return [Candidate(name, one, {}, {}) for name, one in sizes.items()]
+
+
+CANDIDATES = candidates_of(SIZES)
 
 
 def text() -> list[dict]:
@@ -30,22 +41,22 @@ def model_of(parent):
     return lambda sizes: kept.setdefault(str(sizes), parent.submodel(sizes))
 
 
-def run(parent, progress=None, stop=None):
+def run(parent, progress=None, stop=None, candidates=CANDIDATES):
     progress = progress or Progress()
-    for number, _ in enumerate(rank(parent, model_of(parent), CANDIDATES, text(), progress)):
+    for number, _ in enumerate(rank(parent, model_of(parent), candidates, text(), progress)):
         if number == stop:
             break
     return progress
 
 
-@pytest.mark.parametrize("shape", ["dense"])
-def test_figures_are_those_of_models_cut_out(shape, tmp_path):
+@pytest.mark.parametrize(("shape", "given"), [("dense", SIZES), ("moe", EXPERTS)])
+def test_figures_are_those_of_models_cut_out(shape, given, tmp_path):
     model, whole = tiny_model(shape), tiny_model(shape)
     parent = NemotronHElasticForCausalLM.from_model(model)
-    tallies = run(parent).tallies
-    for name, sizes in SIZES.items():
+    tallies = run(parent, candidates=candidates_of(given)).tallies
+    for name, sizes in given.items():
         parent.submodel(sizes).save_pretrained(tmp_path / name)
-        alone = type(whole).from_pretrained(tmp_path / name)
+        alone = AutoModelForCausalLM.from_pretrained(tmp_path / name)
         correct = agreeing = count = 0
         nats = 0.0
         with torch.no_grad():

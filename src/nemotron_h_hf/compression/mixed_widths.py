@@ -1,4 +1,4 @@
-"""One MLP width for each layer, and which layers stay, in one knapsack over measured errors (Puzzle, arXiv 2411.19146).
+"""One width for each MLP or MoE layer, and which layers stay, in one knapsack over measured errors (Puzzle, arXiv 2411.19146).
 
 Each layer takes one of its options: gone, narrower, or whole. An option has the mean error of the last hidden state when this
 layer alone has it (layer_scores.py), which is 0 for a whole layer, and costs. The sum of the errors is least, every limit
@@ -15,7 +15,8 @@ from ..errors import require
 from ..model.configuration_nemotron_h import NemotronHConfig
 from .candidates import KINDS, Candidate, CostByLayer, read_counts, with_sizes
 
-FIELD = "intermediate_size"
+FIELDS = {"mlp": "intermediate_size", "moe": "moe_intermediate_size"}
+"""Kind of layer -> the width that may differ between its layers."""
 
 
 class Option(NamedTuple):
@@ -30,7 +31,7 @@ class Option(NamedTuple):
 def best_mixed(
     config: NemotronHConfig,
     errors: Mapping[int, Mapping[int, float]],
-    widths: Sequence[int],
+    widths: Mapping[str, Sequence[int]],
     counts: Mapping[str, Sequence[int]],
     costs: Mapping[str, CostByLayer],
     limits: Mapping[str, float],
@@ -39,7 +40,7 @@ def best_mixed(
 
     Args:
         errors: layer -> size -> error; size 0 for the layer taken out.
-        widths: of MLP layers; the teacher's own is among them.
+        widths: one of FIELDS -> sizes, the teacher's own among them; layers of a kind without stay whole or go.
         counts: as in `find_candidates`.
 
     Raises:
@@ -70,30 +71,35 @@ def best_mixed(
 
 
 def _options(
-    config: NemotronHConfig, errors: Mapping[int, Mapping[int, float]], widths: Sequence[int],
+    config: NemotronHConfig, errors: Mapping[int, Mapping[int, float]], widths: Mapping[str, Sequence[int]],
     costs: Mapping[str, CostByLayer],
 ) -> tuple[dict[str, float], list[Option]]:  # fmt: skip
     whole = {name: cost(config) for name, cost in costs.items()}
     by_width = {
-        width: {name: cost(with_sizes(config, {FIELD: width})) for name, cost in costs.items()} for width in widths
+        (field, width): {name: cost(with_sizes(config, {field: width})) for name, cost in costs.items()}
+        for field, sizes in widths.items()
+        for width in sizes
     }
     options = []
     for layer, kind in enumerate(config.layers_block_type):
         options.append(Option(layer, 0, errors[layer][0], dict.fromkeys(costs, 0.0)))
-        if kind != "mlp":
+        field = FIELDS.get(kind)
+        if field not in widths:
             options.append(Option(layer, None, 0.0, {name: cost.get(layer, 0) for name, cost in whole.items()}))
             continue
-        own = config.size(FIELD, layer)
-        for width in (width for width in widths if width <= own):
-            taken = {name: cost[layer] if layer in cost else 0 for name, cost in by_width[width].items()}
+        own = config.size(field, layer)
+        for width in (width for width in widths[field] if width <= own):
+            taken = {name: cost.get(layer, 0) for name, cost in by_width[field, width].items()}
             options.append(Option(layer, width, 0.0 if width == own else errors[layer][width], taken))
     return {name: cost.get(None, 0) for name, cost in whole.items()}, options
 
 
 def _candidate(config: NemotronHConfig, chosen: Sequence[Option], outside: Mapping[str, float]) -> Candidate:
     sizes: dict[str, Any] = {"layers": [one.layer for one in chosen]}
-    if widths := [one.size for one in chosen if one.size is not None]:
-        sizes[FIELD] = widths[0] if len(set(widths)) == 1 else widths
+    for kind, field in FIELDS.items():
+        widths = [one.size for one in chosen if one.size is not None and config.layers_block_type[one.layer] == kind]
+        if widths:
+            sizes[field] = widths[0] if len(set(widths)) == 1 else widths
     kinds = [config.layers_block_type[one.layer] for one in chosen]
     counts = {name: kinds.count(kind) for name, kind in KINDS.items() if kind in config.layers_block_type}
     costs = {name: amount + math.fsum(one.costs[name] for one in chosen) for name, amount in outside.items()}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from torch import nn
 from tqdm import tqdm
 
 from ..compression.layer_scores import LayerScores, Narrower, accumulate
-from ..compression.mixed_widths import FIELD
+from ..compression.mixed_widths import FIELDS
 from ..cost import layers_of_kind
 from ..elastic.prepare.measuring import batches_of, measure_width
 from .memory_image import MemoryImage, order_of
@@ -43,10 +44,13 @@ def score(run: Run) -> dict[str, Any]:
 
 
 def narrower(run: Run, image: MemoryImage) -> Narrower | None:
-    """For a knapsack of widths: MLP layer -> width -> the block of the model that has it."""
+    """For a knapsack of widths: MLP or MoE layer -> width -> the block of the model that has it."""
     if not run.arguments.mixed_widths:
         return None
-    mlps = layers_of_kind(run.config, "mlp")
-    sizes = [size for size in run.sizes.get(FIELD, []) if size != run.config.intermediate_size]
-    stacks = {size: image.model_of({FIELD: size}).model.layers for size in sizes}
-    return {layer: {size: stack[layer] for size, stack in stacks.items()} for layer in mlps}
+    found: dict[int, dict[int, nn.Module]] = {}
+    for kind, field in FIELDS.items():
+        for size in run.sizes.get(field, ()):
+            stack = image.model_of({field: size}).model.layers if size != getattr(run.config, field) else None
+            for layer in layers_of_kind(run.config, kind) if stack is not None else ():
+                found.setdefault(layer, {})[size] = stack[layer]
+    return found

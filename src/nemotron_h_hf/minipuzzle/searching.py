@@ -8,7 +8,7 @@ from typing import Any
 
 from ..compression.candidates import Candidate, CostByLayer, costs_of, find_candidates, read_candidates
 from ..compression.layer_scores import LayerScores
-from ..compression.mixed_widths import FIELD, best_mixed
+from ..compression.mixed_widths import FIELDS, best_mixed
 from ..elastic.resolve import resolve
 from ..errors import require
 from ..inputs import read_json
@@ -28,9 +28,12 @@ def search(run: Run, scores: Mapping[str, Any]) -> list[Candidate]:
     candidates = list(found.candidates)
     resolve(run.config, candidates[0].sizes)  # sizes that no budget may have
     if arguments.mixed_widths:
-        require(FIELD in run.sizes, "mixed_widths", True, f"false where {FIELD} is not among the sizes")
+        widths = {name: sizes for name, sizes in run.sizes.items() if name in FIELDS.values()}
+        require(
+            bool(widths), "mixed_widths", True, f"false where none of {', '.join(FIELDS.values())} is among the sizes"
+        )
         errors = LayerScores(scores["errors"]).narrowed(arguments.layer_score)
-        candidates.append(best_mixed(run.config, errors, run.sizes[FIELD], arguments.counts, costs, limits))
+        candidates.append(best_mixed(run.config, errors, widths, arguments.counts, costs, limits))
     stage.finish(
         num_models=found.num_models, num_fitting=found.num_fitting, limits=limits,
         teacher={name: sum(cost(run.config).values()) for name, cost in costs.items()},
