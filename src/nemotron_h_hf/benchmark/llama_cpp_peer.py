@@ -1,6 +1,6 @@
 """llama.cpp on the same weights, through llama-cpp-python, where it is installed and GGUF files are given.
 
-`experiments/int8/llama_cpp.py` writes such files. Keys and values are held in the type that llama.cpp chooses.
+`experiments/int8/write_gguf.py` writes such files. Keys and values are held in the type that llama.cpp chooses.
 """
 
 import time
@@ -26,7 +26,7 @@ def check(paths: list[Path]) -> None:
     """
     for path in paths:
         if not path.is_file():
-            raise ValueError(f"--gguf {path}: allowed are GGUF files; experiments/int8/llama_cpp.py writes them")
+            raise ValueError(f"--gguf {path}: allowed are GGUF files; experiments/int8/write_gguf.py writes them")
     if paths and find_spec("llama_cpp") is None:
         raise ValueError("--gguf: needs llama-cpp-python (pip install llama-cpp-python)")
 

@@ -1,8 +1,8 @@
 """Logits of llama.cpp against ours, on the random weights of `bench cpu`; the speeds are `llama-bench`'s.
 
-    python experiments/int8/llama_cpp.py write FOLDER                 # FOLDER/hf, the weights as a checkpoint
-    python experiments/int8/llama_cpp.py convert FOLDER --source S    # FOLDER/f32.gguf and q8_0.gguf
-    python experiments/int8/llama_cpp.py logits FOLDER --source S --libraries L
+    python experiments/int8/write_gguf.py write FOLDER                 # FOLDER/hf, the weights as a checkpoint
+    python experiments/int8/write_gguf.py convert FOLDER --source S    # FOLDER/f32.gguf and q8_0.gguf
+    python experiments/int8/write_gguf.py logits FOLDER --source S --libraries L
 
 S is the unpacked source of llama-cpp-python 0.3.36 (`pip download --no-binary :all: llama-cpp-python`), L the folder with
 the libllama.so that was built of S/vendor/llama.cpp with CMake's defaults. `convert` takes the two corrections that its
