@@ -1,8 +1,8 @@
 """The one table of what a checkpoint of a configuration consists of: its tensors, and the axes that a smaller model has less of.
 
 Costs, cuts, masks, scores and the shapes of conversion derive from it: a new tensor is a row of `TENSORS`, a new axis one of
-`AXES`. Nothing is allocated. A shape has a word for each axis of the tensor, in the letters below; `+` joins the parts that
-lie one after another on an axis.
+`AXES`. Nothing is allocated. Sizes may be scalar tensors, a router's expected ones; hence `reduce`, which adds no factor of 1.
+A shape has a word for each axis of the tensor, in the letters below; `+` joins parts that lie one after another on an axis.
 
     V  vocabulary                          q  query heads x head_dim
     d  hidden channels                     k, v  key/value heads x head_dim
@@ -15,8 +15,9 @@ lie one after another on an axis.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from functools import reduce
+from operator import add, mul
 from typing import NamedTuple
 
 from .model.configuration_nemotron_h import NemotronHConfig
@@ -159,7 +160,7 @@ class WeightShape(NamedTuple):
     @property
     def num_elements(self) -> int:
         """Elements over all copies."""
-        return math.prod(self.shape) * self.copies
+        return reduce(mul, self.shape) * self.copies
 
     @property
     def in_float32(self) -> bool:
@@ -190,7 +191,7 @@ def sizes(config: NemotronHConfig, layer: int | None) -> dict[str, int]:
     """Size of each letter that the tensors of a layer have; None: of those outside of the layers."""
     kind = "last" if layer is None else kind_of(config, layer)
     return {
-        letter: math.prod(size(config, field, layer) for field in fields_of(config, letter, layer))
+        letter: reduce(mul, [size(config, field, layer) for field in fields_of(config, letter, layer)] or [1])
         for letter in _LETTERS_OF[kind]
     }
 
@@ -251,4 +252,4 @@ def _layer(config: NemotronHConfig, root: str, number: int, layer: int, rows: tu
 
 
 def _shape(row: Row, of: dict[str, int]) -> tuple[int, ...]:
-    return tuple(sum(of[letter] for letter in word.split("+")) for word in row.shape.split())
+    return tuple(reduce(add, [of[letter] for letter in word.split("+")]) for word in row.shape.split())
