@@ -302,6 +302,7 @@ def test_limits_that_make_no_sense(made, ranked, words, message):
         (["--counts", "{experts: [1, 2]}"], "counts='experts'"),
         (["--counts", "{moe: [1, 2]}"], "counts='moe': allowed is attention, mamba, mlp"),
         (["--distill", "{output_dir: here}"], "distill='output_dir'"),
+        (["--distill", "{learning_rat: 1}"], "distill.*'learning_rat'.*did you mean 'learning_rate'"),
         (["--weights", "fp3"], "weights"),
         (["--max_seconds", "1"], "latency=None"),
         (["--tasks", "no_module:score"], "tasks='no_module:score'"),

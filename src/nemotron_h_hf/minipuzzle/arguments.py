@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
 
 from ..compression.candidates import KINDS
 from ..compression.layer_scores import MEASURES, REDUCTIONS
 from ..elastic.budgets import CHOICE_FIELDS
 from ..errors import require
 from ..memory_model import PRECISIONS, Deployment
-from ..training.arguments import as_mapping
+from ..training.arguments import ModelArguments, NemotronHTrainingArguments, as_mapping, flag, nearest
+from ..training.data_arguments import DataArguments, RowArguments
+from ..training.distillation import DistillationArguments
 from ..units import parse_need, parse_tokens
 
 STAGES = ("scores", "candidates", "ranked", "benchmarked", "tournament", "student")
@@ -21,8 +21,7 @@ SET_HERE = {"teacher", "model", "data", "eval_data", "output_dir", "total_tokens
 """Options of `distill` that the stages give themselves."""
 
 
-def _flag(default: Any, help_text: str, choices: Sequence[str] | None = None) -> Any:
-    return field(default=default, metadata={"help": help_text} | ({"choices": tuple(choices)} if choices else {}))
+OF_DISTILL = (DataArguments, RowArguments, DistillationArguments, ModelArguments, NemotronHTrainingArguments)
 
 
 @dataclass
@@ -31,84 +30,78 @@ class MiniPuzzleArguments:
 
     _argument_group_name = "minipuzzle"
 
-    teacher: str | None = _flag(None, "folder or hub id; only read. Also the first word of the command")
-    work: str | None = _flag(None, "folder of the stages' files; new, empty, or that of this run. Also the second word")
-    output: str | None = _flag(None, "folder for the student; without it the run ends after the tournament")
-    until: str | None = _flag(None, "the last stage to run; default: all", STAGES)
+    teacher: str | None = flag(None, "folder or hub id; only read. Also the first word of the command")
+    work: str | None = flag(None, "folder of the stages' files; new, empty, or that of this run. Also the second word")
+    output: str | None = flag(None, "folder for the student; without it the run ends after the tournament")
+    until: str | None = flag(None, "the last stage to run; default: all", STAGES)
 
-    data: list[str] | None = _flag(
-        None, "text: .jsonl, or whole files, or patterns; default: Python's standard library"
-    )
-    held_out: list[str] | None = _flag(None, "other text, for ranking; default: some documents of the data")
-    column: str = _flag("text", "of .jsonl records")
-    sequence_length: int = _flag(1024, "tokens of a row, in all stages")
-    batch_size: int = _flag(4, "rows at a time, but in distillation")
-    layer_samples: int = _flag(128, "rows that layers are scored on")
-    width_samples: int = _flag(1024, "rows that neurons are scored on")
-    ranking_tokens: str = _flag("1M", "held-out tokens that candidates are ranked on")
+    data: list[str] | None = flag(None, "text: .jsonl, or whole files, or patterns; default: Python's standard library")
+    held_out: list[str] | None = flag(None, "other text, for ranking; default: some documents of the data")
+    column: str = flag("text", "of .jsonl records")
+    sequence_length: int = flag(1024, "tokens of a row, in all stages")
+    batch_size: int = flag(4, "rows at a time, but in distillation")
+    layer_samples: int = flag(128, "rows that layers are scored on")
+    width_samples: int = flag(1024, "rows that neurons are scored on")
+    ranking_tokens: str = flag("1M", "held-out tokens that candidates are ranked on")
 
-    layer_score: str = _flag("hidden", "what becomes of the model without the layer", MEASURES)
-    reduce: str = _flag("rank", "of the samples: mean of ranks, or of errors", REDUCTIONS)
+    layer_score: str = flag("hidden", "what becomes of the model without the layer", MEASURES)
+    reduce: str = flag("rank", "of the samples: mean of ranks, or of errors", REDUCTIONS)
     more_scores: list[str] = field(
         default_factory=list, metadata={"help": f"other layer scores to keep for comparison: {', '.join(MEASURES)}"}
     )
-    neuron_score: str = _flag("after", "MLP neurons by what is after or before the activation", ("after", "before"))
+    neuron_score: str = flag("after", "MLP neurons by what is after or before the activation", ("after", "before"))
 
-    budget: str | None = _flag(None, "bytes at a context: 31.7GiB@1M")
-    max_parameters: str | None = _flag(None, "limit on parameters, such as 47B")
-    max_active_parameters: str | None = _flag(None, "limit on those that a token uses")
-    max_kv_bytes_per_token: int | None = _flag(None, "limit on what a token adds to the cache")
-    max_seconds: float | None = _flag(None, "limit on the time of a table, with latency")
-    latency: str | None = _flag(
+    budget: str | None = flag(None, "bytes at a context: 31.7GiB@1M")
+    max_parameters: str | None = flag(None, "limit on parameters, such as 47B")
+    max_active_parameters: str | None = flag(None, "limit on those that a token uses")
+    max_kv_bytes_per_token: int | None = flag(None, "limit on what a token adds to the cache")
+    max_seconds: float | None = flag(None, "limit on the time of a table, with latency")
+    latency: str | None = flag(
         None, "JSON file: seconds of a layer by kind, and by size where it matters (docs/compress.md)"
     )
-    weights: str = _flag("bf16", "precision of the weights, for bytes", tuple(PRECISIONS))
-    kv: str = _flag("bf16", "of the KV cache", tuple(PRECISIONS))
-    state: str = _flag("fp32", "of the SSM state", tuple(PRECISIONS))
-    conv: str | None = _flag(None, "of the convolution state; default: as the SSM state", tuple(PRECISIONS))
-    sequences: int = _flag(1, "sequences at once, for bytes")
+    weights: str = flag("bf16", "precision of the weights, for bytes", tuple(PRECISIONS))
+    kv: str = flag("bf16", "of the KV cache", tuple(PRECISIONS))
+    state: str = flag("fp32", "of the SSM state", tuple(PRECISIONS))
+    conv: str | None = flag(None, "of the convolution state; default: as the SSM state", tuple(PRECISIONS))
+    sequences: int = flag(1, "sequences at once, for bytes")
 
-    sizes: dict | str | None = _flag(
-        None, "sizes to try, '{intermediate_size: [24576, 25600]}'; default: eighths of it"
-    )
-    counts: dict | str | None = _flag(
-        None, "least and most layers of a kind, '{attention: [4, 10]}'; default: 1 to all"
-    )
-    keep: str = _flag("largest", "candidates that nothing can be added to, or all that fit", ("largest", "all"))
-    mixed_widths: bool = _flag(False, "one more candidate: a width for each MLP layer, by a knapsack; needs SciPy")
-    controls: int = _flag(
+    sizes: dict | str | None = flag(None, "sizes to try, '{intermediate_size: [24576, 25600]}'; default: eighths of it")
+    counts: dict | str | None = flag(None, "least and most layers of a kind, '{attention: [4, 10]}'; default: 1 to all")
+    keep: str = flag("largest", "candidates that nothing can be added to, or all that fit", ("largest", "all"))
+    mixed_widths: bool = flag(False, "one more candidate: a width for each MLP layer, by a knapsack; needs SciPy")
+    controls: int = flag(
         1, "random choices to compare with, next to reversed, depth alone and width alone; 0: none of all"
     )
 
-    top: int = _flag(130, "candidates that go from ranking to benchmarks")
+    top: int = flag(130, "candidates that go from ranking to benchmarks")
     tasks: list[str] = field(
         default_factory=list,
         metadata={"help": "needle and other names of nemotron-h eval, lm-eval tasks, or module:function taking model and "
                   "tokenizer; default: none, the ranking decides"},
     )  # fmt: skip
-    task_limit: int | None = _flag(None, "questions of each task")
-    task_length: str = _flag("1Ki", "tokens of long-context questions")
-    task_path: str | None = _flag(None, "folder with tasks of your own for lm-eval, YAML files")
-    finalists: int = _flag(3, "candidates that are distilled")
-    min_distance: int = _flag(2, "layers and sizes in which finalists differ at least")
+    task_limit: int | None = flag(None, "questions of each task")
+    task_length: str = flag("1Ki", "tokens of long-context questions")
+    task_path: str | None = flag(None, "folder with tasks of your own for lm-eval, YAML files")
+    finalists: int = flag(3, "candidates that are distilled")
+    min_distance: int = flag(2, "layers and sizes in which finalists differ at least")
 
-    short_tokens: str = _flag("2M", "of each round of short distillation")
-    rounds: int = _flag(1, "rounds; after each the better half stays")
-    distill_controls: bool = _flag(False, "distil the controls in the first round too; they cannot win")
-    long_tokens: str = _flag("0", "of the winner's long distillation; 0: none")
-    top_k: int = _flag(
+    short_tokens: str = flag("2M", "of each round of short distillation")
+    rounds: int = flag(1, "rounds; after each the better half stays")
+    distill_controls: bool = flag(False, "distil the controls in the first round too; they cannot win")
+    long_tokens: str = flag("0", "of the winner's long distillation; 0: none")
+    top_k: int = flag(
         0, "the tournament reads so many of the teacher's logits from a cache made once; 0: the live teacher"
     )
-    distill: dict | str | None = _flag(None, "options of nemotron-h distill, '{learning_rate: 1e-4, fp8: true}'")
-    launch: str | None = _flag(None, "command that distillation is started by, 'accelerate launch --config_file FILE'")
-    family: str | None = _flag(
+    distill: dict | str | None = flag(None, "options of nemotron-h distill, '{learning_rate: 1e-4, fp8: true}'")
+    launch: str | None = flag(None, "command that distillation is started by, 'accelerate launch --config_file FILE'")
+    family: str | None = flag(
         None, "also write the teacher with the finalists as budgets, an elastic parent, to this folder"
     )
 
-    stream: bool = _flag(False, "read one layer at a time, for a teacher larger than memory; up to candidates")
-    dtype: str = _flag("auto", "to measure in; auto: as stored", ("auto", "float32", "bfloat16"))
-    device: str | None = _flag(None, "to measure on; default: cuda where there is one")
-    seed: int = _flag(0, "of the order of documents, of controls and of distillation")
+    stream: bool = flag(False, "read one layer at a time, for a teacher larger than memory; up to candidates")
+    dtype: str = flag("auto", "to measure in; auto: as stored", ("auto", "float32", "bfloat16"))
+    device: str | None = flag(None, "to measure on; default: cuda where there is one")
+    seed: int = flag(0, "of the order of documents, of controls and of distillation")
 
     def __post_init__(self) -> None:
         require(self.teacher is not None, "teacher", None, "a folder or hub id")
@@ -136,8 +129,10 @@ class MiniPuzzleArguments:
             require(counts, f"sizes.{field_name}", values, "a list of positive integers")
         for name in self.counts:
             require(name in KINDS, "counts", name, ", ".join(KINDS))
+        known = {item.name for kind in OF_DISTILL for item in fields(kind)} - SET_HERE
         for name in self.distill:
-            require(name not in SET_HERE, "distill", name, "options that minipuzzle does not set itself")
+            allowed = f"options of nemotron-h distill that minipuzzle does not set itself{nearest(name, sorted(known))}"
+            require(name in known, "distill", name, allowed)
         for name in self.more_scores:
             require(name in MEASURES, "more_scores", name, ", ".join(MEASURES))
         early = self.until in ("scores", "candidates") and not self.mixed_widths

@@ -28,7 +28,7 @@ def benchmark(run: Run, ranked: Mapping[str, Any]) -> dict[str, Any]:
     stage, arguments = run.stages["benchmarked"], run.arguments
     if (known := stage.result()) is not None:
         return known
-    tasks = {name: task_of(name, run) for name in arguments.tasks}
+    tasks = tasks_of(run)
     scores: dict[str, dict[str, float]] = stage.partial().get("scores", {})
     chosen = {one["name"]: one["sizes"] for one in ranked["ranked"][: arguments.top]}
     models = {"the teacher": {}, **chosen} if tasks else {}
@@ -62,6 +62,15 @@ def distance(one: Mapping[str, Any], other: Mapping[str, Any]) -> int:
     """Layers that one of them has alone, and sizes that differ (Hamming)."""
     layers = set(one["layers"]) ^ set(other["layers"])
     return len(layers) + sum(one.get(name) != other.get(name) for name in {*one, *other} - {"layers"})
+
+
+def tasks_of(run: Run) -> dict[str, Score]:
+    """Those that were asked for, by name.
+
+    Raises:
+        ValueError: for a name that is no task.
+    """
+    return {name: task_of(name, run) for name in run.arguments.tasks}
 
 
 def task_of(name: str, run: Run) -> Score:

@@ -7,7 +7,7 @@ from pathlib import Path
 from ..errors import require
 from ..output_folders import is_empty, resolve_target, writing
 from .arguments import STAGES, MiniPuzzleArguments
-from .benchmarks import benchmark
+from .benchmarks import benchmark, tasks_of
 from .family import write_family
 from .ranking import rank_candidates
 from .report import write_report
@@ -35,7 +35,9 @@ def compress(arguments: MiniPuzzleArguments) -> Path:
         _refuse_others(work)
         run = Run(arguments, work)
         for name in STAGES[: last + 1]:  # what was made from something else is refused before anything runs
-            run.stages[name].result()
+            known = run.stages[name].result()
+            if name == "benchmarked" and known is None:
+                tasks_of(run)
         scores = score(run)
         if last >= 1:
             candidates = search(run, scores)
