@@ -226,6 +226,9 @@ BAD = [
     (("mtp_block_configs",), [], r"mtp_block_configs=\[\]: allowed is a list with a block for each layer"),
     (("mtp_block_configs", 1, "num_experts_per_tok"), 9, "num_experts_per_tok=9 in layer 7: allowed is at most"),
     (("n_routed_experts",), None, r"block_configs\[1\] has no n_routed_experts, and neither has the top level"),
+    (("layers_block_type", 5), ["moe"], "layers_block_type=.*allowed is what block_configs says"),
+    (("mtp_layers_block_type", 1), {}, "mtp_layers_block_type=.*allowed is what mtp_block_configs says"),
+    (("block_configs", 0, "ssm_state_size"), 8, r"ssm_state_size=\[8, 12\].*allowed is one value for all of them"),
     (("num_hidden_layers",), 5, "num_hidden_layers=5 does not match layers_block_type"),
 ]  # fmt: skip
 
@@ -270,6 +273,15 @@ def test_a_layer_without_its_experts(released, tmp_path):
     save_file(kept, tmp_path / "bad" / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="lacks 2 tensors that its config asks for: model.layers.3.mixer.experts"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "bad")
+
+
+def test_saved_experts_load_into_a_model(released, tmp_path):
+    """As transformers' Trainer resumes: by `load_state_dict` of the saved file."""
+    model = AutoModelForCausalLM.from_pretrained(released)
+    model.save_pretrained(tmp_path)
+    fresh = NemotronHPuzzleForCausalLM(model.config)
+    fresh.load_state_dict(load_file(tmp_path / "model.safetensors"))
+    assert all(torch.equal(it, fresh.state_dict()[name].to(it)) for name, it in model.state_dict().items())
 
 
 def test_fields_given_when_loading_replace_those_of_the_blocks(released):

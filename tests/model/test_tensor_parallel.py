@@ -69,11 +69,13 @@ for folder in sys.argv[1:]:
 
 @pytest.mark.slow
 def test_two_processes_compute_what_one_does(tmp_path):
-    """Logits, generated text and gradients, with left padding, for dense, MoE and latent models."""
+    """Logits, generated text and gradients, with left padding, for dense, MoE and latent models, and experts and a window by layer."""
+    by_layer = {"moe_intermediate_size": [16, 24], "num_experts_per_tok": [1, 3], "sliding_window": 5}
+    shapes = {"dense": {}, "moe": {}, "latent": {}, "puzzle": {"shape": "moe", **by_layer}}
     folders = []
-    for shape in ("dense", "moe", "latent"):
-        folders.append(str(tmp_path / shape))
-        tiny_model(shape, **EVEN_VOCAB).save_pretrained(folders[-1])
+    for name, more in shapes.items():
+        folders.append(str(tmp_path / name))
+        tiny_model(**{"shape": name, **EVEN_VOCAB, **more}).save_pretrained(folders[-1])
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
     with socket.socket() as probe:

@@ -112,7 +112,7 @@ def _kinds_of(fields: Mapping[str, Any], name: str, names: Mapping[str, list[str
     for index, block in enumerate(blocks):
         place = f"{name}[{index}]"
         known = block.get("block_type") if isinstance(block, Mapping) else None
-        kind = LEGACY_TYPES.get(known, known) if isinstance(known, str) else None
+        kind = plain_kind(known) if isinstance(known, str) else None
         if kind not in names:
             raise ValueError(f"{place}={block!r}: allowed is a block_type of {', '.join(RELEASED_TYPES.values())}")
         for field, value in block.items():
@@ -125,11 +125,16 @@ def _kinds_of(fields: Mapping[str, Any], name: str, names: Mapping[str, list[str
     layers = "layers_block_type" if name == "block_configs" else "mtp_layers_block_type"
     if (listed := fields.get(layers)) is not None:
         own = [kind for _, kind, _ in found]
-        if not isinstance(listed, (list, tuple)) or [LEGACY_TYPES.get(kind, kind) for kind in listed] != own:
+        if not isinstance(listed, (list, tuple)) or list(map(plain_kind, listed)) != own:
             raise ValueError(
                 f"{layers}={listed!r}: allowed is what {name} says, {[RELEASED_TYPES[kind] for kind in own]}"
             )
     return found
+
+
+def plain_kind(name: Any) -> Any:
+    """transformers' name of a kind of layer; what is no name stays as it is."""
+    return LEGACY_TYPES.get(name, name) if isinstance(name, str) else name
 
 
 def _value(place: str, block: Mapping[str, Any], field: str, fields: Mapping[str, Any], sizes: list[str]) -> Any:

@@ -25,7 +25,7 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .block_configs import LAYOUT_FIELDS, LEGACY_TYPES, OPTIONAL, REQUIRED, pack_blocks, unpack_blocks
+from .block_configs import LAYOUT_FIELDS, LEGACY_TYPES, OPTIONAL, REQUIRED, pack_blocks, plain_kind, unpack_blocks
 from .presets import PATTERN_8B, PRESETS
 
 LETTER_TO_TYPE = {"M": "linear_attention", "*": "full_attention", "-": "mlp", "E": "moe"}
@@ -415,10 +415,9 @@ class NemotronHPuzzleConfig(NemotronHConfig):
         lists = [field for field in self.PER_LAYER_FIELDS if isinstance(getattr(self, field), list)]
         dropped = {"hybrid_override_pattern", "mtp_hybrid_override_pattern", *blockwise, *lists}
         output = {key: value for key, value in output.items() if key not in dropped}
-        if self.architectures:
-            output["architectures"] = [
-                re.sub(r"^NemotronH(?=For|Model)", "NemotronHPuzzle", it) for it in self.architectures
-            ]
+        if isinstance(self.architectures, list):
+            own = [re.sub(r"^NemotronH(?=For|Model)", "NemotronHPuzzle", str(it)) for it in self.architectures]
+            output["architectures"] = own
         return output | pack_blocks(self, blockwise)
 
 
@@ -436,7 +435,7 @@ def _needs_blocks(fields: Mapping[str, Any]) -> bool:
 def _layouts(model_type: str) -> tuple[type[NemotronHConfig], ...]:
     """The classes that read files of a kind: either reads both."""
     both = (NemotronHConfig, NemotronHPuzzleConfig)
-    return both if model_type in {each.model_type for each in both} else ()
+    return both if model_type in [each.model_type for each in both] else ()
 
 
 def with_plain_limit(fields: dict[str, Any]) -> dict[str, Any]:
@@ -486,9 +485,9 @@ def _read_layers(
     if layers is not None:
         if not isinstance(layers, (list, tuple)) or not layers:
             raise ValueError(f"{field}={layers!r}: allowed is a non-empty list of {', '.join(TYPE_TO_LETTER)}")
-        layers = [LEGACY_TYPES.get(name, name) for name in layers]
+        layers = list(map(plain_kind, layers))
         for index, name in enumerate(layers):
-            if name not in TYPE_TO_LETTER:
+            if not isinstance(name, str) or name not in TYPE_TO_LETTER:
                 allowed = ", ".join([*TYPE_TO_LETTER, *LEGACY_TYPES])
                 raise ValueError(f"{field}[{index}]={name!r}: allowed are {allowed}")
         if pattern is not None and layers != from_pattern:
