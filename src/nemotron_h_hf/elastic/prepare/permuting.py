@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ...checkpoint import Digest, save
 from ...model.configuration_nemotron_h import NemotronHConfig
-from ...model.weights import Checkpoint, TensorSpec, read_name, released_name
+from ...model.weights import Checkpoint, TensorSpec, name_in_file, read_name, released_name
 from ...slicing import Kept, cuts
 
 
@@ -44,7 +44,7 @@ def permute_checkpoint(
 ) -> dict[str, Digest]:
     """Write the weights of the checkpoint `source` to the folder `output` in the order of `order`, in their own dtypes.
 
-    `progress` is called with the bytes of each tensor.
+    `progress` is called with the bytes of each tensor. What was seen of each is returned by released name.
 
     Raises:
         ValueError: naming the tensor, if the files are not those of `config`, or if `output` has weights already.
@@ -59,12 +59,13 @@ def permute_checkpoint(
             raise ValueError(f"{source} has {cut.source} in shape {shape}, its config asks for {cut.shape}")
     if left_over := sorted(set(names) - {cut.source for cut in planned}):
         raise ValueError(f"{source} has {left_over[0]}, for which its config has no place")
-    specs = [TensorSpec(cut.name, stored.spec(names[cut.source]).dtype, cut.shape) for cut in planned]
+    written = {cut.name: name_in_file(cut.name, config.model_type) for cut in planned}
+    specs = [TensorSpec(written[cut.name], stored.spec(names[cut.source]).dtype, cut.shape) for cut in planned]
 
     def reordered() -> Iterator[tuple[str, Tensor]]:
         for cut in planned:
             tensor = cut.of(stored[names[cut.source]])
-            yield cut.name, tensor
+            yield written[cut.name], tensor
             progress(tensor.nbytes)
 
-    return save(output, specs, reordered())
+    return {released_name(name): digest for name, digest in save(output, specs, reordered()).items()}
