@@ -1,13 +1,17 @@
 """Multi-token prediction on the embedded model: a head trained on its frozen trunk, then acceptance and speed.
 
     python experiments/mtp/run.py train   --output runs/mtp [--tokens 1.5M] [--seed 0]      # resumes
-    python experiments/mtp/run.py measure --output runs/mtp [--new-tokens 128] [--rounds 3] [--threads 1]
+    python experiments/mtp/run.py measure --output runs/mtp [--new-tokens 64] [--rounds 3] [--threads 1]
     python experiments/mtp/run.py plot
 
 train is `nemotron-h pretrain` with --mtp_depth 1, on the standard library's sources without the held-out files. One depth has
 weights; the loss runs it twice (--mtp_steps 2). measure decodes greedily, for every prompt (beginnings of held-out files) and
 round one after the other: plain, drafts of the head, prompt lookup, and a smaller model nested in the same weights. All texts
 must be equal. The speed-up of a setting is the median over prompts and rounds of plain seconds / its seconds.
+
+Small models spend their time in Python, not in weights. What a pass with drafts costs in a larger model is measured on one with
+random weights (LARGE): seconds of a pass over k + 1 tokens with its k drafts / seconds of a plain token. At the head's
+tokens_per_pass that gives `predicted`, the speed-up of a model of that size whose drafts are kept as often.
 
     acceptance         drafted tokens that were kept / drafted tokens
     tokens_per_pass    new tokens / passes of the whole model over new tokens
@@ -25,8 +29,8 @@ import torch
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
-from nemotron_h_hf import NemotronHElasticForCausalLM, NemotronHForCausalLM
-from nemotron_h_hf.cost import parameters_by_kind
+from nemotron_h_hf import NemotronHConfig, NemotronHElasticForCausalLM, NemotronHForCausalLM
+from nemotron_h_hf.cost import num_parameters, parameters_by_kind
 from nemotron_h_hf.data.stdlib_text import as_jsonl, read_documents, split_documents
 from nemotron_h_hf.elastic.prepare.elasticize import elasticize
 from nemotron_h_hf.scripts import pretrain
@@ -34,7 +38,12 @@ from nemotron_h_hf.scripts import pretrain
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "mtp"
 HEAD, LOOKUP, NESTED, DRAFTED = "multi-token prediction", "prompt lookup", "nested", (1, 2, 3, 4)
 NESTED_BUDGET = {"MLP 50%": {"intermediate_size": 288}}  # untrained: accepted most in docs/results/elastic_speculation
-PROMPT_TOKENS, NUM_PROMPTS, WARM_UP_TOKENS = 64, 12, 8
+PROMPT_TOKENS, NUM_PROMPTS, WARM_UP_TOKENS = 128, 8, 8
+LARGE = {
+    "hybrid_override_pattern": "M-M*-M-M-M*-M-", "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
+    "num_key_value_heads": 4, "head_dim": 64, "mamba_num_heads": 32, "mamba_head_dim": 64, "n_groups": 4, "vocab_size": 16384,
+    "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*-",
+}  # fmt: skip
 LENGTH, ROWS = 512, 4
 
 
@@ -43,7 +52,7 @@ def main() -> None:
     parser.add_argument("step", choices=("train", "measure", "plot"))
     parser.add_argument("--output", type=Path, default=Path("runs/mtp"))
     parser.add_argument("--tokens", default="1.5M")
-    for name, default in (("seed", 0), ("new-tokens", 128), ("rounds", 3), ("threads", 1)):
+    for name, default in (("seed", 0), ("new-tokens", 64), ("rounds", 3), ("threads", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -102,6 +111,7 @@ def measure(arguments: argparse.Namespace) -> None:
         print(f"round {number + 1} of {arguments.rounds}", flush=True)
     count = len(prompts) * arguments.rounds
     table = [row(setting, own, count * (arguments.new_tokens - 1)) for setting, own in found.items()]
+    costs = costs_of_steps(arguments.rounds)
     report = {
         "command": f"python experiments/mtp/run.py measure --new-tokens {arguments.new_tokens} --rounds {arguments.rounds} "
                    f"--threads {arguments.threads}",
@@ -111,6 +121,9 @@ def measure(arguments: argparse.Namespace) -> None:
         "parameters": parameters_by_kind(plain.config), "prompts": len(prompts), "prompt_tokens": PROMPT_TOKENS,
         "new_tokens": arguments.new_tokens, "rounds": arguments.rounds, "all_texts_equal": True,
         "plain_tokens_per_second": round(statistics.median(rates), 1), "results": table,
+        "large": {"config": LARGE, "parameters": num_parameters(NemotronHConfig(**LARGE)), "cost_of_a_step": costs,
+                  "predicted": {entry["draft_tokens"]: round(entry["tokens_per_pass"] / costs[entry["draft_tokens"]], 3)
+                                for entry in table if entry["drafts_by"] == HEAD}},
     }  # fmt: skip
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "mtp.json").write_text(json.dumps(report, indent=2) + "\n")
@@ -157,6 +170,22 @@ def decode(plain, parent, drafts: dict, setting: tuple[str, int] | None, prompt:
     drafted = passes * number if kind == HEAD else calls["drafted"]
     by_depth = output.acceptance_by_depth if kind == HEAD else ()
     return output.sequences, {"seconds": seconds, "passes": passes, "drafted": drafted, "by_depth": by_depth}
+
+
+@torch.no_grad()
+def costs_of_steps(rounds: int, num_tokens: int = 24) -> dict[int, float]:
+    """Drafted tokens k -> seconds of a step with them / seconds of a plain token, medians, in the large model."""
+    torch.manual_seed(0)
+    model = NemotronHForCausalLM(NemotronHConfig(**LARGE)).eval()
+    prompt = torch.randint(3, LARGE["vocab_size"], (1, 8))  # short: its pass hardly counts
+    ratios: dict[int, list[float]] = {k: [] for k in DRAFTED}
+    for number in range(rounds + 1):
+        _, alone = decode(model, None, {}, None, prompt, num_tokens)
+        for k in DRAFTED:
+            _, facts = decode(model, None, {}, (HEAD, k), prompt, num_tokens)
+            if number:  # the first round warms up
+                ratios[k].append(facts["seconds"] / facts["passes"] / (alone["seconds"] / alone["passes"]))
+    return {k: round(statistics.median(found), 3) for k, found in ratios.items()}
 
 
 def row(setting: tuple[str, int], own: dict[str, list], num_tokens: int) -> dict:

@@ -247,7 +247,8 @@ class NemotronHModel(NemotronHPreTrainedModel):
         rows = read_rows(attention_mask, source, position_ids, seq_idx, cu_seq_lens_q)
         cache = self._cache(cache, use_cache, batch_size, packed=rows.documents is not None)
         step = self.pass_length(batch_size, source.device)
-        if rows.can_split() and self._may_split(kwargs) and length > step:  # traced lengths are not compared
+        is_long = not torch.compiler.is_compiling() and length > step  # traced lengths are not compared
+        if is_long and rows.can_split() and self._may_split(kwargs):
             hidden_states = self._run_in_parts(source, rows, cache, step, passed)
         else:
             embeds = self.embeddings(source) if inputs_embeds is None else source
@@ -335,13 +336,12 @@ class NemotronHModel(NemotronHPreTrainedModel):
         return source
 
     def _may_split(self, kwargs: dict) -> bool:
-        """Whether a long input may run in parts: no gradients, no tracing, no per-layer outputs asked for, no hooks."""
+        """Whether a long input may run in parts: no gradients, no per-layer outputs asked for, no hooks."""
         wanted = (
             kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}", False))
             for name in self._can_record_outputs
         )
-        traced = torch.is_grad_enabled() or torch.compiler.is_compiling()
-        return not traced and not any(wanted) and not is_watched(self)
+        return not torch.is_grad_enabled() and not any(wanted) and not is_watched(self)
 
 
 @dataclass
