@@ -99,7 +99,7 @@ def test_without_matplotlib_it_says_so(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("option, message", [
-    (("--runs", "0"), "--runs is 0"), (("--threads", "0"), "--threads is 0"),
+    (("--runs", "0"), "--runs=0"), (("--threads", "0"), "--threads=0"),
     (("--gguf", "no.gguf"), "--gguf no.gguf: allowed are GGUF files"),
 ])  # fmt: skip
 def test_bad_options_are_named(option, message, tmp_path, capsys):
