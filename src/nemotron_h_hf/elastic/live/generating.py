@@ -41,7 +41,7 @@ class BudgetSchedule:
 
     The second model reads everything again, which is exact. With `carry_state` it takes over the first one's keys, values
     and states instead where their shapes allow; what that does to the next token is measured by reading again as well,
-    logged and kept in `carried`, unless `measure=False`.
+    logged and kept in `carried`, unless `measure=False`; only then is time saved (figures in cache_carry.py).
 
     Args:
         first, then: budgets, in any form that `submodel` takes.
