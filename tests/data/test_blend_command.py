@@ -16,7 +16,7 @@ from nemotron_h_hf.scripts import blend, distill, elastic_train, pretrain, sft
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "examples" / "recipes").glob("*.yaml"))
-READABLE = [path for path in RECIPES if path.stem != "align_2_dpo"]  # that one is TRL's
+READABLE = [path for path in RECIPES if not path.stem.startswith(("align_2_dpo", "minipuzzle"))]  # TRL's; no training's
 
 CONFIG = """
 output_dir: anywhere
