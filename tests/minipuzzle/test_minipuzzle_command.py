@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,15 @@ def test_two_rounds_read_a_cache_of_the_teacher(made, ranked):
     assert "control reversed" in trained and set(found["rounds"][0]) == {*finalists, *trained}
     assert set(found["rounds"][1]) == {found["winner"]} and found["winner"] in finalists
     assert not list((ranked / "tournament").glob("teacher-*"))
+
+
+@pytest.mark.slow
+def test_distillation_may_be_started_by_a_launcher(made, ranked):
+    assert run(made, ranked, "--finalists", "1", "--launch", sys.executable, "--until", "tournament") == 0
+    assert len(read(ranked, "tournament")["rounds"][0]) == 1
+    (ranked / "tournament.json").unlink()
+    with pytest.raises(ValueError, match="launch='false': allowed is a command that trains; it ended with status 1"):
+        run(made, ranked, "--finalists", "1", "--launch", "false", "--until", "tournament")
 
 
 # Refusals
