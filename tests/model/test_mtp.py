@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
+from puzzle_tiny import MTP_BLOCKS, RELEASED
 from reference import reference_mtp
-from test_puzzle import MTP_BLOCKS, RELEASED
 from tiny import prompt, spread, tiny_model
 
 from nemotron_h_hf import NemotronHForCausalLM, NemotronHPuzzleConfig, NemotronHPuzzleForCausalLM
