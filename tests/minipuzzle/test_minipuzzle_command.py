@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM as NativeForCausalLM
 
 from nemotron_h_cli import run as command
-from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
+from nemotron_h_hf import EMBEDDED_MODEL, EMBEDDED_VISION_MODEL, NemotronHConfig
 from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.elastic.budgets import read_elastic
 from nemotron_h_hf.elastic.resolve import resolve
@@ -281,6 +281,8 @@ def test_folders_in_use_are_refused(box, tmp_path):
         run(box, box / "teacher")
     with pytest.raises(ValueError, match="is inside the source"):
         run(box, tmp_path / "work", "--output", str(box / "teacher" / "student"))
+    with pytest.raises(ValueError, match="is inside the source"):
+        run(box, tmp_path / "work", "--output", str(tmp_path / "work" / "student"))
 
 
 @pytest.mark.parametrize(
@@ -314,6 +316,9 @@ def test_limits_that_make_no_sense(made, ranked, words, message):
         (["--distill", "{output_dir: here}"], "distill='output_dir'"),
         (["--distill", "{learning_rat: 1}"], "distill.*'learning_rat'.*did you mean 'learning_rate'"),
         (["--weights", "fp3"], "weights"),
+        (["--budget", "31"], "budget='31': allowed is bytes at a context"),
+        (["--until", "student"], "output=None: allowed is a folder"),
+        (["--teacher", EMBEDDED_VISION_MODEL], "teacher=.*nemotron_h_vl.*: allowed is a model of nemotron_h"),
         (["--max_seconds", "1"], "latency=None"),
         (["--tasks", "no_module:score"], "tasks='no_module:score'"),
         (["--budgit", "1GiB"], "unknown option --budgit; did you mean 'budget'"),

@@ -42,7 +42,9 @@ class MiniPuzzleArguments:
     batch_size: int = flag(4, "rows at a time, but in distillation")
     layer_samples: int = flag(128, "rows that layers are scored on")
     width_samples: int = flag(1024, "rows that neurons are scored on")
-    ranking_tokens: str = flag("1M", "held-out tokens that candidates are ranked on")
+    ranking_tokens: str | None = flag(
+        None, "held-out tokens that candidates are ranked on; default: 1M, of the standard library 128K"
+    )
 
     layer_score: str = flag("hidden", "what becomes of the model without the layer", MEASURES)
     reduce: str = flag("rank", "of the samples: mean of ranks, or of errors", REDUCTIONS)
@@ -119,6 +121,7 @@ class MiniPuzzleArguments:
         require(
             (self.max_seconds is None) == (self.latency is None), "latency", self.latency, "a file, with max_seconds"
         )
+        self.ranking_tokens = self.ranking_tokens or ("1M" if self.data else "128K")
         for name in ("ranking_tokens", "short_tokens", "long_tokens", "task_length"):
             setattr(self, name, parse_tokens(getattr(self, name), name))
         rows = self.ranking_tokens // self.sequence_length
@@ -142,6 +145,9 @@ class MiniPuzzleArguments:
             True,
             "false; or true with until scores or candidates, without mixed_widths",
         )
+        require(self.until != "student" or self.output is not None, "output", None, "a folder, with until student")
+        if self.budget is not None:
+            _check_need(self.budget)
         require(bool(self.limits()), "budget", None, "31.7GiB@1M, or one of the other limits")
 
     @property
@@ -160,6 +166,13 @@ class MiniPuzzleArguments:
             "seconds": self.max_seconds,
         }
         return {name: most for name, most in found.items() if most is not None}
+
+
+def _check_need(budget: str) -> None:
+    try:
+        parse_need(budget)
+    except ValueError:
+        require(False, "budget", budget, "bytes at a context, such as 31.7GiB@1M or 4MiB")
 
 
 def _count(text: str | None, name: str) -> int | None:

@@ -28,11 +28,11 @@ def compress(arguments: MiniPuzzleArguments) -> Path:
     """
     last = STAGES.index(arguments.until) if arguments.until else len(STAGES) - 1
     last = last if arguments.output else min(last, STAGES.index("tournament"))
-    for name in ("output", "family"):
-        if (target := getattr(arguments, name)) is not None:
-            resolve_target(target, arguments.teacher, arguments.work)
     with writing(arguments.work, arguments.teacher) as work:
         _refuse_others(work)
+        for name in ("output", "family"):
+            if (target := getattr(arguments, name)) is not None:
+                resolve_target(target, arguments.teacher, work)
         run = Run(arguments, work)
         for name in STAGES[: last + 1]:  # what was made from something else is refused before anything runs
             known = run.stages[name].result()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from ..compression.importance import WidthScores
 from ..elastic.cut.cutting import local_folder, read_parent
@@ -17,6 +18,7 @@ from ..elastic.prepare.elasticize import check_model
 from ..elastic.prepare.streaming import streamed
 from ..errors import require
 from ..inputs import read_device
+from ..model.configuration_nemotron_h import NemotronHConfig, NemotronHPuzzleConfig
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
 from ..output_folders import stamps
 from .arguments import STAGES, MiniPuzzleArguments
@@ -43,6 +45,9 @@ class Run:
     def __init__(self, arguments: MiniPuzzleArguments, work: Path) -> None:
         self.arguments, self.work = arguments, work
         self.teacher = local_folder(arguments.teacher)
+        kind = PreTrainedConfig.get_config_dict(self.teacher)[0].get("model_type")
+        kinds = (NemotronHConfig.model_type, NemotronHPuzzleConfig.model_type)
+        require(kind in kinds, "teacher", f"{arguments.teacher} ({kind})", f"a model of {' or '.join(kinds)}")
         self.config = read_parent(self.teacher)
         require(self.config.num_hidden_layers > 1, "teacher", arguments.teacher, "a model of several layers")
         quantised = self.config.to_dict().get("quantization_config")
