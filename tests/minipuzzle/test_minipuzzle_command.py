@@ -338,29 +338,29 @@ def test_a_quantised_teacher_is_refused(box, tmp_path):
         run(box, tmp_path / "work", "--teacher", str(tmp_path / "teacher"))
 
 
-@pytest.mark.parametrize("shape", ["attention_free", "moe"])
+TEACHERS = {
+    "attention_free": ({}, ["--sizes", "{intermediate_size: [40, 80]}"]),
+    "moe": ({}, ["--sizes", "{moe_intermediate_size: [16, 24]}"]),
+    "puzzle": ({"moe_intermediate_size": [24, 16], "n_routed_experts": [8, 6]}, ["--sizes", "{}", "--mixed_widths", "false"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", TEACHERS)
 def test_other_teachers(shape, box, tmp_path):
-    """Without attention, and with experts instead of MLPs."""
-    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
-    model = tiny_model(shape, vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=1)
+    """Without attention, with experts instead of MLPs, with experts that differ by layer."""
+    tokenizer, (fields, words) = AutoTokenizer.from_pretrained(EMBEDDED_MODEL), TEACHERS[shape]
+    given = {"vocab_size": len(tokenizer), "eos_token_id": 0, "pad_token_id": 1, **fields}
+    model = tiny_model("moe" if shape == "puzzle" else shape, **given)
     for part in (model, tokenizer):
         part.save_pretrained(tmp_path / "teacher")
-    sizes = "{moe_intermediate_size: [16, 24]}" if shape == "moe" else "{intermediate_size: [40, 80]}"
-    most = str(int(0.9 * num_parameters(model.config)))
-    words = [
-        "--teacher",
-        str(tmp_path / "teacher"),
-        "--max_parameters",
-        most,
-        "--sizes",
-        sizes,
-        "--mixed_widths",
-        "false",
-    ]
+    most = int(0.9 * num_parameters(model.config))
+    words = ["--teacher", str(tmp_path / "teacher"), "--max_parameters", str(most), "--controls", "0", *words]
     assert run(box, tmp_path / "work", *words, "--until", "ranked") == 0
-    best = read(tmp_path / "work", "ranked")["ranked"][0]
-    small = resolve(model.config, best["sizes"]).config
-    assert num_parameters(small) <= int(most) and 0 < best["agreement"] <= 1
+    ranked = read(tmp_path / "work", "ranked")["ranked"]
+    assert ("mixed" in {one["name"] for one in ranked}) == (shape != "puzzle")
+    for one in ranked:
+        found = num_parameters(resolve(model.config, one["sizes"]).config)
+        assert found == one["costs"]["parameters"] <= most and 0 < one["agreement"] <= 1
 
 
 def test_further_axes(box, tmp_path):
