@@ -30,6 +30,7 @@ plain.py                       when a layer may be computed without calling its 
 forks.py                       child processes forked after computing
 numba_compile.py               compiling with Numba
 numba_decode.py                one token of a Mamba layer in one compiled call, on a CPU
+numba_attention.py             attention of one token per row, on a CPU
 numba_product.py               products of few rows with fp32, bf16 and torchao's int8 weights, on a CPU
 triton_conv.py                 Triton: the convolution
 triton_scan.py                 Triton: the scan, its maths and launches

@@ -5,7 +5,7 @@ otherwise PyTorch computes it, with one warning that says why. "torch" takes no 
 and "triton" ours (triton_*.py), which need nothing but PyTorch for CUDA; both raise if they cannot compute a call.
 Ours were correct and fast on an H200 (docs/results/gpu). They were then rewritten to be faster and have since run only in
 Triton's interpreter; until they have run on a GPU, "auto" does not take them (`AUTO_TAKES_OURS`). On a CPU with Numba,
-"auto" computes a whole token in numba_decode.py. The other functions here have the signature and the result of the
+"auto" computes a whole token in numba_run.py. The other functions here have the signature and the result of the
 functions of the same name in `ssd.py`.
 
 Only ops are replaced, never a module: kernels that include `out_proj` are not used, because they would bypass LoRA,
@@ -44,7 +44,7 @@ logger = logging.get_logger(__name__)
 INSTALL = "pip install --no-build-isolation mamba-ssm causal-conv1d"
 AUTO_TAKES_OURS = False
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-STEP_DTYPES = (torch.float32, torch.bfloat16)  # of what numba_decode.py reads; it computes in fp32
+STEP_DTYPES = (torch.float32, torch.bfloat16)  # of what numba_run.py reads; it computes in fp32
 CONV_TAPS = (2, 3, 4)  # widths of causal_conv1d's kernels and of ours
 CONV_ALIGNMENT = 8  # channels; causal_conv1d loads this many at once, rows must start at multiples of it
 MOST_HEAD_DIM = 256  # of an attention head, and of a Mamba head in our scan
@@ -225,7 +225,7 @@ def whole_step(
     implementation: str,
 ) -> Tensor:
     """in_proj's output -> out_proj's input, both states updated in place; ask `fuses_step` first. `step` of triton_decode.py
-    or numba_decode.py."""
+    or numba_run.py."""
     if implementation == "auto" and not projected.is_cuda:
         step = _numba_step()
     else:
@@ -235,9 +235,9 @@ def whole_step(
 
 @cache
 def _numba_step() -> Callable | None:
-    """`step` of numba_decode.py, compiled; None without Numba."""
+    """`step` of numba_run.py, compiled; None without Numba."""
     try:
-        from .numba_decode import step
+        from .numba_run import step
     except ImportError:
         return None
     return step

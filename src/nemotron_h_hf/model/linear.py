@@ -139,7 +139,8 @@ def multiplies_bf16() -> bool:
 def compiled_product() -> tuple[Callable, Callable] | None:
     """`can_read_int8` and `product` of numba_product.py; None without Numba."""
     try:
-        from .numba_product import can_read_int8, product
+        from .numba_product import can_read_int8
+        from .numba_run import product
     except ImportError:
         return None
     return can_read_int8, product

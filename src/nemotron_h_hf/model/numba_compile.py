@@ -1,6 +1,6 @@
-"""Loops compiled by Numba, for CPUs; optional, as Numba is.
+"""Loops compiled by Numba, for CPUs, and their threads; optional, as Numba is.
 
-A kernel computes one part of its output of several. One thread computes all of it in a plain call, or each of torch's
+A loop computes one part of its output of several. One thread computes all of it in a plain call, or each of torch's
 threads a part. Starting and joining threads takes microseconds, and where another program uses the cores, a thread that
 waits for its core holds up all others for milliseconds (docs/results/cpu_threads): so `Kernel` goes by the time that its
 calls take. Parts are computed alike by any number of threads: the result has the same bits.
@@ -23,7 +23,7 @@ try:  # inside `try`, for readers that check the imports of pushed model code
 except ImportError as missing:
     raise ImportError("the compiled steps of a CPU need numba; pip install numba") from missing
 
-__all__ = ["Kernel", "carray", "compiled", "compiled_for_threads", "pointer", "prange", "rounded", "widened"]
+__all__ = ["Kernel", "carray", "compiled", "compiled_for_threads", "exponential", "floats", "pointer", "prange", "rounded", "widened"]
 
 REORDER = {"reassoc", "contract", "nsz"}  # sums in any order, to fill vector registers; NaN and inf stay
 SMALL_BYTES = 2**17  # a call that reads less runs on one thread: at 10 GB/s 13 us, what starting the others takes
@@ -84,12 +84,40 @@ def _rounded(value, like):
 
 
 @compiled
+def exponential(x):  # pragma: no cover, machine code
+    """exp(x) in fp32 to 3e-7 of it, from -87 to 88 (further out the value there), in operations that fill vector
+    registers: the library's function takes one value at a time."""
+    given, x = x, min(max(x, np.float32(-87)), np.float32(88))
+    whole = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    r = x - whole * np.float32(0.693359375) + whole * np.float32(2.12194440e-4)  # ln 2 in two parts
+    p = np.float32(1.9875691500e-4) * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1)
+    p = p * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return p if given == given else given
+
+
+@compiled
 def _bfloat16_bits(value):  # pragma: no cover, machine code
     bits = np.float32(value).view(np.uint32)
     if value != value:
         return np.uint16((bits >> np.uint32(16)) | np.uint32(64))  # stays NaN
     even = (bits >> np.uint32(16)) & np.uint32(1)
     return np.uint16((bits + np.uint32(0x7FFF) + even) >> np.uint32(16))
+
+
+@compiled
+def floats(address, is_bf16, size):  # pragma: no cover, machine code
+    """The fp32 values at an address, or a copy of the bfloat16 ones."""
+    if not is_bf16:
+        return carray(pointer(address), size, np.float32)
+    held, out = carray(pointer(address), size, np.uint16), np.empty(size, np.float32)
+    for i in range(size):
+        out[i] = widened(held[i])
+    return out
 
 
 @dataclass
@@ -129,7 +157,7 @@ class Kernel:
         self.one, self.by_all, self.compiled = one, by_all, [False, False]
         self.seconds: dict[tuple[int, int], Seconds] = {}
 
-    def __call__(self, num_bytes: int, *args: int | float) -> None:
+    def __call__(self, num_bytes: int, *args: object) -> None:
         threads = min(torch.get_num_threads(), config.NUMBA_NUM_THREADS)
         if threads == 1 or num_bytes < SMALL_BYTES or is_forked():
             self.one(*args, 0, 1)
@@ -145,7 +173,7 @@ class Kernel:
             seconds.took(choice, time.perf_counter() - start)
         self.compiled[choice] = True
 
-    def _call_all(self, threads: int, args: tuple[int | float, ...]) -> None:
+    def _call_all(self, threads: int, args: tuple[object, ...]) -> None:
         before = torch.get_num_threads()
         if get_num_threads() != threads:
             set_num_threads(threads)

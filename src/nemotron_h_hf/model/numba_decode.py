@@ -1,9 +1,9 @@
-"""One token per row on a CPU: everything between in_proj and out_proj in one call, compiled by Numba.
+"""One token per row on a CPU: everything between in_proj and out_proj in one compiled loop. Needs Numba.
 
 PyTorch needs three dozen operations for a Mamba layer's token, each of which forks and joins threads for a few
 microseconds of work. Groups of heads are independent: here one thread takes a row's group through the convolution, the
-step sizes, the state and the gated norm, and reads its state once. Inputs and states are fp32; the convolution's window
-may be bf16.
+step sizes, the state and the gated norm, and reads its state once. States and sums are fp32; weights and the
+convolution's window may be bf16.
 
     b batch, h heads, p head_dim, g groups, r heads per group, n state, d channels (x, then B, then C), k taps
 """
@@ -14,7 +14,66 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .numba_compile import Kernel, carray, compiled, compiled_for_threads, pointer, prange, rounded, widened
+from .numba_compile import carray, compiled, exponential, floats, pointer, rounded, widened
+
+STEP = 1  # in numba_run.py
+
+
+def step_of(
+    projected: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    weights: tuple[Tensor | None, ...],
+    groups: int,
+    limits: tuple[float, float, float],
+    out: Tensor,
+) -> tuple:
+    """The operation (numba_run.py) in_proj's output (b, gate + d + h) -> out_proj's input (b, h * p); updates the states.
+
+    Args:
+        projected, out: fp32 and contiguous.
+        conv_state: (b, d, k), fp32 or bf16, in any order.
+        ssm_state: (b, h, p, n), fp32 and contiguous.
+        weights: taps (d, k), bias (d) or None, A_log (h), D (h), dt_bias (h), norm (h * p), each fp32 or bf16.
+        limits: epsilon of the norm, least and largest step size.
+    """
+    addresses = [0 if weight is None else weight.data_ptr() for weight in weights]
+    bf16 = sum((weight is not None and weight.dtype == torch.bfloat16) << i for i, weight in enumerate(weights))
+    (b, h, p, n), k = ssm_state.shape, conv_state.size(2)
+    ints = (
+        projected.data_ptr(), conv_state.data_ptr(), *conv_state.stride(), conv_state.dtype == torch.bfloat16,
+        ssm_state.data_ptr(), *addresses, bf16, out.data_ptr(), b, h, p, n, groups, k,
+    )  # fmt: skip
+    return STEP, 4 * b * h * p * n, ints, limits
+
+
+@compiled
+def step_part(ints, reals, part, parts):  # pragma: no cover, machine code
+    """One part of the rows' groups of `step_of`; tensors are addresses."""
+    projected, window, row_stride, stride, tap_stride, is_bf16 = ints[0], ints[1], ints[2], ints[3], ints[4], ints[5]
+    states, bf16, out = ints[6], ints[13], ints[14]
+    b, h, p, n, g, k = ints[15], ints[16], ints[17], ints[18], ints[19], ints[20]
+    d = h * p + 2 * g * n
+    width, size = h * p + d + h, 2 if is_bf16 else 4
+    taps = floats(ints[7], bf16 & 1, d * k).reshape(d, k)
+    bias = np.zeros(d, np.float32)
+    if ints[8] != 0:
+        bias = floats(ints[8], bf16 & 2, d)
+    A_log, D, dt_bias = floats(ints[9], bf16 & 4, h), floats(ints[10], bf16 & 8, h), floats(ints[11], bf16 & 16, h)
+    weight = floats(ints[12], bf16 & 32, h * p)
+    eps, low, high = np.float32(reals[0]), np.float32(reals[1]), np.float32(reals[2])
+    for job in range(b * g * part // parts, b * g * (part + 1) // parts):
+        row, group = job // g, job % g
+        given = carray(pointer(projected + row * width * 4), width, np.float32)
+        state = carray(pointer(states + row * h * p * n * 4), (h, p, n), np.float32)
+        to = carray(pointer(out + row * h * p * 4), h * p, np.float32)
+        start, strides = window + row * row_stride * size, (stride * size, tap_stride * size)
+        if is_bf16:
+            held = np.lib.stride_tricks.as_strided(carray(pointer(start), 1, np.uint16), (d, k), strides)
+            _step_group(given, held, state, taps, bias, A_log, D, dt_bias, weight, eps, low, high, g, group, to)
+        else:
+            kept = np.lib.stride_tricks.as_strided(carray(pointer(start), 1, np.float32), (d, k), strides)
+            _step_group(given, kept, state, taps, bias, A_log, D, dt_bias, weight, eps, low, high, g, group, to)
 
 
 @compiled
@@ -28,8 +87,14 @@ def _convolve(window, taps, bias, inputs, out):  # pragma: no cover, machine cod
             window[channel, tap] = value
             total += widened(value) * taps[channel, tap]
         window[channel, k - 1] = rounded(inputs[channel], window)
-        total += inputs[channel] * taps[channel, k - 1]
-        out[channel] = total / (np.float32(1) + math.exp(-total))
+        out[channel] = total + inputs[channel] * taps[channel, k - 1]
+    for channel in range(len(out)):
+        out[channel] = _silu(out[channel])
+
+
+@compiled
+def _silu(x):  # pragma: no cover, machine code
+    return x / (np.float32(1) + exponential(-x))
 
 
 @compiled
@@ -57,77 +122,11 @@ def _step_group(
                 now = state[c] * decay + value * B[c]
                 state[c] = now
                 y += now * C[c]
-            channel = head * p + j
-            gate = projected[channel]
-            y = (y + D[head] * x[i * p + j]) * (gate / (np.float32(1) + math.exp(-gate)))
-            out[channel] = y
-            squares += y * y
+            out[head * p + j] = y + D[head] * x[i * p + j]
+    for channel in range(group * width, (group + 1) * width):
+        y = out[channel] * _silu(projected[channel])
+        out[channel] = y
+        squares += y * y
     scale = np.float32(1) / math.sqrt(squares / np.float32(width) + eps)
     for channel in range(group * width, (group + 1) * width):
         out[channel] *= scale * weight[channel]
-
-
-@compiled
-def _part(
-    projected, window, row_stride, stride, tap_stride, is_bf16, states, taps, bias, A_log, D, dt_bias, weight, out,
-    b, h, p, n, g, k, eps, low, high, part, parts,
-):  # fmt: skip  # pragma: no cover, machine code
-    """One part of the rows' groups; tensors are addresses."""
-    d = h * p + 2 * g * n
-    width, size = h * p + d + h, 2 if is_bf16 else 4
-    taps, bias = carray(pointer(taps), (d, k), np.float32), carray(pointer(bias), d, np.float32)
-    A_log, D = carray(pointer(A_log), h, np.float32), carray(pointer(D), h, np.float32)
-    dt_bias, weight = carray(pointer(dt_bias), h, np.float32), carray(pointer(weight), h * p, np.float32)
-    for job in range(b * g * part // parts, b * g * (part + 1) // parts):
-        row, group = job // g, job % g
-        given = carray(pointer(projected + row * width * 4), width, np.float32)
-        state = carray(pointer(states + row * h * p * n * 4), (h, p, n), np.float32)
-        to = carray(pointer(out + row * h * p * 4), h * p, np.float32)
-        start, strides = window + row * row_stride * size, (stride * size, tap_stride * size)
-        eps32, low32, high32 = np.float32(eps), np.float32(low), np.float32(high)
-        if is_bf16:
-            held = np.lib.stride_tricks.as_strided(carray(pointer(start), 1, np.uint16), (d, k), strides)
-            _step_group(given, held, state, taps, bias, A_log, D, dt_bias, weight, eps32, low32, high32, g, group, to)
-        else:
-            kept = np.lib.stride_tricks.as_strided(carray(pointer(start), 1, np.float32), (d, k), strides)
-            _step_group(given, kept, state, taps, bias, A_log, D, dt_bias, weight, eps32, low32, high32, g, group, to)
-
-
-@compiled_for_threads
-def _all_parts(
-    projected, window, row_stride, stride, tap_stride, is_bf16, states, taps, bias, A_log, D, dt_bias, weight, out,
-    b, h, p, n, g, k, eps, low, high, parts,
-):  # fmt: skip  # pragma: no cover, machine code
-    for part in prange(parts):
-        _part(
-            projected, window, row_stride, stride, tap_stride, is_bf16, states, taps, bias, A_log, D, dt_bias, weight,
-            out, b, h, p, n, g, k, eps, low, high, part, parts,
-        )  # fmt: skip
-
-
-_step = Kernel(_part, _all_parts)
-
-
-def step(
-    projected: Tensor,
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    conv: tuple[Tensor, Tensor | None],
-    heads: tuple[Tensor, Tensor, Tensor],
-    norm: tuple[Tensor, float],
-    groups: int,
-    limit: tuple[float, float],
-) -> Tensor:
-    """`triton_decode.step` on a CPU; ssm_state has to be fp32 and contiguous, conv_state fp32 or bf16."""
-    (taps, bias), (weight, eps) = conv, norm
-    bias = taps.new_zeros(len(taps)) if bias is None else bias
-    dtype = projected.dtype
-    given = [tensor.detach().float().contiguous() for tensor in (projected, taps, bias, *heads, weight)]
-    out = torch.empty(len(projected), len(weight))
-    projected, *weights = (tensor.data_ptr() for tensor in given)
-    _step(
-        ssm_state.numel() * 4, projected, conv_state.data_ptr(), *conv_state.stride(),
-        int(conv_state.dtype == torch.bfloat16), ssm_state.data_ptr(), *weights, out.data_ptr(),
-        *ssm_state.shape, groups, taps.shape[1], eps, *limit,
-    )  # fmt: skip
-    return out.to(dtype)
