@@ -2,7 +2,7 @@
 
     python experiments/int8/loss.py        # loss.json in docs/results/int8; checkpoints and samples under runs/int8
 
-Weights are quantised by torchao when they are loaded, one scale per row, and multiplied by numba_product.py; `nemotron-h eval` then
+Weights are quantised by torchao when they are loaded, one scale per row, and multiplied by numba_run.py; `nemotron-h eval` then
 reads what was saved, as it would any checkpoint.
 """
 

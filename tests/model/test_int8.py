@@ -18,7 +18,7 @@ from torchao.quantization.granularity import PerGroup  # noqa: E402
 
 import nemotron_h_cli as cli  # noqa: E402
 from nemotron_h_hf.model import linear as linear_module  # noqa: E402
-from nemotron_h_hf.model import numba_product  # noqa: E402
+from nemotron_h_hf.model import numba_run  # noqa: E402
 from nemotron_h_hf.model.linear import MOST_ROWS, project, reads_int8  # noqa: E402
 from nemotron_h_hf.scripts.eval import weights_digest  # noqa: E402
 
@@ -32,9 +32,15 @@ def quantised_linear(in_features: int, out_features: int, bias: bool = False, dt
 
 @pytest.fixture
 def products(monkeypatch):
-    """The shapes of weights that numba_product.py was given."""
-    shapes, multiply = [], numba_product._product
-    monkeypatch.setattr(numba_product, "_product", lambda *args: shapes.append(args[1]) or multiply(*args))
+    """The shapes of weights that numba_run.py was given."""
+    shapes, product_of = [], numba_run.product_of
+
+    def noted(x: torch.Tensor, weight: torch.Tensor, *args, **kwargs) -> tuple:
+        if type(weight).__name__ == "Int8Tensor":
+            shapes.append(weight.shape)
+        return product_of(x, weight, *args, **kwargs)
+
+    monkeypatch.setattr(numba_run, "product_of", noted)
     return shapes
 
 
@@ -135,16 +141,16 @@ def test_without_numba(monkeypatch, caplog):
     linear, x = quantised_linear(64, 8), torch.randn(2, 64)
     expected = project(linear, x)
     monkeypatch.setitem(sys.modules, "numba", None)
-    for name in ("numba_product", "numba_compile"):
+    for name in ("numba_run", "numba_loops", "numba_compile"):
         monkeypatch.delitem(sys.modules, f"nemotron_h_hf.model.{name}")
-    linear_module.compiled_product.cache_clear()
+    linear_module.compiled_loops.cache_clear()
     try:
         with caplog.at_level("WARNING"):
             torch.testing.assert_close(project(linear, x), expected, rtol=1e-5, atol=1e-5)
             project(linear, x)
         assert caplog.text.count("pip install numba") == 1
     finally:
-        linear_module.compiled_product.cache_clear()
+        linear_module.compiled_loops.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Few rows by all threads: the product against float64, and when it is left to torch."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -69,14 +70,17 @@ def test_what_is_left_to_torch():
 @pytest.mark.parametrize("way", ["compiled", "parts"])
 def test_a_model_computes_the_same(monkeypatch, way):
     if way == "compiled":
-        product = pytest.importorskip("nemotron_h_hf.model.numba_product").product
+        product = pytest.importorskip("nemotron_h_hf.model.numba_run").product
     else:
         product = linear_module.product_in_parts
         monkeypatch.setattr(linear_module, "product_in_parts", lambda *args: calls.append(1) or product(*args))
     monkeypatch.setattr(linear_module, "FEWEST_WEIGHTS", 1)
     model, ids, calls = tiny_model("dense"), prompt(2, 20), []
-    found = (lambda weight: False, lambda *args: calls.append(1) or product(*args)) if way == "compiled" else None
-    monkeypatch.setattr(linear_module, "compiled_product", lambda: found)
+    if way == "compiled":
+        loops = SimpleNamespace(product=lambda *args: calls.append(1) or product(*args))
+        monkeypatch.setattr(linear_module, "compiled_loops", lambda: loops)
+    else:
+        monkeypatch.setattr(linear_module, "compiled_loops", lambda: None)
     faster = model(ids).logits
     assert len(calls) >= 10
     monkeypatch.setattr(linear_module, "MOST_ROWS", 0)
@@ -92,7 +96,7 @@ def test_a_model_computes_the_same(monkeypatch, way):
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_compiled_product(rows, sizes, dtype, bias):
     """Rows of a larger matrix, as nested models have them; errors in units of the sum of what is added up."""
-    product = pytest.importorskip("nemotron_h_hf.model.numba_product").product
+    product = pytest.importorskip("nemotron_h_hf.model.numba_run").product
     torch.manual_seed(0)
     x, added = torch.randn(*rows, sizes[0]).to(dtype), torch.randn(sizes[1]).to(dtype) if bias else None
     weight = torch.randn(sizes[1], sizes[0] + 3).to(dtype)[:, : sizes[0]]

@@ -4,13 +4,14 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 pytest.importorskip("numba")
 
-from nemotron_h_hf.model import numba_compile, numba_product  # noqa: E402
+from nemotron_h_hf.model import numba_compile, numba_loops, numba_run  # noqa: E402
 from nemotron_h_hf.model.numba_compile import MOST_PATIENCE, SMALL_BYTES, Kernel, Seconds  # noqa: E402
 
 
@@ -57,7 +58,8 @@ def test_numba_has_the_threads_that_torch_has(tmp_path):
     """In a process of its own: Numba reads how many there are at most when it is imported."""
     lines = """
 import numba, numpy as np, torch
-from nemotron_h_hf.model.numba_compile import Kernel, compiled, compiled_for_threads, pointer, prange
+from nemotron_h_hf.model.numba_compile import Kernel, compiled, compiled_for_threads
+from nemotron_h_hf.model.numba_loops import pointer, prange
 
 @compiled
 def note(address, part, parts):
@@ -117,14 +119,12 @@ def test_a_machine_that_becomes_busy_and_quiet_again():
 def test_any_number_of_threads_gives_the_same_bits(rows, dtype):
     torch.manual_seed(rows)
     linear, x = nn.Linear(96, 203, dtype=dtype), torch.randn(rows, 96).to(dtype)
-    given = linear.weight.data_ptr(), 96, 0
-    outputs = []
+    inputs, outputs = x.float(), []
     for parts in (1, 2, 3, 7):
-        y, inputs = torch.full((rows, 203), torch.nan), x.float()
+        y = torch.full((rows, 203), torch.nan)
+        which, _, ints, reals = numba_run.product_of(inputs, linear.weight, y, [])
         for part in range(parts):
-            numba_product._part(
-                numba_product.KINDS[dtype], inputs.data_ptr(), *given, y.data_ptr(), rows, 203, 96, part, parts
-            )
+            numba_loops.part_of(which, np.array(ints), np.array(reals), part, parts)
         outputs.append(y)
     assert all(torch.equal(y, outputs[0]) for y in outputs)
     exact = x.double() @ linear.weight.double().T

@@ -28,10 +28,10 @@ convolution.py                 the convolution of a Mamba layer
 linear.py                      the product of a Linear, fast for few rows on a CPU
 plain.py                       when a layer may be computed without calling its module
 forks.py                       child processes forked after computing
-numba_compile.py               compiling with Numba
-numba_decode.py                one token of a Mamba layer in one compiled call, on a CPU
-numba_attention.py             attention of one token per row, on a CPU
-numba_product.py               products of few rows with fp32, bf16 and torchao's int8 weights, on a CPU
+numba_compile.py               compiling with Numba, and the threads of what it compiled
+numba_loops.py                 compiled: products of few rows, a Mamba layer's token, attention of a token
+numba_run.py                   what these loops are given, and their calls
+token.py                       one token per row through many blocks in one compiled call
 triton_conv.py                 Triton: the convolution
 triton_scan.py                 Triton: the scan, its maths and launches
 triton_scan_kernels.py         Triton: the kernels of the scan

@@ -25,6 +25,7 @@ from .mamba2 import NemotronHMamba2Mixer
 from .moe import NemotronHMLP, NemotronHMoE
 from .padding import Padding, Rows, flash_offsets, mask_name, within_window
 from .ssd import inverse_rms, wide
+from .token import TokenRun, can_take_token
 
 
 class NemotronHRMSNorm(nn.Module):
@@ -284,9 +285,15 @@ def run_blocks(
     windows = {block.mixer.sliding_window for block in blocks if block.block_type == "full_attention"}
     training = blocks[0].training
     masks = {window: _attention_mask(config, hidden_states, rows, cache, training, window) for window in windows}
+    alone = rows.padding is None and rows.documents is None and not kwargs
+    token = TokenRun(hidden_states, cache) if alone and can_take_token(config, hidden_states, training) else None
     for block in blocks:
         attends = block.block_type == "full_attention"
         mask, more = masks[block.mixer.sliding_window] if attends else (None, {})
+        if token is not None:
+            if token.add(block, mask):
+                continue
+            hidden_states = token.finish()
         hidden_states = block(
             hidden_states,
             cache=cache,
@@ -296,7 +303,9 @@ def run_blocks(
             **kwargs,
             **more,
         )
-    return hidden_states
+        if token is not None:
+            token.start(hidden_states)
+    return hidden_states if token is None else token.finish()
 
 
 def _attention_mask(

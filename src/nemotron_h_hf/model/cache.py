@@ -239,6 +239,15 @@ class GrowingLayer(DynamicLayer):
         self.values, self.value_memory = _append(self.values, self.value_memory, value_states)
         return self.keys, self.values
 
+    def make_room(self) -> tuple[Tensor, Tensor]:
+        """Keys and values with a place for one more token, which is not written yet."""
+        if self.key_memory is not None and len(self.key_memory) != len(self.keys):
+            self.drop_memory()
+        length = self.keys.shape[-2] + 1
+        self.reserve(length)
+        self.show(length)
+        return self.keys, self.values
+
     def reserve(self, room: int) -> int:
         """Reserve memory for at least `room` tokens, to write more in place; returns the number of tokens it holds."""
         memory = self.key_memory

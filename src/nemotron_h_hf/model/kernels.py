@@ -14,8 +14,9 @@ quantised and FP8 layers.
 
 import importlib.util
 import os
-from collections.abc import Callable
+import sys
 from functools import cache
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -211,7 +212,7 @@ def fuses_step(
         return False
     plain = all(t.dtype in STEP_DTYPES and type(t) in (Tensor, nn.Parameter) for t in (x, *states, *weights))
     held = states[1].dtype == torch.float32 and states[1].is_contiguous()
-    return plain and held and not under_func() and _numba_step() is not None
+    return plain and held and not under_func() and compiled_loops() is not None
 
 
 def whole_step(
@@ -227,20 +228,20 @@ def whole_step(
     """in_proj's output -> out_proj's input, both states updated in place; ask `fuses_step` first. `step` of triton_decode.py
     or numba_run.py."""
     if implementation == "auto" and not projected.is_cuda:
-        step = _numba_step()
+        step = compiled_loops().step
     else:
         from .triton_decode import step
     return step(projected, *states, conv, heads, norm, groups, limit)
 
 
 @cache
-def _numba_step() -> Callable | None:
-    """`step` of numba_run.py, compiled; None without Numba."""
+def compiled_loops() -> ModuleType | None:
+    """numba_run.py; None without Numba."""
     try:
-        from .numba_run import step
+        from .numba_run import __name__ as name  # transformers' loader of remote code reads no `from . import`
     except ImportError:
         return None
-    return step
+    return sys.modules[name]
 
 
 def attends_in_triton(x: Tensor, head_dim: int, implementation: str) -> bool:

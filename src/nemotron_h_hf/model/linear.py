@@ -1,6 +1,6 @@
 """The product of a Linear, fast for few rows on a CPU.
 
-Without gradients few rows go to numba_product.py if Numba is installed: fp32, bf16 and torchao's int8 weights are read once,
+Without gradients few rows go to numba_run.py if Numba is installed: fp32, bf16 and torchao's int8 weights are read once,
 as they are stored. Without Numba the fp32 product becomes a batch of products, one per part of the output, and every
 thread reads its own part, where PyTorch uses one thread of MKL for one row (docs/results/few_rows).
 
@@ -9,7 +9,6 @@ thread reads its own part, where PyTorch uses one thread of MKL for one row (doc
 
 import math
 import platform
-from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -18,6 +17,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers.utils import logging
 
+from .kernels import compiled_loops
 from .plain import is_plain
 from .ssd import under_func
 
@@ -45,7 +45,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         in_fp32 = computes_in_fp32(x) and is_plain_bf16(weight)
         return product_in_fp32(x, weight, bias) if in_fp32 else F.linear(x, weight, bias)
     if reads_compiled(x, weight):
-        return compiled_product()[1](x, weight, bias)
+        return compiled_loops().product(x, weight, bias)
     parts = num_parts(x, weight)
     return F.linear(x, weight, bias) if parts == 1 else product_in_parts(x, weight, bias, parts)
 
@@ -105,7 +105,7 @@ def product_in_parts(x: Tensor, weight: Tensor, bias: Tensor | None, parts: int)
 
 
 def reads_compiled(x: Tensor, weight: Tensor) -> bool:
-    """Whether numba_product.py multiplies x by this weight. It reads memory, which tracing and torch.func do not see."""
+    """Whether numba_run.py multiplies x by this weight. It reads memory, which tracing and torch.func do not see."""
     if type(x) is not Tensor or torch.jit.is_tracing() or under_func():
         return False
     if type(weight) not in (nn.Parameter, Tensor):
@@ -114,17 +114,17 @@ def reads_compiled(x: Tensor, weight: Tensor) -> bool:
         return False
     if x.dtype == torch.bfloat16 and x.numel() > x.shape[-1] and multiplies_bf16():
         return False
-    return weight.stride(-1) == 1 and weight.device.type == "cpu" and compiled_product() is not None
+    return weight.stride(-1) == 1 and weight.device.type == "cpu" and compiled_loops() is not None
 
 
 def reads_int8(weight: Tensor) -> bool:
-    """Whether numba_product.py multiplies by this weight of torchao."""
+    """Whether numba_run.py multiplies by this weight of torchao."""
     if type(weight).__name__ != "Int8Tensor":
         return False
-    if compiled_product() is None:
+    if compiled_loops() is None:
         logger.warning_once("int8 weights: without Numba torchao makes them fp32 for every token; pip install numba")
         return False
-    return compiled_product()[0](weight)
+    return compiled_loops().can_read_int8(weight)
 
 
 @cache
@@ -133,14 +133,3 @@ def multiplies_bf16() -> bool:
     if platform.machine().lower() in ("x86_64", "amd64"):
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
-@cache
-def compiled_product() -> tuple[Callable, Callable] | None:
-    """`can_read_int8` and `product` of numba_product.py; None without Numba."""
-    try:
-        from .numba_product import can_read_int8
-        from .numba_run import product
-    except ImportError:
-        return None
-    return can_read_int8, product

@@ -11,19 +11,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 
 from .forks import is_forked
 
 try:  # inside `try`, for readers that check the imports of pushed model code
-    from numba import carray, config, get_num_threads, njit, prange, set_num_threads, types
-    from numba.core.cgutils import voidptr_t
-    from numba.extending import intrinsic, overload
+    from numba import config, get_num_threads, njit, set_num_threads
 except ImportError as missing:
     raise ImportError("the compiled steps of a CPU need numba; pip install numba") from missing
-
-__all__ = ["Kernel", "carray", "compiled", "compiled_for_threads", "exponential", "floats", "pointer", "prange", "rounded", "widened"]
 
 REORDER = {"reassoc", "contract", "nsz"}  # sums in any order, to fill vector registers; NaN and inf stay
 SMALL_BYTES = 2**17  # a call that reads less runs on one thread: at 10 GB/s 13 us, what starting the others takes
@@ -49,75 +44,6 @@ def _jit(function: Callable, **options: bool) -> Callable:
         if "cannot cache" not in str(error):
             raise
         return njit(fastmath=REORDER, error_model="numpy", **options)(function)
-
-
-@intrinsic
-def pointer(_context, address):
-    """The memory at an address (an int64), for `numba.carray`."""
-
-    def generate(_context, builder, _signature, arguments):
-        return builder.inttoptr(arguments[0], voidptr_t)
-
-    return types.voidptr(types.int64), generate
-
-
-def widened(value):
-    """A weight or an input as fp32: int8 as it is, uint16 as the bits of a bfloat16. For compiled code."""
-
-
-@overload(widened, inline="always")
-def _widened(value):
-    if value == types.uint16:
-        return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
-    return lambda value: np.float32(value)
-
-
-def rounded(value, like):
-    """fp32 as it is, or as the bits of the nearest bfloat16 where `like` is an array of those. For compiled code."""
-
-
-@overload(rounded, inline="always")
-def _rounded(value, like):
-    if like.dtype == types.uint16:
-        return lambda value, like: _bfloat16_bits(value)
-    return lambda value, like: value
-
-
-@compiled
-def exponential(x):  # pragma: no cover, machine code
-    """exp(x) in fp32 to 3e-7 of it, from -87 to 88 (further out the value there), in operations that fill vector
-    registers: the library's function takes one value at a time."""
-    given, x = x, min(max(x, np.float32(-87)), np.float32(88))
-    whole = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
-    r = x - whole * np.float32(0.693359375) + whole * np.float32(2.12194440e-4)  # ln 2 in two parts
-    p = np.float32(1.9875691500e-4) * r + np.float32(1.3981999507e-3)
-    p = p * r + np.float32(8.3334519073e-3)
-    p = p * r + np.float32(4.1665795894e-2)
-    p = p * r + np.float32(1.6666665459e-1)
-    p = p * r + np.float32(5.0000001201e-1)
-    p = p * r * r + r + np.float32(1)
-    p = p * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return p if given == given else given
-
-
-@compiled
-def _bfloat16_bits(value):  # pragma: no cover, machine code
-    bits = np.float32(value).view(np.uint32)
-    if value != value:
-        return np.uint16((bits >> np.uint32(16)) | np.uint32(64))  # stays NaN
-    even = (bits >> np.uint32(16)) & np.uint32(1)
-    return np.uint16((bits + np.uint32(0x7FFF) + even) >> np.uint32(16))
-
-
-@compiled
-def floats(address, is_bf16, size):  # pragma: no cover, machine code
-    """The fp32 values at an address, or a copy of the bfloat16 ones."""
-    if not is_bf16:
-        return carray(pointer(address), size, np.float32)
-    held, out = carray(pointer(address), size, np.uint16), np.empty(size, np.float32)
-    for i in range(size):
-        out[i] = widened(held[i])
-    return out
 
 
 @dataclass
