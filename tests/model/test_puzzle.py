@@ -129,13 +129,26 @@ def windowed():
     return tiny_model("dense", **WINDOWS).double()
 
 
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_windows_agree_with_a_loop_however_the_text_is_fed(windowed, implementation):
-    windowed.set_attn_implementation(implementation)
+@pytest.fixture(scope="module")
+def by_loop(windowed):
+    """Tokens and their logits by the loop."""
     ids = prompt(1, 13)
-    expected = reference_logits(windowed.state_dict(), windowed.config, ids[0])
-    unlimited = reference_logits(windowed.state_dict(), tiny_config("dense", hybrid_override_pattern="M*-*M*"), ids[0])
-    assert (expected[-1] - unlimited[-1]).abs().max() > 1e-3
+    return ids, reference_logits(windowed.state_dict(), windowed.config, ids[0])
+
+
+@torch.no_grad()
+def tiny_logits_without_windows(windowed, ids):
+    """Of the last token, by the same weights."""
+    plain = NemotronHForCausalLM(tiny_config("dense", hybrid_override_pattern="M*-*M*")).double().eval()
+    plain.load_state_dict(windowed.state_dict())
+    return plain(ids).logits[0, -1]
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_windows_agree_with_a_loop_however_the_text_is_fed(windowed, by_loop, implementation):
+    windowed.set_attn_implementation(implementation)
+    ids, expected = by_loop
+    assert (expected[-1] - tiny_logits_without_windows(windowed, ids)).abs().max() > 1e-3
     parts = {"whole": [13], "steps": [4, *[1] * 9], "chunks": [4, 5, 1, 3]}
     for split in parts.values():
         for cache in [None] * (len(split) == 1) + [HybridCache(windowed.config), HybridCache(windowed.config, 16)]:
@@ -174,12 +187,12 @@ def test_packed_documents_have_their_own_windows(windowed):
     assert torch.allclose(packed, torch.cat(alone), atol=1e-9, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_generates_with_windows(windowed, kind):
-    ids = prompt(1, 12)
-    text = windowed.generate(ids, max_new_tokens=6, do_sample=False, cache_implementation=kind, eos_token_id=None)
+def test_generates_with_windows(windowed):
+    ids, more = prompt(1, 9), {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    text = windowed.generate(ids, cache_implementation="dynamic", **more)
     logits = reference_logits(windowed.state_dict(), windowed.config, text[0, :-1])
-    assert torch.equal(text[0, 12:], logits[11:].argmax(-1))
+    assert torch.equal(text[0, 9:], logits[8:].argmax(-1))
+    assert torch.equal(windowed.generate(ids, cache_implementation="static", **more), text)
 
 
 def test_windows_roll_back_and_are_saved(windowed, tmp_path):
