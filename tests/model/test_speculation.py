@@ -153,7 +153,8 @@ def exact_distribution(model, ids, length, temperature=1.0, top_k=6):
 
 
 @pytest.mark.parametrize("settings, words", [
-    ({"num_mtp_tokens": 0}, "num_mtp_tokens=0: allowed is 1 or more"),
+    ({"num_mtp_tokens": 0}, "num_mtp_tokens=0: allowed is 1 to 255"),
+    ({"num_mtp_tokens": 256}, "num_mtp_tokens=256: allowed is 1 to 255"),
     ({"num_mtp_tokens": True}, "num_mtp_tokens=True"),
     ({"num_beams": 2}, "beam"),
     ({"prompt_lookup_num_tokens": 2}, "assisted"),

@@ -26,6 +26,7 @@ from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from .arguments import CACHE_NAME
+from .cache import RECORDED_TOKENS
 from .linear import project
 from .padding import read_rows
 
@@ -56,8 +57,11 @@ def check_drafting(model: PreTrainedModel, num_mtp_tokens: int, arguments: Mappi
     Raises:
         ValueError: for a number below 1, a model without multi-token prediction, or another kind of drafting as well.
     """
-    if isinstance(num_mtp_tokens, bool) or not isinstance(num_mtp_tokens, int) or num_mtp_tokens < 1:
-        raise ValueError(f"num_mtp_tokens={num_mtp_tokens!r}: allowed is 1 or more, or None for plain generation")
+    is_number = isinstance(num_mtp_tokens, int) and not isinstance(num_mtp_tokens, bool)
+    if not is_number or not 1 <= num_mtp_tokens < RECORDED_TOKENS:  # what the cache can take back
+        raise ValueError(
+            f"num_mtp_tokens={num_mtp_tokens!r}: allowed is 1 to {RECORDED_TOKENS - 1}, or None for plain generation"
+        )
     if not model.config.get_text_config().num_nextn_predict_layers:
         raise ValueError(
             f"num_mtp_tokens={num_mtp_tokens}: allowed is None, the model has no multi-token prediction "
