@@ -363,6 +363,19 @@ def test_other_teachers(shape, box, tmp_path):
         assert found == one["costs"]["parameters"] <= most and 0 < one["agreement"] <= 1
 
 
+def test_layers_may_be_removed_one_by_one(box, tmp_path):
+    """The least important one goes, and the rest is scored anew."""
+    words = ["--layer_score", "removal", "--mixed_widths", "false", "--more_scores", "hidden", "--dtype", "float32"]
+    assert run(box, tmp_path / "work", *words, "--until", "candidates") == 0
+    order = read(tmp_path / "work", "scores")["importance"]["removal"]["rank"]
+    removals = json.loads((tmp_path / "work" / "depth.json").read_text())["removals"]
+    assert [entry["layer"] for entry in removals] == sorted(map(int, order), key=lambda layer: order[str(layer)])[:3]
+    assert all(entry["layer"] == int(min(entry["scores"], key=entry["scores"].get)) for entry in removals)
+    assert len(removals[1]["scores"]) == 6 and str(removals[0]["layer"]) not in removals[1]["scores"]
+    with pytest.raises(ValueError, match="mixed_widths=True: allowed is false with layer_score removal"):
+        run(box, tmp_path / "other", "--layer_score", "removal")
+
+
 def test_further_axes(box, tmp_path):
     """Heads and embedding channels as dimensions of the grid; figures are those of the budget cut out."""
     words = [

@@ -21,6 +21,7 @@ SET_HERE = {"teacher", "model", "data", "eval_data", "output_dir", "total_tokens
 """Options of `distill` that the stages give themselves."""
 
 
+REMOVAL = "removal"  # the least important layer goes, and again, by the logits of what is left
 OF_DISTILL = (DataArguments, RowArguments, DistillationArguments, ModelArguments, NemotronHTrainingArguments)
 
 
@@ -46,7 +47,10 @@ class MiniPuzzleArguments:
         None, "held-out tokens that candidates are ranked on; default: 1M, of the standard library 128K"
     )
 
-    layer_score: str = flag("hidden", "what becomes of the model without the layer", MEASURES)
+    layer_score: str = flag(
+        "hidden", "what becomes of the model without the layer; removal: one by one, scored anew, L^2 3/8 forwards",
+        (*MEASURES, REMOVAL),
+    )  # fmt: skip
     reduce: str = flag("rank", "of the samples: mean of ranks, or of errors", REDUCTIONS)
     more_scores: list[str] = field(
         default_factory=list, metadata={"help": f"other layer scores to keep for comparison: {', '.join(MEASURES)}"}
@@ -138,6 +142,8 @@ class MiniPuzzleArguments:
             require(name in known, "distill", name, allowed)
         for name in self.more_scores:
             require(name in MEASURES, "more_scores", name, ", ".join(MEASURES))
+        one_by_one = self.layer_score == REMOVAL
+        require(not (one_by_one and self.mixed_widths), "mixed_widths", True, f"false with layer_score {REMOVAL}")
         early = self.until in ("scores", "candidates") and not self.mixed_widths
         require(
             early or not self.stream,

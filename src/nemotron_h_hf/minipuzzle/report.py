@@ -68,7 +68,9 @@ def _scores(scores: Mapping[str, Any]) -> Section:
              for kind, found in by_kind.items()]  # fmt: skip
     least = sorted(values["rank"], key=values["rank"].get)[:10]
     told = ", ".join(f"{layer} ({scores['pattern'][int(layer)]})" for layer in least)
-    text = [f"Layers by {measure}, mean rank over samples; 0 is the least important. The least important ones: {told}."]
+    text = [
+        f"Layers by {measure}; 0 is the least important, ranks are means over samples. The least important ones: {told}."
+    ]
     return Section("Layer importance", text, [["kind", "layers", "mean rank", "least", "most"], *ranks], "importance")
 
 

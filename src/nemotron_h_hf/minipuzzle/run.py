@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..compression.importance import WidthScores
+from ..compression.layer_scores import MEASURES
 from ..elastic.cut.cutting import local_folder, read_parent
 from ..elastic.prepare.defaults import default_choices
 from ..elastic.prepare.elasticize import check_model
@@ -21,7 +22,7 @@ from ..inputs import read_device
 from ..model.configuration_nemotron_h import NemotronHConfig, NemotronHPuzzleConfig
 from ..model.modeling_nemotron_h import NemotronHForCausalLM
 from ..output_folders import stamps
-from .arguments import STAGES, MiniPuzzleArguments
+from .arguments import REMOVAL, STAGES, MiniPuzzleArguments
 from .memory_image import MemoryImage, order_of
 from .stage_files import Stage
 from .text import Text, file_stamps
@@ -76,8 +77,9 @@ class Run:
 
     @property
     def measures(self) -> list[str]:
-        """Layer scores that are taken; the first one decides."""
-        return list(dict.fromkeys([self.arguments.layer_score, *self.arguments.more_scores]))
+        """Layer scores that are taken in one go."""
+        asked = [name for name in (self.arguments.layer_score, *self.arguments.more_scores) if name in MEASURES]
+        return list(dict.fromkeys(asked)) or ["hidden"]
 
     @cached_property
     def stages(self) -> dict[str, Stage]:
@@ -132,7 +134,7 @@ class Run:
         arguments = self.arguments
         sources = {
             "teacher": stamps(self.teacher), "data": file_stamps(arguments.data), "held_out": file_stamps(arguments.held_out),
-            "measures": sorted(self.measures),
+            "measures": sorted(self.measures), "removal": arguments.layer_score == REMOVAL,
         }  # fmt: skip
         narrow = {"sizes": self.sizes} if arguments.mixed_widths else {}
         limits = {"limits": arguments.limits(), "deployment": arguments.deployment.describe()}
