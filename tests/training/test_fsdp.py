@@ -93,6 +93,14 @@ def test_checkpointing_and_accumulation_leave_the_losses(config, one, tmp_path):
     assert_same_models(tmp_path / "two", one)
 
 
+def test_multi_token_prediction(config, tmp_path):
+    flags = ("--mtp_depth=2", "--mtp_loss_weight=0.3")
+    run([*COMMAND, f"--config={config}", f"--output_dir={tmp_path / 'one'}", *flags])
+    launch(config, tmp_path / "two", 2, -1, *flags, accelerate=ONE_COPY)
+    assert_same_losses(tmp_path / "two", tmp_path / "one")
+    assert_same_models(tmp_path / "two", tmp_path / "one")
+
+
 def test_one_process_loads_the_weights(config, one, tmp_path):
     """Experts' selection biases too, which are buffers; stopped at step 8 as a crash would, and resumed."""
     settings = yaml.safe_load(config.read_text())

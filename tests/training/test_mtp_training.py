@@ -41,7 +41,7 @@ def test_what_changes(texts, tmp_path, trainer_class):
     more = {"mtp_loss_weight": 0.5, "mtp_freeze_trunk": True, "mtp_steps": 2}
     assert trained(trainer_class, tiny_model("dense", **MTP), texts, tmp_path / "alone", **more) == {"mtp"}
     off, both = (read_metrics(tmp_path / name)[0] for name in ("off", "both"))
-    assert both["loss"] == pytest.approx(off["loss"] + 0.5 * both["mtp_loss"], rel=1e-3)
+    assert 0.4 < (both["loss"] - off["loss"]) / both["mtp_loss"] <= 0.5  # fewer tokens than the main loss has
 
 
 def test_a_run_adds_heads_which_convert_there_and_back(texts, tmp_path):

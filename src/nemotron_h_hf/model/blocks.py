@@ -229,6 +229,7 @@ def make_mixer(config: NemotronHConfig, kind: str, layer_idx: int) -> nn.Module:
 class NemotronHBlock(GradientCheckpointingLayer):
     """x + mixer(norm(x))."""
 
+    is_residual = True  # it computes that and nothing else
     _is_checkpointed = False
 
     def __init__(self, config: NemotronHConfig, layer_idx: int, kind: str) -> None:

@@ -346,7 +346,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
 
 @dataclass
 class NemotronHCausalLMOutput(MoeCausalLMOutputWithPast):
-    """transformers' output, with the loss of multi-token prediction (mean over depths, without gradient)."""
+    """transformers' output, with the loss of multi-token prediction: mean over its tokens and depths, without gradient."""
 
     mtp_loss: Tensor | None = None
 
@@ -445,14 +445,21 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
         mtp_loss = None
         if mtp_loss_weight:
             documents = {name: kwargs.get(name) for name in ("seq_idx", "cu_seq_lens_q")}
-            mtp_loss = self._mtp_loss(
-                hidden_states, input_ids, labels, mtp_steps, attention_mask, position_ids, **documents
+            more, mtp_loss = self._mtp_loss(
+                hidden_states,
+                input_ids,
+                labels,
+                mtp_steps,
+                num_items_in_batch,
+                attention_mask,
+                position_ids,
+                **documents,
             )
-            loss = loss + mtp_loss_weight * share_of_items(num_items_in_batch, labels) * mtp_loss
+            loss = loss + mtp_loss_weight * more
         return NemotronHCausalLMOutput(
             loss=loss,
             aux_loss=aux_loss,
-            mtp_loss=None if mtp_loss is None else mtp_loss.detach(),
+            mtp_loss=mtp_loss,
             logits=logits,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
@@ -466,11 +473,12 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
         input_ids: Tensor | None,
         labels: Tensor | None,
         num_steps: int | None,
+        num_items: Tensor | int | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         seq_idx: Tensor | None,
         cu_seq_lens_q: Tensor | None,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         if not self.config.num_nextn_predict_layers:
             raise ValueError("mtp_loss_weight: allowed is 0, the model has no multi-token prediction (add_mtp adds it)")
         if input_ids is None or labels is None:
@@ -479,7 +487,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
             )
         rows = read_rows(attention_mask, hidden_states, position_ids, seq_idx, cu_seq_lens_q)
         embeds, labels = self.model.embeddings(input_ids), labels.to(hidden_states.device)
-        return self.mtp.loss(hidden_states, embeds, self.lm_head, labels, rows, num_steps)
+        return self.mtp.loss(hidden_states, embeds, self.lm_head, labels, rows, num_steps, num_items)
 
 
 class NemotronHForSequenceClassification(GenericForSequenceClassification, NemotronHPreTrainedModel):

@@ -38,6 +38,7 @@ class NemotronHMTPBlock(NemotronHBlock):
         hidden, eps = config.hidden_size, config.layer_norm_epsilon
         self.layer_idx = self.mixer.layer_idx = position  # of the depth's own cache
         self.is_first, self.is_last = position == 0, position == len(config.mtp_layers_block_type) - 1
+        self.is_residual = not (self.is_first or self.is_last)
         if self.is_first:
             self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
             self.enorm, self.hnorm = NemotronHRMSNorm(hidden, eps), NemotronHRMSNorm(hidden, eps)
@@ -105,25 +106,32 @@ class NemotronHMTP(nn.Module):
         labels: Tensor,
         rows: Rows,
         num_steps: int | None = None,
-    ) -> Tensor:
-        """Mean over depths of the cross-entropy of the tokens that each predicts (arXiv 2412.19437, eqs. 24, 25), in fp32.
+        num_items: Tensor | int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Mean over depths of the cross-entropy of the tokens that each predicts, in fp32 (arXiv 2412.19437, eqs. 24, 25).
 
         Args:
             hidden_states, embeds: (b, l, hidden) of the stack and of the row's own tokens.
             labels: (b, l), not shifted, -100 for none. A document's last tokens predict nothing of the next document.
             num_steps: depths, by default those with weights.
+            num_items: divisor, that of the main loss; None for the number of labels that the main loss has.
+
+        Returns:
+            The sums over tokens divided by `num_items`, to train on, and divided by their own number of tokens, to look at.
         """
-        losses = []
+        if num_items is None:
+            num_items = (_later(labels, 1, IGNORE) != IGNORE).sum().clamp(min=1)
+        sums, means = [], []
         for depth in range(num_steps or self.num_depths):
             embeds = F.pad(embeds[:, 1:], (0, 0, 0, 1))
             hidden_states = self(hidden_states, embeds, rows, depth)
             targets = _later(labels, depth + 2, IGNORE)
             if rows.documents is not None:
                 targets = targets.masked_fill(_later(rows.documents, depth + 2, -1) != rows.documents, IGNORE)
-            count = (targets != IGNORE).sum().clamp(min=1)
-            vocab_size = self.config.vocab_size
-            losses.append(next_token_loss(hidden_states, lm_head, vocab_size, None, count, targets))
-        return torch.stack(losses).mean()
+            sums.append(next_token_loss(hidden_states, lm_head, self.config.vocab_size, None, 1, targets))
+            means.append(sums[-1].detach() / (targets != IGNORE).sum().clamp(min=1))
+        num_items = num_items.to(sums[0].device) if isinstance(num_items, Tensor) else num_items
+        return torch.stack(sums).mean() / num_items, torch.stack(means).mean()
 
 
 def _later(x: Tensor, steps: int, beyond: int) -> Tensor:
