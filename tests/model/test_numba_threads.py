@@ -124,7 +124,7 @@ def test_any_number_of_threads_gives_the_same_bits(rows, dtype):
         y = torch.full((rows, 203), torch.nan)
         which, _, ints, reals = numba_run.product_of(inputs, linear.weight, y, [])
         for part in range(parts):
-            numba_loops.part_of(which, np.array(ints), np.array(reals), part, parts)
+            numba_loops.part_of(which, np.array(ints, np.int64), np.array(reals), part, parts)
         outputs.append(y)
     assert all(torch.equal(y, outputs[0]) for y in outputs)
     exact = x.double() @ linear.weight.double().T

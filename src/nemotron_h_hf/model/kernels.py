@@ -15,6 +15,7 @@ quantised and FP8 layers.
 import importlib.util
 import os
 import sys
+import time
 from functools import cache
 from types import ModuleType
 
@@ -46,6 +47,7 @@ INSTALL = "pip install --no-build-isolation mamba-ssm causal-conv1d"
 AUTO_TAKES_OURS = False
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 STEP_DTYPES = (torch.float32, torch.bfloat16)  # of what numba_run.py reads; it computes in fp32
+COMPILING_SECONDS = 5  # reading compiled code takes less
 CONV_TAPS = (2, 3, 4)  # widths of causal_conv1d's kernels and of ours
 CONV_ALIGNMENT = 8  # channels; causal_conv1d loads this many at once, rows must start at multiples of it
 MOST_HEAD_DIM = 256  # of an attention head, and of a Mamba head in our scan
@@ -236,11 +238,14 @@ def whole_step(
 
 @cache
 def compiled_loops() -> ModuleType | None:
-    """numba_run.py; None without Numba."""
+    """numba_run.py; None without Numba. The first import on a machine compiles."""
+    start = time.perf_counter()
     try:
         from .numba_run import __name__ as name  # transformers' loader of remote code reads no `from . import`
     except ImportError:
         return None
+    if (seconds := time.perf_counter() - start) > COMPILING_SECONDS:
+        logger.warning(f"Numba has compiled the loops for single tokens in {seconds:.0f} s; they are kept on disk")
     return sys.modules[name]
 
 

@@ -16,7 +16,7 @@ import torch
 from .forks import is_forked
 
 try:  # inside `try`, for readers that check the imports of pushed model code
-    from numba import config, get_num_threads, njit, set_num_threads
+    from numba import cfunc, config, get_num_threads, njit, set_num_threads
 except ImportError as missing:
     raise ImportError("the compiled steps of a CPU need numba; pip install numba") from missing
 
@@ -37,13 +37,28 @@ def compiled_for_threads(function: Callable) -> Callable:
     return _jit(function, parallel=True)
 
 
+def compiled_for_c(signature: str) -> Callable:
+    """As `compiled`, at once, with an `address` that machine code can call."""
+
+    def compile(function: Callable) -> Callable:
+        return _kept(lambda cache: cfunc(signature, cache=cache)(function))
+
+    return compile
+
+
 def _jit(function: Callable, **options: bool) -> Callable:
+    options |= {"fastmath": REORDER, "error_model": "numpy"}
+    return _kept(lambda cache: njit(cache=cache, **options)(function))
+
+
+def _kept(compile: Callable[[bool], Callable]) -> Callable:
+    """Compiled with a cache on disk if there is a place for one."""
     try:
-        return njit(cache=True, fastmath=REORDER, error_model="numpy", **options)(function)
+        return compile(True)
     except RuntimeError as error:
         if "cannot cache" not in str(error):
             raise
-        return njit(fastmath=REORDER, error_model="numpy", **options)(function)
+        return compile(False)
 
 
 @dataclass

@@ -2,23 +2,25 @@
 
 All of them are in one file because Numba asks one file whether what it has cached on disk is up to date. An operation is
 a row of integers (sizes, and tensors as addresses, 0 for none) and one of floats, which numba_run.py makes.
-`on_one_thread` and `on_threads` run operations one after the other; each computes its parts in any order.
+`on_one_thread` and `on_threads`, given `part_at.address`, run operations one after the other, the parts of each in any
+order.
 """
 
 import math
 
 import numpy as np
 
-from .numba_compile import compiled, compiled_for_threads
+from .numba_compile import compiled, compiled_for_c, compiled_for_threads
 
 try:  # inside `try`, for readers that check the imports of pushed model code
     from numba import carray, prange, types
-    from numba.core.cgutils import voidptr_t
+    from numba.core.cgutils import ir, voidptr_t
     from numba.extending import intrinsic, overload
 except ImportError as missing:
     raise ImportError("the compiled steps of a CPU need numba; pip install numba") from missing
 
 PRODUCT, STEP, ATTENTION = range(3)
+MOST_INTS, MOST_REALS = 21, 3  # of an operation
 
 
 @compiled
@@ -32,16 +34,16 @@ def part_of(which, ints, reals, part, parts):  # pragma: no cover, machine code
 
 
 @compiled
-def on_one_thread(which, ints, reals, part, parts):  # pragma: no cover, machine code
+def on_one_thread(code, which, ints, reals, part, parts):  # pragma: no cover, machine code
     for i in range(len(which)):
-        part_of(which[i], ints[i], reals[i], part, parts)
+        call(code, which[i], ints + i * 8 * MOST_INTS, reals + i * 8 * MOST_REALS, part, parts)
 
 
 @compiled_for_threads
-def on_threads(which, ints, reals, parts):  # pragma: no cover, machine code
+def on_threads(code, which, ints, reals, parts):  # pragma: no cover, machine code
     for i in range(len(which)):
         for part in prange(parts):
-            part_of(which[i], ints[i], reals[i], part, parts)
+            call(code, which[i], ints + i * 8 * MOST_INTS, reals + i * 8 * MOST_REALS, part, parts)
 
 
 # The product of rows x (m, k) and a matrix (n, k): each weight is read once and becomes fp32 in a register
@@ -299,6 +301,17 @@ def _attend(query, keys, values, stride, value_stride, length, d, scaling, out):
 
 
 @intrinsic
+def call(_context, _code, _which, _ints, _reals, _part, _parts):
+    """`part_at` by its address: what calls it is compiled without it, in a second instead of ten."""
+
+    def generate(_context, builder, _signature, arguments):
+        function = ir.FunctionType(ir.VoidType(), [ir.IntType(64)] * 5)
+        builder.call(builder.inttoptr(arguments[0], function.as_pointer()), arguments[1:])
+
+    return types.void(*[types.int64] * 6), generate
+
+
+@intrinsic
 def pointer(_context, address):
     """The memory at an address (an int64), for `numba.carray`."""
 
@@ -365,3 +378,14 @@ def floats(address, is_bf16, size):  # pragma: no cover, machine code
     for i in range(size):
         out[i] = widened(held[i])
     return out
+
+
+# At the end: it is compiled here and now
+
+
+@compiled_for_c("void(int64, int64, int64, int64, int64)")
+def part_at(which, ints, reals, part, parts):  # pragma: no cover, machine code
+    """`part_of` with the addresses of its rows."""
+    part_of(
+        which, carray(pointer(ints), MOST_INTS, np.int64), carray(pointer(reals), MOST_REALS, np.float64), part, parts
+    )

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from .numba_compile import Kernel
-from .numba_loops import ATTENTION, PRODUCT, STEP, on_one_thread, on_threads
+from .numba_loops import ATTENTION, MOST_INTS, MOST_REALS, PRODUCT, STEP, on_one_thread, on_threads, part_at
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
-MOST_INTS, MOST_REALS = 21, 3
 
 _run = Kernel(on_one_thread, on_threads)
 
@@ -27,11 +26,9 @@ _run = Kernel(on_one_thread, on_threads)
 def run(operations: Sequence[tuple]) -> None:
     """Run them in this order."""
     which, sizes, ints, reals = zip(*operations)
-    padded = (
-        [row + (0,) * (MOST_INTS - len(row)) for row in ints],
-        [row + (0,) * (MOST_REALS - len(row)) for row in reals],
-    )
-    _run(sum(sizes), np.array(which), np.array(padded[0], np.int64), np.array(padded[1], np.float64))
+    ints = np.array([row + (0,) * (MOST_INTS - len(row)) for row in ints], np.int64)
+    reals = np.array([row + (0,) * (MOST_REALS - len(row)) for row in reals], np.float64)
+    _run(sum(sizes), part_at.address, np.array(which), ints.ctypes.data, reals.ctypes.data)
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
