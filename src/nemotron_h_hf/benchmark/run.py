@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from ..environment import machine, versions
-from ..model.configuration_nemotron_h import MAMBA_IMPLEMENTATIONS, NemotronHConfig
+from ..model.configuration_checks import MAMBA_IMPLEMENTATIONS
+from ..model.configuration_nemotron_h import NemotronHConfig
 from ..units import TOKENS_HELP, tokens
 from . import cpu_suite, gpu_suite, jobs, llama_cpp_peer, vllm_peer
 from .devices import describe_device, find_device, measure_rates

@@ -1,6 +1,7 @@
 """The architecture and what runs it. Flat and self-contained: these files travel with a checkpoint for trust_remote_code.
 
 configuration_nemotron_h.py    reads every spelling of the configuration, writes one
+configuration_checks.py        what its fields may be
 block_configs.py               the layout of the released Puzzle model: sizes by layer
 presets.py                     released shapes
 modeling_nemotron_h.py         the stack of blocks and the heads
