@@ -97,3 +97,7 @@ def native_twin(model: nn.Module) -> nn.Module:
 def prompt(batch: int = 1, length: int = 20, seed: int = 1) -> Tensor:
     """Random token ids (batch, length) that are neither pad, bos nor eos."""
     return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(ours, expected, tolerance=1e-5):
+    torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)

@@ -78,11 +78,6 @@ class Contents:
     missing_tensors: list[str] = field(default_factory=list)  # in the index, in none of the files read
 
     @property
-    def is_complete(self) -> bool:
-        """Whether every file that should be there is, whole."""
-        return not (self.missing_files or self.damaged_files or self.missing_tensors)
-
-    @property
     def num_bytes(self) -> int:
         """Bytes of tensor data, headers not counted."""
         return sum(tensor.num_bytes for tensor in self.tensors.values())

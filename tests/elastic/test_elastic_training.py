@@ -7,9 +7,8 @@ import shutil
 import pytest
 import torch
 from safetensors import safe_open
-from test_modeling import assert_close
-from tiny import tiny_config, tiny_model
-from tiny_run import make_arguments, make_rows, read_metrics, write_texts
+from tiny import assert_close, tiny_config, tiny_model
+from tiny_run import make_arguments, make_rows, read_metrics
 
 from nemotron_h_hf import NemotronHForCausalLM
 from nemotron_h_hf.cost import num_parameters
@@ -28,11 +27,6 @@ from nemotron_h_hf.training.trained_folder import save_finished
 CHOICES = {"hidden_size": [48, 32], "intermediate_size": [80, 48], "mamba_num_heads": [8, 4], "layers": [3, 2]}
 TARGETS = {"all": 1.0, "half": 0.6}
 TOKENS = 32 * 4 * 4
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 def parent(seed=0, **config):

@@ -14,7 +14,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tiny import native_twin, tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from nemotron_h_hf import EMBEDDED_MODEL
 from nemotron_h_hf.data.stdlib_text import read_documents, split_documents
@@ -24,11 +24,6 @@ from nemotron_h_hf.evaluation.sample_records import Records, claim
 from nemotron_h_hf.scripts import eval as command
 
 HARNESS_TASKS = Path(find_spec("lm_eval").origin).parent / "tasks"
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
 
 
 @pytest.fixture(scope="module")

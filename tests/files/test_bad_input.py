@@ -18,11 +18,6 @@ from nemotron_h_hf import HybridCache, NemotronHConfig, NemotronHForCausalLM
 INDEX = "model.safetensors.index.json"
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
 @pytest.fixture
 def folder(model, tmp_path) -> Path:
     """A checkpoint in one file."""

@@ -6,8 +6,7 @@ import multiprocessing
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from test_modeling import assert_close
-from tiny import native_twin, prompt, tiny_model
+from tiny import assert_close, native_twin, prompt, tiny_model
 from torch import nn
 from torch.func import functional_call, grad, vmap
 from transformers.cache_utils import DynamicCache

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import SHAPES, prompt, tiny_config, tiny_model
+from tiny import SHAPES, assert_close, prompt, tiny_config, tiny_model
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import LinearAttentionLayer
 
@@ -19,10 +19,6 @@ pytestmark = pytest.mark.usefixtures("no_grad")
 
 def full_logits(model, ids, **kwargs):
     return model(ids, use_cache=False, **kwargs).logits
-
-
-def assert_close(ours, expected, tolerance=2e-5):
-    torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)
 
 
 # Feeding

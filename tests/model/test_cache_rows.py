@@ -11,12 +11,6 @@ from nemotron_h_hf import HybridCache
 MODELS = {shape: tiny_model(shape) for shape in SHAPES}
 
 
-@pytest.fixture(autouse=True)
-def no_grad():
-    with torch.no_grad():
-        yield
-
-
 def text(seed, length):
     return torch.randint(VOCAB, (length,), generator=torch.Generator().manual_seed(seed))
 

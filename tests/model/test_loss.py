@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.utils._pytree as pytree
-from test_modeling import assert_close, assert_same_gradients, gradients
+from test_modeling import assert_same_gradients, gradients
 from test_ssd import LargestTensor
-from tiny import prompt, tiny_model
+from tiny import assert_close, prompt, tiny_model
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils.generic import find_labels
 

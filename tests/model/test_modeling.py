@@ -6,14 +6,10 @@ import math
 import pytest
 import torch
 from reference import reference_logits
-from tiny import SHAPES, native_twin, prompt, tiny_model
+from tiny import SHAPES, assert_close, native_twin, prompt, tiny_model
 from torch import nn
 
 from nemotron_h_hf import NemotronHForCausalLM, NemotronHForSequenceClassification, NemotronHModel
-
-
-def assert_close(ours, expected, tolerance=1e-5):
-    torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)
 
 
 def gradients(model, loss):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import prompt, tiny_model
+from tiny import assert_close, prompt, tiny_model
 from transformers import DataCollatorWithFlattening
 
 from nemotron_h_hf import HybridCache
@@ -10,10 +10,6 @@ from nemotron_h_hf.model.padding import find_documents, find_padding, flash_offs
 
 SHAPES = ["dense", "attention_free", "moe"]
 LENGTHS = [(5, 12, 1, 9), (7,), (16, 3)]
-
-
-def assert_close(ours, expected, tolerance=1e-5):
-    torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)
 
 
 def place(rows, side, width, seed=0):

@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 from safetensors import safe_open
-from test_modeling import assert_close
-from tiny import VOCAB, prompt, tiny_config, tiny_model
-from tiny_run import make_arguments, make_rows, read_metrics, write_texts
+from tiny import VOCAB, assert_close, prompt, tiny_config, tiny_model
+from tiny_run import make_arguments, make_rows, read_metrics
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -17,11 +16,6 @@ from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM
 from nemotron_h_hf.scripts import distill
 from nemotron_h_hf.training.distillation import DistillationTrainer
 from nemotron_h_hf.training.teacher_cache import TeacherCache, fingerprint, row_digests, write_cache
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 def student(shape="square", **config):

@@ -6,7 +6,7 @@ from nemotron_h_hf.conversion import convert
 from safetensors.torch import load_file
 from test_pretrain import write_config
 from tiny import tiny_model
-from tiny_run import make_arguments, make_rows, read_metrics, write_texts
+from tiny_run import make_arguments, make_rows, read_metrics
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM
 from nemotron_h_hf.scripts import pretrain
@@ -15,11 +15,6 @@ from nemotron_h_hf.training.trainer import NemotronHTrainer
 
 SMALL = {"hybrid_override_pattern": "M*-"}
 MTP = {**SMALL, "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*-"}
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 def trained(trainer_class, model, texts, folder, **fields):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from tiny_run import read_metrics, write_texts
+from tiny_run import read_metrics
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
@@ -32,11 +32,6 @@ MODEL = {
     "num_key_value_heads": 1, "head_dim": 16, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2,
     "ssm_state_size": 8, "chunk_size": 8,
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 def write_config(folder: Path, texts: Path, **changes) -> Path:

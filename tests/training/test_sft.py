@@ -11,8 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from test_chat import CHATML
-from test_modeling import assert_close
-from tiny import prompt, tiny_model
+from tiny import assert_close, prompt, tiny_model
 from tiny_run import read_metrics
 from transformers import AutoTokenizer
 
@@ -28,11 +27,6 @@ from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingAr
 from nemotron_h_hf.training.data_arguments import DataArguments
 from nemotron_h_hf.training.fp8 import converted_modules
 from nemotron_h_hf.training.vision import VisionArguments
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
 
 
 def names(count, seed):

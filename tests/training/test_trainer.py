@@ -20,7 +20,6 @@ from tiny_run import (
     make_rows,
     make_trainer,
     read_metrics,
-    write_texts,
 )
 from transformers import Trainer, TrainerCallback
 
@@ -31,11 +30,6 @@ from nemotron_h_hf.training.checkpoints import last_whole_checkpoint, whole_chec
 from nemotron_h_hf.training.distillation import DistillationTrainer
 from nemotron_h_hf.training.trainer import EndlessRows, NemotronHTrainer, TrainingStopped
 from nemotron_h_hf.training.z_loss import next_token_loss_with_z
-
-
-@pytest.fixture(scope="module")
-def texts(tmp_path_factory):
-    return write_texts(tmp_path_factory.mktemp("texts"))
 
 
 class StopAt(TrainerCallback):

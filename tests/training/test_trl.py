@@ -7,20 +7,15 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tiny import tiny_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM as NativeForCausalLM
 from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
 
-from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM
+from nemotron_h_hf import NemotronHForCausalLM
 
 VOCAB = 2048
 PROJECTIONS = ["in_proj", "out_proj", "q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 TEXTS = [f"def f{i}(x):\n    return {'x + ' * (i % 5)}{i}\n" for i in range(12)]
-
-
-@pytest.fixture
-def tokenizer():
-    return AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
 
 
 def model_of(shape="dense", **config):
