@@ -112,7 +112,7 @@ def test_names_under_wrappers():
 
 
 def test_what_is_wrong_is_named(tmp_path):
-    with pytest.raises(ValueError, match="SRC is .*allowed is a run's folder with a whole checkpoint"):
+    with pytest.raises(ValueError, match="SRC=.*: allowed is a run's folder with a whole checkpoint"):
         export.main([str(tmp_path), str(tmp_path / "model")])
     checkpoint = write_sharded(tmp_path / "run" / "checkpoint-3", tiny_model())
     with pytest.raises(ValueError, match="--max-shard-gb is 0.0"):
