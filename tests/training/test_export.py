@@ -115,7 +115,7 @@ def test_what_is_wrong_is_named(tmp_path):
     with pytest.raises(ValueError, match="SRC=.*: allowed is a run's folder with a whole checkpoint"):
         export.main([str(tmp_path), str(tmp_path / "model")])
     checkpoint = write_sharded(tmp_path / "run" / "checkpoint-3", tiny_model())
-    with pytest.raises(ValueError, match="--max-shard-gb is 0.0"):
+    with pytest.raises(ValueError, match="--max-shard-gb=0.0: allowed is"):
         export.main([str(checkpoint), str(tmp_path / "model"), "--max-shard-gb", "0"])
     [part] = (checkpoint / "pytorch_model_fsdp_0").glob("*.distcp")
     shutil.copy(part, tmp_path / "part")
