@@ -276,7 +276,9 @@ def test_sharded_files_on_other_disks_are_missed(tmp_path):
     (own,) = shards.glob("*.distcp")
     content = own.read_bytes()
     own.unlink()
-    with pytest.raises(OSError, match=rf"output_dir='{tmp_path}': allowed is .* that all processes see: 1 of the 1 .*{own.name}"):
+    with pytest.raises(
+        OSError, match=rf"output_dir='{tmp_path}': allowed is .* that all processes see: 1 of the 1 .*{own.name}"
+    ):
         checkpoints.mark_whole(folder, {"step": 3})
     assert last_whole_checkpoint(tmp_path) is None
     own.write_bytes(content)
