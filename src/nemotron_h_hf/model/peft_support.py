@@ -47,6 +47,6 @@ def allow_adapters_on_out_proj(model_class: type[nn.Module]) -> None:
 def _warn_of_idle_adapters(peft_config, model: nn.Module) -> None:
     if "mtp" in dict(model.named_children()) and peft_config.exclude_modules is None:
         logger.warning_once(
-            "target_modules may also match the multi-token prediction layers, which no forward pass runs: their "
-            r"adapters would get no gradient. Pass exclude_modules=r'mtp\..*' to leave them out."
+            "target_modules may also match the multi-token prediction layers, which run only with mtp_loss_weight: without "
+            r"it their adapters get no gradient. Pass exclude_modules=r'mtp\..*' to leave them out."
         )
