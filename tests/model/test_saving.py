@@ -307,7 +307,7 @@ def test_what_is_made_is_not_made_twice(tmp_path):
             (staging / "config.json").write_text("{}")
             note_made(staging, made_from)
     assert is_made(target, made_from)
-    with pytest.raises(ValueError, match="there already; a new or empty folder"):
+    with pytest.raises(ValueError, match="there already: allowed is a new or empty folder"):
         is_made(target, {**made_from, "dtype": "float32"})
     (target / "model.safetensors").write_bytes(b"Weights")
     with pytest.raises(ValueError, match="model.safetensors is missing or was changed"):
