@@ -26,6 +26,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
+from ..model.configuration_checks import is_count
 from ..tensors import AXES, axes_of, num_groups
 
 VERSION = 1
@@ -183,7 +184,7 @@ def check_budget(parent: PreTrainedConfig, budget: Budget) -> None:
     count = parent.num_hidden_layers
     if budget.layers is not None:
         require(isinstance(budget.layers, tuple), "layers", f"a list of some of the layers 0 to {count - 1}, ascending")
-        inside = all(_is_count(index + 1) and index < count for index in budget.layers)
+        inside = all(is_count(index + 1) and index < count for index in budget.layers)
         ascending = inside and list(budget.layers) == sorted(set(budget.layers))
         require(ascending and budget.layers, "layers", f"some of the layers 0 to {count - 1}, ascending")
     for field in SIZE_FIELDS:
@@ -203,7 +204,7 @@ def check_budget(parent: PreTrainedConfig, budget: Budget) -> None:
             )
             sizes, largest = sizes if len(sizes) > 1 else sizes * len(whole), whole
         require(
-            all(map(_is_count, sizes)),
+            all(map(is_count, sizes)),
             field,
             "a positive integer" + " or a list of them" * (field in parent.PER_LAYER_FIELDS),
         )
@@ -215,12 +216,12 @@ def check_budget(parent: PreTrainedConfig, budget: Budget) -> None:
         require(all(size % multiple == 0 for size in sizes), field, f"a multiple of {multiple}")
         if field == "n_routed_experts":
             asked = budget.num_experts_per_tok
-            known = asked is None or _is_count(asked) or (isinstance(asked, tuple) and len(asked) == len(sizes))
+            known = asked is None or is_count(asked) or (isinstance(asked, tuple) and len(asked) == len(sizes))
             least = sizes_of_kept(
                 parent, budget if known else replace(budget, num_experts_per_tok=None), "num_experts_per_tok"
             )
             for size, few in zip(sizes, least):
-                require(not _is_count(few) or size >= few, field, f"at least num_experts_per_tok={few}")
+                require(not is_count(few) or size >= few, field, f"at least num_experts_per_tok={few}")
             enough = parent.n_group == 1 or all(size >= 2 * parent.n_group for size in sizes)
             require(enough, field, "two experts or more in each group")
 
@@ -228,7 +229,7 @@ def check_budget(parent: PreTrainedConfig, budget: Budget) -> None:
 def _check_choices(field: str, sizes: Any) -> None:
     if field not in CHOICE_FIELDS:
         raise ValueError(f"elastic.choices.{field}: allowed are {', '.join(CHOICE_FIELDS)}")
-    counts = isinstance(sizes, Sequence) and len(sizes) > 0 and all(map(_is_count, sizes))
+    counts = isinstance(sizes, Sequence) and len(sizes) > 0 and all(map(is_count, sizes))
     if not counts or list(sizes) != sorted(set(sizes), reverse=True):
         raise ValueError(f"elastic.choices.{field}={sizes!r}: allowed are positive integers, the largest first")
 
@@ -249,7 +250,3 @@ def _check_calibration(calibration: Mapping[str, Any]) -> None:
 
 def _is_loss(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0

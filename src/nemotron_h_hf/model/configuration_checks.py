@@ -27,7 +27,7 @@ def check_fields(config: Any) -> None:
     if config.has_experts:
         counts += ["n_shared_experts", "n_group", "topk_group"]
     for field in counts:
-        require(_is_count(getattr(config, field)), field, "a positive integer")
+        require(is_count(getattr(config, field)), field, "a positive integer")
     for field, kind in config.PER_LAYER_FIELDS.items():
         if kind != "moe" or config.has_experts:
             _check_sizes(config, field, kind)
@@ -35,7 +35,7 @@ def check_fields(config: Any) -> None:
         sizes, by = getattr(config, field), getattr(config, divisor)
         sizes = sizes if isinstance(sizes, list) else [sizes]
         require(all(size % by == 0 for size in sizes), field, f"a multiple of {divisor}={by}")
-    require(_is_count(config.conv_kernel) and config.conv_kernel > 1, "conv_kernel", "an integer of 2 or more")
+    require(is_count(config.conv_kernel) and config.conv_kernel > 1, "conv_kernel", "an integer of 2 or more")
     for field in ("layer_norm_epsilon", "initializer_range", "time_step_min", "time_step_max", "time_step_floor"):
         require(is_number(getattr(config, field)) and getattr(config, field) > 0, field, "a positive number")
     for field in ("attention_dropout", "hidden_dropout"):
@@ -51,7 +51,7 @@ def check_fields(config: Any) -> None:
         f"one of {', '.join(MAMBA_IMPLEMENTATIONS)}",
     )  # fmt: skip
     mtp_depth = config.num_nextn_predict_layers
-    require(mtp_depth == 0 or _is_count(mtp_depth), "num_nextn_predict_layers", "a non-negative integer")
+    require(mtp_depth == 0 or is_count(mtp_depth), "num_nextn_predict_layers", "a non-negative integer")
     if config.has_experts:
         require(config.topk_group <= config.n_group, "topk_group", f"at most n_group={config.n_group}")
         for layer in config.layers_with("moe"):
@@ -59,7 +59,8 @@ def check_fields(config: Any) -> None:
         require(is_number(config.routed_scaling_factor), "routed_scaling_factor", "a number")
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Whether it is a positive integer of 31 bits; True is none."""
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
 
 
@@ -70,7 +71,7 @@ def _check_sizes(config: Any, field: str, kind: str) -> None:
     null = "null, " if optional else ""
 
     def is_size(value: Any) -> bool:
-        return _is_count(value) or (optional and value is None)
+        return is_count(value) or (optional and value is None)
 
     if not isinstance(sizes, (list, tuple)):
         if not is_size(sizes):

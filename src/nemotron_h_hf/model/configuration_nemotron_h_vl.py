@@ -14,6 +14,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .configuration_checks import is_count
 from .configuration_nemotron_h import NemotronHConfig
 
 # Field -> its name in released files. The first that is found is read; the same one is written.
@@ -211,9 +212,6 @@ def _validate(config: NemotronHVLConfig) -> None:
     def require(condition: bool, field: str, allowed: str) -> None:
         if not condition:
             raise ValueError(f"{field}={getattr(config, field)!r}: allowed is {allowed}")
-
-    def is_count(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
     ratio = config.downsample_ratio
     require(isinstance(ratio, float) and 0 < ratio <= 1 and math.isclose(1 / ratio, round(1 / ratio)), "downsample_ratio",
