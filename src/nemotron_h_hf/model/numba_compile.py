@@ -23,6 +23,7 @@ except ImportError as missing:
 REORDER = {"reassoc", "contract", "nsz"}  # sums in any order, to fill vector registers; NaN and inf stay
 SMALL_BYTES = 2**17  # a call that reads less runs on one thread: at 10 GB/s 13 us, what starting the others takes
 NEWEST = 0.2  # weight of the newest call in a mean of seconds
+CALLS_PER_TRY = 32  # a try that takes n times as long waits for as many times n calls: 3 % of the time at most
 MOST_PATIENCE = 512  # calls until the slower way is tried again; each try that loses doubles the wait
 
 
@@ -81,9 +82,10 @@ class Seconds:
         """Take note of a call: a mean of the last few, a try counts by itself."""
         before, tried = self.recent[choice], self.wait < 0
         self.recent[choice] = seconds if tried or before == math.inf else before + NEWEST * (seconds - before)
-        if tried:
-            won = self.recent[choice] < self.recent[1 - choice]
-            self.wait = self.patience = 1 if won else min(2 * self.patience, MOST_PATIENCE)
+        if tried or (before == math.inf and choice == 1):
+            times = self.recent[choice] / self.recent[1 - choice]
+            self.patience = 1 if times < 1 else min(2 * self.patience, MOST_PATIENCE)
+            self.wait = max(self.patience, int(CALLS_PER_TRY * times) if times >= 1 else 0)
 
 
 class Kernel:
