@@ -11,7 +11,7 @@ from torch import nn
 
 import nemotron_h_cli as cli
 from nemotron_h_hf.benchmark import cpu_suite, devices, gate, linears, memory, models, records, turns
-from nemotron_h_hf.model import mamba2
+from nemotron_h_hf.model import mamba2, token
 
 CPU = torch.device("cpu")
 
@@ -130,7 +130,8 @@ def test_gate_sees_wrong_decoding(ours, monkeypatch):
         conv_state, ssm_state = read_states(layer)
         return conv_state, None if ssm_state is None else ssm_state * 0.5
 
-    monkeypatch.setattr(mamba2, "read_states", forgetful)
+    for module in (mamba2, token):  # op by op, and compiled
+        monkeypatch.setattr(module, "read_states", forgetful)
     with pytest.raises(ValueError, match="steps of generate\\(\\) against one pass"):
         gate.check_model(ours, models.build_native(ours))
 
