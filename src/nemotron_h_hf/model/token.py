@@ -86,6 +86,7 @@ class TokenRun:
             return False
         projected, mixed = self._add_first(mixer.in_proj), self._new(mixer.intermediate_size)
         limits = norm.variance_epsilon, *mixer.time_step_limit
+        self.held += states
         self.operations.append(self.loops.step_of(projected, *states, weights, mixer.n_groups, limits, mixed))
         self._add_last(mixer.out_proj, mixed)
         layer.tokens_seen += 1
