@@ -204,3 +204,11 @@ def test_gradients_and_autocast_keep_torchs_products(no_bf16_units, monkeypatch)
     assert linear.weight.grad is not None
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert project(linear.float(), x.float()).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_shapes_that_do_not_fit_are_refused():
+    """Memory is read by address: there is nothing else that would notice."""
+    loops = pytest.importorskip("nemotron_h_hf.model.numba_run")
+    with pytest.raises(ValueError, match="does not multiply"):
+        loops.product(torch.randn(1, 1024), torch.randn(512, 1023), None)

@@ -89,6 +89,8 @@ def product_of(
     if residual is not None:
         residual_at = residual.data_ptr()
     m, n, k = y.size(0), y.size(1), x.size(1)
+    if weight.size(0) != n or weight.size(1) != k or len(x) != m:
+        raise ValueError(f"a weight {tuple(weight.shape)} does not multiply {tuple(x.shape)} to {tuple(y.shape)}")
     ints = (
         KINDS[weight.dtype], x.data_ptr(), norm_at, norm_is_bf16, weight.data_ptr(), weight.stride(0), scale_at, is_squared,
         residual_at, y.data_ptr(), m, n, k,
