@@ -13,9 +13,9 @@ SEED  ?= 0
 # One thread per process: the tests run in parallel, and threads fighting over cores are slower than none.
 export OMP_NUM_THREADS ?= 1
 # Tests and the demo use the embedded model, never the network.
-test test-slow test-range test-kernels test-kills test-tools test-vllm test-gpu fuzz demo: export HF_HUB_OFFLINE = 1
+test test-slow test-range test-kernels test-kills test-tools test-vllm test-gpu evidence-quick fuzz demo: export HF_HUB_OFFLINE = 1
 
-.PHONY: help install demo test test-slow test-range test-kernels test-kills test-tools test-vllm test-gpu fuzz quality bench
+.PHONY: help install demo test test-slow test-range test-kernels test-kills test-tools test-vllm test-gpu evidence-quick fuzz quality bench
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 22
@@ -51,6 +51,9 @@ test-vllm: $(VLLM)/.installed  ## budgets of a parent in vLLM's CPU build, cut w
 
 test-gpu: $(VENV)/.installed  ## our Triton kernels compiled on a GPU, against PyTorch; then their speed; writes docs/results
 	$(VENV)/bin/python tests/gpu_check.py --output docs/results/kernels_gpu.json
+
+evidence-quick: $(VENV)/.installed  ## every training experiment at a hundredth of its size, to see that its commands live
+	$(VENV)/bin/python experiments/quick.py
 
 fuzz: $(VENV)/.installed  ## mutate everything that is read, count what comes of it; seeded, minutes (COUNT=3000 SEED=0)
 	cd tests && ../$(VENV)/bin/python -W ignore -m fuzz --count $(COUNT) --seed $(SEED)
