@@ -12,6 +12,7 @@ from torch import nn
 import nemotron_h_cli as cli
 from nemotron_h_hf.benchmark import cpu_suite, devices, gate, linears, memory, models, records, turns
 from nemotron_h_hf.model import mamba2, token
+from nemotron_h_hf.model.loading import plain_parts
 
 CPU = torch.device("cpu")
 
@@ -257,3 +258,14 @@ def test_targets_pass_and_fail(tmp_path):
         (1.6, "missed"), (pytest.approx(2.125), "met"), (0.5, "missed"), (2.000000001, "missed"),
     ]  # fmt: skip
     assert records.Target("x", None, 1.0).verdict == "not measured"
+
+
+def test_int8_sides_count_the_bytes_they_have(ours):
+    pytest.importorskip("torchao")
+    sides = cpu_suite.int8_sides(ours)
+    for name in ("float32", cpu_suite.INT8, cpu_suite.INT8_HEAD):
+        tensors = sides[name].model.state_dict().values()
+        held = sum(part.nbytes for tensor in tensors for part in plain_parts(tensor))
+        assert sides[name].costs.weight_bytes == held, name
+        assert ours.costs.step_bytes - sides[name].costs.step_bytes == ours.costs.weight_bytes - held
+    assert sides["torchao"].costs == sides[cpu_suite.INT8].costs

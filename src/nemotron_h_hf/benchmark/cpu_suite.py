@@ -8,8 +8,8 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from transformers.utils import logging
 from ..environment import can_measure
 from ..model.configuration_nemotron_h import NemotronHConfig
 from . import jobs, linears, llama_cpp_peer
-from .devices import give_memory_back
+from .devices import give_memory_back, measure_rates
 from .gate import check_int8, check_model, check_slice, random_ids
 from .memory import GB, Footprint, footprint, measure_apart
 from .models import Side, build_native, build_ours
@@ -118,10 +118,13 @@ class Suite:
         ours = copy.deepcopy(self.ours.model).to(torch.bfloat16)
         sides = [replace(self.ours, model=ours, costs=costs_of(self.config, "bfloat16"))]
         sides.append(build_native(sides[0]))
+        rates = measure_rates(self.bench.device, torch.bfloat16)
+        self.journal.note("rates_bfloat16", asdict(rates))
+        bench = replace(self.bench, dtype=torch.bfloat16, rates=rates)
         turns = [self.decode_job(side, "bf16: float32") for side in (self.ours, self.native)]
-        turns += [self.decode_job(side, "bf16: bfloat16", dtype=torch.bfloat16) for side in sides]
+        turns += [self.decode_job(side, "bf16: bfloat16", dtype=bench.dtype, rates=rates) for side in sides]
         self.keep(*turns, rounds=self.decode_rounds)
-        prompts = [jobs.prefill_prompts(self.bench, side, 1, self.sizes.prompts[1]) for side in sides]
+        prompts = [jobs.prefill_prompts(bench, side, 1, self.sizes.prompts[1]) for side in sides]
         for job in prompts:
             job.found.variant = "bf16: bfloat16"
         self.keep(*prompts)
@@ -215,17 +218,24 @@ def int8_sides(ours: Side) -> dict[str, Side]:
     """The model, and its copies with int8 weights: as torchao multiplies them, as ours does, lm_head in fp32 and not."""
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
-    quantised, whole = copy.deepcopy(ours.model), copy.deepcopy(ours.model)
-    quantize_(
-        quantised, Int8WeightOnlyConfig(), lambda module, name: isinstance(module, nn.Linear) and name != "lm_head"
-    )
-    quantize_(whole, Int8WeightOnlyConfig())
-    by_torchao = copy.deepcopy(quantised)
-    for module in by_torchao.modules():
+    def quantised(chosen: Callable[[nn.Module, str], bool]) -> Side:
+        model = copy.deepcopy(ours.model)
+        linears = [m for name, m in model.named_modules() if isinstance(m, nn.Linear) and chosen(m, name)]
+        saved = sum(
+            3 * m.weight.numel() - 5 * m.out_features for m in linears
+        )  # a byte for four; scale, zero point of a row
+        quantize_(model, Int8WeightOnlyConfig(), lambda m, name: isinstance(m, nn.Linear) and chosen(m, name))
+        costs = replace(
+            ours.costs, step_bytes=ours.costs.step_bytes - saved, weight_bytes=ours.costs.weight_bytes - saved
+        )
+        return replace(ours, model=model, costs=costs)
+
+    stack = quantised(lambda _, name: name != "lm_head")
+    by_torchao = replace(stack, model=copy.deepcopy(stack.model))
+    for module in by_torchao.model.modules():
         if isinstance(module, nn.Linear) and type(module.weight) is not nn.Parameter:
             module.register_forward_hook(lambda *_: None)  # called as a module, it multiplies as torchao does
-    models = {"float32": ours.model, "torchao": by_torchao, INT8: quantised, INT8_HEAD: whole}
-    return {name: replace(ours, model=model) for name, model in models.items()}
+    return {"float32": ours, "torchao": by_torchao, INT8: stack, INT8_HEAD: quantised(lambda *_: True)}
 
 
 def _with_threads(sample, count: int, side: Side, implementation: str):
