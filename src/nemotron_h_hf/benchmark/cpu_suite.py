@@ -75,12 +75,15 @@ class Suite:
         self.native = build_native(self.ours)
         self.journal.add_errors(check_model(self.ours, self.native))
         self.bench.say("correctness gate passed")
-        for part in (part for part in PARTS if part in parts and part not in ("memory", "long")):
-            getattr(self, part)()
+        timed = {"decode": self.decode, "int8": self.int8, "bf16": self.bf16, "threads": self.threads,
+                 "prefill": self.prefill, "train": self.train}  # fmt: skip
+        for measure in (measure for part, measure in timed.items() if part in parts):
+            measure()
         del self.ours, self.native  # the processes that follow bring their own weights
         give_memory_back(self.bench.device)
-        for part in (part for part in ("memory", "long") if part in parts and can_measure()):
-            getattr(self, part)()
+        apart = {"memory": self.memory, "long": self.long} if can_measure() else {}
+        for measure in (measure for part, measure in apart.items() if part in parts):
+            measure()
         self.journal.finish()
 
     def keep(self, *turns: Job, rounds: int | None = None) -> None:
