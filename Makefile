@@ -25,7 +25,7 @@ install: $(VENV)/.installed  ## set up .venv with the package (editable) and the
 demo: $(VENV)/.installed  ## load the embedded model, generate, compare cache memory with a transformer's
 	@$(VENV)/bin/nemotron-h demo
 
-test: $(VENV)/.installed  ## the tests (under 5 minutes)
+test: $(VENV)/.installed  ## the tests (about 6 minutes on two cores)
 	$(VENV)/bin/python $(PYTEST)
 
 test-slow: $(VENV)/.installed  ## the slow tests: compilation, many processes, large files
