@@ -68,6 +68,12 @@ def made(box) -> Path:
     return box
 
 
+@pytest.fixture(autouse=True)
+def without_pictures(monkeypatch):
+    """`made` has drawn them; every other run would take a second for it."""
+    monkeypatch.setattr("nemotron_h_hf.minipuzzle.report.pictures_of", lambda found: {})
+
+
 @pytest.fixture
 def ranked(made, tmp_path) -> Path:
     """A work folder with what comes before benchmarks."""

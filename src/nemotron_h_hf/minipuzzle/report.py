@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import importlib.util
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,33 +30,27 @@ class Section(NamedTuple):
 
 
 def write_report(work: Path) -> None:
-    """Both files, of all stages that are done; pictures need matplotlib."""
+    """Both files, of all stages that are done."""
     found = {name: read_json(path) for name in STAGES if (path := work / f"{name}.json").is_file()}
-    sections = list(sections_of(found))
-    pictures: dict[str, str] = {}
-    if importlib.util.find_spec("matplotlib") is not None:
-        from .report_plots import draw
-
-        pictures = draw(found)
-    write_text(work / "report.html", as_html(sections, pictures))
+    sections = sections_of(found)
+    write_text(work / "report.html", as_html(sections, pictures_of(found)))
     write_text(work / "report.md", as_markdown(sections))
 
 
-def sections_of(found: Found) -> Iterator[Section]:
+def pictures_of(found: Found) -> dict[str, str]:
+    """Name -> SVG; none without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return {}
+    from .report_plots import draw
+
+    return draw(found)
+
+
+def sections_of(found: Found) -> list[Section]:
     """What there is to tell."""
-    if "scores" in found:
-        yield _scores(found["scores"])
-    if "candidates" in found:
-        yield _candidates(found["candidates"])
-    if "ranked" in found:
-        yield _ranked(found["ranked"])
-        yield _controls(found["ranked"])
-    if "benchmarked" in found:
-        yield _benchmarked(found["benchmarked"])
-    if "tournament" in found:
-        yield _tournament(found["tournament"])
-    if "student" in found:
-        yield _student(found["student"])
+    tellers = {"scores": [_scores], "candidates": [_candidates], "ranked": [_ranked, _controls],
+               "benchmarked": [_benchmarked], "tournament": [_tournament], "student": [_student]}  # fmt: skip
+    return [tell(found[name]) for name in found for tell in tellers[name]]
 
 
 def _scores(scores: Mapping[str, Any]) -> Section:
@@ -107,7 +101,7 @@ def _ranked(found: Mapping[str, Any]) -> Section:
 
 
 def _controls(found: Mapping[str, Any]) -> Section:
-    best = found["ranked"][0]
+    best = next(one for one in found["ranked"] if one["name"] != "mixed")  # whose counts the controls keep
     rows = [["importance", *_three(best)], *([one["rule"], *_three(one)] for one in found["controls"])]
     text = ["The best candidate next to choices that are made otherwise, within the same limits, before distillation."]
     return Section("Controls", text, [["choice", "accuracy", "agreement", "loss"], *rows], "quality")

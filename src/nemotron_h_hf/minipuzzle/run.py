@@ -106,9 +106,10 @@ class Run:
         self._image = image
 
     def forget_image(self) -> None:
-        """Free its memory."""
-        self._image = None
-        gc.collect()
+        """Free its memory, where there is one."""
+        if self._image is not None:
+            self._image = None
+            gc.collect()
 
     def load(self) -> NemotronHForCausalLM:
         """The teacher as it is, whole or a layer at a time.
