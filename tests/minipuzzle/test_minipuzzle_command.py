@@ -22,8 +22,9 @@ from nemotron_h_hf.elastic.budgets import read_elastic
 from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.manifest import NAME as MANIFEST
 from nemotron_h_hf.manifest import check_manifest
-from nemotron_h_hf.minipuzzle import ranking, scoring, stage_files, student, tournament
+from nemotron_h_hf.minipuzzle import ranking, report, scoring, stage_files, student, tournament
 from nemotron_h_hf.model.loading import weight_files
+from nemotron_h_hf.units import human_bytes
 
 SMALL = {
     "sequence_length": 32, "width_samples": 6, "layer_samples": 4, "ranking_tokens": 128, "batch_size": 2,
@@ -107,6 +108,7 @@ def test_the_student_is_an_ordinary_checkpoint(made):
     card = (folder / "README.md").read_text()
     gone = sorted(set(range(7)) - set(facts["sizes"]["layers"]))
     assert f"counted from 0: {', '.join(map(str, gone)) or 'none'}." in card and "distilled on 256 tokens" in card
+    assert f"{human_bytes(facts['teacher']['bytes'])} -> {human_bytes(facts['student']['bytes'])} (" in card
 
 
 def test_the_stages_agree_with_each_other(made):
@@ -149,6 +151,14 @@ def test_the_report_is_one_file_each(made):
     assert all(title in page and f"## {title}" in text for title in titles)
     assert "src=" not in page and "<script" not in page and page.count("<svg") in (0, 4)  # 0 without matplotlib
     assert "mixed" in text
+
+
+def test_the_report_compares_controls_with_the_candidate_they_follow(made):
+    """That is the best of one width in all layers, even where mixed widths rank first."""
+    found = read(made / "work", "ranked")
+    found["ranked"].sort(key=lambda one: one["name"] != "mixed")
+    (section,) = (one for one in report.sections_of({"ranked": found}) if one.title == "Controls")
+    assert section.table[1][3] == f"{found['ranked'][1]['loss']:.4f}" != f"{found['ranked'][0]['loss']:.4f}"
 
 
 def test_the_family_is_a_parent_of_the_finalists(made):

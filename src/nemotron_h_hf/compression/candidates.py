@@ -201,17 +201,20 @@ def _can_grow(fits: Tensor) -> Tensor:
 def _refuse_useless(config, grid: _Grid, costs, limits: Mapping[str, float], fits: Tensor) -> None:
     whole = {name: math.fsum(costs[name](config).values()) for name in limits}
     if all(whole[name] <= most for name, most in limits.items()):
-        told = ", ".join(f"{name}={_human(name, amount)}" for name, amount in whole.items())
+        told = ", ".join(f"{name}={amount(name, value)}" for name, value in whole.items())
         raise ValueError(f"budget: the teacher itself fits ({told}): allowed is less than it takes")
     for name, most in limits.items():
         least = grid.amounts[name].min().item()
-        require(least <= most, name, _human(name, most), f"{_human(name, least)} or more, the smallest in the grid")
-    told = ", ".join(f"{name}={_human(name, most)}" for name, most in limits.items())
+        require(least <= most, name, amount(name, most), f"{amount(name, least)} or more, the smallest in the grid")
+    told = ", ".join(f"{name}={amount(name, most)}" for name, most in limits.items())
     require(bool(fits.any()), "budget", told, "limits that one model of the grid fits together")
 
 
-def _human(name: str, amount: float) -> str:
-    return human_bytes(amount) if "bytes" in name else f"{amount:,.0f}" if amount >= 1 else f"{amount:.3g}"
+def amount(name: str, value: float) -> str:
+    """A cost for people; large bytes to the hundredth of a GiB, as limits are close."""
+    if "bytes" in name:
+        return f"{value / 2**30:,.2f} GiB" if value >= 2**30 else human_bytes(value)
+    return f"{value:,.0f}" if value >= 1 else f"{value:.4g}"
 
 
 def read_candidates(entries: Sequence[Mapping[str, Any]]) -> Iterator[Candidate]:

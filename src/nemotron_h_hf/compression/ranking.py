@@ -20,11 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..model.linear import project
+from ..model.loss import IGNORE, next_targets, positions_per_chunk
 from .candidates import Candidate
 from .observing import Pass, observe
 
-LOGITS_PER_CHUNK = 2**25  # 128 MiB in fp32
-IGNORE = -100
 ModelOfSizes = Callable[[Mapping[str, Any]], nn.Module]
 """Sizes without `layers` -> a NemotronHForCausalLM with all of the parent's layers."""
 
@@ -154,7 +153,7 @@ def shared_sizes(candidate: Candidate) -> dict[str, Any]:
 def predict(lm_head: nn.Module, hidden: Tensor, targets: Tensor) -> Predictions:
     """From what enters the head (b, l, hidden), a part of the logits at a time; `targets` (b, l), -100 where none counts."""
     tokens, nats = [], 0.0
-    parts = max(1, LOGITS_PER_CHUNK // lm_head.weight.shape[0])
+    parts = positions_per_chunk(lm_head.weight.shape[0], at_once=2)  # 128 MiB in fp32
     for rows, wanted in zip(hidden.flatten(0, 1).split(parts), targets.flatten().split(parts)):
         logits = project(lm_head, rows).float()  # (n, v)
         tokens.append(logits.argmax(-1))
@@ -164,7 +163,8 @@ def predict(lm_head: nn.Module, hidden: Tensor, targets: Tensor) -> Predictions:
 
 def targets_of(batch: Mapping[str, Tensor]) -> Tensor:
     """(b, l): the token behind each position, -100 at the end of a row and where the text has no label."""
-    return F.pad(batch.get("labels", batch["input_ids"])[:, 1:], (0, 1), value=IGNORE)
+    labels = batch.get("labels", batch["input_ids"])
+    return next_targets(labels).view_as(labels)
 
 
 def places(results: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..compression.candidates import amount
 from ..inputs import read_json
 from ..whole_files import write_text
 from .arguments import STAGES
@@ -157,13 +158,6 @@ def _student(found: Mapping[str, Any]) -> Section:
         f"Student: {student['pattern']}",
     ]
     return Section("The student", text, [["", "teacher", "student"], *rows])
-
-
-def amount(name: str, value: float) -> str:
-    """A cost for people."""
-    if "bytes" in name:
-        return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**10:,.1f} KiB"
-    return f"{value:,.0f}" if value >= 1 else f"{value:.4g}"
 
 
 def _number(name: str, value: float) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from ..compression.candidates import amount
 from ..cost import num_parameters
 from ..elastic.live.saving import write_manifest
 from ..elastic.resolve import resolve
@@ -139,8 +140,8 @@ def card(run: Run, facts: Mapping[str, Any], folder: Path, name: str) -> str:
     ]
     lines = [
         f"Compressed from {teacher_name(run)} by `nemotron-h minipuzzle` (after arXiv 2504.03624): {teacher['parameters']:,} "
-        f"-> {student['parameters']:,} parameters, {teacher['bytes'] / 2**30:.2f} -> {student['bytes'] / 2**30:.2f} GiB "
-        f"({arguments.deployment.describe()}).",
+        f"-> {student['parameters']:,} parameters, {amount('bytes', teacher['bytes'])} -> "
+        f"{amount('bytes', student['bytes'])} ({arguments.deployment.describe()}).",
         f"Layers removed, counted from 0: {', '.join(map(str, gone)) or 'none'}. Sizes: {'; '.join(sizes) or 'as they were'}.",
         f"Layers were scored by {arguments.layer_score} ({arguments.reduce} over {arguments.layer_samples} rows of "
         f"{arguments.sequence_length} tokens), neurons by their activations {arguments.neuron_score} the activation function "
