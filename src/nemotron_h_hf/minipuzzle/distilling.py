@@ -66,7 +66,7 @@ def command(run: Run, words: Sequence[str]) -> None:
 def held_out_figures(run: Run, model: NemotronHForCausalLM) -> dict[str, float]:
     """Next-token accuracy and loss on the rows that candidates were ranked on."""
     tally = Tally()
-    for batch in batches_of(run.text.ranking_rows(), run.arguments.batch_size):
+    for batch in batches_of(run.text.ranking_rows, run.arguments.batch_size):
         targets = targets_of(batch).to(model.device)
         inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids") if name in batch}
         found = predict(model.lm_head, model.model(**inputs, use_cache=False).last_hidden_state, targets)

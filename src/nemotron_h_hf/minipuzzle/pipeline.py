@@ -13,7 +13,7 @@ from .ranking import rank_candidates
 from .report import write_report
 from .run import Run
 from .scoring import score
-from .searching import search
+from .searching import check_grid, search
 from .student import make_student
 from .tournament import hold_tournament
 
@@ -38,6 +38,8 @@ def compress(arguments: MiniPuzzleArguments) -> Path:
             known = run.stages[name].result()
             if name == "benchmarked" and known is None:
                 tasks_of(run)
+        if run.stages["candidates"].result() is None:
+            check_grid(run)
         scores = score(run)
         if last >= 1:
             candidates = search(run, scores)

@@ -27,7 +27,7 @@ def rank_candidates(run: Run, candidates: Sequence[Candidate]) -> dict[str, Any]
     stage = run.stages["ranked"]
     if (known := stage.result()) is not None:
         return known
-    rows = run.text.ranking_rows()
+    rows = run.text.ranking_rows
     batches = list(batches_of(rows, run.arguments.batch_size))
     image = run.image()
     resident = begin_peak()

@@ -6,9 +6,10 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from ..compression.candidates import Candidate, CostByLayer, costs_of, find_candidates, read_candidates
+from ..compression.candidates import Candidate, CostByLayer, Found, costs_of, find_candidates, read_candidates
 from ..compression.layer_scores import LayerScores
 from ..compression.mixed_widths import FIELDS, best_mixed
+from ..elastic.budgets import CHOICE_FIELDS
 from ..elastic.resolve import resolve
 from ..errors import require
 from ..inputs import read_json
@@ -23,10 +24,8 @@ def search(run: Run, scores: Mapping[str, Any]) -> list[Candidate]:
     if (known := stage.result()) is not None:
         return list(read_candidates(known["candidates"]))
     costs, limits = all_costs(run), arguments.limits()
-    importance = importance_of(run, scores)
-    found = find_candidates(run.config, importance, run.sizes, arguments.counts, costs, limits, arguments.keep)
+    found = _found(run, importance_of(run, scores), costs)
     candidates = list(found.candidates)
-    resolve(run.config, candidates[0].sizes)  # sizes that no budget may have
     if arguments.mixed_widths:
         widths = {name: sizes for name, sizes in run.sizes.items() if name in FIELDS.values()}
         require(
@@ -40,6 +39,25 @@ def search(run: Run, scores: Mapping[str, Any]) -> list[Candidate]:
         candidates=[one.to_dict() for one in candidates],
     )  # fmt: skip
     return candidates
+
+
+def check_grid(run: Run) -> None:
+    """Before hours of scoring: the errors of `search` that no scores change; none where layers of a kind differ in size.
+
+    Raises:
+        ValueError: for limits that nothing or the teacher itself fits, or sizes, counts or times that the teacher cannot have.
+    """
+    if not any(isinstance(getattr(run.config, name), list) for name in CHOICE_FIELDS):
+        _found(run, dict.fromkeys(range(run.config.num_hidden_layers), 0.0), all_costs(run))
+
+
+def _found(run: Run, importance: Mapping[int, float], costs: Mapping[str, CostByLayer]) -> Found:
+    arguments = run.arguments
+    found = find_candidates(
+        run.config, importance, run.sizes, arguments.counts, costs, arguments.limits(), arguments.keep
+    )
+    resolve(run.config, found.candidates[0].sizes)  # sizes that no budget may have
+    return found
 
 
 def importance_of(run: Run, scores: Mapping[str, Any]) -> dict[int, float]:

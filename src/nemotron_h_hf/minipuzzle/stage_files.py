@@ -80,8 +80,16 @@ class Stage:
         for name in dict.fromkeys([*self.made_from, *before]):
             if before.get(name) != self.made_from.get(name):
                 what = "what the stages before it found" if name == "after" else name
-                raise ValueError(
-                    f"{what}={self.made_from.get(name)!r}: allowed is {before.get(name)!r}, which {path} was made with, or "
-                    "another work folder"
-                )
+                now, then = told(self.made_from.get(name), before.get(name))
+                raise ValueError(f"{what}={now}: allowed is {then}, which {path} was made with, or another work folder")
         return found
+
+
+def told(one: Any, other: Any) -> tuple[str, str]:
+    """Two values that differ, for people; of files with sizes and times the first that the other lacks."""
+
+    def first(value: Any, others: Any) -> Any:
+        stamps = isinstance(value, list) and all(isinstance(entry, list) for entry in value)
+        return next((entry for entry in value if entry not in (others or [])), value) if stamps else value
+
+    return repr(first(one, other)), repr(first(other, one))

@@ -56,7 +56,7 @@ def _facts(
     figures = held_out_figures(run, student)
     teacher = run.load()
     speeds = measure_speed(
-        {"teacher": teacher, "student": student.to(teacher.dtype)}, run.text.ranking_rows()[0]["input_ids"]
+        {"teacher": teacher, "student": student.to(teacher.dtype)}, run.text.ranking_rows[0]["input_ids"]
     )
     tokens = arguments.rounds * arguments.short_tokens + arguments.long_tokens
     return {

@@ -7,6 +7,7 @@ import json
 import os
 import random
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +44,7 @@ class Text:
         texts = self.documents()[0]
         return self._packed(texts, "width_samples", self.arguments.width_samples)
 
+    @cached_property
     def ranking_rows(self) -> list[Row]:
         """Held-out."""
         arguments = self.arguments
