@@ -278,6 +278,22 @@ def test_caches_whose_rows_change_between_tokens(operations):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("case", ["bfloat16", "float64", "meta"])
+def test_defaults_that_a_program_sets_for_new_tensors(case, operations, monkeypatch):
+    """Machine code writes fp32 to a CPU's memory, whatever `torch.empty` would make."""
+    model, ids = tiny_model(), prompt(2, 14)
+    want, dtype = decode(model, ids, "torch"), torch.get_default_dtype()
+    try:
+        if case != "meta":
+            torch.set_default_dtype(getattr(torch, case))
+        with torch.device("meta" if case == "meta" else "cpu"):
+            got = decode(model, ids, "auto")
+    finally:
+        torch.set_default_dtype(dtype)
+    assert operations and (got - want).abs().max() <= 1e-5
+
+
+@torch.no_grad()
 def test_hidden_states_of_every_block_can_be_asked_for(operations):
     model, ids = tiny_model(), prompt(1, 13)
     cache = HybridCache(model.config)

@@ -35,7 +35,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` of x (..., k) in any floating dtype and a weight as in `product_of` -> (..., n) in x's dtype; no gradients."""
     rows, held = x.detach().reshape(-1, x.shape[-1]).float().contiguous(), []
     values = weight.qdata if type(weight).__name__ == "Int8Tensor" else weight
-    y = torch.empty(len(rows), values.shape[0])
+    y = rows.new_empty(len(rows), values.shape[0])
     run([product_of(rows, weight, y, held)])
     y = y if bias is None else y.add_(bias)
     return y.to(x.dtype).view(*x.shape[:-1], -1)
@@ -54,7 +54,7 @@ def step(
     """`triton_decode.step` on a CPU; ssm_state has to be fp32 and contiguous."""
     rows = projected.detach().float().contiguous()
     weights = [None if weight is None else weight.contiguous() for weight in (*conv, *heads, norm[0])]
-    out = torch.empty(len(rows), len(norm[0]))
+    out = rows.new_empty(len(rows), len(norm[0]))
     run([step_of(rows, conv_state, ssm_state, weights, groups, (norm[1], *limit), out)])
     return out.to(projected.dtype)
 

@@ -124,7 +124,7 @@ class TokenRun:
         self.rows = y
 
     def _new(self, width: int) -> Tensor:
-        new = torch.empty(len(self.rows), width)
+        new = self.rows.new_empty(len(self.rows), width)
         self.held.append(new)
         return new
 
