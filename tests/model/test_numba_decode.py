@@ -240,6 +240,40 @@ def test_hooks_of_a_part_run_for_every_token_and_the_rest_is_compiled(part, oper
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("part", ["norm", "mixer", ""])
+@pytest.mark.parametrize("way", ["subclass", "class", "parametrization"])
+def test_other_forwards_are_called(part, way, operations, monkeypatch):
+    """A part of a class of its own, a class with another forward, weights that are computed anew in every call."""
+    model, ids = tiny_model(), prompt(2, 16)
+    decode(model, ids, "auto")
+    whole = operations[0]
+    operations.clear()
+    block = next(block for block in model.model.layers if block.block_type == "linear_attention")
+    module = block.get_submodule(part)
+    kind, forward = type(module), type(module).forward
+
+    def doubled(self, x, *args, **kwargs):
+        return 2 * forward(self, x, *args, **kwargs)
+
+    if way == "subclass":
+        module.__class__ = type("Other", (kind,), {"forward": doubled})
+    elif way == "class":
+        monkeypatch.setattr(kind, "forward", doubled)
+    else:
+        name = {"norm": "weight", "mixer": "A_log", "": "scale"}[part]
+        module.register_parameter("scale", nn.Parameter(torch.ones(1)))
+        nn.utils.parametrize.register_parametrization(module, name, Halved())
+    got = decode(model, ids, "auto")
+    assert max(operations, default=0) < whole
+    assert (got - decode(model, ids, "torch")).abs().max() <= 1e-5
+
+
+class Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("window", [1, 3, 64])
 def test_a_sliding_window(window, operations):
     model, ids = tiny_model(), prompt(2, 24)

@@ -24,10 +24,12 @@ from .linear import project
 from .mamba2 import NemotronHMamba2Mixer
 from .moe import NemotronHMLP, NemotronHMoE
 from .padding import Padding, Rows, flash_offsets, mask_name, within_window
+from .plain import remember_forward
 from .ssd import inverse_rms, wide
 from .token import TokenRun, can_take_token
 
 
+@remember_forward
 class NemotronHRMSNorm(nn.Module):
     """x / rms(x) * weight, all in fp32, in x's dtype."""
 
@@ -48,6 +50,7 @@ class NemotronHRMSNorm(nn.Module):
         return normed.to(hidden_states.dtype)
 
 
+@remember_forward
 class NemotronHAttention(nn.Module):
     """Causal attention with grouped keys and values and no position embedding (order comes from the Mamba layers).
 
@@ -226,10 +229,10 @@ def make_mixer(config: NemotronHConfig, kind: str, layer_idx: int) -> nn.Module:
     return mixers[kind]()
 
 
+@remember_forward
 class NemotronHBlock(GradientCheckpointingLayer):
     """x + mixer(norm(x))."""
 
-    is_residual = True  # it computes that and nothing else
     _is_checkpointed = False
 
     def __init__(self, config: NemotronHConfig, layer_idx: int, kind: str) -> None:

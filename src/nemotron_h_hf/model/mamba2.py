@@ -22,10 +22,11 @@ from .convolution import convolve, convolve_step
 from .kernels import fuses_step, gated_norm, has_kernels_for, scan, scan_step, whole_step
 from .linear import project
 from .padding import Padding
-from .plain import is_plain
+from .plain import is_plain, remember_forward
 from .ssd import conv_window, discretize, under_func, wide
 
 
+@remember_forward
 class NemotronHRMSNormGated(nn.Module):
     """RMSNorm over groups of channels of x * silu(gate), in fp32."""
 
@@ -38,6 +39,7 @@ class NemotronHRMSNormGated(nn.Module):
         return gated_norm(x, gate, self.weight, self.group_size, self.variance_epsilon, implementation)
 
 
+@remember_forward
 class NemotronHMamba2Mixer(nn.Module):
     """One Mamba-2 layer (arXiv 2405.21060). A_log, D, dt_bias are stored in any dtype and computed in fp32."""
 

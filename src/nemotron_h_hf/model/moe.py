@@ -15,9 +15,11 @@ from transformers.integrations import use_experts_implementation
 from .configuration_nemotron_h import NemotronHConfig
 from .kernels import has_kernels_for
 from .linear import multiply, project
+from .plain import remember_forward
 from .ssd import no_autocast, times, under_func, wide
 
 
+@remember_forward
 class NemotronHMLP(nn.Module):
     """down_proj(act(up_proj(x))), with act = relu(x)^2 in the released models."""
 
@@ -42,6 +44,7 @@ def squared_relu(x: Tensor, implementation: str = "torch") -> Tensor:
     return times(positive, positive)
 
 
+@remember_forward
 class SquaredReLU(nn.Module):
     """`squared_relu` as a module, on which hooks can be registered."""
 

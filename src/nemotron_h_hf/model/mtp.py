@@ -38,7 +38,6 @@ class NemotronHMTPBlock(NemotronHBlock):
         hidden, eps = config.hidden_size, config.layer_norm_epsilon
         self.layer_idx = self.mixer.layer_idx = position  # of the depth's own cache
         self.is_first, self.is_last = position == 0, position == len(config.mtp_layers_block_type) - 1
-        self.is_residual = not (self.is_first or self.is_last)
         if self.is_first:
             self.eh_proj = nn.Linear(2 * hidden, hidden, bias=False)
             self.enorm, self.hnorm = NemotronHRMSNorm(hidden, eps), NemotronHRMSNorm(hidden, eps)

@@ -11,11 +11,17 @@ from torch.nn.modules import module as torch_module
 FORWARDS = {nn.Linear: nn.Linear.forward, nn.Conv1d: nn.Conv1d.forward}  # a tool may put its own into the classes
 
 
+def remember_forward(kind: type[nn.Module]) -> type[nn.Module]:
+    """Class decorator for our own layers that may be computed without a call."""
+    FORWARDS[kind] = kind.forward
+    return kind
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether `module` is exactly of this class, with that class's own forward and no hooks."""
+    """Whether `module` is exactly of this class, one in `FORWARDS` with that forward still, and without hooks."""
     if type(module) is not kind or "forward" in module.__dict__ or has_hooks(module):
         return False
-    return FORWARDS.get(kind, kind.forward) is kind.forward
+    return FORWARDS.get(kind) is kind.forward
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -56,7 +56,7 @@ class TokenRun:
 
     def add(self, block: nn.Module, attention_mask: Tensor | None) -> bool:
         """Take this block too, if it can be."""
-        if not block.is_residual or not is_plain(block, type(block)) or not is_plain(block.norm, type(block.norm)):
+        if not is_plain(block, type(block)) or not is_plain(block.norm, type(block.norm)):
             return False
         mixer, kind = block.mixer, block.block_type
         if not is_plain(mixer, type(mixer)) or block.norm.weight.dtype not in COMPILED_DTYPES:
