@@ -10,15 +10,12 @@ from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
 from nemotron_h_hf.compression.candidates import costs_of, find_candidates
 from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.minipuzzle import distilling
-from nemotron_h_hf.minipuzzle.arguments import MiniPuzzleArguments
+from nemotron_h_hf.minipuzzle.arguments import OF_DISTILL, MiniPuzzleArguments
 from nemotron_h_hf.minipuzzle.run import Run
 from nemotron_h_hf.minipuzzle.text import Files
-from nemotron_h_hf.scripts import distill
-from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse
-from nemotron_h_hf.training.data_arguments import DataArguments, RowArguments
+from nemotron_h_hf.training.arguments import parse
 
 RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
-OF_DISTILL = (DataArguments, RowArguments, distill.DistillationArguments, ModelArguments, NemotronHTrainingArguments)
 
 
 def read(recipe: str, *words: str) -> MiniPuzzleArguments:
@@ -32,11 +29,18 @@ def test_the_papers_recipe():
     assert (arguments.short_tokens, arguments.long_tokens) == (7 * 10**9, 63 * 10**9)
     assert arguments.deployment.num_tokens == 1_000_000 and arguments.limits() == {"bytes": 31.7 * 2**30}
     config = NemotronHConfig.from_preset("nemotron-h-56b")
-    found = find_candidates(
-        config, dict.fromkeys(range(config.num_hidden_layers), 0.0), arguments.sizes, arguments.counts,
-        costs_of(arguments.deployment), arguments.limits(),
+    found, all_counts = (
+        find_candidates(
+            config, dict.fromkeys(range(config.num_hidden_layers), 0.0), arguments.sizes, counts,
+            costs_of(arguments.deployment), arguments.limits(),
+        )
+        for counts in (arguments.counts, {})
     )  # fmt: skip
     assert "a5-m45-f48-w30720" in {one.name for one in found.candidates} and 130 < len(found.candidates) < 800
+    told = (all_counts.num_models, all_counts.num_fitting, len(all_counts.candidates))
+    assert told == (262_440, 222_048, 1_618) and "a5-m45-f48-w30720" in {one.name for one in all_counts.candidates}
+    guide = (RECIPES.parents[1] / "docs" / "compress.md").read_text()
+    assert all(f"{number:,}" in guide for number in told)
 
 
 @pytest.mark.parametrize("recipe", ["minipuzzle_56b_to_47b", "minipuzzle_tiny"])

@@ -16,4 +16,6 @@ distilling.py      nemotron-h distill as a step
 family.py          the finalists as budgets of an elastic parent
 report.py          report.html, and the same as Markdown
 report_plots.py    their pictures
+
+What is measured and counted, without files and trainings, is in ../compression.
 """

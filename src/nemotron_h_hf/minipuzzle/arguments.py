@@ -154,7 +154,7 @@ class MiniPuzzleArguments:
         require(self.until != "student" or self.output is not None, "output", None, "a folder, with until student")
         if self.budget is not None:
             _check_need(self.budget)
-        require(bool(self.limits()), "budget", None, "31.7GiB@1M, or one of the other limits")
+        require(bool(self.limits()), "budget", None, "a need such as 31.7GiB@1M, or one of the other limits")
 
     @property
     def deployment(self) -> Deployment:
