@@ -1,6 +1,7 @@
 """Speculative decoding on a hybrid model: guess tokens from the prompt, verify them in one pass, roll back the wrong ones.
 
-transformers refuses this for recurrent models; `HybridCache` can undo tokens. The text is the greedy text exactly.
+transformers refuses this for recurrent models; `HybridCache` can undo tokens. The text is the greedy text, in fp32; in bf16 one
+pass over several tokens rounds otherwise than several passes, and where two tokens are nearly equal the other may win.
 
 python examples/prompt_lookup.py
 """
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from nemotron_h_hf import EMBEDDED_MODEL
 
 tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
-model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL)
+model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
 source = (
     "def area(width, height):\n    return width * height\n\n\ndef volume(width, height, depth):\n    return width *"
 )

@@ -211,6 +211,15 @@ def test_windows_roll_back_and_are_saved(windowed, tmp_path):
     assert AutoConfig.from_pretrained(tmp_path).sliding_window == [5, None, 3]
 
 
+@pytest.mark.parametrize("field, value", [("sliding_window", 4), ("num_experts_per_tok", [2, 1])])
+def test_sizes_that_are_set_later_are_saved(field, value, tmp_path):
+    config = tiny_model("moe").config
+    kinds = config.layers_block_type.count("moe")
+    setattr(config, field, value if field == "sliding_window" else (value * kinds)[:kinds])
+    NemotronHForCausalLM(config).save_pretrained(tmp_path)
+    assert getattr(AutoConfig.from_pretrained(tmp_path), field) == getattr(config, field)
+
+
 def test_one_window_for_all_and_gradients():
     model = tiny_model("dense", sliding_window=4).double()
     ids = prompt(2, 12)

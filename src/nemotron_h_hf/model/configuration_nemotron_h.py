@@ -245,14 +245,11 @@ class NemotronHConfig(PreTrainedConfig):
                 setattr(self, field, sizes[0])
 
     def validate(self) -> None:
-        """Check every field again; transformers calls it before saving."""
+        """Check every field again, and take the class whose files can say them; transformers calls it before saving."""
         check_fields(self)
-        if type(self) is NemotronHConfig:
-            for field in (*PUZZLE_LISTS, "sliding_window"):
-                if _needs_blocks({field: (value := getattr(self, field))}):
-                    raise ValueError(
-                        f"{field}={value!r}: allowed is one value; give a list to a new configuration, whose files can say it"
-                    )
+        told = {field: getattr(self, field) for field in (*PUZZLE_LISTS, "sliding_window")}
+        if type(self) is NemotronHConfig and _needs_blocks(told):  # they were set after it was made
+            self.__class__ = NemotronHPuzzleConfig
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "NemotronHConfig":

@@ -391,7 +391,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
         mtp_steps: int | None = None,
         past_key_values: Cache | None = None,
         **kwargs,
-    ) -> "NemotronHCausalLMOutput":
+    ) -> NemotronHCausalLMOutput:
         """Logits, and the next-token loss if there are labels. Arguments not listed are those of `NemotronHModel.forward`.
 
         Args:
