@@ -37,25 +37,9 @@ def cut_for_rank(whole: Tensor, axis: int, sizes: Sequence[int], num_ranks: int,
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, axis)
 
 
-def join_ranks(shards: Sequence[Tensor], axis: int, sizes: Sequence[int]) -> Tensor:
-    """The whole tensor from those of all ranks, in order; the inverse of `cut_for_rank`."""
-    shape = list(shards[0].shape)
-    shape[axis] = sum(sizes)
-    whole = shards[0].new_empty(shape)
-    for rank, shard in enumerate(shards):
-        for local_start, start, length in rank_ranges(sizes, len(shards), rank):
-            whole.narrow(axis, start, length).copy_(shard.narrow(axis, local_start, length))
-    return whole
-
-
 def split_parts(whole: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """The consecutive parts on the first axis, as views."""
     return list(whole.split(list(sizes)))
-
-
-def join_parts(parts: Sequence[Tensor]) -> Tensor:
-    """The inverse of `split_parts`."""
-    return torch.cat(list(parts))
 
 
 def split_qkv(qkv: Tensor, num_groups: int, head_dim: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,13 +76,8 @@ def cut_rows(tensor: Tensor, num_rows: int) -> Tensor:
     return tensor[:num_rows]
 
 
-def stack_experts(experts: Sequence[Tensor]) -> Tensor:
-    """One tensor per expert to one tensor with the experts on its first axis."""
-    return torch.stack(list(experts))
-
-
 def unstack_experts(stacked: Tensor) -> list[Tensor]:
-    """The inverse of `stack_experts`."""
+    """One tensor with the experts on its first axis to one tensor per expert, as views."""
     return list(stacked.unbind())
 
 

@@ -293,6 +293,8 @@ def test_plot_says_what_is_wrong(tmp_path):
     (tmp_path / "y.jsonl").write_text("{\n")
     with pytest.raises(ValueError, match="y.jsonl, line 1 is not JSON"):
         plot.main([str(tmp_path / "y.jsonl")])
+    with pytest.raises(ValueError, match=r"--output=.*y.jsonl.: allowed is a name that ends in .png"):
+        plot.main([str(tmp_path / "y.jsonl"), "--output", str(tmp_path / "y.jsonl")])
     with pytest.raises(ValueError, match="--window=0"):
         plot.main([str(tmp_path / "x.jsonl"), "--window", "0"])
     with pytest.raises(ValueError, match="--y: .*x.jsonl has nothing that matches kl; it has loss, step"):

@@ -75,6 +75,8 @@ def parse(argv: Sequence[str] | None) -> PlotArguments:
     parser.add_argument("--window", type=int, default=5, help="lines in the running mean, 1 for none (5)")
     parser.add_argument("--log-scale", action="store_true", help="logarithmic vertical axis")
     arguments = PlotArguments(**vars(parser.parse_args(argv)))
+    if not arguments.output.lower().endswith(".png"):
+        raise ValueError(f"--output={arguments.output!r}: allowed is a name that ends in .png")
     if arguments.window < 1:
         raise ValueError(f"--window={arguments.window}: allowed is 1 or more")
     return arguments

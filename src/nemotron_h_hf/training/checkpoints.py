@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from transformers import TrainingArguments
 
 from ..inputs import read_json
+from ..model.saving import flush
 from ..output_folders import writing
 from ..whole_files import write_json
 
@@ -137,13 +138,13 @@ def mark_whole(folder: str | os.PathLike, facts: Mapping[str, Any]) -> None:
     _require_shards(folder)
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (MARKER, UNFINISHED))
     for path in files:
-        _flush(path)
+        flush(path)
     sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
     marker = {**facts, "files": sizes, "sha256": _checksums(folder, sizes)}
     write_json(folder / MARKER, {**marker, "marker_sha256": _marker_checksum(marker)})
     (folder / UNFINISHED).unlink()
-    _flush(folder)
-    _flush(folder.parent)
+    flush(folder)
+    flush(folder.parent)
 
 
 def discard_unfinished(output_dir: str | os.PathLike) -> list[Path]:
@@ -217,11 +218,3 @@ def _checkpoints(output_dir: str | os.PathLike) -> Iterator[Path]:
         if match and path.is_dir():
             numbered.append((int(match[1]), path))
     return (path for _, path in sorted(numbered))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
