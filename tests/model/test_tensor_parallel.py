@@ -111,14 +111,20 @@ def test_offloaded_to_disk(shape, dtype, limit, tmp_path):
     assert model.generate(ids, **new).tolist() == whole.generate(ids, **new).tolist()
 
 
-def test_automatic_placement_keeps_blocks_whole(tmp_path):
-    whole = tiny_model("dense")
+@pytest.mark.parametrize("part", ["model", "mtp"])
+def test_automatic_placement_keeps_blocks_whole(part, tmp_path):
+    """The limit lies in the middle of the stack, or of a block of multi-token prediction."""
+    more = {"num_nextn_predict_layers": 2, "mtp_hybrid_override_pattern": "*-"} if part == "mtp" else {}
+    whole = tiny_model("dense", **more)
     whole.save_pretrained(tmp_path / "model")
+    sizes = {name: weight.nbytes for name, weight in whole.named_parameters()}
+    room = sum(nbytes for name, nbytes in sizes.items() if not name.startswith("mtp.layers."))
+    room = 200_000 if part == "model" else room + sizes["mtp.layers.0.eh_proj.weight"] * 3 // 2
     model = AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", device_map="auto", max_memory={"cpu": "200KB"}, offload_folder=tmp_path / "offload"
+        tmp_path / "model", device_map="auto", max_memory={"cpu": room}, offload_folder=tmp_path / "offload"
     )
     assert {"cpu", "disk"} <= {str(place) for place in model.hf_device_map.values()}
-    assert not any(name.startswith("model.layers.") and name.count(".") > 2 for name in model.hf_device_map)
+    assert not any("layers." in name and name.partition("layers.")[2].count(".") for name in model.hf_device_map)
     with torch.no_grad():
         expected = whole(prompt()).logits
         assert (model(prompt()).logits - expected).abs().max() < 1e-5 * expected.abs().max()

@@ -56,6 +56,8 @@ class NemotronHMTPBlock(NemotronHBlock):
 class NemotronHMTP(nn.Module):
     """All depths. The weights ask for no gradients until `requires_grad_` says so: without their loss they get none."""
 
+    _no_split_modules = ["NemotronHMTPBlock"]  # read by the model's post_init
+
     def __init__(self, config: NemotronHConfig) -> None:
         super().__init__()
         self.config, kinds = config, config.mtp_layers_block_type
