@@ -129,6 +129,12 @@ def test_generation_prompt_that_says_more_than_the_turn(tokenizer):
     assert learned(encoded, tokenizer)[0] == "Hello, friend.<|im_end|>"
 
 
+def test_a_tokenizer_without_template(tokenizer):
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="chat_template=None: allowed is a file with one"):
+        encode_conversation(TALK, tokenizer)
+
+
 def test_template_that_rewrites_earlier_turns_is_refused(tokenizer):
     tokenizer.chat_template = REWRITING
     thinking = [*TALK[:2], {"role": "assistant", "content": "<think>hm</think>Hello"}, *TALK[3:]]

@@ -107,6 +107,8 @@ def _renderer(tokenizer: Any, tools: Sequence[Any] | None) -> Render:
     """messages, add_generation_prompt -> text; what the template refuses is a ValueError."""
 
     def render(messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        if tokenizer.chat_template is None:
+            raise ValueError("chat_template=None: allowed is a file with one, since the tokenizer has none")
         try:
             return tokenizer.apply_chat_template(
                 list(messages), tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
