@@ -41,6 +41,8 @@ CHAT = (
 )
 KEY = "a-key-for-tests"
 HEADERS = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "[1]"}}
+CALLED = [{"role": "assistant", "tool_calls": [CALL]}, {"role": "tool", "content": "1", "tool_call_id": "1"}]
 PROMPT = "How now, brown cow?"
 
 
@@ -166,7 +168,15 @@ def test_a_stream_is_the_whole_answer_in_parts(client):
         assert sum((it.logprobs.token_logprobs for it in own if it.logprobs), []) == pytest.approx(
             choice.logprobs.token_logprobs, abs=1e-4
         )
+        offsets = sum((it.logprobs.text_offset for it in own if it.logprobs), [])
+        assert (
+            offsets == choice.logprobs.text_offset
+            and offsets[0] == 0
+            and offsets[-1] in (len(choice.text) - 1, len(choice.text))
+        )
     assert len({choice.text for choice in whole.choices}) == 4 and len(whole.choices) == 4
+    again = client.completions.create(**{**settings, "prompt": "Well", "seed": 5})  # choice i: seed + i
+    assert [it.text for it in again.choices] == [it.text for it in whole.choices[2:]]
 
 
 def test_a_conversation_streamed_and_whole(client):
@@ -207,6 +217,12 @@ def test_thinking_small_and_answering_large(client):
     ({"temperature": "hot"}, "temperature"), ({"max_tokens": 0}, "max_tokens"), ({"n": 200}, "n"), ({"prompt": ""}, "prompt"),
     ({"prompt": [500]}, "prompt"), ({"stop": [""]}, "stop"), ({"logprobs": 40}, "logprobs"), ({"budget": "huge"}, "budget"),
     ({"max_tokens": 599}, "max_tokens"), ({"logit_bias": {"5": 200}}, "logit_bias"), ({"stream_options": {"x": 1}}, "stream_options.x"),
+    ({"max_tokens": True}, "max_tokens"), ({"max_tokens": "5"}, "max_tokens"), ({"prompt": [True]}, "prompt"),
+    ({"prompt": [1, "a"]}, "prompt"), ({"prompt": ["a"] * 5}, "prompt"), ({"prompt": "\ud83d"}, "prompt"),
+    ({"logit_bias": {"500": 1}}, "logit_bias"), ({"budget": "small>"}, "budget"), ({"budget": True}, "budget"),
+    ({"thinking_budget": 1, "thinking_token_budget": 1}, "thinking_token_budget"), ({"n": 9}, "n"),
+    ({"thinking_token_budget": -1}, "thinking_token_budget"), ({"stream_options": {"include_usage": True}}, "stream_options"),
+    ({"\ud83d": 1}, "?"), ({"prompt": None}, "prompt"),
 ])  # fmt: skip
 def test_a_refusal_names_the_field(server, change, param):
     status, _, text = ask(server[0], "/v1/completions", {"model": "tiny", "prompt": "Hi", **change})
@@ -216,7 +232,16 @@ def test_a_refusal_names_the_field(server, change, param):
 @pytest.mark.parametrize(("change", "param"), [
     ({"response_format": {"type": "json_object"}}, "response_format"), ({"tool_choice": "required"}, "tool_choice"),
     ({"messages": []}, "messages"), ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
-    ({"top_logprobs": 2}, "top_logprobs"), ({"functions": []}, "functions"),
+    ({"top_logprobs": 2}, "top_logprobs"), ({"functions": []}, "functions"), ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+    ({"max_tokens": 2, "max_completion_tokens": 2}, "max_completion_tokens"), ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ({"max_completion_tokens": 700}, "max_completion_tokens"), ({"messages": [{"role": "user"}]}, "messages"),
+    ({"messages": [{"role": "user", "content": []}]}, "messages"), ({"tools": [{"type": "web_search"}]}, "tools"),
+    ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools"),
+    ({"messages": CALLED}, "messages.tool_calls.function.arguments"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools"),
+    ({"chat_template_kwargs": {"chat_template": "{{ messages }}"}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+    ({"chat_template_kwargs": {"thinkin": True}}, "chat_template_kwargs"),
 ])  # fmt: skip
 def test_a_conversation_is_refused_by_field(server, change, param):
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], **change}
@@ -233,16 +258,31 @@ def test_unknown_models_keys_and_paths(server, client):
         assert ask(server[0], "/v1/models", None, "GET", Authorization=given)[0] == 401
     assert ask(server[0], "/v1/nothing", None, "GET")[0] == 404
     assert ask(server[0], "/health", None, "GET", Authorization="")[0] == 200
+    assert ask(server[0], "/health", None, "HEAD", Authorization="")[0] == 200
 
 
 def test_bad_and_large_bodies(server):
-    status, _, text = ask(server[0], "/v1/completions", b"{not json")
-    assert status == 400 and "not JSON" in text
+    for bad in (b"{not json", b"\xff", b'{"model": "tiny", "prompt": "\xff"}', b"[" * 9000, b"1" * 9000):
+        status, _, text = ask(server[0], "/v1/completions", bad)
+        assert status == 400 and "not JSON" in text, (bad, text)
+    good = {"model": "tiny", "prompt": "Hi", "max_tokens": 1}
+    status, _, text = ask(server[0], "/v1/completions", good, **{"Content-Type": "text/plain"})
+    assert status == 400 and "Content-Type: allowed is application/json" in text
     assert ask(server[0], "/v1/completions", {"model": "tiny", "prompt": "x" * 30_000})[0] == 413
     connection = http.client.HTTPConnection("127.0.0.1", server[0], timeout=60)
     parts = (b"x" * 1000 for _ in range(40))
     connection.request("POST", "/v1/completions", parts, HEADERS, encode_chunked=True)
-    assert connection.getresponse().status in (400, 413)
+    assert connection.getresponse().status == 413
+    nothing = dict.fromkeys(("functions", "suffix", "reasoning_effort", "max_tokens", "stop", "stream_options"))
+    assert ask(server[0], "/v1/completions", {**good, **nothing})[0] == 200, "a null asks for nothing"
+
+
+@pytest.mark.parametrize(("given", "said"), [
+    ([1, "a"], "prompt.1='a': "), (5, "prompt='5': allowed is str or list[int] or list[str] or list[list[int]]"),
+])  # fmt: skip
+def test_a_field_of_several_forms_says_which(server, given, said):
+    text = ask(server[0], "/v1/completions", {"model": "tiny", "prompt": given})[2]
+    assert json.loads(text)["error"]["message"].startswith(said)
 
 
 def test_a_full_queue_is_429(server):

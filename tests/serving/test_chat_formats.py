@@ -56,6 +56,40 @@ def test_a_call_that_is_none_is_shown():
     assert "tool_calls" not in message and "[{oh}]" in message["content"] and message["content"].endswith(" then")
 
 
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_call_that_does_not_end_is_shown(name):
+    """Every beginning of an answer, ended there: a call is there as a whole or as the text that it is."""
+    template, prefix, text = ANSWERS[name]
+    for end in range(text.index("I will.") + len("I will."), len(text)):
+        found = reader(template, prefix)
+        message = joined(found.feed(text[:end]) + found.finish())
+        called = "</tool_call>" in text[:end] or "</TOOLCALL>" in text[:end]
+        assert ("tool_calls" in message) == called, text[:end]
+        said = message["content"] or ""
+        after = text[:end].partition("</tool_call>" if name == "v3" else "</TOOLCALL>")[2]
+        assert said == ("I will.\n" + after if called else text[text.index("I will.") : end]), text[:end]
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
+def test_the_end_token_is_no_content(end):
+    template, prefix, text = ANSWERS["v3"]
+    for answer in ("fine", "fine <thi", text.removesuffix("<|im_end|>")):
+        found = reader(template, prefix.replace("<think>\n", ""))
+        message = joined(found.feed(answer) + found.finish(end))
+        assert end not in str(message) and "\0" not in str(message)
+        assert message["content"] == answer or "tool_calls" in message
+
+
+def test_a_template_without_an_end_of_calls_ends_them_with_the_answer():
+    form = {"start_anchor": "<a>", "fields": {"tool_calls": {"open": "[CALLS]", "content": "json", "transform_each": True,
+                                      "transform": V2["fields"]["tool_calls"]["transform"]}, "content": {}}}  # fmt: skip
+    for end, called in (("</s>", True), ("", False)):
+        parser = PreTrainedTokenizerBase.get_response_parser(PreTrainedTokenizerFast, form, prefix="<a>", tools=TOOLS)
+        found = Reader(parser, calls_end=False)
+        message = joined(found.feed('[CALLS][{"name": "add", "arguments": {}}]') + found.finish(end))
+        assert ("tool_calls" in message) == called, message
+
+
 @pytest.mark.parametrize("marker, form", RESPONSE_TEMPLATES.items())
 @pytest.mark.parametrize("own_file", [False, True])
 def test_a_known_chat_format_is_written_with_its_response_template(marker, form, own_file, tmp_path):

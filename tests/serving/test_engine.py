@@ -1,5 +1,6 @@
 """The engine: rows of many budgets in running batches write what `generate` writes for each of them alone."""
 
+import queue
 import random
 
 import pytest
@@ -8,11 +9,12 @@ from tiny import tiny_model
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from nemotron_h_hf import NemotronHElasticForCausalLM
+from nemotron_h_hf import EMBEDDED_MODEL, NemotronHElasticForCausalLM
 from nemotron_h_hf.serving.engine import Engine
 from nemotron_h_hf.serving.requests import Busy, Request, TooLarge
+from nemotron_h_hf.serving.text import token_bytes, token_text
 
 BUDGETS = {
     "large": {},
@@ -153,6 +155,32 @@ def test_a_full_queue_says_when_to_come_again(parent):
     assert busy.value.seconds >= 1
 
 
+def test_without_a_queue_a_request_runs_or_is_refused(parent):
+    engine = Engine(parent, queue=0, max_batch=2)
+    got = []
+    engine.submit(Request(tokens=[5], n=2, max_tokens=2, ignore_eos=True), got.append)
+    engine.turn()
+    with pytest.raises(Busy):
+        engine.submit(Request(tokens=[5]), print)
+    while engine.turn():
+        pass
+    engine.submit(Request(tokens=[5]), print)
+    assert len(got) == 4
+
+
+def test_a_fault_of_the_engine_fails_what_waits_too(parent, monkeypatch):
+    """Else it would be met again at every turn, for ever."""
+    engine, got, plain = Engine(parent), queue.Queue(), Engine._admit
+    monkeypatch.setattr(Engine, "_admit", lambda self: 1 / 0)
+    engine.start()
+    engine.submit(Request(tokens=[5]), got.put)
+    assert isinstance(got.get(timeout=20), ZeroDivisionError)
+    monkeypatch.setattr(Engine, "_admit", plain)
+    engine.submit(Request(tokens=[5], max_tokens=1), got.put)
+    assert got.get(timeout=20).finish_reason == "length"
+    engine.stop()
+
+
 def test_a_failing_row_fails_alone(parent, monkeypatch):
     """A batch that cannot be computed with one of its rows: that row's request fails, the others write what they would."""
     small = parent.submodel("small")
@@ -213,6 +241,23 @@ def test_stops_and_thinking_in_the_text(parent, words):
     assert 2 in thought.tokens and thought.tokens.index(2) in (5, 6) and thought.num_thinking_tokens in (6, 7)
     ((free,),) = engine.generate([Request(**settings, thinking_budget=5)])
     assert 2 not in free.tokens
+
+
+def test_an_end_token_is_said_apart_from_the_text(parent, words):
+    bias = {"max_tokens": 4, "keep_special": True, "logit_bias": {2: 100}, "temperature": 0}
+    engine, pieces = Engine(parent, words), []
+    engine.ends = {2}
+    engine.submit(Request(tokens=ids(3, 9), **bias), pieces.append)
+    while engine.turn():
+        pass
+    assert [(it.text, it.end, it.finish_reason) for it in pieces] == [("", "</think>", "stop")]
+
+
+def test_tokens_that_are_parts_of_letters():
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    text = "h\u00e9 \U0001f389 \u4f60\u597d <|endoftext|>"
+    parts = [token_bytes(tokenizer, token) for token in tokenizer(text)["input_ids"]]
+    assert b"".join(parts) == text.encode() and token_text(parts[1]) == "bytes:\\xc3" and token_text(parts[0]) == "h"
 
 
 def test_the_small_one_thinks_and_the_large_one_answers(parent, words):

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 import uuid
+from codecs import getincrementaldecoder
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import require
-from .chat import Conversation, Reader, joined
+from .chat import Conversation, joined
 from .engine import Engine
 from .protocol import DEFAULT_TOKENS, Body, ChatBody, CompletionBody
 from .requests import Answer, Piece, Request, TokenScore
+from .text import token_bytes, token_text
 
 
 class Writer:
@@ -25,6 +28,8 @@ class Writer:
         self.body, self.tokenizer, self.requests = body, tokenizer, requests
         self.copies = requests[0].n
         self.answers = [Answer() for request in requests for _ in range(request.n)]
+        self.special = {token for token, it in tokenizer.added_tokens_decoder.items() if it.special}
+        self.places = [Place() for _ in self.answers]
         self.head = {"id": f"{self.kind[0]}-{uuid.uuid4().hex}", "created": int(time.time()), "model": body.model}
 
     def begin(self) -> Iterator[dict[str, Any]]:
@@ -43,7 +48,7 @@ class Writer:
         choice = {
             "index": index,
             "text": piece.text,
-            "logprobs": self.logprobs(piece.scores),
+            "logprobs": self.logprobs(index, piece.scores),
             "finish_reason": piece.finish_reason,
         }
         if piece.text or piece.finish_reason or piece.scores or self.body.return_token_ids:
@@ -69,7 +74,7 @@ class Writer:
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         """One whole choice."""
         return {
-            "index": index, "text": answer.text, "logprobs": self.logprobs(answer.scores),
+            "index": index, "text": answer.text, "logprobs": self.logprobs(index, answer.scores),
             "finish_reason": answer.finish_reason,
         }  # fmt: skip
 
@@ -84,19 +89,18 @@ class Writer:
             "completion_tokens_details": {"reasoning_tokens": thought},
         }  # fmt: skip
 
-    def logprobs(self, scores: list[TokenScore]) -> dict[str, Any] | None:
-        """OpenAI's form for completions."""
+    def logprobs(self, index: int, scores: list[TokenScore]) -> dict[str, Any] | None:
+        """OpenAI's form for completions, of the next tokens of a choice. The token itself is among the likeliest."""
         if self.requests[0].logprobs is None:
             return None
-        offsets, place = [], 0
-        for score in scores:
-            offsets.append(place)
-            place += len(self._token(score.token))
         return {
             "tokens": [self._token(score.token) for score in scores],
             "token_logprobs": [score.logprob for score in scores],
-            "top_logprobs": [{self._token(token): logprob for token, logprob in score.top} for score in scores],
-            "text_offset": offsets,
+            "top_logprobs": [
+                {self._token(token): logprob for token, logprob in (*score.top, (score.token, score.logprob))}
+                for score in scores
+            ],
+            "text_offset": [self.places[index].after(self._shown(score.token)) for score in scores],
         }  # fmt: skip
 
     def _chunk(self, choice: dict[str, Any], piece: Piece) -> dict[str, Any]:
@@ -106,8 +110,23 @@ class Writer:
         options = self.body.stream_options
         return {**chunk, "usage": None} if options is not None and options.include_usage else chunk
 
+    def _shown(self, token: int) -> bytes:
+        return b"" if token in self.special else token_bytes(self.tokenizer, token)
+
     def _token(self, token: int) -> str:
-        return self.tokenizer.decode([token])
+        return token_text(token_bytes(self.tokenizer, token))
+
+
+class Place:
+    """Letters before the next token."""
+
+    def __init__(self) -> None:
+        self.letters, self.decoder = 0, getincrementaldecoder("utf-8")("replace")
+
+    def after(self, token: bytes) -> int:
+        """Where this token begins; the next one is after it."""
+        begins, self.letters = self.letters, self.letters + len(self.decoder.decode(token))
+        return begins
 
 
 class ChatWriter(Writer):
@@ -119,7 +138,7 @@ class ChatWriter(Writer):
         self, body: Body, tokenizer: PreTrainedTokenizerBase, requests: list[Request], conversation: Conversation
     ) -> None:
         super().__init__(body, tokenizer, requests)
-        self.readers = [Reader(conversation.parser()) for _ in self.answers]
+        self.readers = [conversation.reader() for _ in self.answers]
         self.deltas: list[list[dict[str, Any]]] = [[] for _ in self.answers]
 
     def begin(self) -> Iterator[dict[str, Any]]:
@@ -144,7 +163,7 @@ class ChatWriter(Writer):
         deltas = self.deltas[index][before:] or [{}] * bool(piece.scores or self.body.return_token_ids)
         for place, delta in enumerate(deltas):
             scores = piece.scores if place == 0 else []
-            choice = {"index": index, "delta": delta, "logprobs": self.logprobs(scores), "finish_reason": None}
+            choice = {"index": index, "delta": delta, "logprobs": self.logprobs(index, scores), "finish_reason": None}
             yield self._chunk(choice, piece if place == 0 else Piece(index, [], "", []))
         if piece.finish_reason:
             choice = {"index": index, "delta": {}, "logprobs": None, "finish_reason": self._reason(index)}
@@ -152,11 +171,11 @@ class ChatWriter(Writer):
 
     def choice(self, index: int, answer: Answer) -> dict[str, Any]:
         return {
-            "index": index, "message": joined(self.deltas[index]), "logprobs": self.logprobs(answer.scores),
+            "index": index, "message": joined(self.deltas[index]), "logprobs": self.logprobs(index, answer.scores),
             "finish_reason": self._reason(index),
         }  # fmt: skip
 
-    def logprobs(self, scores: list[TokenScore]) -> dict[str, Any] | None:
+    def logprobs(self, index: int, scores: list[TokenScore]) -> dict[str, Any] | None:
         """OpenAI's form for conversations."""
         if self.requests[0].logprobs is None:
             return None
@@ -167,13 +186,13 @@ class ChatWriter(Writer):
         return {"content": content, "refusal": None}
 
     def _scored(self, token: int, logprob: float) -> dict[str, Any]:
-        text = self._token(token)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        data = token_bytes(self.tokenizer, token)
+        return {"token": token_text(data), "logprob": logprob, "bytes": list(data)}
 
     def _read(self, index: int, piece: Piece) -> list[dict[str, Any]]:
         reader = self.readers[index]
         deltas = reader.feed(piece.text)
-        return deltas + reader.finish() if piece.finish_reason else deltas
+        return deltas + reader.finish(piece.end) if piece.finish_reason else deltas
 
     def _reason(self, index: int) -> str | None:
         reason = self.answers[index].finish_reason
@@ -185,8 +204,17 @@ def completion_writer(engine: Engine, body: CompletionBody, budgets: tuple[Any, 
     settings = {"max_tokens": DEFAULT_TOKENS, **body.settings(), "budget": budgets[0], "answer_budget": budgets[1]}
     prompts = body.prompts()
     require(len(prompts) > 0, "prompt", prompts, "one prompt or more")
+    most = max(1, engine.queue)
+    require(len(prompts) <= most, "prompt", f"{len(prompts)} prompts", f"at most {most}, the requests that may wait")
     read = [engine.tokenizer(it)["input_ids"] if isinstance(it, str) else it for it in prompts]
-    return Writer(body, engine.tokenizer, [Request(tokens=it, logprobs=body.logprobs, **settings) for it in read])
+    first = Request(tokens=read[0], logprobs=body.logprobs, **settings)
+    return Writer(body, engine.tokenizer, [_another(first, i, tokens) for i, tokens in enumerate(read)])
+
+
+def _another(first: Request, number: int, tokens: list[int]) -> Request:
+    """The same for prompt `number`: choice i of all of them is drawn with seed + i."""
+    seed = None if first.seed is None else first.seed + number * first.n
+    return replace(first, tokens=tokens, seed=seed)
 
 
 def chat_writer(engine: Engine, body: ChatBody, budgets: tuple[Any, Any]) -> ChatWriter:

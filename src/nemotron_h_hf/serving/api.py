@@ -75,7 +75,7 @@ def make_app(
     async def chat(body: ChatBody, request: Request) -> Response:
         return await _answer(engine, body, request, chat_writer)
 
-    @app.get("/health")
+    @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         alive = engine.is_alive()
         return JSONResponse({"status": "ok" if alive else "stopping"}, 200 if alive else 503)
@@ -102,7 +102,7 @@ async def _answer(engine: Engine, body: Body, request: Request, make: Any) -> Re
         pieces = Pieces(asyncio.get_running_loop())
         await run_in_threadpool(pieces.submit, engine, writer.requests)
     except Exception as error:
-        raise failure_of(error) from None
+        raise failure_of(error, body.said_as()) from None
     if body.stream:
         return EventSourceResponse(_events(writer, pieces), ping=PING, sep="\n")
     return JSONResponse(await _whole(writer, pieces, request))
@@ -151,7 +151,10 @@ def _budgets(engine: Engine, body: Body) -> tuple[Any, Any]:
     if body.budget is not None:
         if first is not None:
             raise Failure(400, f"budget={body.budget!r} and model={body.model!r}: allowed is one budget", "budget")
-        first, _, then = str(body.budget).partition(">")
+        try:
+            first, then = engine.budgets.split(f"{body.model}:{body.budget}")
+        except KeyError:
+            raise Failure(400, f"budget={body.budget!r}: allowed is NAME, SIZE or SMALL>LARGE", "budget") from None
     for name in filter(None, (first, then)):
         try:
             engine.budgets.find(name)
@@ -159,7 +162,7 @@ def _budgets(engine: Engine, body: Body) -> tuple[Any, Any]:
             if body.budget is not None:
                 raise Failure(400, str(error), "budget") from None
             raise _unknown(engine, body.model, f" ({error})") from None
-    return first, then or None
+    return first, then
 
 
 def _models(engine: Engine, created: int) -> list[dict[str, Any]]:
@@ -182,10 +185,7 @@ def _unknown(engine: Engine, name: str, why: str = "") -> Failure:
 
 
 async def _say(_request: Request, error: Exception) -> JSONResponse:
-    if isinstance(error, HTTPException):
-        error = Failure(error.status_code, str(error.detail))
-    failure = failure_of(error)
-    return JSONResponse(failure.body, failure.status, failure.headers)
+    return failure_of(error).response()
 
 
 def _dump(value: dict[str, Any]) -> str:

@@ -6,7 +6,9 @@ one, the template is taken that fits their chat template (tokenizer_files.py). W
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
 import uuid
 from collections.abc import Sequence
 from typing import Any
@@ -17,6 +19,7 @@ from ..errors import require
 from ..tokenizer_files import response_template_for
 from .protocol import Message
 
+PAST_THE_END = "\x00"  # parsers take what may go on for ended when more follows
 CAN_PARSE = "get_response_parser" in vars(PreTrainedTokenizerBase)  # not in older transformers
 
 
@@ -55,16 +58,27 @@ class Conversation:
             len(tools or ()),
             "none: the model has no response template",
         )
+        self._check_options()
         plain = [_plain(message) for message in messages]
         self.text = self._render(plain, add_generation_prompt=True)
         self.tokens = self._encode(self.text)
         self.marks = [mark for mark in map(self._mark, self._parts(plain)) if mark]
 
-    def parser(self) -> Any:
-        """transformers' parser of the answer, or None."""
+    def reader(self) -> Reader:
+        """Reads one answer, with transformers' parser if there is a response template."""
         if self.template is None:
-            return None
-        return self.tokenizer.get_response_parser(self.template, prefix=self.text, tools=self.tools)
+            return Reader(None)
+        calls = self.template["fields"].get("tool_calls", {})
+        parser = self.tokenizer.get_response_parser(self.template, prefix=self.text, tools=self.tools)
+        return Reader(parser, calls_end="close" in calls or "close_pattern" in calls)
+
+    def _check_options(self) -> None:
+        """A client may set what the chat template reads, not the template or how it is used."""
+        own = {*inspect.signature(self.tokenizer.apply_chat_template).parameters, "messages"} - {"documents"}
+        for name in self.options:
+            read = re.search(rf"\b{re.escape(name)}\b", str(self.tokenizer.chat_template))
+            allowed = "variables that the chat template reads, but for its own arguments"
+            require(bool(read) and name not in own, "chat_template_kwargs", name, allowed)
 
     def _render(self, messages: list[dict], **options: Any) -> str:
         try:
@@ -93,11 +107,16 @@ class Conversation:
 
 
 class Reader:
-    """Reads one answer as it comes, into OpenAI's deltas."""
+    """Reads one answer as it comes, into OpenAI's deltas.
 
-    def __init__(self, parser: Any) -> None:
-        self.parser, self.num_calls, self.unread, self.said = parser, 0, "", set()
-        self.finished = False
+    Args:
+        calls_end: whether the template says how a tool call ends; one that does not is shown as text.
+    """
+
+    def __init__(self, parser: Any, calls_end: bool = True) -> None:
+        self.parser, self.calls_end, self.num_calls = parser, calls_end, 0
+        self.said: set[str] = set()
+        self.hidden, self.in_call = "", False  # what the parser was given and has not shown
 
     def feed(self, text: str) -> list[dict[str, Any]]:
         """The deltas of more text."""
@@ -105,39 +124,49 @@ class Reader:
         for place, letter in enumerate(text):  # one by one: a failure loses what it was given
             if self.parser is None:
                 return [*deltas, {"content": text[place:]}]
+            self.hidden += letter
             try:
                 deltas += self._deltas(self.parser.feed(letter))
             except (ValueError, KeyError):
                 deltas += self._give_up()
         return _merged(deltas)
 
-    def finish(self) -> list[dict[str, Any]]:
-        """The deltas of what was held back."""
+    def finish(self, end: str = "") -> list[dict[str, Any]]:
+        """The deltas of what was held back; `end` is the text of the end token, which the template may need."""
         if self.parser is None:
             return []
-        try:
-            return self._deltas(self.parser.finalize()[1])
-        except (ValueError, KeyError):
-            return self._give_up()
+        is_whole = bool(end) and self.in_call and not self.calls_end
+        deltas = [] if is_whole else self.feed(end + PAST_THE_END)
+        if self.parser is not None and self.in_call and not is_whole:
+            deltas += self._give_up()
+        elif self.parser is not None:
+            try:
+                deltas += self._deltas(self.parser.finalize()[1])
+            except (ValueError, KeyError):
+                deltas += self._give_up()
+        return _without_end(_merged(deltas), end)
 
     def _give_up(self) -> list[dict[str, Any]]:
         """A tool call that is none is shown as it is, and all that follows."""
         self.parser = None
-        return [{"content": self.unread}] if self.unread else []
+        return [{"content": self.hidden}] if self.hidden else []
 
     def _deltas(self, events: list[dict]) -> list[dict[str, Any]]:
         deltas = []
         for event in events:
-            name = event["field"]
-            if event["type"] == "region_chunk" and event["dirty"]:
-                self.unread += event["text"]
-            elif event["type"] == "region_chunk":
+            name, kind = event["field"], event["type"]
+            if name == "tool_calls":
+                self.in_call = kind != "region_close"
+            elif kind == "region_chunk":
+                self.hidden = self.hidden.partition(event["text"])[2]
                 text = event["text"] if name in self.said else event["text"].lstrip("\n")
                 if text:
                     self.said.add(name)
                     deltas.append({name: text})
-            elif event["type"] == "region_close" and name == "tool_calls":
-                self.unread = ""
+            elif len(events) == 1:  # only a tag
+                self.hidden = ""
+            if name == "tool_calls" and kind == "region_close":
+                self.hidden = ""
                 calls = event["value"] if isinstance(event["value"], list) else [event["value"]]
                 deltas.append({"tool_calls": [self._call(call["function"]) for call in calls]})
         return deltas
@@ -161,6 +190,15 @@ def _merged(deltas: list[dict[str, Any]]) -> list[dict[str, Any]]:
         else:
             merged.append(delta)
     return merged
+
+
+def _without_end(deltas: list[dict[str, Any]], end: str) -> list[dict[str, Any]]:
+    """Without the end token, if the template took it for text."""
+    if deltas and "tool_calls" not in deltas[-1]:
+        ((name, text),) = deltas.pop().items()
+        text = text.removesuffix(PAST_THE_END).removesuffix(end)
+        deltas += [{name: text}] if text else []
+    return deltas
 
 
 def joined(deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -187,8 +225,14 @@ def _plain(message: Message) -> dict[str, Any]:
     for call in plain.get("tool_calls", ()):
         arguments = call["function"]["arguments"]
         if isinstance(arguments, str):
-            try:
-                call["function"]["arguments"] = json.loads(arguments or "{}")
-            except json.JSONDecodeError as error:
-                raise ValueError(f"messages.tool_calls.arguments={arguments!r}: allowed is JSON ({error})") from None
+            call["function"]["arguments"] = _object(arguments or "{}")
     return plain
+
+
+def _object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    require(isinstance(value, dict), "messages.tool_calls.function.arguments", text, "a JSON object")
+    return value

@@ -106,7 +106,7 @@ class Engine:
         with self._wake:
             if self._stopping:
                 raise Busy(10)
-            if not wait and len(self.waiting) >= self.queue:
+            if not wait and len(self.waiting) >= self.queue and (self.waiting or not self._fits(job)):
                 raise Busy(self._seconds_to_wait())
             self.waiting.append(job)
             self._wake.notify()
@@ -207,18 +207,14 @@ class Engine:
                     self._wake.wait()
             try:
                 self.turn()
-            except Exception as error:  # of the engine itself: nothing that runs can be trusted
-                for job in list(self.running):
-                    self._fail(job, error)
-                self.batches.clear()
-                self.reading.clear()
+            except Exception as error:  # of the engine itself: nothing that it holds can be trusted
+                self._fail_all(error)
 
     def _check(self, job: Job) -> None:
         request, vocabulary = job.request, self.budgets.model.config.vocab_size
-        ids = (*request.tokens, *request.logit_bias)
-        require(
-            0 <= min(ids) and max(ids) < vocabulary, "prompt", [min(ids), max(ids)], f"ids from 0 to {vocabulary - 1}"
-        )
+        for name, ids in (("prompt", request.tokens), ("logit_bias", request.logit_bias or [0])):
+            least, most = min(ids), max(ids)
+            require(0 <= least and most < vocabulary, name, [least, most], f"ids from 0 to {vocabulary - 1}")
         total = len(request.tokens) + request.max_tokens
         if total > self.max_context:
             raise TooLarge(
@@ -258,14 +254,17 @@ class Engine:
         while self.waiting:
             with self._wake:
                 job = self.waiting[0]
-                rows = sum(len(it.rows) for it in self.running) + job.request.n
-                if rows > self.max_batch or not self.room.fits(job):
+                if not self._fits(job):
                     return
                 self.waiting.popleft()
                 self.running.append(job)
                 self.room.enter(job)
             self.prefixes.shrink(self.room.limit - self.room.reserved())
             self._guarded(job, self._begin, job)
+
+    def _fits(self, job: Job) -> bool:
+        rows = sum(it.request.n for it in list(self.running)) + job.request.n
+        return rows <= self.max_batch and self.room.fits(job)
 
     def _begin(self, job: Job) -> None:
         self.watch("queue_seconds", self._label(job.child), time.monotonic() - job.since)
@@ -445,6 +444,16 @@ class Engine:
             self._free()
         self._forget(job, "error")
         self._deliver(job, error)
+
+    def _fail_all(self, error: Exception) -> None:
+        for job in list(self.running):
+            self._fail(job, error)
+        with self._wake:
+            waiting, self.waiting = self.waiting, deque()
+        for job in waiting:
+            self._deliver(job, error)
+        self.batches.clear()
+        self.reading.clear()
 
     def _step_failed(self, batch: Batch, error: Exception) -> None:
         """Of a failed batch, the only row fails, or all rows are read again to run alone until they have written a token."""

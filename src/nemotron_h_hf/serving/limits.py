@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .failures import Failure
@@ -23,35 +22,28 @@ class Limits:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         headers = Headers(scope=scope)
-        if (
-            self.keys
-            and scope["path"].startswith(("/v1", "/status"))
-            and not self._knows(headers.get("authorization", ""))
-        ):
-            return await _refuse(
-                Failure(401, "the API key is missing or wrong", code="invalid_api_key"), scope, receive, send
-            )
         length = headers.get("content-length", "0")
         too_large = Failure(413, f"the body is larger than {self.most} bytes", code="body_too_large")
+        if self.keys and scope["path"].startswith(("/v1", "/status")) and not self._knows(headers):
+            return await Failure(401, "the API key is missing or wrong", code="invalid_api_key").response()(
+                scope, receive, send
+            )
         if not length.isdecimal() or int(length) > self.most:
-            return await _refuse(too_large, scope, receive, send)
+            return await too_large.response()(scope, receive, send)
         seen = 0
 
         async def counted() -> Message:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
-            if seen > self.most:
+            if seen > self.most:  # a body without a length
                 raise too_large
             return message
 
-        try:
-            await self.app(scope, counted, send)
-        except Failure as failure:  # a body without a length
-            await _refuse(failure, scope, receive, send)
+        await self.app(scope, counted, send)
 
-    def _knows(self, authorization: str) -> bool:
-        given = authorization.removeprefix("Bearer ").encode()
+    def _knows(self, headers: Headers) -> bool:
+        given = headers.get("authorization", "").removeprefix("Bearer ").encode("latin-1")  # as it came
         return any([hmac.compare_digest(given, key) for key in self.keys])  # a list: all are compared
 
 
@@ -65,7 +57,3 @@ def read_keys(path: str | Path) -> list[str]:
     if not keys:
         raise ValueError("--api-key-file: the file holds no key: allowed is one on each line")
     return keys
-
-
-async def _refuse(failure: Failure, scope: Scope, receive: Receive, send: Send) -> None:
-    await JSONResponse(failure.body, failure.status, failure.headers)(scope, receive, send)

@@ -35,7 +35,7 @@ class Request:
             before temperature, penalties and bias.
         thinking_budget: tokens of thinking, if the prompt opens it, before its end is forced; None leaves it alone.
         thinking_grace: so many more tokens may pass until a line ends.
-        keep_special: give special tokens in the text too.
+        keep_special: give special tokens in the text too, but for the one that ends it.
         marks: lengths of parts of the prompt that other prompts may share, such as the system message.
 
     Raises:
@@ -113,6 +113,7 @@ class Piece:
     scores: list[TokenScore]
     finish_reason: str | None = None
     thinking: bool = False  # whether the tokens are thought, not said
+    end: str = ""  # the text of an end token, which is not part of `text`
 
 
 @dataclass

@@ -68,11 +68,13 @@ class Row:
         thinks = self.thinking is not None and self.thinking.open
         if self.thinking is not None:
             self.forced = self.forced or self.thinking.see(self.written)
-        text = "" if self.text is None else self.text.add(token)
-        self._end(token)
+        is_end = token in self.ends and not request.ignore_eos
+        text = "" if self.text is None or is_end else self.text.add(token)
+        self._end(is_end)
         if self.finish_reason and self.text is not None:
             text += self.text.finish()
-        return Piece(self.index, [token], text, scores, self.finish_reason, thinks)
+        end = self.text.tokenizer.decode([token]) if is_end and self.text is not None else ""
+        return Piece(self.index, [token], text, scores, self.finish_reason, thinks, end)
 
     def switches(self) -> bool:
         """Whether the thinking has just ended, and another budget answers. Says so once."""
@@ -81,9 +83,8 @@ class Row:
         self.may_switch = False
         return True
 
-    def _end(self, token: int) -> None:
-        request = self.job.request
-        if (token in self.ends and not request.ignore_eos) or (self.text is not None and self.text.stopped):
+    def _end(self, is_end: bool) -> None:
+        if is_end or (self.text is not None and self.text.stopped):
             self.finish_reason = "stop"
-        elif len(self.tokens) - self.num_prompt >= request.max_tokens:
+        elif len(self.tokens) - self.num_prompt >= self.job.request.max_tokens:
             self.finish_reason = "length"

@@ -6,6 +6,9 @@ from collections.abc import Sequence
 
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+BYTES = {letter: byte for byte, letter in bytes_to_unicode().items()}  # how byte-level vocabularies write them
 
 
 class Text:
@@ -49,3 +52,18 @@ class Text:
 def _begun(text: str, stop: str) -> int:
     """Letters at the end of the text that a stop text may begin with."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
+    """UTF-8 of one token, which may be a part of a letter."""
+    text, word = tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token)
+    is_part = "\ufffd" in text and all(letter in BYTES for letter in word)
+    return bytes(BYTES[letter] for letter in word) if is_part else text.encode()
+
+
+def token_text(data: bytes) -> str:
+    """A token's bytes as text, or as OpenAI writes those that are none."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
