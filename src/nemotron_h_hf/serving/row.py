@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from .requests import Piece
 from .sampling import draw, score
 from .text import Text
-from .thinking import Thinking
+from .thinking import FEW, Thinking
 
 if TYPE_CHECKING:
     from .jobs import Job
@@ -40,15 +40,10 @@ class Row:
         if tokenizer is not None:
             self.text = Text(tokenizer, request.stop, request.keep_special)
             self.thinking = Thinking(tokenizer, request.tokens, request.thinking_budget, request.thinking_grace)
-            self.forced = self.thinking.see([]) if request.thinking_budget == 0 else []
+            self.forced = self.thinking.see([], 0) if request.thinking_budget == 0 else []
         self.may_switch = job.answer is not None
         self.finish_reason: str | None = None
         self.on_probation = False  # a batch with this row has failed: it runs alone until it has written a token
-
-    @property
-    def written(self) -> list[int]:
-        """The new tokens."""
-        return self.tokens[self.num_prompt :]
 
     def advance(self, logits: Tensor) -> Piece:
         """Write the next token, from logits (v) fp32.
@@ -67,7 +62,8 @@ class Row:
         self.counts[token] += 1
         thinks = self.thinking is not None and self.thinking.open
         if self.thinking is not None:
-            self.forced = self.forced or self.thinking.see(self.written)
+            count = len(self.tokens) - self.num_prompt
+            self.forced = self.forced or self.thinking.see(self.tokens[-min(count, FEW) :], count)
         is_end = token in self.ends and not request.ignore_eos
         text = "" if self.text is None or is_end else self.text.add(token)
         self._end(is_end)

@@ -22,7 +22,11 @@ def draw(logits: Tensor, request: Request, written: Mapping[int, int], generator
     if request.temperature == 0:
         return int(logits.argmax())
     probabilities = narrowed(logits / request.temperature, request).softmax(-1)
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    reached = probabilities.cumsum(
+        -1, dtype=torch.float64
+    )  # one number is drawn: torch.multinomial draws one for each token
+    drawn = torch.rand((), dtype=torch.float64, generator=generator, device=logits.device) * reached[-1]
+    return int(torch.searchsorted(reached, drawn, right=True).clamp(max=len(logits) - 1))
 
 
 def penalise(logits: Tensor, request: Request, written: Mapping[int, int]) -> None:

@@ -26,17 +26,23 @@ class Thinking:
         self.open, self.closed = before.endswith(OPEN), before.endswith(CLOSE)
         self.budget = budget if self.open else None
 
-    def see(self, written: Sequence[int]) -> list[int]:
-        """After a token: the tokens that must be written next, most often none."""
+    def see(self, written: Sequence[int], count: int) -> list[int]:
+        """After a token: the tokens that must be written next, most often none.
+
+        Args:
+            written: the last `FEW` tokens that were written, fewer at the beginning.
+            count: how many there are in all.
+        """
         if self.closed:
             return []
-        tail = self.tokenizer.decode(list(written[-FEW:]))
-        self.open = self.open or tail.rstrip().endswith(OPEN)
-        if CLOSE in tail:
-            self.open, self.closed = False, True
-        elif self.budget is not None and len(written) >= self.budget:
-            ends_line = bool(written) and self.tokenizer.decode([written[-1]]).endswith("\n")
-            if ends_line or len(written) >= self.budget + self.grace:
+        last = self.tokenizer.decode(list(written[-1:]))
+        if ">" in last:  # both tags end with it
+            tail = self.tokenizer.decode(list(written))
+            self.open, self.closed = self.open or tail.rstrip().endswith(OPEN), CLOSE in tail
+        if self.closed:
+            self.open = False
+        elif self.budget is not None and count >= self.budget:
+            if last.endswith("\n") or count >= self.budget + self.grace:
                 self.budget = None
                 return self.tokenizer.encode(f"\n{CLOSE}", add_special_tokens=False)
         return []
