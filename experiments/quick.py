@@ -20,7 +20,9 @@ TEXT_PYTHON = "3.11.7"  # whose library the text is
 
 def commands(runs: Path) -> dict[str, list[str]]:
     """Name -> the commands of an experiment, without `python experiments/`."""
-    order, box, claim, fp8, vision = (runs / name for name in ("order", "box", "claim", "fp8", "vision"))
+    order, box, claim, fp8, vision, hybrid = (
+        runs / name for name in ("order", "box", "claim", "fp8", "vision", "hybrid")
+    )
     text, docstrings = runs / "stdlib.jsonl.xz", runs / "docstrings"
     small_claim = f"--tokens 16384 --search-tokens 8192 --runs {claim} --output {claim / 'report'}"
     small_box = (
@@ -47,6 +49,10 @@ def commands(runs: Path) -> dict[str, list[str]]:
         "fp8": [
             f"fp8/gap.py train --precision {precision} --seeds 0 --max-tokens 8192 --runs {fp8} --logs {fp8 / 'logs'}"
             for precision in ("bf16", "fp8", "fp8_all", "fp32")
+        ],
+        "hybrid": [
+            f"hybrid_attention/run.py {step} --scale 0.011 --limit 1 --runs {hybrid} --output {hybrid / 'results'}"
+            for step in ("rates", "seeds", "seeds --context 4096", "speed --contexts 256", "report")
         ],
         "vision": [
             f"tiny_vl/pictures.py {vision / 'data'} 50",
