@@ -168,9 +168,12 @@ def common(arguments: argparse.Namespace, folder: Path) -> list[str]:
 # Figures
 
 
-def held_out(arguments: argparse.Namespace) -> dict:
-    """Size -> parameters, held-out bits per byte, docstring loss, of the weights as they are saved, computed in fp32."""
-    parent, found = arguments.output / "parent", {}
+def held_out(arguments: argparse.Namespace) -> None:
+    """card.json: size -> parameters, held-out bits per byte, docstring loss, of the weights as they are saved, computed in fp32.
+
+    What card.json says is kept where it is younger than the weights.
+    """
+    parent, known = arguments.output / "parent", card_of(arguments)
     tokenizer = AutoTokenizer.from_pretrained(parent)
     texts = [
         json.loads(line)["text"] for line in (arguments.output / "text" / "held_out.jsonl").read_text().splitlines()
@@ -179,15 +182,15 @@ def held_out(arguments: argparse.Namespace) -> dict:
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     documents = [(tokens, len(t.encode())) for tokens, t in zip(ids, texts, strict=True)]
     for name, (model, count) in sizes(arguments).items():
+        if "docstring_loss" in known.get(name, {}):
+            continue
         figures = {"parameters": count, "bytes": 2 * count}
         for window in (1024, 2048):
             bits = bits_per_byte(model, documents, tokenizer.eos_token_id, window, window // 2)
             figures[f"bits_per_byte_{window}"] = round(bits, 4)
         figures["docstring_loss"] = round(docstring_loss(model, tokenizer, arguments.docstrings / "held_out.jsonl"), 4)
-        found[name] = figures
         print(name, json.dumps(figures), flush=True)
         write(arguments, name, figures)
-    return found
 
 
 def sizes(arguments: argparse.Namespace) -> dict:
@@ -229,11 +232,18 @@ def measure(arguments: argparse.Namespace) -> None:
         print(name, f"{share:.1%} of {len(functions)} samples parse", flush=True)
 
 
+def card_of(arguments: argparse.Namespace) -> dict:
+    """What was measured of these weights; nothing of older ones."""
+    path, weights = arguments.output / "card.json", arguments.output / "parent" / "model.safetensors"
+    if not path.is_file() or path.stat().st_mtime < weights.stat().st_mtime:
+        return {}
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def write(arguments: argparse.Namespace, name: str, figures: dict) -> None:
-    path = arguments.output / "card.json"
-    card = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    card = card_of(arguments)
     card[name] = card.get(name, {}) | figures
-    path.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+    (arguments.output / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

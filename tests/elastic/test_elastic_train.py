@@ -36,6 +36,7 @@ def box(tmp_path_factory):
     folder = tmp_path_factory.mktemp("box")
     write_texts(folder / "texts")
     write_parent(folder / "parent", budgets={"old": {"hidden_size": 32}})
+    tiny_model("dense").save_pretrained(folder / "plain")
     return folder
 
 
@@ -130,9 +131,9 @@ def test_another_teacher_and_next_token_loss(box, tmp_path):
         (["--interpolate", "{tiny: 0.1}"], "interpolate.tiny=0.1: allowed is 0.6 or more, as is trained"),
         (["--interpolate", "{half: 0.7}"], "interpolate='half': allowed is names that budgets does not have"),
         (["--router_lerning_rate", "1"], "did you mean 'router_learning_rate'"),
-        (["--model", EMBEDDED_MODEL], "choices={}: allowed is sizes by field; nemotron-h elasticize"),
+        (["--model", "{}/plain"], "choices={}: allowed is sizes by field; nemotron-h elasticize"),
     ],
 )
 def test_command_refuses(flags, message, box, tmp_path):
     with pytest.raises(ValueError, match=message):
-        command(box, tmp_path / "run", *flags)
+        command(box, tmp_path / "run", *(flag.replace("{}", str(box)) for flag in flags))

@@ -1,4 +1,4 @@
-"""`nemotron-h elasticize` on the embedded model: an ordinary checkpoint, an untouched source, resuming, bad input."""
+"""`nemotron-h elasticize` on a tiny model: an ordinary checkpoint, an untouched source, resuming, bad input."""
 
 import hashlib
 import json
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import tiny_model
 from transformers import AutoTokenizer
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM as NativeForCausalLM
 
 from nemotron_h_cli import main
-from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig, NemotronHForCausalLM
+from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.data.packed_text import packed_rows
 from nemotron_h_hf.elastic.budgets import read_elastic
@@ -22,7 +23,8 @@ from nemotron_h_hf.scripts import elasticize as command
 from nemotron_h_hf.scripts.elasticize import read_budgets, read_choices
 
 SMALL = ["--rows", "3", "--held_out_rows", "1", "--sequence_length", "48", "--depth_rows", "1", "--removals", "1",
-         "--choices", "hidden_size=144", "--dtype", "float32", "--device", "cpu"]  # fmt: skip
+         "--choices", "hidden_size=32", "--dtype", "float32", "--device", "cpu"]  # fmt: skip
+BUDGETS = ["--budget", "a:hidden_size=32,mamba_num_heads=4,depth=6", "--budget", "b:intermediate_size=48"]
 
 
 @pytest.fixture(scope="module")
@@ -34,12 +36,20 @@ def text_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def parent(tmp_path_factory, text_file) -> Path:
+def plain(tmp_path_factory, tokenizer) -> str:
+    """A model without budgets, in bfloat16."""
+    folder = tmp_path_factory.mktemp("plain")
+    tokenizer.save_pretrained(folder)
+    tiny_model(vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=1).bfloat16().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory, text_file, plain) -> Path:
     folder = tmp_path_factory.mktemp("made") / "parent"
-    budgets = ["--budget", "a:hidden_size=144,mamba_num_heads=4,depth=6", "--budget", "b:intermediate_size=288"]
-    before = digests(Path(EMBEDDED_MODEL))
-    assert main(["elasticize", EMBEDDED_MODEL, str(folder), "--calibration", str(text_file), *SMALL, *budgets]) == 0
-    assert digests(Path(EMBEDDED_MODEL)) == before
+    before = digests(Path(plain))
+    assert main(["elasticize", plain, str(folder), "--calibration", str(text_file), *SMALL, *BUDGETS]) == 0
+    assert digests(Path(plain)) == before
     return folder
 
 
@@ -52,17 +62,16 @@ def ids() -> torch.Tensor:
 
 
 @torch.no_grad()
-def test_the_parent_is_an_ordinary_checkpoint_of_the_same_function(parent):
+def test_the_parent_is_an_ordinary_checkpoint_of_the_same_function(parent, plain):
     for model_class in (NemotronHForCausalLM, NativeForCausalLM):  # native limits the step size in its own way
         expected, found = (
-            model_class.from_pretrained(folder, dtype=torch.float32).eval()(ids()).logits
-            for folder in (EMBEDDED_MODEL, parent)
+            model_class.from_pretrained(folder, dtype=torch.float32).eval()(ids()).logits for folder in (plain, parent)
         )
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * max(1, float(expected.std())))
     stored = NemotronHForCausalLM.from_pretrained(parent)
     assert {weight.dtype for weight in stored.parameters()} == {torch.bfloat16}
     assert AutoTokenizer.from_pretrained(parent)("def f").input_ids
-    own, other = (json.loads(Path(folder, "config.json").read_text()) for folder in (parent, EMBEDDED_MODEL))
+    own, other = (json.loads(Path(folder, "config.json").read_text()) for folder in (parent, plain))
     assert {key: own[key] for key in other if key != "transformers_version"} == {
         key: value for key, value in other.items() if key != "transformers_version"
     }
@@ -72,7 +81,7 @@ def test_the_parent_is_an_ordinary_checkpoint_of_the_same_function(parent):
 def test_its_budgets_can_be_loaded(parent):
     config = NemotronHConfig.from_pretrained(parent)
     elastic = read_elastic(config)
-    assert list(elastic.budgets) == ["a", "b"] and elastic.choices == {"hidden_size": (192, 144)}
+    assert list(elastic.budgets) == ["a", "b"] and elastic.choices == {"hidden_size": (48, 32)}
     assert set(elastic.calibration) == {"loss", "hidden_size", "layers"} and len(elastic.layer_order) == 7
     for name, budget in elastic.budgets.items():
         small = NemotronHForCausalLM.from_pretrained(parent, budget=name)
@@ -83,15 +92,13 @@ def test_its_budgets_can_be_loaded(parent):
 def test_scores_and_plots_are_written_and_nothing_else_is_left(parent):
     scores = json.loads((parent / "importance" / "scores.json").read_text())
     assert set(scores) == {"hidden", "neurons", "heads", "channels", "query_heads", "depth"}
-    assert (
-        len(scores["hidden"]) == 192 and len(scores["channels"]["0"][5]) == 64 and list(scores["query_heads"]) == ["3"]
-    )
+    assert len(scores["hidden"]) == 48 and len(scores["channels"]["0"][5]) == 8 and list(scores["query_heads"]) == ["3"]
     plots = {path.name for path in (parent / "importance").glob("*.png")}
     assert plots == {f"scores_{name}.png" for name in scores}
     assert [path.name for path in parent.parent.iterdir()] == ["parent"]
 
 
-def test_streaming_measures_the_same_with_one_layer_in_memory(tmp_path, text_file, parent, monkeypatch):
+def test_streaming_measures_the_same_with_one_layer_in_memory(tmp_path, text_file, plain, parent, monkeypatch):
     models, in_memory, read, forward = [], set(), command.streamed, NemotronHMLP.forward
     monkeypatch.setattr(command, "streamed", lambda *args: models.append(read(*args)) or models[-1])
 
@@ -101,9 +108,8 @@ def test_streaming_measures_the_same_with_one_layer_in_memory(tmp_path, text_fil
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(NemotronHMLP, "forward", watched)
-    budgets = ["--budget", "a:hidden_size=144,mamba_num_heads=4,depth=6", "--budget", "b:intermediate_size=288"]
     output = tmp_path / "parent"
-    given = ["elasticize", EMBEDDED_MODEL, str(output), "--calibration", str(text_file), *SMALL, *budgets, "--stream"]
+    given = ["elasticize", plain, str(output), "--calibration", str(text_file), *SMALL, *BUDGETS, "--stream"]
     assert main(given) == 0
     assert in_memory == {1} and len(models) == 2
     ours, expected = (json.loads((folder / "config.json").read_text())["elastic"] for folder in (output, parent))
@@ -112,10 +118,10 @@ def test_streaming_measures_the_same_with_one_layer_in_memory(tmp_path, text_fil
         assert (output / name).read_bytes() == (parent / name).read_bytes(), name
 
 
-def test_a_killed_run_leaves_no_folder_and_goes_on(tmp_path, text_file, monkeypatch, capsys):
+def test_a_killed_run_leaves_no_folder_and_goes_on(tmp_path, text_file, plain, monkeypatch, capsys):
     output = tmp_path / "parent"
-    given = ["elasticize", EMBEDDED_MODEL, str(output), "--calibration", str(text_file), *SMALL]
-    given += ["--budget", "a:hidden_size=144"]
+    given = ["elasticize", plain, str(output), "--calibration", str(text_file), *SMALL]
+    given += ["--budget", "a:hidden_size=32"]
 
     def killed(*_):
         raise KeyboardInterrupt
@@ -147,7 +153,7 @@ def test_few_rows_are_all_scored_for_depth(tmp_path):
     [
         (["--budget", "a"], "budget='a': allowed is NAME:FIELD=SIZE"),
         (["--budget", "a:hidden_size=x"], "allowed are whole numbers, not 'x'"),
-        (["--budget", "a:hidden_size=144", "--budget", "a:depth=3"], "'a' is given twice"),
+        (["--budget", "a:hidden_size=32", "--budget", "a:depth=3"], "'a' is given twice"),
         (["--budget", "a:width=3"], "budget 'a' has 'width'"),
         (["--budget", "a:depth=6", "--depth_rows", "0"], "the layers are not scored"),
         (["--rows", "1000"], "rows: 1000 rows of 48 tokens are asked for, the text has"),
@@ -156,16 +162,16 @@ def test_few_rows_are_all_scored_for_depth(tmp_path):
         (["--calibration", "nowhere/*.txt"], "'nowhere/*.txt' matches no file"),
     ],
 )
-def test_bad_input_is_an_error_that_helps(more, message, tmp_path, text_file, capsys):
-    given = ["elasticize", EMBEDDED_MODEL, str(tmp_path / "parent"), "--calibration", str(text_file), *SMALL, *more]
+def test_bad_input_is_an_error_that_helps(more, message, tmp_path, text_file, plain, capsys):
+    given = ["elasticize", plain, str(tmp_path / "parent"), "--calibration", str(text_file), *SMALL, *more]
     assert main(given) == 1
     assert message in capsys.readouterr().err
     assert not (tmp_path / "parent").exists()
 
 
-def test_a_parent_or_a_folder_in_use_is_refused(parent, tmp_path, text_file, capsys):
+def test_a_parent_or_a_folder_in_use_is_refused(parent, plain, tmp_path, text_file, capsys):
     text = ["--calibration", str(text_file), *SMALL]
-    assert main(["elasticize", EMBEDDED_MODEL, str(parent), *text]) == 1
+    assert main(["elasticize", plain, str(parent), *text]) == 1
     assert "is there already" in capsys.readouterr().err
     assert main(["elasticize", str(parent), str(tmp_path / "again"), *text]) == 1
     assert "this is a parent already" in capsys.readouterr().err
@@ -189,8 +195,8 @@ def test_budgets_come_from_files_and_flags(tmp_path):
         read_budgets([], str(path))
 
 
-def test_rows_are_full_and_read_no_more_text_than_they_need():
-    tokenizer, texts = AutoTokenizer.from_pretrained(EMBEDDED_MODEL), iter(["x = 1\n" * 40] * 10)
+def test_rows_are_full_and_read_no_more_text_than_they_need(tokenizer):
+    texts = iter(["x = 1\n" * 40] * 10)
     rows = packed_rows(tokenizer, tokenizer.eos_token_id, texts, "rows", 2, 64)
     assert [len(row["input_ids"]) for row in rows] == [64, 64] and len(list(texts)) > 0
     assert int(rows[0]["input_ids"][0]) == tokenizer.eos_token_id and int(rows[0]["position_ids"].max()) < 64

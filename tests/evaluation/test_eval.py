@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from lm_eval.tasks import TaskManager
 from tiny import native_twin, tiny_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from nemotron_h_hf import EMBEDDED_MODEL
+from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
+from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.data.stdlib_text import read_documents, split_documents
 from nemotron_h_hf.evaluation import asking, harness, held_out, long_context_plot, results_table, texts
 from nemotron_h_hf.evaluation.harness import HarnessOptions, HarnessTask
@@ -247,7 +249,8 @@ def test_command_evaluates_resumes_and_adds(tmp_path, short_text, capsys, monkey
     argv = [*SMALL, *short_text, "--output", str(folder)]
     assert command.main(argv) == 0
     shown = capsys.readouterr().out
-    assert "embedded, 2,375,094 parameters, float32" in shown and "bits per byte" in shown
+    num_weights = num_parameters(NemotronHConfig.from_pretrained(EMBEDDED_MODEL))
+    assert f"embedded, {num_weights:,} parameters, float32" in shown and "bits per byte" in shown
     assert "at depth 100%" in shown and "384" in shown
     results = json.loads((folder / "results.json").read_text())
     assert results["command"].startswith("nemotron-h eval --tasks bpb,needle")
@@ -329,8 +332,9 @@ def test_options_are_read():
 
 
 def test_chat_needs_a_template(tmp_path):
+    shutil.copytree(EMBEDDED_MODEL, tmp_path / "model", ignore=shutil.ignore_patterns("*.jinja"))
     with pytest.raises(ValueError, match="--chat: the tokenizer of .* has no chat template"):
-        command.main([*SMALL, "--chat", "--output", str(tmp_path / "out")])
+        command.main([*SMALL, "--chat", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out")])
 
 
 def test_help_names_every_task(capsys):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tiny import tiny_model
+from transformers import AutoModelForCausalLM
 
 import nemotron_h_cli as cli
 from nemotron_h_hf import EMBEDDED_MODEL
@@ -219,6 +221,26 @@ def test_generate_options_do_not_change_greedy_text(option, capsys):
     plain = capsys.readouterr().out
     generate.main([*argv, *option])
     assert capsys.readouterr().out == plain
+
+
+def test_generate_reads_one_budget(tokenizer, tmp_path, capsys):
+    """It writes what the cut-out model writes, and a name that the parent does not have is one line."""
+    tokenizer.save_pretrained(tmp_path)
+    parent = tiny_model(vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=1)
+    parent.config.elastic = {"version": 1, "budgets": {"small": {"hidden_size": 32, "mamba_num_heads": 4}}}
+    parent.save_pretrained(tmp_path)
+    argv = ["--model", str(tmp_path), "--prompt", "import os", "--max-new-tokens", "6", "--temperature", "0"]
+    texts = {}
+    for budget in ([], ["--budget", "small"]):
+        assert cli.main(["generate", *argv, *budget]) == 0
+        texts[bool(budget)] = capsys.readouterr().out
+    small = AutoModelForCausalLM.from_pretrained(tmp_path, budget="small")
+    expected = small.generate(**tokenizer("import os", return_tensors="pt"), max_new_tokens=6, do_sample=False)
+    assert (
+        texts[True].strip() == tokenizer.decode(expected[0], skip_special_tokens=True).strip() != texts[False].strip()
+    )
+    assert cli.main(["generate", *argv, "--budget", "smal"]) == 1
+    assert "'smal'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

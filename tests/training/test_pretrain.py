@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from tiny import tiny_model
 from tiny_run import read_metrics
 from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
@@ -263,6 +264,26 @@ def test_totals_of_what_was_left_out_are_told(tmp_path, caplog):
     assert pretrain.main(["--config", str(config)]) == 0
     (told,) = [message for message in caplog.messages if "left out in all" in message]
     assert told.startswith("left out in all of source low: ") and told.endswith(" x malformed JSON")
+
+
+@pytest.mark.parametrize("init", ["weights", "random"])
+def test_budgets_of_a_parent_that_is_trained_as_a_whole(init, texts, tmp_path, caplog):
+    """They stay with the weights that they name, as not trained; fresh weights have none."""
+    tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
+    tokenizer.save_pretrained(tmp_path / "parent")
+    parent = tiny_model(vocab_size=len(tokenizer), eos_token_id=0, pad_token_id=1)
+    budgets = {"all": {"trained": True}, "small": {"hidden_size": 32, "trained": True, "loss": 1.5}}
+    parent.config.elastic = {"version": 1, "budgets": budgets}
+    parent.save_pretrained(tmp_path / "parent")
+    changes = {"model": str(tmp_path / "parent"), "init": init, "config_overrides": None, "warmup_tokens": 0}
+    config = write_config(tmp_path, texts, total_tokens=128, phases=[{"weights": {"low": 1, "high": 1}}], **changes)
+    assert pretrain.main(["--config", str(config)]) == 0
+    trained = NemotronHForCausalLM.from_pretrained(tmp_path / "run" / "model").config
+    if init == "random":
+        assert trained.elastic is None
+        return
+    assert any("budgets small are kept as not trained" in message for message in caplog.messages)
+    assert trained.elastic["budgets"] == {"all": {"trained": False}, "small": {"hidden_size": 32, "trained": False}}
 
 
 # plot

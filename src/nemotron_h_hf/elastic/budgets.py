@@ -25,9 +25,12 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.utils import logging
 
 from ..model.configuration_checks import is_count
 from ..tensors import AXES, axes_of, num_groups
+
+logger = logging.get_logger(__name__)
 
 VERSION = 1
 FIELDS_OF_KIND = {one.kind: tuple(axis.field for axis in axes_of(one.kind)) for one in AXES if one.kind}
@@ -140,6 +143,18 @@ def read_elastic(config: PreTrainedConfig) -> Elastic:
     calibration = dict(entry.get("calibration", {}))
     _check_calibration(calibration)
     return Elastic(budgets, choices, tuple(order), calibration)
+
+
+def mark_untrained(config: PreTrainedConfig) -> None:
+    """Before a parent is trained as a whole: its smaller budgets lose their losses, and no longer count as trained."""
+    if not config.elastic:
+        return
+    elastic = read_elastic(config)
+    budgets = {name: replace(budget, trained=False, loss=None) for name, budget in elastic.budgets.items()}
+    config.elastic = replace(elastic, budgets=budgets).to_dict()
+    names = ", ".join(name for name, budget in elastic.budgets.items() if budget.trained and budget.sizes())
+    if names:
+        logger.warning(f"budgets {names} are kept as not trained: this run trains the whole model alone")
 
 
 def check_elastic(config: PreTrainedConfig) -> None:

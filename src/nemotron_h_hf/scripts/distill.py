@@ -41,6 +41,7 @@ from transformers.utils.logging import disable_progress_bar
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
 from nemotron_h_hf.cost import training_flops_per_token
 from nemotron_h_hf.data.bad_data import tell_left_out
+from nemotron_h_hf.elastic.budgets import mark_untrained
 from nemotron_h_hf.errors import require
 from nemotron_h_hf.hub import upload_folder
 from nemotron_h_hf.output_folders import writing
@@ -90,6 +91,7 @@ def run(
 ) -> int:
     """Training, in a folder that no other run writes to."""
     model = load_model(start, EMBEDDED_MODEL, NemotronHConfig.from_preset)
+    mark_untrained(model.config)
     teacher = find_teacher(knowledge)
     tokenizer = find_tokenizer(start, knowledge, data, model.config.vocab_size)
     whole = knowledge.whole_documents

@@ -4,6 +4,7 @@
     nemotron-h generate --prompt "import os" --max-new-tokens 64
     echo "def main" | nemotron-h generate --prompt - --temperature 0
     nemotron-h generate --model owner/name --dtype bfloat16 --device cuda --cache static
+    nemotron-h generate --budget half                              # of an elastic parent, this smaller model alone is read
     nemotron-h generate --model owner/name --num-mtp-tokens 2      # drafts by multi-token prediction, where the model has it
     nemotron-h generate --model a/vision-model --image photo.png --prompt "What is this?"      # --image may be given again
 
@@ -46,6 +47,7 @@ class GenerateArguments:
     """What the command line says; temperature 0 is greedy, prompt_lookup 0 and num_mtp_tokens None are off."""
 
     model: str
+    budget: str | None
     prompt: str
     max_new_tokens: int
     temperature: float
@@ -106,7 +108,7 @@ def read(arguments: GenerateArguments) -> tuple[PreTrainedModel, PreTrainedToken
     tokenizer = load_tokenizer(arguments.model)
     sees = isinstance(AutoConfig.from_pretrained(arguments.model), NemotronHVLConfig)
     auto = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    model = auto.from_pretrained(arguments.model, dtype=arguments.dtype)
+    model = auto.from_pretrained(arguments.model, **loading_options(arguments))
     return model, tokenizer, tokenizer(arguments.prompt, return_tensors="pt", return_token_type_ids=False)
 
 
@@ -120,7 +122,7 @@ def look(arguments: GenerateArguments) -> tuple[PreTrainedModel, PreTrainedToken
     if not isinstance(config, NemotronHVLConfig):
         raise ValueError(f"--image with --model {arguments.model}: a {config.model_type} reads text alone")
     processor = AutoProcessor.from_pretrained(arguments.model)
-    model = AutoModelForImageTextToText.from_pretrained(arguments.model, dtype=arguments.dtype)
+    model = AutoModelForImageTextToText.from_pretrained(arguments.model, **loading_options(arguments))
     missing = len(arguments.image) - arguments.prompt.count("<image>")
     prompt = "<image>" * max(0, missing) + arguments.prompt
     if processor.chat_template is not None:
@@ -130,12 +132,18 @@ def look(arguments: GenerateArguments) -> tuple[PreTrainedModel, PreTrainedToken
     return model, processor.tokenizer, inputs
 
 
+def loading_options(arguments: GenerateArguments) -> dict:
+    """The options of `from_pretrained`."""
+    return {"dtype": arguments.dtype} | ({} if arguments.budget is None else {"budget": arguments.budget})
+
+
 def parse(argv: Sequence[str] | None) -> GenerateArguments:
     """Read and check the command line."""
     parser = argparse.ArgumentParser(
         prog="nemotron-h generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=EMBEDDED_MODEL, help="checkpoint folder or hub id (the embedded model)")
+    parser.add_argument("--budget", help="of an elastic parent: a name, 50%%, or 2MiB@4Ki (the whole parent)")
     parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="text to continue; - reads it from standard input")
     parser.add_argument("--max-new-tokens", type=int, default=128, help="stop after so many tokens (128)")
     parser.add_argument("--temperature", type=finite, default=0.7, help="0 takes the likeliest token each time (0.7)")

@@ -44,6 +44,7 @@ from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
 from nemotron_h_hf.cost import training_flops_per_token
 from nemotron_h_hf.data.bad_data import tell_left_out
 from nemotron_h_hf.data.documents import document_encoder
+from nemotron_h_hf.elastic.budgets import mark_untrained
 from nemotron_h_hf.errors import require
 from nemotron_h_hf.hub import upload_folder
 from nemotron_h_hf.training.arguments import ModelArguments, NemotronHTrainingArguments, parse
@@ -80,6 +81,7 @@ def run(
     torch.set_flush_denormal(True)
     set_seed(training.seed)
     model = load_model(model_arguments, EMBEDDED_MODEL, NemotronHConfig.from_preset)
+    mark_untrained(model.config)
     tokenizer = load_tokenizer(model_arguments, EMBEDDED_MODEL, model.config.vocab_size)
     trainer = NemotronHTrainer(
         model,

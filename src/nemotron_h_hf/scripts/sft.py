@@ -43,6 +43,7 @@ from nemotron_h_hf.data.bad_data import tell_left_out
 from nemotron_h_hf.data.packing import Rows
 from nemotron_h_hf.data.pictures import PictureCollator, PictureRows
 from nemotron_h_hf.data.sources import Source
+from nemotron_h_hf.elastic.budgets import mark_untrained
 from nemotron_h_hf.errors import require
 from nemotron_h_hf.hub import upload_folder
 from nemotron_h_hf.model.processing_nemotron_h_vl import CHAT_PREAMBLE
@@ -179,6 +180,7 @@ def make_model(
     """The model to train, in the form the flags ask for."""
     loading = four_bit_loading(training.use_cpu) if adapters.load_in_4bit else {}
     model = load_model(start, EMBEDDED_MODEL, NemotronHConfig.from_preset, **loading)
+    mark_untrained(model.config.get_text_config())
     if (stage := choose_stage(vision, adapters, isinstance(model.config, NemotronHVLConfig))) is not None:
         freeze(model, stage)
     if adapters.load_in_4bit:

@@ -91,6 +91,7 @@ def load_config(name: str, from_preset: Callable[..., PreTrainedConfig], overrid
     for field in ("layers_block_type", "hybrid_override_pattern", "num_hidden_layers") if layers else ():
         kept.pop(field, None)  # the new layers say all three
     known = [*kept, *layers, *(item.name for item in fields(type(base)))]
+    kept.pop("elastic", None)  # budgets describe weights, and these will be fresh
     for field in overrides:
         if field not in known:
             raise ValueError(
