@@ -10,7 +10,7 @@ from torch import nn
 
 from nemotron_h_hf import HybridCache
 from nemotron_h_hf.model import linear as linear_module
-from nemotron_h_hf.model.linear import MOST_ROWS, few_rows, num_parts, project, reads_compiled
+from nemotron_h_hf.model.linear import MOST_ROWS, by_onednn, few_rows, num_parts, project, reads_compiled
 
 
 @pytest.fixture(autouse=True)
@@ -212,3 +212,50 @@ def test_shapes_that_do_not_fit_are_refused():
     loops = pytest.importorskip("nemotron_h_hf.model.numba_run")
     with pytest.raises(ValueError, match="does not multiply"):
         loops.product(torch.randn(1, 1024), torch.randn(512, 1023), None)
+
+
+MANY = [(1, 300), (2, 65), (129,)]
+
+
+@pytest.mark.parametrize("shape", MANY)
+@pytest.mark.parametrize("bias", [False, True])
+def test_many_rows_by_onednn(monkeypatch, shape, bias):
+    """Values and gradients, first and second, against float64; inputs of any strides."""
+    monkeypatch.setattr(linear_module, "onednn_is_faster", lambda: torch.backends.mkldnn.is_available())
+    torch.manual_seed(0)
+    layer = nn.Linear(512, 700, bias=bias)
+    whole = torch.randn(*shape, 1024)
+    for x in (whole[..., 512:], whole[..., :1].expand(*shape, 512)):
+        x = x.detach().requires_grad_()
+        assert by_onednn(x, layer.weight)
+        wide_layer, wide_x = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
+        got, expected = project(layer, x), wide_layer(wide_x)
+        torch.testing.assert_close(got.double(), expected, rtol=0, atol=1e-5)
+        grad = torch.randn_like(got)
+        first = torch.autograd.grad(got, (x, *layer.parameters()), grad, create_graph=True)
+        wanted = torch.autograd.grad(expected, (wide_x, *wide_layer.parameters()), grad.double(), create_graph=True)
+        for mine, theirs in zip(first, wanted):
+            torch.testing.assert_close(mine.double(), theirs, rtol=1e-5, atol=1e-4)
+        (second,) = torch.autograd.grad(first[0].square().sum(), layer.weight)
+        (theirs,) = torch.autograd.grad(wanted[0].square().sum(), wide_layer.weight)
+        torch.testing.assert_close(second.double(), theirs, rtol=1e-5, atol=1e-4)
+
+
+def test_what_is_left_to_mkl(monkeypatch):
+    monkeypatch.setattr(linear_module, "onednn_is_faster", lambda: torch.backends.mkldnn.is_available())
+    layer, x = nn.Linear(512, 512), torch.randn(100, 512)
+    assert by_onednn(x, layer.weight)
+    assert not by_onednn(x[:MOST_ROWS], layer.weight)  # few rows
+    assert not by_onednn(x[:, :64], nn.Linear(64, 64).weight)  # few weights
+    assert not by_onednn(x.double(), layer.double().weight)
+    layer.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not by_onednn(x, layer.weight) and project(layer, x).dtype == torch.bfloat16
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not by_onednn(x, layer.weight)
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    project(layer, x)
+    assert calls
+    gradient = torch.func.grad(lambda x: project(layer, x).square().sum())(x)
+    assert gradient.shape == x.shape

@@ -77,7 +77,7 @@ def forward_and_backward(model: NemotronHForCausalLM, length: int) -> Callable[[
     def run() -> None:
         for linear in linears:
             given = inputs[linear.in_features]
-            torch.autograd.grad(linear(given), (given, *linear.parameters()), outputs[linear.out_features])
+            torch.autograd.grad(project(linear, given), (given, *linear.parameters()), outputs[linear.out_features])
 
     return run
 
