@@ -12,12 +12,14 @@ from torch import nn
 from nemotron_h_hf import NemotronHElasticForCausalLM, NemotronHForCausalLM
 from nemotron_h_hf.cost import cache_bytes, weight_bytes
 from nemotron_h_hf.elastic.budgets import Budget, read_elastic
+from nemotron_h_hf.elastic.live import ordered_linear
 from nemotron_h_hf.elastic.live import parent as sharing
 from nemotron_h_hf.elastic.live.prefix_order import KeptHeads, block_size, head_order, in_proj_order, nested
 from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.manifest import NAME as MANIFEST_NAME
 from nemotron_h_hf.manifest import check_manifest
 from nemotron_h_hf.model import linear
+from nemotron_h_hf.model.cache import HybridCache
 
 NARROW = {
     "hidden_size": 32, "mamba_num_heads": 4, "num_attention_heads": 2, "intermediate_size": 40, "layers": [0, 1, 2, 3, 5, 6],
@@ -271,6 +273,24 @@ def test_ordered_layers_use_all_threads(monkeypatch):
     torch.testing.assert_close(logits, cut_out(ordinary, "all")(prompt(1, 1)).logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("name", [None, *BUDGETS["dense"]])
+def test_a_token_is_one_compiled_call(name, rows, monkeypatch):
+    """Of all blocks, although rows and columns are in another order; the values are the ordinary model's, op by op."""
+    numba_run = pytest.importorskip("nemotron_h_hf.model.numba_run")
+    parent, ordinary = parent_of("dense")
+    live, expected = (parent, ordinary) if name is None else (parent.submodel(name), cut_out(ordinary, name))
+    counts, run = [], numba_run.run
+    monkeypatch.setattr(numba_run, "run", lambda operations: counts.append(len(operations)) or run(operations))
+    cache, ids = HybridCache(live.config), prompt(rows, 9)
+    live(ids[:, :4], cache=cache)
+    counts.clear()
+    logits = torch.cat([live(ids[:, i : i + 1], cache=cache).logits for i in range(4, 9)], 1)
+    each = {"linear_attention": 3, "full_attention": 5, "mlp": 2}
+    assert counts == [sum(each[kind] for kind in live.config.layers_block_type)] * 5
+    torch.testing.assert_close(logits, expected(ids).logits[:, 4:], rtol=0, atol=1e-5)
+
+
 def test_needs_count_bytes_of_the_parents_dtype():
     parent, _ = parent_of("dense")
     config = parent.submodel("all").config
@@ -281,12 +301,15 @@ def test_needs_count_bytes_of_the_parents_dtype():
     assert parent.submodel(need) is parent.submodel("all")
 
 
-def test_memory_order_follows_the_dtype():
+@pytest.mark.parametrize("with_numba", [True, False])
+def test_memory_order_is_what_is_read_fastest(with_numba, monkeypatch):
+    if not with_numba:
+        monkeypatch.setattr(ordered_linear, "compiled_loops", lambda: None)
     parent, _ = parent_of("dense")
     small = parent.submodel("all")
     ups, downs = ([model.model.layers[1].mixer.get_submodule(name).weight for model in (parent, small)]
                   for name in ("up_proj", "down_proj"))  # fmt: skip
-    assert all(weight.stride(0) == 1 for weight in ups) and all(weight.stride(1) == 1 for weight in downs)
+    assert all(weight.stride(int(with_numba)) == 1 for weight in ups) and all(weight.stride(1) == 1 for weight in downs)
     parent.bfloat16()
     assert all(model.model.layers[1].mixer.up_proj.weight.stride(1) == 1 for model in (parent, small))
 

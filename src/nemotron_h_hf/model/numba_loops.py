@@ -58,12 +58,17 @@ def product_part(ints, reals, part, parts):  # pragma: no cover, machine code
     inputs, outputs = carray(pointer(x), (m, k), np.float32), carray(pointer(y), (m, n), np.float32)
     if norm != 0:
         inputs = _normed(inputs, floats(norm, norm_is_bf16, k), np.float32(reals[0]))
+    rows = np.empty(0, np.int64)
+    if ints[13] != 0:
+        rows = carray(pointer(ints[13]), n, np.int64)
+    if ints[14] != 0:
+        inputs = _gathered(inputs, carray(pointer(ints[14]), k, np.int64))
     if kind == 0:
-        _multiply(inputs, carray(pointer(w), (n, stride), np.float32), outputs, first, last)
+        _multiply(inputs, carray(pointer(w), (n, stride), np.float32), rows, outputs, first, last)
     elif kind == 1:
-        _multiply(inputs, carray(pointer(w), (n, stride), np.uint16), outputs, first, last)
+        _multiply(inputs, carray(pointer(w), (n, stride), np.uint16), rows, outputs, first, last)
     else:
-        _multiply(inputs, carray(pointer(w), (n, stride), np.int8), outputs, first, last)
+        _multiply(inputs, carray(pointer(w), (n, stride), np.int8), rows, outputs, first, last)
     scales, added = np.empty(0, np.float32), np.empty((0, 0), np.float32)
     if scale != 0:
         scales = carray(pointer(scale), n, np.float32)
@@ -73,24 +78,37 @@ def product_part(ints, reals, part, parts):  # pragma: no cover, machine code
 
 
 @compiled
-def _multiply(x, w, y, first, last):  # pragma: no cover, machine code
-    """Columns first..last of y (m, n) = x (m, k) times rows of w (n, k or more)."""
+def _gathered(x, places):  # pragma: no cover, machine code
+    m, k = x.shape
+    out = np.empty((m, k), np.float32)
+    for i in range(m):
+        for c in range(k):
+            out[i, c] = x[i, places[c]]
+    return out
+
+
+@compiled
+def _multiply(x, w, rows, y, first, last):  # pragma: no cover, machine code
+    """Columns first..last of y (m, n) = x (m, k) times rows of w (n, k or more), in the order `rows` if it is not empty."""
     m, k = x.shape
     if m == 1:
         for j in range(first, last):
-            total = np.float32(0)
+            r, total = rows[j] if len(rows) else j, np.float32(0)
             for c in range(k):
-                total += x[0, c] * widened(w[j, c])
+                total += x[0, c] * widened(w[r, c])
             y[0, j] = total
         return
     for j in range(first, last, 4):  # 4 x 4 sums fill the registers; at an edge some are computed twice
         j1, j2, j3 = min(j + 1, last - 1), min(j + 2, last - 1), min(j + 3, last - 1)
+        r, r1, r2, r3 = j, j1, j2, j3
+        if len(rows):
+            r, r1, r2, r3 = rows[j], rows[j1], rows[j2], rows[j3]
         for i in range(0, m, 4):
             i1, i2, i3 = min(i + 1, m - 1), min(i + 2, m - 1), min(i + 3, m - 1)
             a00 = a01 = a02 = a03 = a10 = a11 = a12 = a13 = np.float32(0)
             a20 = a21 = a22 = a23 = a30 = a31 = a32 = a33 = np.float32(0)
             for c in range(k):
-                w0, w1, w2, w3 = widened(w[j, c]), widened(w[j1, c]), widened(w[j2, c]), widened(w[j3, c])
+                w0, w1, w2, w3 = widened(w[r, c]), widened(w[r1, c]), widened(w[r2, c]), widened(w[r3, c])
                 x0, x1, x2, x3 = x[i, c], x[i1, c], x[i2, c], x[i3, c]
                 a00, a01, a02, a03 = a00 + w0 * x0, a01 + w0 * x1, a02 + w0 * x2, a03 + w0 * x3
                 a10, a11, a12, a13 = a10 + w1 * x0, a11 + w1 * x1, a12 + w1 * x2, a13 + w1 * x3

@@ -67,6 +67,7 @@ def product_of(
     norm: tuple[Tensor, float] | None = None,
     is_squared: bool = False,
     residual: Tensor | None = None,
+    orders: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> tuple:
     """The operation y (m, n) = x (m, k) times a weight (n, k) of fp32, bf16 or an Int8Tensor that `can_read_int8`.
 
@@ -76,6 +77,8 @@ def product_of(
         norm: weight (k), fp32 or bf16, and epsilon of an RMSNorm of x before the product.
         is_squared: relu(y)^2 after it.
         residual: (m, n), added after that.
+        orders: the row of the weight for each output (n), the input of each column (k), int64, None for as they are; with
+            the first the weight may have more rows.
     """
     scale_at = residual_at = norm_at = norm_is_bf16 = 0
     eps = 0.0
@@ -89,11 +92,13 @@ def product_of(
     if residual is not None:
         residual_at = residual.data_ptr()
     m, n, k = y.size(0), y.size(1), x.size(1)
-    if weight.size(0) != n or weight.size(1) != k or len(x) != m:
+    order_at = [0 if order is None else order.data_ptr() for order in orders]
+    rows_fit = weight.size(0) == n if orders[0] is None else len(orders[0]) == n <= weight.size(0)
+    if not rows_fit or weight.size(1) != k or len(x) != m:
         raise ValueError(f"a weight {tuple(weight.shape)} does not multiply {tuple(x.shape)} to {tuple(y.shape)}")
     ints = (
         KINDS[weight.dtype], x.data_ptr(), norm_at, norm_is_bf16, weight.data_ptr(), weight.stride(0), scale_at, is_squared,
-        residual_at, y.data_ptr(), m, n, k,
+        residual_at, y.data_ptr(), m, n, k, *order_at,
     )  # fmt: skip
     return PRODUCT, n * k * weight.element_size(), ints, (eps,)
 

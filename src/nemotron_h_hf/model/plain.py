@@ -9,6 +9,9 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 FORWARDS = {nn.Linear: nn.Linear.forward, nn.Conv1d: nn.Conv1d.forward}  # a tool may put its own into the classes
+REORDERED: list[type[nn.Linear]] = []
+"""Linear classes whose weight's rows and columns are in another order than outputs and inputs: `row_order` (out) has the row
+of each output, `column_order` (columns) the input of each column, int64 on the CPU, or None."""
 
 
 def remember_forward(kind: type[nn.Module]) -> type[nn.Module]:

@@ -17,7 +17,7 @@ from .kernels import compiled_loops, fuses_step
 from .linear import COMPILED_DTYPES, few_rows, multiplies_bf16, reads_int8
 from .mamba2 import NemotronHMamba2Mixer, NemotronHRMSNormGated
 from .moe import NemotronHMLP, SquaredReLU
-from .plain import is_plain
+from .plain import REORDERED, is_plain
 from .ssd import under_func
 
 
@@ -113,13 +113,17 @@ class TokenRun:
     def _add_first(self, linear: nn.Module, is_squared: bool = False) -> Tensor:
         """norm(x) times the weights of a block's first layer, squared as its activation does: (b, n)."""
         y = self._new(linear.out_features)
-        self.operations.append(self.loops.product_of(self.rows, linear.weight, y, self.held, self.norm, is_squared))
+        self.operations.append(
+            self.loops.product_of(self.rows, linear.weight, y, self.held, self.norm, is_squared, orders=_orders(linear))
+        )
         return y
 
     def _add_last(self, linear: nn.Module, inputs: Tensor) -> None:
         """x plus the output of a block's last layer."""
         y = self._new(linear.out_features)
-        self.operations.append(self.loops.product_of(inputs, linear.weight, y, self.held, residual=self.rows))
+        self.operations.append(
+            self.loops.product_of(inputs, linear.weight, y, self.held, residual=self.rows, orders=_orders(linear))
+        )
         self.held.append(self.rows)
         self.rows = y
 
@@ -134,9 +138,14 @@ def _are_read(*linears: nn.Module) -> bool:
 
 
 def _is_read(linear: nn.Module) -> bool:
-    if not is_plain(linear, nn.Linear) or linear.bias is not None:
+    kind = type(linear) if type(linear) in REORDERED else nn.Linear
+    if not is_plain(linear, kind) or linear.bias is not None:
         return False
     weight = linear.weight
     if type(weight) is nn.Parameter:
         return weight.dtype in COMPILED_DTYPES and weight.device.type == "cpu" and weight.stride(-1) == 1
     return reads_int8(weight)
+
+
+def _orders(linear: nn.Linear) -> tuple[Tensor | None, Tensor | None]:
+    return (linear.row_order, linear.column_order) if type(linear) in REORDERED else (None, None)

@@ -9,7 +9,9 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ...model.kernels import compiled_loops
 from ...model.linear import multiply
+from ...model.plain import REORDERED, remember_forward
 from .prefix_order import Order, block_size, positions
 
 
@@ -34,6 +36,7 @@ class Gather(nn.Module):
         return (self.blocks[:, None] * self.size + within).flatten() + self.start
 
 
+@remember_forward
 class OrderedLinear(nn.Linear):
     """y = W x + b with rows and columns of W, and b, in another order than y and x.
 
@@ -56,13 +59,16 @@ class OrderedLinear(nn.Linear):
 
     def set_order(self, rows: Tensor | None, inputs: Tensor | None, device: torch.device) -> None:
         """The row of each output and the column of each input."""
-        self.inputs = self.outputs = None
+        self.inputs = self.outputs = self.row_order = self.column_order = None
         if inputs is not None:
             self.inputs = Gather(torch.argsort(inputs)).to(device)
         if rows is not None:
             parts = [Gather(rows[rows >= self.front], self.front)]
             parts += [Gather(rows[rows < self.front], 0, self.front)] if self.front else []
             self.outputs = nn.ModuleList(parts).to(device)
+        if device.type != "meta":
+            self.row_order = None if rows is None else self.rows().cpu()
+            self.column_order = None if inputs is None else self.inputs.places().cpu()
 
     def forward(self, x: Tensor) -> Tensor:
         y = multiply(x if self.inputs is None else self.inputs(x), self.weight, self.bias)
@@ -109,6 +115,9 @@ class OrderedLinear(nn.Linear):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
+REORDERED.append(OrderedLinear)
+
+
 def ordered(linear: nn.Linear, order: Order) -> OrderedLinear:
     """An ordinary Linear with its weight moved into an order."""
     weight, bias = linear.weight.detach(), None if linear.bias is None else linear.bias.detach()
@@ -123,10 +132,11 @@ def ordered(linear: nn.Linear, order: Order) -> OrderedLinear:
 
 
 def arranged(weight: Tensor) -> Tensor:
-    """The same matrix, its longer side successive in memory where that is as fast: on a CPU in fp32.
+    """The same matrix, in the memory layout that is read fastest, with rows successive but for fp32 on a CPU without Numba.
 
-    A part of it then has long stretches, which a processor reads ahead: with the short side successive, decoding from a view
-    took 1.2 times as long as from a copy. In bfloat16 PyTorch's CPU kernels want rows.
+    There the longer side is: a part of it then has long stretches, which a processor reads ahead. With the short side
+    successive, decoding from a view took 1.2 times as long as from a copy.
     """
     across = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.shape[0] > weight.shape[1]
+    across = across and compiled_loops() is None
     return weight.t().contiguous().t() if across else weight.contiguous()
