@@ -77,10 +77,12 @@ class Known(NamedTuple):
     source: str
 
 
-def derive(checkpoint: SourceCheckpoint, extra: str | Path | None = None) -> tuple[NemotronHConfig, list[str]]:
+def derive(
+    checkpoint: SourceCheckpoint, extra: str | Path | dict[str, Any] | None = None
+) -> tuple[NemotronHConfig, list[str]]:
     """The configuration of a Megatron checkpoint, and remarks on what was not given.
 
-    `extra` is a preset's name or the path of a config.json (or its folder).
+    `extra` is a preset's name, the path of a config.json (or its folder), or what such a file has.
 
     Raises:
         ValueError: when witnesses disagree, naming both, or when a field is unknown to all; it names the checkpoint.
@@ -89,7 +91,9 @@ def derive(checkpoint: SourceCheckpoint, extra: str | Path | None = None) -> tup
         return _derive(checkpoint, extra)
 
 
-def _derive(checkpoint: SourceCheckpoint, extra: str | Path | None) -> tuple[NemotronHConfig, list[str]]:
+def _derive(
+    checkpoint: SourceCheckpoint, extra: str | Path | dict[str, Any] | None
+) -> tuple[NemotronHConfig, list[str]]:
     args = checkpoint.args
     known: dict[str, Known] = {}
     _merge(known, from_tensors(checkpoint))
@@ -97,7 +101,14 @@ def _derive(checkpoint: SourceCheckpoint, extra: str | Path | None) -> tuple[Nem
     _refuse_other_architectures(args, pattern + known["mtp_hybrid_override_pattern"].value)
     _merge(known, from_args(args, known))
     added = read_extra(extra) if extra is not None else {}
-    _merge(known, {field: Known(value, f"--config {extra}") for field, value in added.items()}, fill_only=NOT_COMPARED)
+    _merge(
+        known,
+        {
+            field: Known(value, "--config" if isinstance(extra, dict) else f"--config {extra}")
+            for field, value in added.items()
+        },
+        fill_only=NOT_COMPARED,
+    )
     fields = {field: item.value for field, item in known.items()}
     _complete_attention(fields, known)
     remarks = _complete_vocabulary(fields, checkpoint)
@@ -361,15 +372,13 @@ def _refuse_other_architectures(args: dict[str, Any], pattern: str) -> None:
             raise ValueError(f"the argument {argument}={value!r}: Nemotron-H has {' or '.join(map(repr, allowed))}")
 
 
-def read_extra(extra: str | Path) -> dict[str, Any]:
+def read_extra(extra: str | Path | dict[str, Any]) -> dict[str, Any]:
     """Fields of a preset or of a config.json, in the configuration's own spelling."""
-    path = Path(extra)
-    path = path / "config.json" if path.is_dir() else path
-    if path.is_file():
-        given = unpack_blocks(read_json(path), NemotronHConfig.PER_LAYER_FIELDS)
+    given = extra if isinstance(extra, dict) else _read_file(Path(extra))
+    if given is not None:
+        given = unpack_blocks(given, NemotronHConfig.PER_LAYER_FIELDS)
         config = NemotronHConfig(**given)
     else:
-        given = None
         config = NemotronHConfig.from_preset(str(extra))
     fields = config.plain_dict()
     for name in ("model_type", "architectures", "dtype", "torch_dtype", "transformers_version", "num_hidden_layers"):
@@ -380,6 +389,11 @@ def read_extra(extra: str | Path) -> dict[str, Any]:
         named |= {"mtp_hybrid_override_pattern"} if named & {"mtp_layers_block_type", "mtp_layer_types"} else set()
         fields = {name: value for name, value in fields.items() if name in named}
     return fields
+
+
+def _read_file(path: Path) -> dict[str, Any] | None:
+    path = path / "config.json" if path.is_dir() else path
+    return read_json(path) if path.is_file() else None
 
 
 def _complete_attention(fields: dict[str, Any], known: dict[str, Known]) -> None:

@@ -18,7 +18,7 @@ from nemotron_h_hf.units import parse_bytes
 from nemotron_h_hf.whole_files import write_text
 
 from . import config as configs
-from . import formats, verify
+from . import formats, verify, vision
 from .options import FORMATS, Options
 from .plan import Plan, plan_to_hf, plan_to_megatron
 from .report import JSON_NAME, TABLE_NAME, Report, add_plan, add_written, finished_before
@@ -134,7 +134,10 @@ def _looks_finished(work: Work) -> bool:
 
 def _plan_hf(found: formats.Found, asked: Options, report: Report) -> tuple[SourceCheckpoint, Plan]:
     checkpoint = formats.open_megatron(found)
-    model, remarks = configs.derive(checkpoint, asked.config)
+    if vision.is_multimodal(checkpoint):
+        model, remarks = vision.derive(checkpoint, asked.config, asked.tokenizer)
+    else:
+        model, remarks = configs.derive(checkpoint, asked.config)
     if asked.dtype is not None:
         model.dtype = str(asked.dtype).removeprefix("torch.")
     plan = plan_to_hf(checkpoint, model, asked.dtype, asked.allow_unused, asked.allow_missing)
@@ -145,20 +148,24 @@ def _plan_hf(found: formats.Found, asked: Options, report: Report) -> tuple[Sour
 
 def _plan_megatron(found: formats.Found, asked: Options, report: Report) -> tuple[Checkpoint, Plan]:
     checkpoint, model, layout = Checkpoint(found.folder), read_config(found.folder, asked.config), asked.layout
-    layout.check(model)
+    layout.check(vision.language(model))
+    vision.check_ranks(model, layout.tp)
     plan = plan_to_megatron(
         checkpoint, model, layout.vocab_multiple, asked.dtype, asked.allow_unused, asked.allow_missing
     )
     check_cuts(plan, layout)
+    report.notes += vision.remarks(model)
     return checkpoint, plan
 
 
-def read_config(folder: Path, extra: str | Path | None) -> NemotronHConfig:
+def read_config(folder: Path, extra: str | Path | None) -> vision.Config:
     """The configuration of a Hugging Face checkpoint, or the one given instead."""
     base = folder if folder.is_dir() else folder.parent
     if extra is None and not (base / "config.json").is_file():
         raise ValueError(f"{base} has no config.json; give one by --config")
-    return NemotronHConfig(**configs.read_extra(base if extra is None else extra))
+    given = base if extra is None else extra
+    sees = vision.read_given(given)
+    return sees.config if sees is not None else NemotronHConfig(**configs.read_extra(given))
 
 
 @contextmanager

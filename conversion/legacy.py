@@ -19,13 +19,14 @@ from typing import Any
 
 from . import torchzip
 from .layouts import expert_range, rank_ranges
-from .names import COLUMNS, COPY, PARTS, Place, place
+from .names import COLUMNS, COPY, PARTS, Place
 from .source_checkpoint import Entry, Piece, SourceCheckpoint
 from .torch_dist import skip_reason
 from .unpickle import Extent, StandIn
+from .vision import LANGUAGE, place
 
 _FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.")
+_LAYER = re.compile(r"((?:language_model\.)?decoder\.layers\.)(\d+)\.")
 FILE_NAME = "model_optim_rng.pt"
 
 
@@ -186,7 +187,7 @@ def _layer_offsets(ranks: list[RankFile], grid: Grid) -> list[list[int]]:
             offsets[-1].append(total)
             counts = set()
             for rank in (rank for rank in ranks if rank.pp == pp):
-                layers = {int(match[1]) for name in rank.segments[chunk] if (match := _LAYER.match(name))}
+                layers = {int(match[2]) for name in rank.segments[chunk] if (match := _LAYER.match(name))}
                 if layers != set(range(len(layers))):
                     raise ValueError(
                         f"{rank.path}: its layers are {sorted(layers)}, expected are 0 to {len(layers) - 1}"
@@ -203,7 +204,8 @@ def _add_segment(
 ) -> None:
     spots = {}
     for local in segment:
-        name = _LAYER.sub(lambda match: f"decoder.layers.{int(match[1]) + offset}.", local, count=1)
+        found = _LAYER.match(local)  # a tower has layers too, all on one stage
+        name = f"{found[1]}{int(found[2]) + offset}.{local[found.end() :]}" if found else local
         spots[local] = (name, place(name))
     num_experts = _num_local_experts(rank.path, [spot for _, spot in spots.values() if spot is not None])
     for local, extent in segment.items():
@@ -223,9 +225,10 @@ def _add_segment(
 
 def _fold_tied(entries: dict[str, Entry], args: dict[str, Any]) -> None:
     """With tied embeddings the last stage's output layer is a copy of the embedding; it has to be equal."""
-    if args.get("untie_embeddings_and_output_weights") is False and "output_layer.weight" in entries:
-        output = entries.pop("output_layer.weight")
-        entries["embedding.word_embeddings.weight"].copies += output.pieces + output.copies
+    for prefix in ("", LANGUAGE) if args.get("untie_embeddings_and_output_weights") is False else ():
+        output = entries.pop(f"{prefix}output_layer.weight", None)
+        if output is not None:
+            entries[f"{prefix}embedding.word_embeddings.weight"].copies += output.pieces + output.copies
 
 
 def _num_local_experts(path: Path, spots: list[Place]) -> dict[tuple[str, str], int]:

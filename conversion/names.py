@@ -22,6 +22,7 @@ from nemotron_h_hf.tensors import is_there, sizes
 
 ROWS, COLUMNS, COPY = "rows", "columns", "copy"  # what a tensor-parallel rank holds: a range of axis 0, of axis 1, all
 PLAIN, PARTS, QKV, VOCAB = "plain", "parts", "qkv", "vocab"
+HEADS, FLAT = "heads", "flat"  # of towers: q, k and v of each head; the HF tensor has an axis of 1 before
 
 
 class Row(NamedTuple):
@@ -126,13 +127,15 @@ class Link(NamedTuple):
     layout: str
     expert: int | None = None
     layer: int | None = None  # of the main stack; None at both ends and in multi-token prediction
+    groups: tuple[int, int] | None = None  # of QKV and HEADS: number of key/value groups, head_dim
+    stack: tuple[int, int] | None = None  # in a vision tower: the layer, and how many there are
 
     @property
     def hf_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Shapes of the HF tensors."""
         if self.layout == QKV:
             return tuple((size, *self.shape[1:]) for _, size in self.parts)
-        return (self.shape,)
+        return ((1, *self.shape) if self.layout == FLAT else self.shape,)
 
 
 # What may differ by layer: MLPs by their shapes, experts by Megatron-Bridge's `per_layer_config_overrides`.
@@ -143,7 +146,8 @@ def links(config: NemotronHConfig) -> Iterator[Link]:
     """Every tensor of a model of this configuration, in order of depth; raises as `check_sizes`."""
     check_sizes(config)
     for link in _links(config):
-        yield link._replace(hf=tuple(name_in_file(name, config.model_type) for name in link.hf))
+        groups = (config.num_key_value_heads, config.head_dim) if link.layout == QKV else None
+        yield link._replace(hf=tuple(name_in_file(name, config.model_type) for name in link.hf), groups=groups)
 
 
 def check_sizes(config: NemotronHConfig) -> None:

@@ -20,8 +20,9 @@ from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 from nemotron_h_hf.model.weights import Checkpoint, TensorSpec, stays_float32
 
 from . import layouts
-from .names import PARTS, QKV, VOCAB, Link, links
+from .names import FLAT, HEADS, PARTS, QKV, VOCAB, Link
 from .source_checkpoint import SourceCheckpoint
+from .vision import NOT_IN_MEGATRON, Config, language, links
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,12 @@ class Job:
     @property
     def how(self) -> str:
         """The rearrangement in words."""
-        words = {QKV: "qkv groups", PARTS: "+".join(part for part, _ in self.link.parts), VOCAB: "vocabulary rows"}
+        words = {
+            QKV: "qkv groups",
+            HEADS: "qkv heads",
+            PARTS: "+".join(part for part, _ in self.link.parts),
+            VOCAB: "vocabulary rows",
+        }
         cast = {s.dtype for s in self.sources} != {t.dtype for t in self.targets}
         return words.get(self.link.layout, "as it is") + (", cast" if cast else "")
 
@@ -45,11 +51,16 @@ class Job:
 class Plan:
     """All jobs in order, and the names on the source's side that have no part in them."""
 
-    config: NemotronHConfig
+    config: Config
     jobs: list[Job]
     ignored: dict[str, str] = field(default_factory=dict)  # name -> why
     missing: list[str] = field(default_factory=list)  # allowed by the user
     notes: list[str] = field(default_factory=list)
+
+    @property
+    def text(self) -> NemotronHConfig:
+        """The configuration of the language model."""
+        return language(self.config)
 
     @property
     def num_bytes(self) -> int:
@@ -69,7 +80,7 @@ class Plan:
 
 def plan_to_hf(
     checkpoint: SourceCheckpoint,
-    config: NemotronHConfig,
+    config: Config,
     dtype: torch.dtype | None = None,
     allow_unused: Sequence[str] = (),
     allow_missing: Sequence[str] = (),
@@ -105,7 +116,7 @@ def plan_to_hf(
 
 def plan_to_megatron(
     checkpoint: Checkpoint,
-    config: NemotronHConfig,
+    config: Config,
     vocab_multiple: int,
     dtype: torch.dtype | None = None,
     allow_unused: Sequence[str] = (),
@@ -116,8 +127,8 @@ def plan_to_megatron(
     Raises:
         ValueError: as `plan_to_hf`, and when q, k and v of a layer have different dtypes.
     """
-    plan = Plan(config, [])
-    used, missing = set(), []
+    plan = Plan(config, [], {name: "computed, no weights" for name in checkpoint if name.startswith(NOT_IN_MEGATRON)})
+    used, missing = set(plan.ignored), []
     for link in links(config):
         absent = [name for name in link.hf if name not in checkpoint]
         used.update(link.hf)
@@ -180,20 +191,28 @@ def some(names: Sequence[str], count: int = 5) -> str:
     return ", ".join(names[:count]) + (f", ... ({len(names)} in total)" if len(names) > count else "")
 
 
-def to_hf(job: Job, tensor: Tensor, config: NemotronHConfig) -> list[Tensor]:
+def to_hf(job: Job, tensor: Tensor) -> list[Tensor]:
     """The HF tensors of a whole Megatron tensor, in the order of the job's targets; views where possible."""
     if job.link.layout == QKV:
-        return list(layouts.split_qkv(tensor, config.num_key_value_heads, config.head_dim))
+        return list(layouts.split_qkv(tensor, *job.link.groups))
+    if job.link.layout == HEADS:
+        return [torch.cat(layouts.split_qkv(tensor, *job.link.groups))]
+    if job.link.layout == FLAT:
+        return [tensor.unsqueeze(0)]
     if job.link.layout == VOCAB:
         return [layouts.cut_rows(tensor, job.link.shape[0])]
     return [tensor]
 
 
-def to_megatron(job: Job, read: Callable[[str], Tensor], config: NemotronHConfig) -> Tensor:
+def to_megatron(job: Job, read: Callable[[str], Tensor]) -> Tensor:
     """The whole Megatron tensor of a job, its sources read by `read`."""
     tensors = [read(source.name) for source in job.sources]
     if job.link.layout == QKV:
-        return layouts.join_qkv(*tensors, config.num_key_value_heads, config.head_dim)
+        return layouts.join_qkv(*tensors, *job.link.groups)
+    if job.link.layout == HEADS:
+        return layouts.join_qkv(*tensors[0].chunk(3), *job.link.groups)
+    if job.link.layout == FLAT:
+        return tensors[0].squeeze(0)
     if job.link.layout == VOCAB:
         return layouts.pad_rows(tensors[0], job.targets[0].shape[0])
     return tensors[0]

@@ -20,7 +20,7 @@ from nemotron_h_hf.tokenizer_files import TOKENIZER_FILES, copy_files
 from nemotron_h_hf.whole_files import write_text
 
 from .source_checkpoint import Entry, Piece, SourceCheckpoint
-from .torch_dist import chunks_of, pieces_by_expert, read_metadata
+from .torch_dist import chunks_of, read_metadata, unstacked
 
 WEIGHTS_FOLDER = "pytorch_model_fsdp_0"
 WRAPPERS = re.compile(r"(_checkpoint_wrapped_module|_orig_mod)\.")  # of activation checkpointing and torch.compile
@@ -78,7 +78,7 @@ def open_sharded(folder: Path) -> SourceCheckpoint:
         if name.local.startswith(ROUTER):
             continue
         if "{e}" in name.local:
-            for expert, pieces in pieces_by_expert(key, shape, found).items():
+            for expert, pieces in unstacked(key, shape, found).items():
                 entries[name._replace(expert=expert).released] = Entry(dtype, shape[1:], pieces)
         else:
             entries[name.released] = Entry(

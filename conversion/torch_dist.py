@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from . import torchzip, unpickle
-from .names import BLOCKS, PARTS, place
+from .names import BLOCKS, PARTS
 from .source_checkpoint import Chunk, Entry, Piece, SourceCheckpoint
 from .unpickle import StandIn
+from .vision import LANGUAGE, place, stack_of
 
 SKIPPED = (
     (re.compile(r"(.*\.)?_extra_state(/.*)?|.*\._extra_state/.*"), "extra state of Transformer Engine"),
@@ -116,7 +117,8 @@ def _dtype(properties: StandIn) -> torch.dtype:
 def key_prefix(keys: Iterable[str]) -> str:
     """What stands before Megatron's names: nothing, `module.` (NeMo 2) or `model.` (plain torch)."""
     name = "embedding.word_embeddings.weight"
-    prefixes = [key.removesuffix(name) for key in keys if key.endswith(name) and not skip_reason(key, "")]
+    found = [key for key in keys if key.endswith(name) and not skip_reason(key, "")]
+    prefixes = [key.removesuffix(name).removesuffix(LANGUAGE) for key in found]
     if len(prefixes) != 1:
         raise ValueError(f"{len(prefixes)} tensors are called {name}, one is expected: {prefixes}")
     return prefixes[0]
@@ -207,8 +209,13 @@ def _assemble(chunks: dict[str, list[tuple]], wanted: dict, prefix: str, entries
     for key, found in chunks.items():
         dtype, shape, _ = wanted[prefix + key]
         if stack := _STACK.fullmatch(key):
-            for expert, pieces in pieces_by_expert(key, shape, found).items():
+            for expert, pieces in unstacked(key, shape, found).items():
                 _put(entries, f"{stack[1]}.{stack[2]}{expert}", Entry(dtype, shape[1:], pieces))
+        elif tower := stack_of(key):
+            for layer, pieces in unstacked(key, shape, found).items():
+                name = f"{tower[0]}.{layer}.{tower[1]}"
+                spot = place(name)
+                _put(entries, spot.name() if spot else name, Entry(dtype, shape[1:], pieces))
         elif part := _PART.fullmatch(key):
             parts.setdefault(part[1], set()).add(part[2])
         else:
@@ -220,11 +227,11 @@ def _assemble(chunks: dict[str, list[tuple]], wanted: dict, prefix: str, entries
         _put(entries, name, _join_parts(name, present, chunks, wanted, prefix))
 
 
-def pieces_by_expert(key: str, shape: tuple[int, ...], found: list[tuple]) -> dict[int, list[Piece]]:
-    """The pieces of each expert of a stack; a chunk may hold several experts, an expert may be spread over several chunks."""
-    if len(shape) != 3:
-        raise ValueError(f"{key}: a stack of experts has three axes, not {len(shape)}")
-    pieces: dict[int, list[Piece]] = {expert: [] for expert in range(shape[0])}
+def unstacked(key: str, shape: tuple[int, ...], found: list[tuple]) -> dict[int, list[Piece]]:
+    """The pieces of each tensor of a stack; a chunk may hold several, one may be spread over several chunks."""
+    if len(shape) < 2:
+        raise ValueError(f"{key}: a stack has at least two axes, not {len(shape)}")
+    pieces: dict[int, list[Piece]] = {number: [] for number in range(shape[0])}
     for corner, box, chunk in found:
         for i in range(box[0]):
             pieces[corner[0] + i].append(Piece(chunk, i * box[1], box[1:], corner[1:]))

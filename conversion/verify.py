@@ -8,10 +8,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 from nemotron_h_hf.checkpoint import PIECE_BYTES, Digest
 from nemotron_h_hf.inputs import read_json
-from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
+from nemotron_h_hf.model.configuration_nemotron_h_vl import NemotronHVLConfig
 from nemotron_h_hf.model.modeling_nemotron_h import NemotronHForCausalLM
 from nemotron_h_hf.model.weights import Checkpoint
 from nemotron_h_hf.resumable import checksum
@@ -21,6 +22,7 @@ from .formats import read_megatron
 from .plan import Plan, plan_to_hf, some, to_hf
 from .source_checkpoint import SourceCheckpoint
 from .torch_dist import inside
+from .vision import Config, language
 
 PROBE_TOKENS = 24
 
@@ -91,15 +93,15 @@ def _differences(written: SourceCheckpoint, source: Checkpoint, plan: Plan) -> l
     back = plan_to_hf(written, plan.config, allow_missing=["*"] if plan.missing else [])
     seen = set()
     for job in back.jobs:
-        for spec, tensor in zip(job.targets, to_hf(job, written[job.sources[0].name], plan.config), strict=True):
+        for spec, tensor in zip(job.targets, to_hf(job, written[job.sources[0].name]), strict=True):
             seen.add(spec.name)
             if spec.name not in stored or checksum(tensor.contiguous()) != checksum(source[spec.name].to(spec.dtype)):
                 wrong.append(spec.name)
     return wrong + sorted(stored - seen)
 
 
-def compare_logits(target: Path, reference: str | Path, config: NemotronHConfig) -> dict[str, Any]:
-    """Logits of the same random tokens through the target and through a reference checkpoint, both in float32.
+def compare_logits(target: Path, reference: str | Path, config: Config) -> dict[str, Any]:
+    """Logits of the same random tokens through the target and a reference checkpoint, both in float32; after a tile, if it sees.
 
     Raises:
         ValueError: when they differ by more than 1e-3 of the largest logit, or the vocabularies differ.
@@ -118,16 +120,27 @@ def compare_logits(target: Path, reference: str | Path, config: NemotronHConfig)
 
 
 @torch.no_grad()
-def _logits(folder: Path, config: NemotronHConfig | None) -> torch.Tensor:
+def _logits(folder: Path, config: Config | None) -> torch.Tensor:
     with TemporaryDirectory() as temporary:
         if config is not None:  # the target gets its config.json last of all, so the probe sees it elsewhere
             for file in folder.glob("*.safetensors*"):
                 (Path(temporary) / file.name).symlink_to(file.resolve())
             write_text(Path(temporary) / "config.json", config.to_json_string(use_diff=False))
             folder = Path(temporary)
-        model = NemotronHForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(
-        min(3, model.config.vocab_size - 1), model.config.vocab_size, (1, PROBE_TOKENS), generator=generator
-    )
-    return model(tokens, use_cache=False).logits
+        model = _load(folder)
+    text, generator = language(model.config), torch.Generator().manual_seed(0)
+    tokens = torch.randint(min(3, text.vocab_size - 1), text.vocab_size, (1, PROBE_TOKENS), generator=generator)
+    if text is model.config:
+        return model(tokens, use_cache=False).logits
+    side, token = model.config.image_size, model.config.image_token_id
+    tokens = tokens.masked_fill(tokens == token, 0)
+    picture = torch.full((1, model.config.image_seq_length), token)
+    pixels = torch.randn(1, 3, side, side, generator=generator)
+    return model(torch.cat([picture, tokens], 1), pixel_values=pixels, use_cache=False).logits
+
+
+def _load(folder: Path) -> NemotronHForCausalLM:
+    """A text model, or one that sees."""
+    sees = isinstance(AutoConfig.from_pretrained(folder), NemotronHVLConfig)
+    kind = AutoModelForImageTextToText if sees else NemotronHForCausalLM
+    return kind.from_pretrained(folder, dtype=torch.float32).eval()

@@ -8,9 +8,12 @@ from pathlib import Path
 from torch import Tensor
 
 from nemotron_h_hf.checkpoint import ShardWriter, plan_shards
+from nemotron_h_hf.inputs import load_tokenizer
+from nemotron_h_hf.model.configuration_nemotron_h_vl import NemotronHVLConfig
+from nemotron_h_hf.model.processing_nemotron_h_vl import NemotronHVLProcessor
 from nemotron_h_hf.model.weights import TensorSpec
 from nemotron_h_hf.resumable import Journal, write_shards
-from nemotron_h_hf.tokenizer_files import TOKENIZER_FILES, copy_files
+from nemotron_h_hf.tokenizer_files import TOKENIZER_FILES, copy_files, save_tokenizer
 from nemotron_h_hf.whole_files import write_text
 
 from .plan import Job, Plan, to_hf
@@ -33,7 +36,7 @@ def write_hf(
     def fill(writer: ShardWriter, specs: Sequence[TensorSpec]) -> None:
         jobs = [job_of[spec.name] for spec in specs if spec.name in job_of]
         for job, whole in ahead(jobs, lambda job: read(job.sources[0].name)):
-            _write_job(writer, job, to_hf(job, whole, plan.config), progress)
+            _write_job(writer, job, to_hf(job, whole), progress)
             del whole  # before the next but one is read
 
     digests, kept = write_shards(folder, shards, fill, journal, progress)
@@ -46,7 +49,14 @@ def _write_job(writer: ShardWriter, job: Job, tensors: list[Tensor], progress: C
 
 
 def write_config(plan: Plan, folder: Path, tokenizer: Path | None) -> None:
-    """config.json and, when given, the tokenizer's files; these come last, so a folder that has them is whole."""
+    """config.json and, when given, the tokenizer's files, with a processor if the model sees.
+
+    These come last, so a folder that has them is whole.
+    """
     if tokenizer is not None:
         copy_files(TOKENIZER_FILES, tokenizer, folder)
+        if isinstance(plan.config, NemotronHVLConfig):
+            words = load_tokenizer(str(tokenizer))
+            NemotronHVLProcessor.of_model(plan.config, words).save_pretrained(folder)
+            save_tokenizer(words, folder)
     write_text(folder / "config.json", plan.config.to_json_string(use_diff=False))

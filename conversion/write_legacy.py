@@ -32,9 +32,10 @@ from .names import COLUMNS, COPY
 from .plan import Job, Plan, to_megatron
 from .read_ahead import ahead
 from .torchzip import Later
+from .vision import prefix
 from .write_megatron import Layout, Read, Written, cut_sizes, extra_states, namespace, stage_sizes
 
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.")
+_LAYER = re.compile(r"^((?:language_model\.)?decoder\.layers\.)(\d+)\.")
 _EXPERT = re.compile(r"(?<=\.weight)\d+$")
 
 
@@ -56,7 +57,7 @@ def write_ranks(
     progress: Callable[[int], None],
 ) -> Written:
     """Write the files of all ranks, as large as the ranks make them; stages that `journal` names are kept if whole."""
-    stages = stage_sizes(plan.config, layout.pp)
+    stages = stage_sizes(plan.text, layout.pp)
     digests: dict[str, Digest] = {}
     files, kept = [], []
     for stage in range(len(stages)):
@@ -94,20 +95,23 @@ def _is_whole(path: Path, sizes: dict[str, int]) -> bool:
 
 def _parts(plan: Plan, stages: list[int], stage: int, layout: Layout) -> Iterator[Part]:
     """The tensors of one stage, under the names they have there."""
-    first_layer, last = sum(stages[:stage]), len(stages) - 1
-    newer = layout.newest(plan.config) == "0.19"
+    first_layer, last, before = sum(stages[:stage]), len(stages) - 1, prefix(plan.config)
+    newer = layout.newest(plan.text) == "0.19"
     for job in plan.jobs:
         name, layer = job.targets[0].name, job.link.layer
         if newer:
             name = re.sub(r"\.conv1d\.(weight|bias)$", r".conv1d_\1", name)
         if layer is not None:
             if first_layer <= layer < first_layer + stages[stage]:
-                yield Part(job, _LAYER.sub(f"decoder.layers.{layer - first_layer}.", name))
-        elif name.startswith("embedding."):
-            if stage == 0 or (stage == last and plan.config.num_nextn_predict_layers):
+                yield Part(job, _LAYER.sub(rf"\g<1>{layer - first_layer}.", name))
+        elif name.startswith("vision_"):
+            if stage == 0:
+                yield Part(job, name)
+        elif name.startswith(f"{before}embedding."):
+            if stage == 0 or (stage == last and plan.text.num_nextn_predict_layers):
                 yield Part(job, name, again=stage > 0)
-            if stage == last > 0 and plan.config.tie_word_embeddings:
-                yield Part(job, "output_layer.weight", again=True)
+            if stage == last > 0 and plan.text.tie_word_embeddings:
+                yield Part(job, f"{before}output_layer.weight", again=True)
         elif stage == last:
             yield Part(job, name)
 
@@ -123,7 +127,7 @@ def _write_stage(
     progress: Callable[[int], None],
 ) -> dict[str, Digest]:
     args = namespace(plan, layout, stages)
-    extras = _extra_names(plan.config, stages, stage, layout)
+    extras = _extra_names(plan, stages, stage)
     writers: dict[tuple[int, int], torchzip.Writer] = {}
     digests: dict[str, Digest] = {}
     with ExitStack() as stack:
@@ -131,12 +135,12 @@ def _write_stage(
         for rank, path in paths.items():
             path.parent.mkdir(exist_ok=True)
             file = stack.enter_context(open(stack.enter_context(whole_file(path, only_writer=True)), "w+b"))
-            model = OrderedDict(_promises(parts, rank, plan.config, layout))
+            model = OrderedDict(_promises(parts, rank, plan.text, layout))
             model.update((name, Later(torch.uint8, (0,))) for name in extras)
             value = {"args": args, "checkpoint_version": 3.0, "iteration": 0, "model": model}
             writers[rank] = torchzip.Writer(file, value)
         same = [list(group) for _, group in groupby(parts, lambda part: part.job.targets[0].name)]
-        for group, whole in ahead(same, lambda group: to_megatron(group[0].job, read, plan.config)):
+        for group, whole in ahead(same, lambda group: to_megatron(group[0].job, read)):
             for part in group:
                 digester = Digester(pool)
                 digests[part.job.targets[0].name] = _write_part(plan, part, whole, writers, layout, digester, progress)
@@ -187,7 +191,7 @@ def _write_part(
     dtype = part.job.targets[0].dtype
     for piece in pieces(whole, dtype):
         digester.add(piece)
-    holders = {rank: w for rank, w in writers.items() if _local_name(part, rank[1], plan.config, layout) is not None}
+    holders = {rank: w for rank, w in writers.items() if _local_name(part, rank[1], plan.text, layout) is not None}
     first_ep = min(ep for _, ep in holders)
     for (tp, ep), writer in holders.items():
         local = _cut(whole, part, tp, layout)
@@ -206,13 +210,13 @@ def _no_progress(num_bytes: int) -> None:
     """For a copy of what was counted already."""
 
 
-def _extra_names(config: NemotronHConfig, stages: list[int], stage: int, layout: Layout) -> list[str]:
-    """Extra states of the modules of one stage, under their local names."""
+def _extra_names(plan: Plan, stages: list[int], stage: int) -> list[str]:
+    """Extra states of the language model's modules of one stage, under their local names; towers are loaded without."""
     first, found = sum(stages[:stage]), []
-    for name, _ in extra_states(config):
+    for name, _ in extra_states(plan):
         match = _LAYER.match(name)
-        if match and first <= int(match[1]) < first + stages[stage]:
-            found.append(_LAYER.sub(f"decoder.layers.{int(match[1]) - first}.", name))
+        if match and first <= int(match[2]) < first + stages[stage]:
+            found.append(_LAYER.sub(rf"\g<1>{int(match[2]) - first}.", name))
         elif not match and stage == len(stages) - 1:
             found.append(name)
     return found

@@ -16,6 +16,7 @@ from torch import Tensor
 from nemotron_h_hf.checkpoint import Digest
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 
+from . import vision
 from .config import other_groups, to_args
 from .layouts import rank_ranges
 from .names import (
@@ -111,7 +112,7 @@ def _check_expressible(config: NemotronHConfig) -> None:
 
 def namespace(plan: Plan, layout: Layout, stages: Sequence[int]) -> argparse.Namespace:
     """The training arguments of a checkpoint that is written."""
-    pattern, cuts, start = plan.config.hybrid_override_pattern, [], 0
+    pattern, cuts, start = plan.text.hybrid_override_pattern, [], 0
     for count in stages:
         cuts.append(pattern[start : start + count])
         start += count
@@ -124,12 +125,17 @@ def namespace(plan: Plan, layout: Layout, stages: Sequence[int]) -> argparse.Nam
         "expert_tensor_parallel_size": layout.tp,
         "make_vocab_size_divisible_by": layout.vocab_divisible_by,
     }
-    args = to_args(plan.config, rows, sizes, layout.newest(plan.config), "|".join(cuts))
-    return argparse.Namespace(**{**args, "ckpt_format": layout.format})
+    args = to_args(plan.text, rows, sizes, layout.newest(plan.text), "|".join(cuts))
+    return argparse.Namespace(**{**args, **vision.to_args(plan.config), "ckpt_format": layout.format})
 
 
-def extra_states(config: NemotronHConfig) -> Iterator[tuple[str, bool]]:
-    """Names of the extra states that Megatron expects, and whether there is one per expert."""
+def extra_states(plan: Plan) -> Iterator[tuple[str, int]]:
+    """Names of the extra states that Megatron expects of the language model, and how many there are of each."""
+    for name, per_expert in _extra_states(plan.text):
+        yield vision.prefix(plan.config) + name, plan.text.n_routed_experts if per_expert else 1
+
+
+def _extra_states(config: NemotronHConfig) -> Iterator[tuple[str, bool]]:
     for name in EXTRA_STATE_TOP:  # with tied embeddings too: the output layer is there, without a weight
         yield f"{name}._extra_state", False
     for layer, letter in enumerate(config.hybrid_override_pattern):

@@ -30,7 +30,7 @@ from nemotron_h_hf.model.weights import byte_view
 from nemotron_h_hf.resumable import Journal
 from nemotron_h_hf.whole_files import whole_file, write_text
 
-from . import torchzip
+from . import torchzip, vision
 from .layouts import split_parts
 from .names import PARTS
 from .plan import Job, Plan, to_megatron
@@ -66,7 +66,7 @@ def write_distributed(
     files.append(f"__0_{len(files)}.distcp")
     objects = _write_objects(plan, folder / files[-1])
     _write_metadata(plan, folder, records, files[-1], objects)
-    stages = [plan.config.num_hidden_layers]
+    stages = [plan.text.num_hidden_layers]
     _save(folder / "common.pt", {"args": namespace(plan, layout, stages), "checkpoint_version": 3.0, "iteration": 0})
     write_text(folder / "metadata.json", '{"sharded_backend": "torch_dist", "sharded_backend_version": 1, '
                '"common_backend": "torch", "common_backend_version": 1}')  # fmt: skip
@@ -80,7 +80,7 @@ def _write_distcp(
     """One `.distcp` file; the record says where each chunk is."""
     record: dict[str, Any] = {"chunks": [], "digests": {}}
     with whole_file(path, only_writer=True) as part, ThreadPoolExecutor(1) as pool, open(part, "w+b") as file:
-        for job, whole in ahead(jobs, lambda job: to_megatron(job, read, plan.config)):
+        for job, whole in ahead(jobs, lambda job: to_megatron(job, read)):
             spec = job.targets[0]
             digester = Digester(pool)
             record["chunks"] += _write_chunks(file, chunks_of(job, whole), spec.dtype, digester, progress)
@@ -108,6 +108,9 @@ def chunks_of(job: Job, whole: Tensor) -> list[tuple[str, list[int], Tensor]]:
         key = f"{stack}.mlp.experts.experts.{matrix.removesuffix(str(link.expert))}"
         return [(key, [link.expert] + [0] * whole.dim(), whole.unsqueeze(0))]
     corner = [0] * whole.dim()
+    if link.stack is not None:
+        layer, _ = link.stack
+        return [(name.replace(f".layers.{layer}.", ".layers.", 1), [layer, *corner], whole.unsqueeze(0))]
     if link.layout != PARTS:
         return [(name, corner, whole)]
     parts = split_parts(whole, [size for _, size in link.parts])
@@ -145,9 +148,8 @@ def _write_objects(plan: Plan, path: Path) -> list[tuple[str, int, int]]:
     torch.save([torch.empty(0, dtype=torch.uint8)], buffer)
     payload, objects = buffer.getvalue(), []
     with whole_file(path, only_writer=True) as part, open(part, "wb") as file:
-        for name, per_expert in extra_states(plan.config):
-            name = name.replace(".mlp.experts.", ".mlp.experts.experts.") if per_expert else name
-            count = plan.config.n_routed_experts if per_expert else 1
+        for name, count in (*extra_states(plan), *vision.extra_states(plan.config)):
+            name = name.replace(".mlp.experts.", ".mlp.experts.experts.")
             for number in range(count):
                 objects.append((f"{name}/shard_{number}_{count}", file.tell(), len(payload)))
                 file.write(payload)

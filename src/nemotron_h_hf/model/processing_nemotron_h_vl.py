@@ -10,6 +10,9 @@ from typing import Any
 
 from transformers.processing_utils import MultiModalData, ProcessorMixin
 
+from .configuration_nemotron_h_vl import NemotronHVLConfig
+from .image_processing_nemotron_h_vl import NemotronHVLImageProcessor
+
 CHAT_PREAMBLE = (
     "{%- set flat = namespace(messages=[]) -%}"
     "{%- for message in messages -%}{%- if message.content is string or message.content is none -%}"
@@ -59,6 +62,19 @@ class NemotronHVLProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=template)
         if self.use_tile_tags and not image_processor.dynamic_resolution:
             self._check_tags()
+
+    @classmethod
+    def of_model(cls, config: NemotronHVLConfig, tokenizer: Any) -> "NemotronHVLProcessor":
+        """As a model's configuration says; a chat template of the language model takes pictures from now on."""
+        images = NemotronHVLImageProcessor(
+            image_size=config.image_size, patch_size=config.patch_side, downsample_ratio=config.downsample_ratio,
+            max_tiles=config.max_tiles, use_thumbnail=config.use_thumbnail, image_mean=config.image_mean,
+            image_std=config.image_std,
+        )  # fmt: skip
+        template = tokenizer.chat_template
+        if template is not None and not template.startswith(CHAT_PREAMBLE):
+            tokenizer.chat_template = CHAT_PREAMBLE + template
+        return cls(images, tokenizer, use_tile_tags=config.use_tile_tags)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **_: Any) -> str:
         """What replaces a picture in the text: its tiles' tokens and tags, or its patches' tokens."""

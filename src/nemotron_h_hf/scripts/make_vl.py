@@ -25,12 +25,10 @@ from nemotron_h_hf import (
     NemotronHForCausalLM,
     NemotronHVLConfig,
     NemotronHVLForConditionalGeneration,
-    NemotronHVLImageProcessor,
     NemotronHVLProcessor,
 )
 from nemotron_h_hf.inputs import load_tokenizer
 from nemotron_h_hf.model.image_processing_nemotron_h_vl import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
-from nemotron_h_hf.model.processing_nemotron_h_vl import CHAT_PREAMBLE
 from nemotron_h_hf.model.saving import saving
 from nemotron_h_hf.output_folders import is_made, note_made, stamps, writing
 from nemotron_h_hf.tokenizer_files import save_tokenizer
@@ -76,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tower = load_tower(arguments.vision_model)
         token = image_token(language, tokenizer)
         model = join(language, tower, token, arguments)
-        processor = make_processor(model.config, tokenizer)
+        processor = NemotronHVLProcessor.of_model(model.config, tokenizer)
         with saving(target) as staging:
             model.save_pretrained(staging)
             processor.save_pretrained(staging)
@@ -174,19 +172,6 @@ def join(
         model.mtp.load_state_dict(language.mtp.state_dict(), assign=True)
     model.generation_config = language.generation_config
     return model.eval()
-
-
-def make_processor(config: NemotronHVLConfig, tokenizer: PreTrainedTokenizerBase) -> NemotronHVLProcessor:
-    """As the model's configuration says; a chat template of the language model takes pictures from now on."""
-    images = NemotronHVLImageProcessor(
-        image_size=config.image_size, patch_size=config.patch_side, downsample_ratio=config.downsample_ratio,
-        max_tiles=config.max_tiles, use_thumbnail=config.use_thumbnail, image_mean=config.image_mean,
-        image_std=config.image_std,
-    )  # fmt: skip
-    template = tokenizer.chat_template
-    if template is not None and not template.startswith(CHAT_PREAMBLE):
-        tokenizer.chat_template = CHAT_PREAMBLE + template
-    return NemotronHVLProcessor(images, tokenizer, use_tile_tags=config.use_tile_tags)
 
 
 def describe(model: NemotronHVLForConditionalGeneration) -> str:
