@@ -209,7 +209,63 @@ def test_thinking_small_and_answering_large(client):
     assert answer.usage.completion_tokens_details.reasoning_tokens in (5, 6)
 
 
+def test_a_response_streamed_and_whole(client):
+    told = {"instructions": "Be short.", "input": [{"role": "user", "content": [{"type": "input_text", "text": "Hi"}]}]}
+    settings = {"model": "tiny:small", "max_output_tokens": 9, "temperature": 0}
+    extra = {"ignore_eos": True, "logit_bias": {"0": -100}}
+    whole = client.responses.create(**settings, **told, extra_body=extra)
+    events = list(client.responses.create(**settings, **told, extra_body=extra, stream=True))
+    chat = client.chat.completions.create(
+        model="tiny:small", max_tokens=9, temperature=0, extra_body=extra,
+        messages=[{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hi"}],
+    )  # fmt: skip
+    assert whole.output_text == chat.choices[0].message.content and whole.status == "incomplete"
+    assert whole.incomplete_details.reason == "max_output_tokens" and whole.usage.output_tokens == 9
+    assert [it.type for it in events[:2]] == ["response.created", "response.in_progress"]
+    assert [it.sequence_number for it in events] == list(range(len(events)))
+    assert "".join(it.delta for it in events if it.type == "response.output_text.delta") == whole.output_text
+    last = events[-1]
+    assert last.type == "response.incomplete" and last.response.output_text == whole.output_text
+    assert last.response.usage.input_tokens == whole.usage.input_tokens == chat.usage.prompt_tokens
+    again = [
+        *told["input"],
+        *(it.model_dump(exclude_none=True) for it in whole.output),
+        {"role": "user", "content": "So?"},
+    ]
+    longer = client.responses.create(**settings, instructions="Be short.", input=again, extra_body=extra)
+    assert longer.usage.input_tokens > whole.usage.total_tokens and longer.usage.input_tokens_details.cached_tokens > 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response_with_reasoning(client, stream):
+    answer = client.responses.create(
+        model="tiny", input="Why?", max_output_tokens=20, temperature=0, stream=stream,
+        extra_body={"thinking_token_budget": 4, "ignore_eos": True, "chat_template_kwargs": {"thinking": True},
+                    "logit_bias": {"0": -100, "99": -100}},
+    )  # fmt: skip
+    events = list(answer) if stream else []
+    if stream:
+        answer = events[-1].response
+        thought = "".join(it.delta for it in events if it.type == "response.reasoning_text.delta")
+        assert thought == answer.output[0].content[0].text
+        kinds = [it.type for it in events if it.type.startswith("response.output_item")]
+        assert kinds == ["response.output_item.added", "response.output_item.done"] * 2
+    assert [it.type for it in answer.output] == ["reasoning", "message"]
+    assert answer.usage.output_tokens_details.reasoning_tokens in (5, 6) and "</think>" not in str(answer.output)
+
+
 # Refusals
+
+
+@pytest.mark.parametrize(("change", "param"), [
+    ({"tools": [CALL]}, "tools"), ({"previous_response_id": "resp_1"}, "previous_response_id"), ({"store": True}, "store"),
+    ({"input": []}, "input"), ({"input": [{"type": "function_call_output"}]}, "input"), ({"max_tokens": 3}, "max_tokens"),
+    ({"max_output_tokens": 0}, "max_output_tokens"), ({"text": {"format": {"type": "json_object"}}}, "text"),
+    ({"reasoning": {"effort": "low"}}, "reasoning"), ({"max_output_tokens": 700}, "max_output_tokens"), ({"n": 2}, "n"),
+])  # fmt: skip
+def test_a_response_is_refused_by_field(server, change, param):
+    status, _, text = ask(server[0], "/v1/responses", {"model": "tiny", "input": "Hi", **change})
+    assert status == 400 and json.loads(text)["error"]["param"] == param, text
 
 
 @pytest.mark.parametrize(("change", "param"), [

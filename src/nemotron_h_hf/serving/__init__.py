@@ -17,6 +17,7 @@ api.py           OpenAI's routes
 protocol.py      their bodies
 chat.py          conversations: messages to prompts, text to reasoning, content and tool calls
 answers.py       pieces to answers, whole or in chunks
+responses.py     those of /v1/responses
 pieces.py        from the engine's thread to an event loop
 limits.py        size of bodies, API keys
 failures.py      errors as clients know them

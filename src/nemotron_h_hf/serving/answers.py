@@ -218,22 +218,24 @@ def _another(first: Request, number: int, tokens: list[int]) -> Request:
 
 
 def chat_writer(engine: Engine, body: ChatBody, budgets: tuple[Any, Any]) -> ChatWriter:
-    """Of `/v1/chat/completions`. Without a limit, an answer may fill the context."""
+    """Of `/v1/chat/completions`."""
     tools = None if body.tool_choice == "none" else body.tools
     conversation = Conversation(engine.tokenizer, body.messages, tools, body.chat_template_kwargs)
-    settings = {"max_tokens": max(1, engine.max_context - len(conversation.tokens)), **body.settings()}
-    if body.max_completion_tokens is not None:
-        settings["max_tokens"] = body.max_completion_tokens
     require(
         body.top_logprobs is None or bool(body.logprobs), "top_logprobs", body.top_logprobs, "None without logprobs"
     )
-    request = Request(
+    request = chat_request(engine, body, budgets, conversation)
+    request = replace(request, logprobs=(body.top_logprobs or 0) if body.logprobs else None)
+    return ChatWriter(body, engine.tokenizer, [request], conversation)
+
+
+def chat_request(engine: Engine, body: Body, budgets: tuple[Any, Any], conversation: Conversation) -> Request:
+    """What is asked of the engine. Without a limit, an answer may fill the context."""
+    return Request(
         tokens=conversation.tokens,
         budget=budgets[0],
         answer_budget=budgets[1],
-        logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         keep_special=conversation.template is not None,
         marks=conversation.marks,
-        **settings,
+        **{"max_tokens": max(1, engine.max_context - len(conversation.tokens)), **body.settings()},
     )
-    return ChatWriter(body, engine.tokenizer, [request], conversation)

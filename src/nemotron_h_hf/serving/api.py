@@ -1,6 +1,6 @@
 """OpenAI's routes over an engine.
 
-/v1/models  /v1/completions  /v1/chat/completions     /health  /metrics  /status     / a page for people
+/v1/models  /v1/completions  /v1/chat/completions  /v1/responses     /health  /metrics  /status     / a page for people
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .limits import Limits
 from .metrics import Metrics
 from .pieces import Pieces
 from .protocol import Body, ChatBody, CompletionBody
+from .responses import ResponseBody, response_writer
 
 PAGE = Path(__file__).parents[1] / "assets" / "serve.html"
 MOST_BODY = 16 * 2**20
@@ -75,6 +76,10 @@ def make_app(
     async def chat(body: ChatBody, request: Request) -> Response:
         return await _answer(engine, body, request, chat_writer)
 
+    @app.post("/v1/responses")
+    async def responses(body: ResponseBody, request: Request) -> Response:
+        return await _answer(engine, body, request, response_writer)
+
     @app.api_route("/health", methods=["GET", "HEAD"])
     async def health() -> Response:
         alive = engine.is_alive()
@@ -111,14 +116,14 @@ async def _answer(engine: Engine, body: Body, request: Request, make: Any) -> Re
 async def _events(writer: Writer, pieces: Pieces) -> AsyncIterator[dict[str, str]]:
     try:
         for chunk in writer.begin():
-            yield {"data": _dump(chunk)}
+            yield _event(chunk)
         async for number, piece in pieces:
             for chunk in writer.chunks(number, piece):
-                yield {"data": _dump(chunk)}
+                yield _event(chunk)
         for chunk in writer.end(pieces.num_cached()):
-            yield {"data": _dump(chunk)}
+            yield _event(chunk)
     except Exception as error:
-        yield {"data": _dump(failure_of(error).body)}
+        yield _event(failure_of(error).body)
     finally:
         pieces.cancel()
     yield {"data": "[DONE]"}
@@ -188,5 +193,6 @@ async def _say(_request: Request, error: Exception) -> JSONResponse:
     return failure_of(error).response()
 
 
-def _dump(value: dict[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+def _event(chunk: dict[str, Any]) -> dict[str, str]:
+    name = {"event": chunk["type"]} if "type" in chunk else {}
+    return {**name, "data": json.dumps(chunk, ensure_ascii=False, separators=(",", ":"))}

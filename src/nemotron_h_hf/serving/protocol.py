@@ -14,7 +14,9 @@ from .failures import Failure
 from .requests import MOST_ALTERNATIVES
 
 DEFAULT_TOKENS = 16  # of completions, OpenAI's
-ALIASES = {"max_completion_tokens": "max_tokens", "thinking_token_budget": "thinking_budget"}
+ALIASES = {
+    "max_completion_tokens": "max_tokens", "max_output_tokens": "max_tokens", "thinking_token_budget": "thinking_budget",
+}  # fmt: skip
 """Field of a body -> field of a `Request` that it is another name of."""
 
 
