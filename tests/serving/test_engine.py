@@ -68,23 +68,48 @@ def test_many_at_once_write_what_each_writes_alone(parent):
     assert not engine.running and not engine.room.reserved() and not engine.turn()
 
 
-def test_rows_that_leave_do_not_change_the_others(parent):
-    engine, choose = Engine(parent, piece=5), random.Random(0)
-    written, jobs = {}, []
-    for i in range(8):
-        request = Request(tokens=ids(i, 4 + 3 * i), budget=SOME[i % 4], max_tokens=8, temperature=0, ignore_eos=True)
-        jobs.append(engine.submit(request, lambda piece, i=i: written.setdefault(i, []).extend(piece.tokens)))
-        for _ in range(choose.randrange(4)):
+KINDS = {
+    "dense": {"shape": "dense", "budgets": BUDGETS},
+    "experts and windows by layer": {
+        "shape": "moe", "hybrid_override_pattern": "MEM*EM*", "moe_intermediate_size": [24, 16], "num_experts_per_tok": [3, 1],
+        "sliding_window": [5, None], "budgets": {"few": {"n_routed_experts": [8, 4], "moe_intermediate_size": [8, 16],
+                                                         "num_attention_heads": 2}}},
+    "multi-token prediction": {"shape": "latent", "num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E",
+                               "budgets": {"small": {"hidden_size": 32, "mamba_num_heads": 4}}},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_join_and_leave_do_not_change_the_others(kind, seed):
+    """Requests come, share beginnings, have copies, and go, by a random schedule: each row writes what it writes alone."""
+    settings = dict(KINDS[kind])
+    budgets = settings.pop("budgets")
+    ordinary = tiny_model(settings.pop("shape"), elastic={"version": 1, "budgets": budgets}, **settings)
+    parent = NemotronHElasticForCausalLM.from_model(ordinary)
+    engine, choose = Engine(parent, piece=5, max_batch=6, memory=2**18), random.Random(seed)
+    written, jobs, gone = {}, [], set()
+    for i in range(9):
+        shared = ids(seed, choose.choice((0, 7, 11)))
+        tokens = [*shared, *ids(i, choose.randrange(1, 25))]
+        request = Request(tokens=tokens, budget=choose.choice([None, *budgets]), max_tokens=choose.randrange(1, 9),
+                          n=choose.choice((1, 1, 2)), temperature=0, ignore_eos=True, marks=(len(shared),))  # fmt: skip
+        take = lambda piece, i=i: written.setdefault((i, piece.index), []).extend(piece.tokens)  # noqa: E731
+        jobs.append(engine.submit(request, take))
+        if choose.random() < 0.3:
+            gone.add(choose.randrange(len(jobs)))
+            jobs[max(gone)].cancel()
+        for _ in range(choose.randrange(5)):
             engine.turn()
-    gone = [2, 3, 7]
-    for i in gone:
-        jobs[i].cancel()
-        engine.turn()
+            assert engine.room.reserved() + engine.prefixes.num_bytes <= engine.room.limit
     while engine.turn():
         pass
+    assert not engine.running and not engine.room.reserved() and not engine.batches
     for i, job in enumerate(jobs):
         alone = greedy_past_eos(parent, job.request)
-        assert written.get(i, []) == alone[: len(written.get(i, []))] and (i in gone or len(written[i]) == 8)
+        for index in range(job.request.n):
+            got = written.get((i, index), [])
+            assert got == alone[: len(got)] and (job.cancelled or len(got) == len(alone)), (i, index)
 
 
 @torch.no_grad()
