@@ -95,6 +95,7 @@ for model_class, image_processor, processor in (
 LATER = {
     "BudgetSchedule": "nemotron_h_hf.elastic.live.generating",
     "NemotronHElasticForCausalLM": "nemotron_h_hf.elastic.live.parent",
+    "NemotronHElasticForConditionalGeneration": "nemotron_h_hf.elastic.live.vision",
 }
 
 
@@ -110,6 +111,7 @@ __all__ = [
     "BudgetSchedule",
     "HybridCache",
     "NemotronHElasticForCausalLM",
+    "NemotronHElasticForConditionalGeneration",
     "NemotronHConfig",
     "NemotronHForCausalLM",
     "NemotronHForSequenceClassification",

@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from ..model.configuration_nemotron_h_vl import NemotronHVLConfig
+from ..model.modeling_nemotron_h import NemotronHForCausalLM
+from ..model.modeling_nemotron_h_vl import NemotronHVLForConditionalGeneration
 from ..model.saving import saving
 from ..model.weights import find_tensors
 from ..output_folders import is_made, note_made, stamps, writing
@@ -50,16 +54,32 @@ class VisionChildFiles(ChildFiles):
         text = {name.removeprefix(TEXT): it for name, it in stored.items() if name.startswith((TEXT, "mtp."))}
         check_tensors(text, self.child.parent)
         self.parent_bytes = sum(entry.num_bytes for entry in stored.values())
-        found = {
-            cut.name if cut.name.startswith("mtp.") else TEXT + cut.name: PendingCut(self, text[cut.source], cut)
-            for cut in self.child.cuts()
-        }
-        for name, it in stored.items():
-            if not name.startswith((TEXT, "mtp.")):
-                rows = self.child.kept.hidden if name == LAST_OF_PROJECTOR else None
-                shape = it.shape if rows is None else (len(rows), *it.shape[1:])
-                found[name] = PendingCut(self, it, Cut(name, name, shape, rows, None))
-        return found
+        shapes = {name: it.shape for name, it in stored.items()}
+        cuts = cuts_in_files(shapes, self.child.cuts(), self.child.kept.hidden)
+        return {cut.name: PendingCut(self, stored[cut.source], cut) for cut in cuts}
+
+
+def cuts_in_files(shapes: Mapping[str, tuple[int, ...]], cuts: Iterable[Cut], hidden: Tensor) -> Iterator[Cut]:
+    """Cuts of a language model under the names that a vision-language checkpoint of these tensors has, and one of each other
+    tensor; `hidden` are the language model's channels that stay, in their order."""
+    for cut in cuts:
+        before = "" if cut.name.startswith("mtp.") else TEXT
+        yield cut._replace(name=before + cut.name, source=before + cut.source)
+    for name, shape in shapes.items():
+        if not name.startswith((TEXT, "mtp.")):
+            rows = hidden if name == LAST_OF_PROJECTOR else None
+            yield Cut(name, name, shape if rows is None else (len(rows), *shape[1:]), rows, None)
+
+
+def language_model_of(model: NemotronHVLForConditionalGeneration) -> NemotronHForCausalLM:
+    """The language model alone: the very modules, under the text model's names."""
+    with torch.device("meta"):
+        text = NemotronHForCausalLM(model.config.text_config)
+    text.model, text.lm_head = model.model.language_model, model.lm_head
+    if model.config.text_config.num_nextn_predict_layers:
+        text.mtp = model.mtp
+    text.generation_config, text.name_or_path = model.generation_config, model.name_or_path
+    return text.train(model.training)
 
 
 def slice_vision(parent: str | os.PathLike, budget: Request, output: str | os.PathLike) -> str:

@@ -21,6 +21,9 @@ layer is read when it runs and dropped after, once per batch (a large --batch_si
 takes about 3/8 L^2 forwards over the few rows for depth (1,488 for 62 layers); --removals limits it, --depth_rows 0 skips
 it. The same command given again resumes: measurements are kept in OUTPUT/.work until OUTPUT is whole.
 In OUTPUT/importance: scores.json and a plot for each axis (matplotlib).
+
+A vision-language model becomes a parent too: its language model is scored on text and put in order, and the rows of the
+projector's last matrix with it; the tower is left as it is. What the command measures is the language model's loss on text.
 """
 
 from __future__ import annotations
@@ -38,9 +41,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.utils.logging import disable_progress_bar
 
-from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
+from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM, NemotronHVLConfig
 from nemotron_h_hf.data.packed_text import packed_rows
 from nemotron_h_hf.data.stdlib_text import read_documents, split_documents
 from nemotron_h_hf.elastic.cut.cutting import local_folder
@@ -48,6 +52,7 @@ from nemotron_h_hf.elastic.live.saving import write_manifest
 from nemotron_h_hf.elastic.prepare.elasticize import Parent, elasticize
 from nemotron_h_hf.elastic.prepare.permuting import permute_checkpoint, permute_model
 from nemotron_h_hf.elastic.prepare.streaming import streamed
+from nemotron_h_hf.elastic.vision import PROCESSOR_FILES, language_model_of
 from nemotron_h_hf.evaluation.held_out import end_token
 from nemotron_h_hf.evaluation.texts import read_texts
 from nemotron_h_hf.inputs import load_tokenizer, read_device, read_yaml
@@ -85,7 +90,12 @@ def make(arguments: argparse.Namespace, source: Path, output: Path, staging: Pat
     check_room(output, size)
     budgets, choices = read_budgets(arguments.budget, arguments.budgets), read_choices(arguments.choices)
     rows, held_out = make_rows(arguments, source)
-    config = NemotronHConfig.from_pretrained(source)
+    config = AutoConfig.from_pretrained(source)
+    sees = isinstance(config, NemotronHVLConfig)
+    if not sees and not isinstance(config, NemotronHConfig):
+        raise ValueError(f"model={arguments.model!r} is a {config.model_type}: allowed is a Nemotron-H")
+    if sees and arguments.stream:
+        raise ValueError("stream=True: allowed is a text model; elasticize one before make-vl")
     model = load(source, config, arguments)
     checksums: dict[str, str] = {}
 
@@ -104,11 +114,16 @@ def make(arguments: argparse.Namespace, source: Path, output: Path, staging: Pat
     return parent
 
 
-def load(folder: Path, config: NemotronHConfig, arguments: argparse.Namespace) -> NemotronHForCausalLM:
+def load(
+    folder: Path, config: NemotronHConfig | NemotronHVLConfig, arguments: argparse.Namespace
+) -> NemotronHForCausalLM:
     """The model to measure, whole or a layer at a time."""
     dtype = arguments.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     if arguments.stream:
         return streamed(copy.deepcopy(config), folder, None if dtype == "auto" else dtype, arguments.device)
+    if isinstance(config, NemotronHVLConfig):
+        seeing = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype)
+        return language_model_of(seeing).to(arguments.device)
     return NemotronHForCausalLM.from_pretrained(folder, dtype=dtype).to(arguments.device)
 
 
@@ -211,20 +226,24 @@ def make_rows(arguments: argparse.Namespace, source: Path) -> tuple[list[dict[st
     return rows, packed_rows(tokenizer, end, rest, "held_out_rows", arguments.held_out_rows, arguments.sequence_length)
 
 
-def write_weights(source: Path, config: NemotronHConfig, order: Kept, staging: Path, num_bytes: int) -> dict[str, str]:
+def write_weights(
+    source: Path, config: NemotronHConfig | NemotronHVLConfig, order: Kept, staging: Path, num_bytes: int
+) -> dict[str, str]:
     """Write the weights in their new order and the other files to a folder without config.json; returns checksums by name."""
     with tqdm(total=num_bytes, unit="B", unit_scale=True, desc="weights") as bar:
         digests = permute_checkpoint(source, config, order, staging, bar.update)
     code = sorted(path.name for path in source.glob("*.py")) if "auto_map" in config.to_dict() else []
-    copy_files([*TOKENIZER_FILES, *code], source, staging)
+    copy_files(dict.fromkeys([*TOKENIZER_FILES, *PROCESSOR_FILES, *code]), source, staging)
     return {name: digest.sha256 for name, digest in digests.items()}
 
 
-def write_rest(config: NemotronHConfig, parent: Parent, checksums: dict[str, str], staging: Path) -> None:
+def write_rest(
+    config: NemotronHConfig | NemotronHVLConfig, parent: Parent, checksums: dict[str, str], staging: Path
+) -> None:
     """Manifest, importance, and last the config with its budgets."""
     write_manifest(staging, checksums)
     write_importance(staging / "importance", parent)
-    config.elastic = parent.elastic.to_dict()
+    config.get_text_config().elastic = parent.elastic.to_dict()
     write_text(staging / "config.json", config.to_json_string(use_diff=False))
 
 

@@ -179,7 +179,7 @@ def make_model(
 ) -> nn.Module:
     """The model to train, in the form the flags ask for."""
     loading = four_bit_loading(training.use_cpu) if adapters.load_in_4bit else {}
-    model = load_model(start, EMBEDDED_MODEL, NemotronHConfig.from_preset, **loading)
+    model = load_model(start, EMBEDDED_MODEL, NemotronHConfig.from_preset, may_see=True, **loading)
     mark_untrained(model.config.get_text_config())
     if (stage := choose_stage(vision, adapters, isinstance(model.config, NemotronHVLConfig))) is not None:
         freeze(model, stage)

@@ -20,17 +20,23 @@ from .one_copy import device_to_load_on
 
 
 def load_model(
-    arguments: ModelArguments, default: str, from_preset: Callable[..., PreTrainedConfig], **loading: object
+    arguments: ModelArguments,
+    default: str,
+    from_preset: Callable[..., PreTrainedConfig],
+    may_see: bool = False,
+    **loading: object,
 ) -> PreTrainedModel:
     """The model, converted to FP8 if asked for; fresh weights depend on torch's seed. Without weights: see one_copy.py.
 
     Args:
         default: what `model` stands for when it is not given.
         from_preset: makes the configuration of a preset's name.
+        may_see: whether the command trains vision-language models too.
         loading: more arguments of `from_pretrained`.
 
     Raises:
-        ValueError: for a model that is not there, or fields that the configuration does not have.
+        ValueError: for a model that is not there or that the command does not train, or fields that the configuration does not
+            have.
     """
     name, dtype, device = arguments.model or default, getattr(torch, arguments.dtype), device_to_load_on()
     if arguments.init == "random":
@@ -43,7 +49,7 @@ def load_model(
                 "config_overrides: allowed with --init random, a checkpoint's weights fit its own configuration"
             )
         how = {"dtype": dtype, "attn_implementation": arguments.attention, "device_map": device, **loading}
-        model = load_weights(name, "model", **how)
+        model = load_weights(name, "model", may_see, **how)
     settle_mtp(model, arguments)
     model.set_mamba_implementation(arguments.mamba)
     if arguments.fp8:
@@ -70,9 +76,12 @@ def settle_mtp(model: PreTrainedModel, arguments: ModelArguments) -> None:
         add_mtp(model, depth, pattern)
 
 
-def load_weights(name: str, field: str, **loading: object) -> PreTrainedModel:
+def load_weights(name: str, field: str, may_see: bool = False, **loading: object) -> PreTrainedModel:
     """`from_pretrained`, whose OSError for what is not there becomes a ValueError that names the field."""
     try:
+        config = AutoConfig.from_pretrained(name)
+        allowed = "a text model; nemotron-h sft trains vision-language models"
+        require(may_see or config.get_text_config() is config, field, name, allowed)
         return AutoModelForCausalLM.from_pretrained(name, **loading)
     except OSError as error:
         raise ValueError(f"{field}={name!r}: allowed is a checkpoint folder or a hub id ({error})") from error

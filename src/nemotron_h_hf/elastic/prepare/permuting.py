@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from ...checkpoint import Digest, save
 from ...model.configuration_nemotron_h import NemotronHConfig
+from ...model.configuration_nemotron_h_vl import NemotronHVLConfig
 from ...model.weights import Checkpoint, TensorSpec, name_in_file, read_name, released_name
 from ...slicing import Kept, cuts
+from ..vision import cuts_in_files
 
 
 @torch.no_grad()
@@ -37,21 +39,27 @@ def permute_model(model: nn.Module, order: Kept) -> None:
 
 def permute_checkpoint(
     source: Path,
-    config: NemotronHConfig,
+    config: NemotronHConfig | NemotronHVLConfig,
     order: Kept,
     output: Path,
     progress: Callable[[int], object] = lambda num_bytes: None,
 ) -> dict[str, Digest]:
     """Write the weights of the checkpoint `source` to the folder `output` in the order of `order`, in their own dtypes.
 
-    `progress` is called with the bytes of each tensor. What was seen of each is returned by released name.
+    `progress` is called with the bytes of each tensor. What was seen of each is returned by released name. Of a
+    vision-language model the language model is reordered, and with it the rows of the projector's last matrix.
 
     Raises:
         ValueError: naming the tensor, if the files are not those of `config`, or if `output` has weights already.
     """
     stored = Checkpoint(source)
-    names = {released_name(name): name for name in stored}
-    planned = list(cuts(config, order))
+    if sees := isinstance(config, NemotronHVLConfig):
+        names = {name: name for name in stored}
+        shapes = {name: stored.spec(name).shape for name in stored}
+        planned = list(cuts_in_files(shapes, cuts(config.text_config, order), order.hidden))
+    else:
+        names = {released_name(name): name for name in stored}
+        planned = list(cuts(config, order))
     for cut in planned:
         if cut.source not in names:
             raise ValueError(f"{source} lacks {cut.source}, which its config asks for")
@@ -59,7 +67,7 @@ def permute_checkpoint(
             raise ValueError(f"{source} has {cut.source} in shape {shape}, its config asks for {cut.shape}")
     if left_over := sorted(set(names) - {cut.source for cut in planned}):
         raise ValueError(f"{source} has {left_over[0]}, for which its config has no place")
-    written = {cut.name: name_in_file(cut.name, config.model_type) for cut in planned}
+    written = {cut.name: cut.name if sees else name_in_file(cut.name, config.model_type) for cut in planned}
     specs = [TensorSpec(written[cut.name], stored.spec(names[cut.source]).dtype, cut.shape) for cut in planned]
 
     def reordered() -> Iterator[tuple[str, Tensor]]:
@@ -68,4 +76,5 @@ def permute_checkpoint(
             yield written[cut.name], tensor
             progress(tensor.nbytes)
 
-    return {released_name(name): digest for name, digest in save(output, specs, reordered()).items()}
+    digests = save(output, specs, reordered())
+    return {name if sees else released_name(name): digest for name, digest in digests.items()}
