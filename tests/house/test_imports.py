@@ -35,7 +35,7 @@ MAY_IMPORT = {part: imports for part, (_, imports) in table().items()}
 # part -> packages apart from the standard library that it may import, where that is limited
 THIRD_PARTY = {
     "model": {"torch", "transformers", "safetensors", "numpy", "peft", "PIL"}
-    | {"mamba_ssm", "causal_conv1d", "triton", "numba"},
+    | {"mamba_ssm", "causal_conv1d", "triton", "numba", "llvmlite"},
     "checkpoint": {"torch", "safetensors"},
     "resumable": {"torch"},
     "cost": set(),

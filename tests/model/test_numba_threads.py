@@ -1,8 +1,10 @@
 """Threads of compiled loops: torch's number, one for little work, the faster of one and all; the same bits by any number."""
 
 import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -129,3 +131,26 @@ def test_any_number_of_threads_gives_the_same_bits(rows, dtype):
     assert all(torch.equal(y, outputs[0]) for y in outputs)
     exact = x.double() @ linear.weight.double().T
     assert (outputs[0].double() - exact).abs().max() <= 1e-5
+
+
+def test_copies_of_the_code_share_what_is_compiled(tmp_path, monkeypatch):
+    """As checkpoints with code bring them: equal text, one folder; another text, another."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    folder = Path(numba_compile.__file__).parent
+    found = []
+    for name in ("a", "b", "changed"):
+        copied = tmp_path / name
+        copied.mkdir()
+        for file in folder.glob("numba_*.py"):
+            shutil.copy(file, copied)
+        if name == "changed":
+            with open(copied / "numba_run.py", "a") as file:
+                file.write("# more\n")
+        monkeypatch.setattr(numba_compile, "__file__", str(copied / "numba_compile.py"))
+        found.append(numba_compile._sources.__wrapped__())
+    assert found[0] == found[1] != found[2]
+    assert (found[0] / "numba_loops.py").read_bytes() == (folder / "numba_loops.py").read_bytes()
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "a" / "numba_run.py"))  # no folder
+    assert numba_compile._sources.__wrapped__() is None
+    code = numba_loops.exponential.py_func.__code__
+    assert Path(code.co_filename).parent == numba_compile._sources()

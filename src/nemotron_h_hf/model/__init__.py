@@ -32,6 +32,8 @@ forks.py                       child processes forked after computing
 numba_compile.py               compiling with Numba, and the threads of what it compiled
 numba_loops.py                 compiled: products of few rows, a Mamba layer's token, attention of a token
 numba_run.py                   what these loops are given, and their calls
+numba_scan_loops.py            compiled: the scan of a sequence, forward and backward
+numba_scan.py                  what these loops are given, and the gradients
 token.py                       one token per row through many blocks in one compiled call
 triton_conv.py                 Triton: the convolution
 triton_scan.py                 Triton: the scan, its maths and launches

@@ -5,8 +5,8 @@ otherwise PyTorch computes it, with one warning that says why. "torch" takes no 
 and "triton" ours (triton_*.py), which need nothing but PyTorch for CUDA; both raise if they cannot compute a call.
 Ours were correct and fast on an H200 (docs/results/gpu). They were then rewritten to be faster and have since run only in
 Triton's interpreter; until they have run on a GPU, "auto" does not take them (`AUTO_TAKES_OURS`). On a CPU with Numba,
-"auto" computes a whole token in numba_run.py. The other functions here have the signature and the result of the
-functions of the same name in `ssd.py`.
+"auto" computes a whole token in numba_run.py and the scan of a sequence in numba_scan.py. The other functions here have
+the signature and the result of the functions of the same name in `ssd.py`.
 
 Only ops are replaced, never a module: kernels that include `out_proj` are not used, because they would bypass LoRA,
 quantised and FP8 layers.
@@ -16,6 +16,8 @@ import importlib.util
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from types import ModuleType
 
@@ -140,6 +142,8 @@ def scan(
         from .triton_scan import scan as triton_scan
 
         return triton_scan(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx)
+    if implementation == "auto" and runs_compiled(x, dt, A, B, C, D, initial_state):
+        return compiled_scan().scan(x, dt, A, B, C, D, initial_state, seq_idx)
     if not _use("mamba_ssm", x, implementation, None):
         return torch_scan(x, dt, A, B, C, D, chunk_size, initial_state, seq_idx)
     # The kernel takes the initial state for that of document 0.
@@ -236,17 +240,43 @@ def whole_step(
     return step(projected, *states, conv, heads, norm, groups, limit)
 
 
+def runs_compiled(*tensors: Tensor | None) -> bool:
+    """Whether compiled loops can read these: on a CPU with Numba, in fp32 or bf16, of no subclass, nothing traced."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or under_func():
+        return False
+    given = [t for t in tensors if t is not None]
+    plain = all(t.device.type == "cpu" and t.dtype in STEP_DTYPES and type(t) in (Tensor, nn.Parameter) for t in given)
+    return plain and given[0].numel() > 0 and compiled_scan() is not None
+
+
 @cache
 def compiled_loops() -> ModuleType | None:
     """numba_run.py; None without Numba. The first import on a machine compiles."""
-    start = time.perf_counter()
-    try:
-        from .numba_run import __name__ as name  # transformers' loader of remote code reads no `from . import`
-    except ImportError:
-        return None
-    if (seconds := time.perf_counter() - start) > COMPILING_SECONDS:
-        logger.warning(f"Numba has compiled the loops for single tokens in {seconds:.0f} s; they are kept on disk")
+    with _tells_of_compiling("single tokens"):
+        try:
+            from .numba_run import __name__ as name  # transformers' loader of remote code reads no `from . import`
+        except ImportError:
+            return None
     return sys.modules[name]
+
+
+@cache
+def compiled_scan() -> ModuleType | None:
+    """numba_scan.py; None without Numba. The first import on a machine compiles."""
+    with _tells_of_compiling("sequences"):
+        try:
+            from .numba_scan import __name__ as name
+        except ImportError:
+            return None
+    return sys.modules[name]
+
+
+@contextmanager
+def _tells_of_compiling(what: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    if (seconds := time.perf_counter() - start) > COMPILING_SECONDS:
+        logger.warning(f"Numba has compiled the loops for {what} in {seconds:.0f} s; they are kept on disk")
 
 
 def attends_in_triton(x: Tensor, head_dim: int, implementation: str) -> bool:

@@ -6,10 +6,16 @@ waits for its core holds up all others for milliseconds (docs/results/cpu_thread
 calls take. Parts are computed alike by any number of threads: the result has the same bits.
 """
 
+import hashlib
 import math
+import os
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -28,8 +34,7 @@ MOST_PATIENCE = 512  # calls until the slower way is tried again; each try that 
 
 
 def compiled(function: Callable) -> Callable:
-    """`numba.njit` for one thread. It compiles in the first call; the machine code is cached on disk, next to the
-    function's file or in the user's cache folder, if one of them can be written to."""
+    """`numba.njit` for one thread. It compiles in the first call; the machine code is kept on disk (`_shared`)."""
     return _jit(function)
 
 
@@ -42,24 +47,56 @@ def compiled_for_c(signature: str) -> Callable:
     """As `compiled`, at once, with an `address` that machine code can call."""
 
     def compile(function: Callable) -> Callable:
-        return _kept(lambda cache: cfunc(signature, cache=cache)(function))
+        return _kept(lambda function, cache: cfunc(signature, cache=cache)(function), function)
 
     return compile
 
 
 def _jit(function: Callable, **options: bool) -> Callable:
     options |= {"fastmath": REORDER, "error_model": "numpy"}
-    return _kept(lambda cache: njit(cache=cache, **options)(function))
+    return _kept(lambda function, cache: njit(cache=cache, **options)(function), function)
 
 
-def _kept(compile: Callable[[bool], Callable]) -> Callable:
+def _kept(compile: Callable[[Callable, bool], Callable], function: Callable) -> Callable:
     """Compiled with a cache on disk if there is a place for one."""
     try:
-        return compile(True)
+        return compile(_shared(function), True)
     except RuntimeError as error:
         if "cannot cache" not in str(error):
             raise
-        return compile(False)
+        return compile(function, False)
+
+
+def _shared(function: Callable) -> Callable:
+    """The function, said to come from `_sources`: Numba keeps machine code by the folder and the module of a function, and
+    each copy of this code that comes with a checkpoint would be compiled anew."""
+    folder, source = _sources(), Path(function.__code__.co_filename)
+    if folder is not None and (folder / source.name).exists():
+        name = f"nemotron_h_{folder.name}_{source.stem}"
+        sys.modules.setdefault(name, ModuleType(name))  # what Numba looks up when it loads machine code
+        function.__module__ = name
+        function.__code__ = function.__code__.replace(co_filename=str(folder / source.name))
+    return function
+
+
+@cache
+def _sources() -> Path | None:
+    """A folder named by the text of the compiled files, with a copy of them; None where it cannot be written. A change of
+    one file is a change of all: Numba looks at one alone."""
+    here = sorted(Path(__file__).parent.glob("numba_*.py"))
+    digest = hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in here)).hexdigest()[:16]
+    caches = os.environ.get("HF_HOME") or os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface")
+    folder = Path(caches).expanduser() / "nemotron_h_numba" / digest
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in here:
+            if not (folder / file.name).exists():
+                part = folder / f"{file.name}.{os.getpid()}"
+                part.write_bytes(file.read_bytes())
+                part.replace(folder / file.name)
+    except OSError:
+        return None
+    return folder
 
 
 @dataclass

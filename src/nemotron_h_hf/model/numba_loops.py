@@ -1,7 +1,6 @@
 """The loops of a token on a CPU that Numba compiles: products of few rows, a Mamba layer's token, attention of a token.
 
-All of them are in one file because Numba asks one file whether what it has cached on disk is up to date. An operation is
-a row of integers (sizes, and tensors as addresses, 0 for none) and one of floats, which numba_run.py makes.
+An operation is a row of integers (sizes, and tensors as addresses, 0 for none) and one of floats, which numba_run.py makes.
 `on_one_thread` and `on_threads`, given `part_at.address`, run operations one after the other, the parts of each in any
 order.
 """
