@@ -4,9 +4,8 @@
     vision_model.‹row›                     vision_model.‹InternViT's or RADIO's own names›
     vision_projection.encoder.‹row›        mlp1.{0,1,3}.weight
 
-From Megatron-LM's examples/multimodal (config.py, layer_specs.py, nvlm/internvit.py, model_converter) and megatron/core
-(models/multimodal/llava_model.py, models/vision): sizes of a tower that shapes do not show are constants there. A distributed
-checkpoint has the tower's layers as one stack, `vision_model.decoder.layers.‹row›` with the layer on the first axis.
+From Megatron-LM's multimodal example and the vision models of megatron-core: sizes of a tower that shapes do not show are
+constants there. A distributed checkpoint has the tower's layers as one stack, `vision_model.decoder.layers.‹row›` with the layer on the first axis.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ Config = NemotronHConfig | NemotronHVLConfig
 
 
 class Tower(NamedTuple):
-    """What Megatron's constants say of a `--vision-model-type`."""
+    """What Megatron's constants say of a vision model type."""
 
     kind: str  # model_type of its configuration here
     hidden_size: int
@@ -53,7 +52,7 @@ TOWERS = {
     "radio": Tower("radio", 1280, 16, "gelu_pytorch_tanh", CLIP_MEAN, CLIP_STD),
     "cradio-g": Tower("radio", 1536, 24, "gelu_pytorch_tanh", CLIP_MEAN, CLIP_STD),
 }
-# `--language-model-type` -> what Megatron sets whatever the training arguments say
+# language model type -> what Megatron sets whatever the training arguments say
 LANGUAGE_MODELS: dict[str, dict[str, Any]] = {
     "nemotron5-hybrid-8b": {"ffn_hidden_size": 21504},
     "nemotron5-hybrid-12b": {"ffn_hidden_size": 20480, "mamba_state_dim": 128, "mamba_num_heads": 128, "mamba_head_dim": 80},

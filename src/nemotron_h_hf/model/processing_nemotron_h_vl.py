@@ -135,7 +135,7 @@ class NemotronHVLProcessor(ProcessorMixin):
             shown = ", ".join(f"{tag} {length}" for tag, length in lengths.items())
             raise ValueError(
                 f"tile tags have different lengths in tokens ({shown}): allowed are tags of one length (tile_tag=, "
-                "thumbnail_tag=), or use_tile_tags=False"
+                "thumbnail_tag=), or none (use_tile_tags=False, --tile-tags no)"
             )
 
 
