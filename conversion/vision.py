@@ -5,7 +5,8 @@
     vision_projection.encoder.‹row›        mlp1.{0,1,3}.weight
 
 From Megatron-LM's multimodal example and the vision models of megatron-core: sizes of a tower that shapes do not show are
-constants there. A distributed checkpoint has the tower's layers as one stack, `vision_model.decoder.layers.‹row›` with the layer on the first axis.
+constants there. A distributed checkpoint has the tower's layers as one stack, `vision_model.decoder.layers.‹row›`, with the
+layer on the first axis.
 """
 
 from __future__ import annotations
