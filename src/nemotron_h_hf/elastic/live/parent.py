@@ -12,8 +12,9 @@ kernels, and adapters made for the ordinary model fit it.
 A submodel shares every matrix and most vectors. What the Mamba layers read in the ordinary order (convolution, gated norm,
 A_log, D, dt_bias) is copied, well under 1 % of the weights.
 
-In fp32 a submodel is as fast as a separate model, within 15 % of wall-clock time. In bfloat16 on a CPU a token took 1.1 to
-1.8 times as long, because the kernels there read whole rows (docs/results/elastic_sharing).
+A token of a submodel is one compiled call, as a separate model's. In fp32 it makes 0.79 times the tokens of one, 8 rows 0.86 times
+(1.2 million parameters, docs/results/serving). In bfloat16 without Numba a token took 1.1 to 1.8 times as long, because
+PyTorch's kernels read whole rows (docs/results/elastic_sharing).
 
 - When the parent moves (`to`, `half`, `cuda`), its submodels follow; meanwhile old and new weights are both in memory.
 - When the parent's weights are replaced in another way, or a submodel is moved, the submodel's next forward raises.
