@@ -153,10 +153,6 @@ def test_what_is_for_text_models_says_so(made, tmp_path, capsys):
     assert main(["elasticize", str(root / "vl"), str(tmp_path / "out"), "--stream"]) == 1
     assert "stream=True: allowed is a text model" in capsys.readouterr().err
     words = ["--model", str(root / "parent"), "--data", str(root / "text.jsonl"), "--output_dir", str(tmp_path / "run")]
-    for command, more in (
-        ("elastic-train", ["--budgets", "{full: 1.0}"]),
-        ("pretrain", ["--init", "weights"]),
-        ("distill", []),
-    ):
+    for command, more in (("elastic-train", ["--budgets", "{full: 1.0}"]), ("distill", [])):
         assert main([command, *words, *more, "--max_steps", "1", "--use_cpu", "true"]) == 1
         assert "allowed is a text model; nemotron-h sft trains vision-language models" in capsys.readouterr().err
