@@ -47,9 +47,10 @@ class Sizes:
     train: int = 2048
     long: int = 65536
     long_limit_bytes: int = 2 * GB  # what transformers' model is given beyond the weights
+    short_trains: tuple[int, ...] = (512, 1024)
 
 
-QUICK = Sizes((32, 96), 96, 64, 4, 64, 512, 2 * 10**6)
+QUICK = Sizes((32, 96), 96, 64, 4, 64, 512, 2 * 10**6, (32,))
 
 
 class Suite:
@@ -155,10 +156,10 @@ class Suite:
             self.keep(*turns, rounds=None if length <= self.sizes.target_prompt else 1)
 
     def train(self) -> None:
-        turns = [linears.linear_training(self.bench, self.ours, self.sizes.train)]
         sides = (self.ours, self.native)
-        turns += [jobs.train(self.bench, side, self.sizes.train, with_step=False) for side in sides]
-        self.keep(*turns)
+        for length in (*self.sizes.short_trains, self.sizes.train):
+            turns = [linears.linear_training(self.bench, self.ours, length)]
+            self.keep(*turns, *(jobs.train(self.bench, side, length, with_step=False) for side in sides))
         for side in sides:
             side.model.eval()
 
@@ -208,6 +209,11 @@ def targets(journal: Journal, sizes: Sizes) -> list[Target]:
                over("prefill", ours, alone, **at_target), 1.2),
         Target(f"prefill {sizes.target_prompt}: times native's speed", over("prefill", native, ours, **at_target), 2.0, True),
         Target(f"training step, {sizes.train}: times native's speed", over("train", native, ours, **trained), 2.0, True),
+        *(
+            Target(f"training step, {length}: times native's speed", over("train", native, ours, context=length), 1.5, True)
+            for length in sizes.short_trains
+        ),
+        Target(f"training step, {sizes.train}: time over the Linear layers'", over("train", ours, alone, **trained), 1.15),
         Target("training step: extra peak memory over native's", share or None, 0.45),
         Target(f"prefill {sizes.long}: GB beyond the weights", long and long.peak_bytes / GB, 2.0),
     ]  # fmt: skip
