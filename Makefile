@@ -22,7 +22,7 @@ help:  ## show this list
 
 install: $(VENV)/.installed  ## set up .venv with the package (editable) and the tested versions
 
-demo: $(VENV)/.installed  ## load the embedded model, generate, compare cache memory with a transformer's
+demo: $(VENV)/.installed  ## the embedded model writes, its three sizes answer from one image; cache memory next to a transformer's
 	@$(VENV)/bin/nemotron-h demo
 
 test: $(VENV)/.installed  ## the tests (about 6 minutes on two cores)

@@ -15,7 +15,11 @@ from collections.abc import Sequence
 
 # name, module with `main(argv)`, one line of help
 COMMANDS = (
-    ("demo", "nemotron_h_hf.scripts.demo", "load the embedded model, generate, compare cache memory"),
+    (
+        "demo",
+        "nemotron_h_hf.scripts.demo",
+        "the embedded model writes, in three sizes; cache memory next to a transformer's",
+    ),
     ("generate", "nemotron_h_hf.scripts.generate", "continue a prompt, printing tokens as they come"),
     ("serve", "nemotron_h_hf.scripts.serve", "an OpenAI API for a model and every budget of an elastic parent"),
     ("info", "nemotron_h_hf.scripts.info", "pattern, parameters and memory of a folder, hub id or preset"),

@@ -45,10 +45,13 @@ BUDGETS = {"full": 1.0, **NESTED}
 SEEDS = (0, 1, 2)
 SEARCH_SEED, SEARCH_TOKENS = 100, 400_000
 LEARNING_RATES = ("2.5e-4", "5e-4", "1e-3")
+BOX = AutoConfig.from_pretrained(EMBEDDED_MODEL)
 CHOICES = {
-    "hidden_size": [192, 176, 160, 144, 128, 112, 96], "intermediate_size": [576, 480, 384, 288, 192],
-    "mamba_num_heads": [6, 4, 2], "mamba_head_dim": [64, 48, 32],
-}  # fmt: skip
+    "hidden_size": list(range(BOX.hidden_size, BOX.hidden_size // 2 - 1, -16)),
+    "intermediate_size": list(range(BOX.intermediate_size, BOX.intermediate_size // 3 - 1, -96)),
+    "mamba_num_heads": list(range(BOX.mamba_num_heads, 0, -2)),
+    "mamba_head_dim": [64, 48, 32],
+}
 STAGES = [{"until": "60%"}, {"weights": {"full": 0.5, "three_quarters": 0.3, "half": 0.2}}]
 NUM_CALIBRATION_DOCUMENTS, NUM_VALIDATION_DOCUMENTS = 16, 10
 NUM_CALIBRATION_ROWS = 64
@@ -92,6 +95,7 @@ def prepare(arguments: argparse.Namespace) -> None:
             path.write_text("".join(lines), encoding="utf-8")
     if not (runs / "parent").is_dir():
         model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
+        model.config.elastic = None  # it is put in order again
         calibration = rows_of(runs / "calibration.jsonl")[:NUM_CALIBRATION_ROWS]
         validation = rows_of(runs / "validation.jsonl")[:16]
         elasticize(model, calibration, validation, choices=CHOICES, depth_rows=[], work=runs / "work")  # widths alone

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from nemotron_h_hf import EMBEDDED_MODEL, HybridCache, NemotronHElasticForCausalLM, NemotronHForCausalLM
@@ -36,11 +36,13 @@ PROMPTS = (
     "The function returns a list of", "Raise an exception if the", "This module provides", "The default value is",
     "Return the number of", "If the file does not exist, then", "The following example shows how", "A string that",
 )  # fmt: skip
+BOX = AutoConfig.from_pretrained(EMBEDDED_MODEL)
+HIDDEN, MLP = BOX.hidden_size, BOX.intermediate_size
 UNTRAINED = {
-    "MLP 50%": {"intermediate_size": 288},
+    "MLP 50%": {"intermediate_size": MLP // 2},
     "5 layers": {"depth": 5},
-    "width 75%": {"hidden_size": 144, "intermediate_size": 432},
-    "width 50%": {"hidden_size": 96, "intermediate_size": 288, "mamba_num_heads": 4},
+    "width 75%": {"hidden_size": HIDDEN * 3 // 4, "intermediate_size": MLP * 3 // 4},
+    "width 50%": {"hidden_size": HIDDEN // 2, "intermediate_size": MLP // 2, "mamba_num_heads": 4},
 }
 WARM_UP_TOKENS = 8
 
@@ -78,6 +80,7 @@ def load(folder: str | None) -> tuple[NemotronHElasticForCausalLM, object]:
     if folder is not None:
         return NemotronHElasticForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer
     model = NemotronHForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32).eval()
+    model.config.elastic = None  # other budgets than its own, in another order
     text = tokenizer(Path(argparse.__file__).read_text(), return_tensors="pt").input_ids[0]
     rows = [{"input_ids": row} for row in text[: 24 * 256].view(24, 256)]
     elasticize(model, rows[:16], rows[16:], UNTRAINED, choices={}, num_removals=2)

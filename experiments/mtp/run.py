@@ -26,10 +26,10 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
-from nemotron_h_hf import NemotronHConfig, NemotronHElasticForCausalLM, NemotronHForCausalLM
+from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig, NemotronHElasticForCausalLM, NemotronHForCausalLM
 from nemotron_h_hf.cost import num_parameters, parameters_by_kind
 from nemotron_h_hf.data.stdlib_text import as_jsonl, read_documents, split_documents
 from nemotron_h_hf.elastic.prepare.elasticize import elasticize
@@ -37,7 +37,10 @@ from nemotron_h_hf.scripts import pretrain
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "mtp"
 HEAD, LOOKUP, NESTED, DRAFTED = "multi-token prediction", "prompt lookup", "nested", (1, 2, 3, 4)
-NESTED_BUDGET = {"MLP 50%": {"intermediate_size": 288}}  # untrained: accepted most in docs/results/elastic_speculation
+MLP = AutoConfig.from_pretrained(EMBEDDED_MODEL).intermediate_size
+NESTED_BUDGET = {
+    "MLP 50%": {"intermediate_size": MLP // 2}
+}  # untrained: accepted most in docs/results/elastic_speculation
 PROMPT_TOKENS, NUM_PROMPTS, WARM_UP_TOKENS = 128, 8, 8
 LARGE = {
     "hybrid_override_pattern": "M-M*-M-M-M*-M-", "hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16,
@@ -133,6 +136,7 @@ def nesting(model: NemotronHForCausalLM, tokenizer) -> NemotronHElasticForCausal
     """The same weights in order of importance, with a smaller model inside; nothing is trained."""
     text = tokenizer(Path(argparse.__file__).read_text(), return_tensors="pt").input_ids[0]
     rows = [{"input_ids": row} for row in text[: 24 * 256].view(24, 256)]
+    model.config.elastic = None  # another budget than the embedded model's
     elasticize(model, rows[:16], rows[16:], NESTED_BUDGET, choices={})
     return NemotronHElasticForCausalLM.from_model(model)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,16 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import nemotron_h_cli as cli
 from nemotron_h_hf import EMBEDDED_MODEL
 from nemotron_h_hf.checkpoint_summary import read_contents
+from nemotron_h_hf.cost import num_parameters
+from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.model.weights import read_header
 from nemotron_h_hf.scripts import demo, generate, info
+from nemotron_h_hf.units import human_bytes, human_count
 
 COMMAND = Path(sys.executable).with_name("nemotron-h")
 
@@ -261,10 +265,17 @@ def test_generate_names_bad_options(argv, name, capsys):
 
 def test_demo_prints_text_memory_and_next_steps(capsys, monkeypatch):
     monkeypatch.setattr(demo, "CONTEXTS", (64, 256))
+    monkeypatch.setattr(demo, "TIMED_TOKENS", 8)
     assert demo.main(["--max-new-tokens", "4"]) == 0
     text = capsys.readouterr().out
     assert "def read_lines(path):" in text and "What to try next" in text
     assert "       64  " in text and "      256  " in text
+    rows = re.findall(r"^  (full|three_quarters|half) +([\d.]+ M) +([\d.]+ MiB) +([\d,]+)", text, flags=re.MULTILINE)
+    assert [name for name, *_ in rows] == ["full", "three_quarters", "half"]
+    config = AutoConfig.from_pretrained(EMBEDDED_MODEL)
+    counts = [num_parameters(resolve(config, name).config) for name, *_ in rows]
+    assert [row[1:3] for row in rows] == [(human_count(count), human_bytes(2 * count)) for count in counts]
+    assert all(float(speed.replace(",", "")) > 0 for *_, speed in rows)
 
 
 def sharded_copy(folder: Path) -> Path:

@@ -10,6 +10,7 @@ import sys
 import time
 
 import pytest
+from tiny import tiny_model
 
 from nemotron_h_hf.scripts import serve
 
@@ -18,12 +19,18 @@ pytest.importorskip("sse_starlette")
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    (["--budget", "6b"], "--budget='6b': allowed is to leave it out"), (["--name", "a b"], "--name"),
+    (["--budget", "6b"], "budget='6b': allowed are 'full', 'half', 'three_quarters'"), (["--name", "a b"], "--name"),
     (["--cache-bytes", "much"], "--cache-bytes"), (["--max-batch", "0"], "--max-batch"), (["--port", "70000"], "--port"),
 ])  # fmt: skip
 def test_options_are_checked(words, said):
     with pytest.raises(ValueError, match=said):
         serve.main(["--port", "0", *words])
+
+
+def test_a_model_without_budgets_has_none_to_serve(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="--budget='6b': allowed is to leave it out"):
+        serve.main([str(tmp_path), "--port", "0", "--budget", "6b"])
 
 
 @contextlib.contextmanager
@@ -47,7 +54,8 @@ def ask(port: int, **fields) -> http.client.HTTPResponse:
 @pytest.mark.slow
 def test_sigterm_under_load_finishes_what_runs():
     with server("--drain", "60") as (process, port):
-        answers = [ask(port, max_tokens=150, stream=True) for _ in range(3)]
+        budgets = ("full", "three_quarters", "half")
+        answers = [ask(port, model=f"nemotron-h-tiny:{name}", max_tokens=150, stream=True) for name in budgets]
         for answer in answers:
             answer.readline()
         process.send_signal(signal.SIGTERM)

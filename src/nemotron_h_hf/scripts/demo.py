@@ -1,9 +1,10 @@
-"""Load the embedded models, generate text, look at a picture, and compare the cache with a transformer's.
+"""Load the embedded models, generate text, ask all sizes of one image, look at a picture, and compare the cache with a transformer's.
 
     nemotron-h demo            # what `make demo` runs; nothing is downloaded
 
-The table is measured, not computed: one context is fed to the model piece by piece, and the bytes of its cache are read.
-The transformer's figures come from a real transformers cache, filled with tensors of its shapes.
+The tables are measured, not computed: every size generates from the weights that are in memory once; one context is fed to
+the model piece by piece, and the bytes of its cache are read. The transformer's figures come from a real transformers cache,
+filled with tensors of its shapes.
 """
 
 from __future__ import annotations
@@ -11,32 +12,45 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    BatchEncoding,
     DynamicCache,
     LlamaConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     set_seed,
 )
 from transformers.utils import is_vision_available
 from transformers.utils.logging import disable_progress_bar
 
-from nemotron_h_hf import EMBEDDED_MODEL, EMBEDDED_VISION_MODEL, HybridCache, NemotronHConfig
+from nemotron_h_hf import (
+    EMBEDDED_MODEL,
+    EMBEDDED_VISION_MODEL,
+    HybridCache,
+    NemotronHConfig,
+    NemotronHElasticForCausalLM,
+)
 from nemotron_h_hf.cost import num_parameters
+from nemotron_h_hf.elastic.budgets import read_elastic
+from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.units import human_bytes, human_count
 
 CONTEXTS = (256, 1024, 4096, 16384)
 PIECE_TOKENS = 1024
+QUESTION = "def read_lines(path, encoding='utf-8'):"  # it was shown signatures and the first lines of their docstrings
+TIMED_TOKENS, TIMES = 64, 3
+REPETITION_PENALTY = 1.15  # a model this small falls into loops
 
 NEXT_STEPS = """What to try next
   nemotron-h generate --prompt "class Stack:" --temperature 0.5    continue your own prompt
+  nemotron-h generate --budget half                                the smallest size alone
   nemotron-h info nemotron-h-8b                                    pattern, parameters and memory of a released shape
   nemotron-h info path/to/checkpoint                               the same, and a check of its files
   nemotron-h bench cpu                                             speed on this machine, next to transformers' own model
@@ -53,18 +67,20 @@ class DemoArguments:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print four sections: text, a picture, memory, next steps."""
+    """Print five sections: text, sizes, a picture, memory, next steps."""
     arguments = parse(argv)
     disable_progress_bar()
     set_seed(arguments.seed)
     start = time.perf_counter()
     tokenizer = AutoTokenizer.from_pretrained(EMBEDDED_MODEL)
-    model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL).eval()
-    print(f"AutoModelForCausalLM.from_pretrained gave a {type(model).__name__} in {time.perf_counter() - start:.1f} s:")
+    model = NemotronHElasticForCausalLM.from_pretrained(EMBEDDED_MODEL).eval()
+    print(f"{type(model).__name__}.from_pretrained took {time.perf_counter() - start:.1f} s:")
     print(f"  {model.config.hybrid_override_pattern}  (M Mamba-2, * attention, - MLP)")
     print(f"  {human_count(num_parameters(model.config))} parameters, {model.dtype}, on {model.device}\n")
     print(f"It continues {arguments.prompt!r} like this:\n")
     print(write(model, tokenizer, arguments))
+    print()
+    print("\n".join(size_table(model, tokenizer)))
     print()
     print(look())
     print()
@@ -94,13 +110,60 @@ def write(model: PreTrainedModel, tokenizer, arguments: DemoArguments) -> str:
         do_sample=True,
         temperature=0.7,
         top_p=0.95,
-        repetition_penalty=1.15,  # a model this small falls into loops
+        repetition_penalty=REPETITION_PENALTY,
     )
     seconds = time.perf_counter() - start
     num_new = output.shape[1] - inputs["input_ids"].shape[1]
     text = tokenizer.decode(output[0], skip_special_tokens=True)
     body = "\n".join(f"  | {line}" for line in text.splitlines())
     return f"{body}\n\n{num_new} tokens in {seconds:.1f} s, {num_new / seconds:.0f} tokens/s with the prompt."
+
+
+def size_table(parent: NemotronHElasticForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What each budget answers, the bytes of weights it reads and its speed, one string per line."""
+    chat = [{"role": "user", "content": QUESTION}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    sizes = {name: parent.submodel(name) for name in by_size(parent.config)}
+    image = sum(tensor.nbytes for tensor in parent.parameters())
+    copies = sum(small.shared_bytes()["copies"] for small in sizes.values())
+    lines = [
+        f"{len(sizes)} sizes answer from one image of {human_bytes(image)}; the smaller ones are its first rows and columns"
+        f" ({human_bytes(copies)} of copies in all).",
+        f"Asked for a docstring of {QUESTION!r} they say:\n",
+        f"  {'budget':<15} {'parameters':>10} {'weights':>9} {'tokens/s':>9}",
+    ]
+    speeds = tokens_per_second(sizes, inputs)
+    for name, small in sizes.items():
+        weights = list(small.parameters())
+        num_weights, num_bytes = sum(tensor.numel() for tensor in weights), sum(tensor.nbytes for tensor in weights)
+        lines.append(
+            f"  {name:<15} {human_count(num_weights):>10} {human_bytes(num_bytes):>9} {speeds[name]:>9.0f}"
+            f"  {answer(small, tokenizer, inputs)}"
+        )
+    return lines
+
+
+def by_size(config: NemotronHConfig) -> list[str]:
+    """Names of the budgets, the largest first."""
+    budgets = read_elastic(config).budgets
+    return sorted(budgets, key=lambda name: -num_parameters(resolve(config, name).config))
+
+
+def answer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, inputs: BatchEncoding) -> str:
+    """The likeliest answer, on one line."""
+    output = model.generate(**inputs, max_new_tokens=24, do_sample=False, repetition_penalty=REPETITION_PENALTY)
+    return " ".join(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).split())
+
+
+def tokens_per_second(sizes: Mapping[str, PreTrainedModel], inputs: BatchEncoding) -> dict[str, float]:
+    """New tokens per second by name: the best of TIMES turns, in which the sizes alternate, after one to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in sizes}
+    for _ in range(1 + TIMES):
+        for name, model in sizes.items():
+            start = time.perf_counter()
+            model.generate(**inputs, min_new_tokens=TIMED_TOKENS, max_new_tokens=TIMED_TOKENS, do_sample=False)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: TIMED_TOKENS / min(found[1:]) for name, found in seconds.items()}
 
 
 def look() -> str:

@@ -6,7 +6,7 @@ Mamba layer. Attention has no empty state, so a model with more attention layers
 This is an approximation: the layers below computed something else. `Carried` compares the next token's logits with
 those after reading all tokens again; the published figure is 0.9 to 0.96 cosine and a small loss in accuracy (arXiv 2605.07182).
 
-The embedded model on one CPU thread, untrained budgets `half` (intermediate_size=288, mamba_num_heads=4) and `mild` (432, 6):
+The embedded model of 0.1.0 on one CPU thread, untrained budgets `half` (intermediate_size=288, mamba_num_heads=4) and `mild` (432, 6):
 medians of 32 new tokens, 16 by each budget, and the loss of the 64 tokens after the switch, mean of 18 texts.
 
     tokens  switch          read again      carried         first budget alone
