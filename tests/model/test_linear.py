@@ -247,6 +247,7 @@ def test_what_is_left_to_mkl(monkeypatch):
     assert by_onednn(x, layer.weight)
     assert not by_onednn(x[:MOST_ROWS], layer.weight)  # few rows
     assert not by_onednn(x[:, :64], nn.Linear(64, 64).weight)  # few weights
+    assert not by_onednn(x, torch.randn(600, 800)[:512, :512])  # a part of a larger weight, as budgets read theirs
     assert not by_onednn(x.double(), layer.double().weight)
     layer.float()
     with torch.autocast("cpu", torch.bfloat16):
