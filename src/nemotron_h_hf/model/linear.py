@@ -58,7 +58,7 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def by_onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN multiplies x by this weight: many rows in fp32, both plain, nothing traced.
 
-    The weight has to be dense: a part of a larger one, as a budget of a parent reads it, took oneDNN 1,300 times as long as MKL.
+    The weight has to be dense: with a part of a larger one oneDNN took 1,300 times as long as MKL.
     """
     if x.device.type != "cpu" or torch.compiler.is_compiling() or not onednn_is_faster():
         return False
