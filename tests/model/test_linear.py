@@ -223,9 +223,9 @@ def test_many_rows_by_onednn(monkeypatch, shape, bias):
     """Values and gradients, first and second, against float64; inputs of any strides."""
     monkeypatch.setattr(linear_module, "onednn_is_faster", lambda: torch.backends.mkldnn.is_available())
     torch.manual_seed(0)
-    layer = nn.Linear(512, 700, bias=bias)
-    whole = torch.randn(*shape, 1024)
-    for x in (whole[..., 512:], whole[..., :1].expand(*shape, 512)):
+    layer = nn.Linear(1024, 1100, bias=bias)
+    whole = torch.randn(*shape, 2048)
+    for x in (whole[..., 1024:], whole[..., :1].expand(*shape, 1024)):
         x = x.detach().requires_grad_()
         assert by_onednn(x, layer.weight)
         wide_layer, wide_x = copy.deepcopy(layer).double(), x.detach().double().requires_grad_()
@@ -243,11 +243,11 @@ def test_many_rows_by_onednn(monkeypatch, shape, bias):
 
 def test_what_is_left_to_mkl(monkeypatch):
     monkeypatch.setattr(linear_module, "onednn_is_faster", lambda: torch.backends.mkldnn.is_available())
-    layer, x = nn.Linear(512, 512), torch.randn(100, 512)
+    layer, x = nn.Linear(1024, 1024), torch.randn(100, 1024)
     assert by_onednn(x, layer.weight)
     assert not by_onednn(x[:MOST_ROWS], layer.weight)  # few rows
-    assert not by_onednn(x[:, :64], nn.Linear(64, 64).weight)  # few weights
-    assert not by_onednn(x, torch.randn(600, 800)[:512, :512])  # a part of a larger weight, as budgets read theirs
+    assert not by_onednn(x[:, :512], nn.Linear(512, 512).weight)  # few weights
+    assert not by_onednn(x, torch.randn(1100, 1200)[:1024, :1024])  # a part of a larger weight, as budgets read theirs
     assert not by_onednn(x.double(), layer.double().weight)
     layer.float()
     with torch.autocast("cpu", torch.bfloat16):
