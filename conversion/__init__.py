@@ -7,7 +7,8 @@ convert("model/", "run/", format="torch", tp=2, pp=2)      # and back
 weights = read_megatron("run/")                            # a lazy mapping: weights["decoder.final_norm.weight"]
 
 names.py               the table of tensors: Megatron's name, ours, shape, layout, parallel cut
-vision.py              names, sizes and arguments of multimodal checkpoints
+vision.py              names and shapes of multimodal checkpoints
+vision_config.py       their arguments to a configuration, and back
 layouts.py             how elements are arranged on the two sides
 config.py              arguments, names and shapes to a configuration
 formats.py             which format a folder is

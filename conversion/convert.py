@@ -18,7 +18,7 @@ from nemotron_h_hf.units import parse_bytes
 from nemotron_h_hf.whole_files import write_text
 
 from . import config as configs
-from . import formats, verify, vision
+from . import formats, verify, vision, vision_config
 from .options import FORMATS, Options
 from .plan import Plan, plan_to_hf, plan_to_megatron
 from .report import JSON_NAME, TABLE_NAME, Report, add_plan, add_written, finished_before
@@ -135,7 +135,7 @@ def _looks_finished(work: Work) -> bool:
 def _plan_hf(found: formats.Found, asked: Options, report: Report) -> tuple[SourceCheckpoint, Plan]:
     checkpoint = formats.open_megatron(found)
     if vision.is_multimodal(checkpoint):
-        model, remarks = vision.derive(checkpoint, asked.config, asked.tokenizer)
+        model, remarks = vision_config.derive(checkpoint, asked.config, asked.tokenizer)
     else:
         model, remarks = configs.derive(checkpoint, asked.config)
     if asked.dtype is not None:
@@ -164,7 +164,7 @@ def read_config(folder: Path, extra: str | Path | None) -> vision.Config:
     if extra is None and not (base / "config.json").is_file():
         raise ValueError(f"{base} has no config.json; give one by --config")
     given = base if extra is None else extra
-    sees = vision.read_given(given)
+    sees = vision_config.read_given(given)
     return sees.config if sees is not None else NemotronHConfig(**configs.read_extra(given))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from nemotron_h_hf.checkpoint import Digest
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 
-from . import vision
+from . import vision, vision_config
 from .config import other_groups, to_args
 from .layouts import rank_ranges
 from .names import (
@@ -126,7 +126,7 @@ def namespace(plan: Plan, layout: Layout, stages: Sequence[int]) -> argparse.Nam
         "make_vocab_size_divisible_by": layout.vocab_divisible_by,
     }
     args = to_args(plan.text, rows, sizes, layout.newest(plan.text), "|".join(cuts))
-    return argparse.Namespace(**{**args, **vision.to_args(plan.config), "ckpt_format": layout.format})
+    return argparse.Namespace(**{**args, **vision_config.to_args(plan.config), "ckpt_format": layout.format})
 
 
 def extra_states(plan: Plan) -> Iterator[tuple[str, int]]:

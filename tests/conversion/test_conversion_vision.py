@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from megatron_fixtures import FIXTURES, assert_same
-from nemotron_h_hf.conversion import convert, vision
+from nemotron_h_hf.conversion import convert, vision, vision_config
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from vl_tiny import IMAGE, INTERNVIT, RADIO, prompt, released_model, spread, tiles, vl_model, word_tokenizer
@@ -207,7 +207,7 @@ def test_sizes_that_megatron_sets_itself(ranks, tmp_path):
     with pytest.raises(ValueError, match="intermediate_size is 112 by .*, but 21504 by the argument ffn_hidden_size"):
         convert(run, tmp_path / "hf", config=config_of(model, tmp_path / "config"))
     config = NemotronHVLConfig(text_config=model.config.text_config.to_dict())
-    assert vision.to_args(config)["vision_model_type"] == "internvit300M"
+    assert vision_config.to_args(config)["vision_model_type"] == "internvit300M"
     shapes = {link.megatron[0]: link.shape for link in vision.links(config)}
     assert shapes["vision_model.position_embeddings.weight"] == (1025, 1024)
     assert shapes["vision_model.decoder.layers.23.self_attention.linear_qkv.weight"] == (3072, 1024)

@@ -22,9 +22,7 @@ def draw(logits: Tensor, request: Request, written: Mapping[int, int], generator
     if request.temperature == 0:
         return int(logits.argmax())
     probabilities = narrowed(logits / request.temperature, request).softmax(-1)
-    reached = probabilities.cumsum(
-        -1, dtype=torch.float64
-    )  # one number is drawn: torch.multinomial draws one for each token
+    reached = probabilities.cumsum(-1, dtype=torch.float64)  # one number is drawn; torch.multinomial draws one for each
     drawn = torch.rand((), dtype=torch.float64, generator=generator, device=logits.device) * reached[-1]
     return int(torch.searchsorted(reached, drawn, right=True).clamp(max=len(logits) - 1))
 
