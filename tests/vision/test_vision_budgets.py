@@ -9,7 +9,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from vl_tiny import EXPERTS, IMAGE, TEXT, prompt, released_model, spread, tiles, vl_model, vl_processor, word_tokenizer
 
 from nemotron_h_cli import main
-from nemotron_h_hf import NemotronHConfig, NemotronHElasticForConditionalGeneration, NemotronHForCausalLM
+from nemotron_h_hf import (
+    BudgetSchedule,
+    NemotronHConfig,
+    NemotronHElasticForConditionalGeneration,
+    NemotronHForCausalLM,
+)
 
 BUDGETS = {
     "half": {"hidden_size": 32, "intermediate_size": 40, "mamba_num_heads": 4, "layers": [0, 1, 2, 3, 4, 5]},
@@ -144,8 +149,9 @@ def test_live_parent(made, tmp_path):
         assert small.dtype == torch.float64 and small.model.multi_modal_projector.linear_2.weight.dtype == torch.float64
         wide = {name: value.double() if value.is_floating_point() else value for name, value in inputs.items()}
         torch.testing.assert_close(small(**wide).logits.float(), cut(**inputs).logits, atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match="allowed is one budget for all rows"):
-        parent.generate(**inputs, budget=["half"])
+    for budget in (["half"], BudgetSchedule("half", "full", at=3)):
+        with pytest.raises(ValueError, match="allowed is one budget for all rows"):
+            parent.generate(**inputs, budget=budget)
 
 
 def test_what_is_for_text_models_says_so(made, tmp_path, capsys):

@@ -21,6 +21,7 @@ from ...model.modeling_nemotron_h_vl import NemotronHVLForConditionalGeneration
 from ..budgets import Budget
 from ..resolve import Request
 from ..vision import language_model_of
+from .generating import BudgetSchedule
 from .parent import NemotronHElasticForCausalLM
 
 
@@ -107,7 +108,7 @@ class NemotronHElasticForConditionalGeneration(NemotronHVLForConditionalGenerati
         """
         if budget is None:
             return super().generate(inputs, *args, **kwargs)
-        if not isinstance(budget, str | float | dict | Budget):
+        if isinstance(budget, (list, tuple, BudgetSchedule)):
             raise ValueError(f"budget={budget!r}: allowed is one budget for all rows of a model that sees")
         return self.submodel(budget).generate(inputs, *args, **kwargs)
 
