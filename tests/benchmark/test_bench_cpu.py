@@ -62,7 +62,7 @@ def test_quick_run_writes_json_plot_and_table(tmp_path, capsys):
     weight_bytes = 4 * sum(p.numel() for p in models.build_ours(config, torch.float32, CPU).model.parameters())
     assert all(found["memory", side, "train", 64]["peak_bytes"] > 0.5 * weight_bytes for side in ("ours", "native"))
     assert found["memory", "ours", "prefill", 512]["peak_bytes"] > 0
-    assert len(document["targets"]) == 9 and {t["verdict"] for t in document["targets"]} <= {"met", "missed"}
+    assert len(document["targets"]) == 11 and {t["verdict"] for t in document["targets"]} <= {"met", "missed"}
     assert max(document["correctness"].values()) < 1e-4 and len(document["correctness"]) == 5
     assert prefix.with_name("cpu.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in prefix.parent.iterdir()) == ["cpu.json", "cpu.png"]
