@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import threading
 import time
+from unittest import mock
 
 import pytest
 import torch
@@ -25,8 +26,11 @@ uvicorn = pytest.importorskip("uvicorn")
 pytest.importorskip("sse_starlette")
 pytest.importorskip("prometheus_client")
 
+from nemotron_h_hf.serving import api  # noqa: E402
 from nemotron_h_hf.serving.api import make_app  # noqa: E402
+from nemotron_h_hf.serving.batch import Batch  # noqa: E402
 from nemotron_h_hf.serving.metrics import Metrics  # noqa: E402
+from nemotron_h_hf.serving.requests import Stopped  # noqa: E402
 
 BUDGETS = {
     "large": {"trained": True, "loss": 1.5},
@@ -357,6 +361,37 @@ def test_a_full_queue_is_429(server):
     assert status == 429 and int(headers["Retry-After"]) >= 1, text
     for connection in connections:  # the clients go
         connection.close()
+
+
+@pytest.mark.parametrize(("path", "asked"), [
+    ("completions", {"prompt": "Hi"}), ("chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+    ("responses", {"input": "Hi"}),
+])  # fmt: skip
+@pytest.mark.parametrize(("error", "said"), [(MemoryError(), 503), (ArithmeticError("secret"), 500), (Stopped(), 503)])
+def test_a_stream_that_fails_before_its_first_token_has_a_status(server, monkeypatch, path, asked, error, said):
+    monkeypatch.setattr(Engine, "_read_piece", mock.Mock(side_effect=error))
+    status, _, text = ask(server[0], f"/v1/{path}", {"model": "tiny", "stream": True, **asked})
+    assert status == said and json.loads(text)["error"]["type"] == "server_error" and "secret" not in text
+
+
+def test_a_stream_that_fails_later_says_so_in_an_event(client, monkeypatch):
+    monkeypatch.setattr(Batch, "step", mock.Mock(side_effect=MemoryError))
+    parts = client.completions.create(
+        model="tiny", prompt="Hi", max_tokens=4, stream=True, extra_body={"ignore_eos": True}
+    )
+    assert next(parts).choices[0].text is not None
+    with pytest.raises(openai.APIError, match="out of memory"):
+        next(parts)
+
+
+def test_a_stream_that_waits_long_begins_with_pings(server, monkeypatch):
+    monkeypatch.setattr(api, "PING", 0.2)
+    read = Engine._read_piece
+    monkeypatch.setattr(Engine, "_read_piece", lambda *args: (time.sleep(0.7), read(*args))[1])
+    status, _, text = ask(
+        server[0], "/v1/completions", {"model": "tiny", "prompt": "Hi", "max_tokens": 2, "stream": True}
+    )
+    assert status == 200 and text.startswith(": ping") and text.endswith("data: [DONE]\n\n")
 
 
 def test_a_client_that_goes_frees_its_rows(server):

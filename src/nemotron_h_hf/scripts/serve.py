@@ -1,7 +1,7 @@
 """Serve a model, and every budget of an elastic parent, behind an OpenAI API, from one memory image.
 
     nemotron-h serve                                                       # the embedded model on 127.0.0.1:8000
-    nemotron-h serve path/to/parent --budget 6b --max-batch 64 --memory 20GiB
+    nemotron-h serve path/to/parent --budget 6b --max-batch 64 --cache-bytes 20GiB
     nemotron-h serve path/to/parent --host 0.0.0.0 --api-key-file keys.txt # one key on each line
 
 Models are NAME, NAME:6b, NAME:7GiB@32Ki (the best that fits), NAME:6b>12b (the first thinks, the second answers); see

@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse
 from sse_starlette.sse import EventSourceResponse
+from starlette.background import BackgroundTask
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
@@ -108,9 +109,14 @@ async def _answer(engine: Engine, body: Body, request: Request, make: Any) -> Re
         await run_in_threadpool(pieces.submit, engine, writer.requests)
     except Exception as error:
         raise failure_of(error, body.said_as()) from None
-    if body.stream:
-        return EventSourceResponse(_events(writer, pieces), ping=PING, sep="\n")
-    return JSONResponse(await _whole(writer, pieces, request))
+    async with _heard(request, pieces):
+        if body.stream:
+            await pieces.begun(PING)  # what fails before its first token has a status
+            let_go = BackgroundTask(pieces.cancel)  # also if the client goes before the first event
+            return EventSourceResponse(_events(writer, pieces), ping=PING, sep="\n", background=let_go)
+        async for number, piece in pieces:
+            writer.add(number, piece)
+        return JSONResponse(writer.whole(pieces.num_cached()))
 
 
 async def _events(writer: Writer, pieces: Pieces) -> AsyncIterator[dict[str, str]]:
@@ -129,17 +135,20 @@ async def _events(writer: Writer, pieces: Pieces) -> AsyncIterator[dict[str, str
     yield {"data": "[DONE]"}
 
 
-async def _whole(writer: Writer, pieces: Pieces, request: Request) -> dict[str, Any]:
+@asynccontextmanager
+async def _heard(request: Request, pieces: Pieces) -> AsyncIterator[None]:
+    """Until the answer begins: let go of what nobody waits for, and say what failed."""
     watch = asyncio.create_task(_cancel_when_gone(request, pieces))
     try:
-        async for number, piece in pieces:
-            writer.add(number, piece)
+        yield
     except Exception as error:
+        pieces.cancel()
         raise failure_of(error) from None
+    except asyncio.CancelledError:
+        pieces.cancel()
+        raise
     finally:
         watch.cancel()
-        pieces.cancel()
-    return writer.whole(pieces.num_cached())
 
 
 async def _cancel_when_gone(request: Request, pieces: Pieces) -> None:

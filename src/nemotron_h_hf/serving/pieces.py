@@ -18,6 +18,7 @@ class Pieces:
         self.queue: asyncio.Queue[tuple[int, Piece | Exception]] = asyncio.Queue()
         self.jobs: list[Job] = []
         self.num_rows = 0
+        self._first: asyncio.Future[Piece | Exception] = loop.create_future()
 
     def submit(self, engine: Engine, requests: Sequence[Request]) -> None:
         """Queue all of them, or none; raises as `Engine.submit`."""
@@ -28,6 +29,12 @@ class Pieces:
         except Exception:
             self.cancel()
             raise
+
+    async def begun(self, seconds: float) -> None:
+        """Wait for the first piece, for so long at most; raises what comes in its place."""
+        await asyncio.wait([self._first], timeout=seconds)
+        if self._first.done() and isinstance(self._first.result(), Exception):
+            raise self._first.result()
 
     async def __aiter__(self) -> AsyncIterator[tuple[int, Piece]]:
         left = self.num_rows
@@ -47,11 +54,16 @@ class Pieces:
     def give_up(self, reason: Exception) -> None:
         """Cancel, and end the iteration with an exception; from the loop's thread."""
         self.cancel()
-        self.queue.put_nowait((0, reason))
+        self._put(0, reason)
 
     def num_cached(self) -> int:
         """Tokens of the prompts that were not read again."""
         return sum(job.num_cached for job in self.jobs)
 
     def _take(self, number: int, piece: Piece | Exception) -> None:
-        self.loop.call_soon_threadsafe(self.queue.put_nowait, (number, piece))
+        self.loop.call_soon_threadsafe(self._put, number, piece)
+
+    def _put(self, number: int, piece: Piece | Exception) -> None:
+        self.queue.put_nowait((number, piece))
+        if not self._first.done():
+            self._first.set_result(piece)
