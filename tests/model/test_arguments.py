@@ -127,3 +127,12 @@ def test_listed_arguments_change_nothing(shape):
         model(ids, is_causal=False)
     for name in ("cache", "past_key_values"):
         assert name in inspect.signature(model.forward).parameters
+
+
+def test_tuples_by_the_configuration():
+    """`config.return_dict = False` is read once, by the forward that was called."""
+    model, ids = tiny_model("dense"), prompt(2, 9)
+    expected = model(ids, labels=ids, return_dict=False)
+    model.config.return_dict = False
+    output = model(ids, labels=ids)
+    assert type(output) is tuple and len(output) == len(expected) and torch.equal(output[1], expected[1])

@@ -307,3 +307,55 @@ def test_a_tower_whose_width_does_not_fit_the_weights(model, tmp_path):
     with pytest.raises(ValueError, match=r"has .* in shape .*, its config asks for"):
         type(model).from_pretrained(tmp_path)
     assert SIDE == 28
+
+
+def test_images_are_never_ignored(model):
+    """What excludes each other, does not fit the text, or is not known is refused in every forward."""
+    batch, pixels = prompt([2, "1", 4]), tiles(1)
+    ids, text = batch["input_ids"], prompt([9])["input_ids"]
+    features = model.model.features_by_row(ids == IMAGE, pixels, None)
+    torch.testing.assert_close(model(ids, image_features=features).logits, model(ids, pixel_values=pixels).logits)
+    wrong = [
+        (ids, {"pixel_values": pixels, "image_features": features}, "both given"),
+        (text, {"image_grid_hw": torch.tensor([[4, 4]])}, "image_grid_hw"),
+        (ids, {"pixel_values": pixels, "inputs_embeds": model.get_input_embeddings()(text)}, "exactly one"),
+        (None, {"pixel_values": pixels}, "exactly one"),
+        (text, {"image_features": features}, "image_features"),
+        (ids, {"image_features": features[:, :2]}, "image_features"),
+        (ids, {"image_features": features[..., :3]}, "image_features"),
+        (ids, {"image_features": features.expand(2, -1, -1)}, "image_features"),
+    ]
+    for forward in (model, model.model):
+        for tokens, images, message in wrong:
+            with pytest.raises(ValueError, match=message):
+                forward(tokens, **images)
+        for name in ("image_flags", "images", "cache_params", "num_logits_to_keep"):
+            with pytest.raises(TypeError, match=name):
+                forward(ids, pixel_values=pixels, **{name: None})
+        with pytest.raises(TypeError, match="image_flags"):
+            forward.get_image_features(pixels, image_flags=None)
+    with pytest.raises(ValueError, match="mtp_loss_weight"):
+        model(ids, pixel_values=pixels, labels=ids, mtp_loss_weight=0.1)
+
+
+@pytest.mark.parametrize("where", ["argument", "config"])
+def test_tuples(where):
+    """`return_dict=False` holds for both classes, wherever it is said."""
+    model, batch, pixels = vl_model(), prompt([2, "1", 4]), tiles(1)
+    ids, asked = batch["input_ids"], {"return_dict": False} if where == "argument" else {}
+    expected = [forward(ids, pixel_values=pixels).to_tuple() for forward in (model, model.model)]
+    parts = model.get_image_features(pixels).pooler_output
+    model.config.return_dict = where == "argument"
+    for forward, outputs in zip((model, model.model), expected):
+        given = forward(ids, pixel_values=pixels, **asked)
+        assert type(given) is tuple and len(given) == len(outputs)
+        assert torch.equal(given[0], outputs[0])
+        assert torch.equal(forward.get_image_features(pixels, **asked)[1][0], parts[0])
+
+
+def test_shifted_labels_skip_images_too(model):
+    batch, pixels = prompt([2, "1", 4, "2"], [5, "1", 3]), tiles(4)
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    expected = model(**batch, pixel_values=pixels, labels=labels).loss
+    torch.testing.assert_close(model(**batch, pixel_values=pixels, shift_labels=shifted).loss, expected)

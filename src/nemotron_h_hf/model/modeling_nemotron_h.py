@@ -417,6 +417,7 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
             cache=one_cache(cache, past_key_values),
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
+            return_dict=True,
             **kwargs,
         )
         hidden_states = outputs.last_hidden_state

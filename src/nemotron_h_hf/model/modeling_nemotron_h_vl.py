@@ -15,7 +15,7 @@ from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
-from transformers.utils import logging
+from transformers.utils import can_return_tuple, logging
 
 from .arguments import one_cache
 from .blocks import NemotronHRMSNorm
@@ -102,8 +102,9 @@ class NemotronHVLModel(NemotronHVLPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.embeddings = value
 
+    @can_return_tuple
     def get_image_features(
-        self, pixel_values: Tensor, image_grid_hw: Tensor | None = None, **kwargs
+        self, pixel_values: Tensor, image_grid_hw: Tensor | None = None
     ) -> BaseModelOutputWithPooling:
         """Embeddings of tiles, or of images in their own resolution.
 
@@ -161,7 +162,7 @@ class NemotronHVLModel(NemotronHVLPreTrainedModel):
         Raises:
             ValueError: if the text has another number of image tokens than the images have embeddings.
         """
-        parts = self.get_image_features(pixel_values, image_grid_hw).pooler_output
+        parts = self.get_image_features(pixel_values, image_grid_hw, return_dict=True).pooler_output
         flat, counts = torch.cat(parts), positions.sum(1).tolist()
         if sum(counts) != len(flat):
             kind = "images" if image_grid_hw is not None else "tiles"
@@ -172,13 +173,24 @@ class NemotronHVLModel(NemotronHVLPreTrainedModel):
         return nn.utils.rnn.pad_sequence(flat.split(counts), batch_first=True)
 
     def join(self, positions: Tensor, embeds: Tensor, features: Tensor) -> Tensor:
-        """Put `features` (b, most in a row, hidden) of each row, in order, where `positions` (b, l) says."""
-        if not bool(positions.any()):
+        """Put `features` (b, most in a row, hidden) of each row, in order, where `positions` (b, l) says.
+
+        Raises:
+            ValueError: for features of another shape than these positions ask for.
+        """
+        wanted = len(embeds), int(positions.sum(1).max()), embeds.shape[2]
+        if features.shape != wanted:
+            raise ValueError(
+                f"image_features has shape {tuple(features.shape)}: allowed is {wanted}, rows of the batch, most image tokens "
+                f"(id {self.config.image_token_id}) in a row, hidden_size"
+            )
+        if not wanted[1]:
             return embeds
         index = (positions.cumsum(1) - 1).clamp(min=0, max=features.shape[1] - 1)
         spread = features.to(embeds).gather(1, index[..., None].expand(-1, -1, features.shape[2]))
         return torch.where(positions[..., None], spread, embeds)
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -193,13 +205,20 @@ class NemotronHVLModel(NemotronHVLPreTrainedModel):
         Args:
             pixel_values, image_grid_hw: images as `get_image_features` takes them, in the order of the text.
             image_features: (b, most in a row, hidden) of `features_by_row`, in place of pixels.
+
+        Raises:
+            ValueError: for images that do not fit the text, and arguments that exclude each other.
         """
+        check_images(pixel_values, image_grid_hw, image_features)
+        kwargs["return_dict"] = True
         if pixel_values is None and image_features is None:
             if input_ids is not None and inputs_embeds is None and self._outside(input_ids):
                 raise ValueError(
                     f"the text has image tokens (id {self.config.image_token_id}), 0 images are given: allowed is the same number"
                 )
             return self.language_model(input_ids=input_ids, inputs_embeds=inputs_embeds, **kwargs)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
         positions = self.image_positions(input_ids, inputs_embeds)
         if inputs_embeds is None:
             words = input_ids.masked_fill(positions, 0)  # the image token may be past the table
@@ -230,9 +249,10 @@ class NemotronHVLForConditionalGeneration(NemotronHVLPreTrainedModel, NemotronHF
         self.post_init()
         self._keys_to_ignore_on_save = _layer_scales(self)
 
-    def get_image_features(self, pixel_values: Tensor, image_grid_hw: Tensor | None = None, **kwargs):
+    @can_return_tuple
+    def get_image_features(self, pixel_values: Tensor, image_grid_hw: Tensor | None = None):
         """As `NemotronHVLModel.get_image_features`."""
-        return self.model.get_image_features(pixel_values, image_grid_hw, **kwargs)
+        return self.model.get_image_features(pixel_values, image_grid_hw, return_dict=True)
 
     def forward(
         self,
@@ -254,8 +274,13 @@ class NemotronHVLForConditionalGeneration(NemotronHVLPreTrainedModel, NemotronHF
         Labels on an image, and on the text token just before one, do not count.
         `mm_token_type_ids` (b, l), 1 on images, come from processors; the ids say the same.
         """
-        if labels is not None and input_ids is not None:
-            labels = mask_image_labels(labels, input_ids, self.config.image_token_id)
+        if kwargs.get("mtp_loss_weight"):
+            raise ValueError("mtp_loss_weight: allowed is 0 in a vision-language model")
+        if input_ids is not None:
+            token = self.config.image_token_id
+            labels = None if labels is None else mask_image_labels(labels, input_ids, token)
+            if kwargs.get("shift_labels") is not None:
+                kwargs["shift_labels"] = mask_image_labels(kwargs["shift_labels"], input_ids, token, shift=1)
         images = {"pixel_values": pixel_values, "image_grid_hw": image_grid_hw, "image_features": image_features}
         return super().forward(
             input_ids,
@@ -319,15 +344,24 @@ class NemotronH_Nano_Omni_Reasoning_V3(NemotronHVLForConditionalGeneration):
     config_class = NemotronHOmniConfig
 
 
+def check_images(pixel_values: Tensor | None, image_grid_hw: Tensor | None, image_features: Tensor | None) -> None:
+    """Raise a ValueError where one of a forward's images would be ignored."""
+    if pixel_values is not None and image_features is not None:
+        raise ValueError("pixel_values and image_features are both given: allowed is one of them")
+    if image_grid_hw is not None and pixel_values is None:
+        raise ValueError("image_grid_hw is given without pixel_values: allowed is with them alone")
+
+
 def _layer_scales(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_parameters() if re.search(LAYER_SCALE, name)]
 
 
-def mask_image_labels(labels: Tensor, input_ids: Tensor, image_token_id: int) -> Tensor:
-    """Labels (b, l) with -100 on images and on the text token just before one (Megatron's llava_model.py)."""
+def mask_image_labels(labels: Tensor, input_ids: Tensor, image_token_id: int, shift: int = 0) -> Tensor:
+    """Labels (b, l) with -100 on images and on the text token just before one (Megatron's llava_model.py).
+    `shift` says how many places ahead of the ids they are."""
     images = input_ids == image_token_id
-    before = nn.functional.pad(images[:, 1:], (0, 1))
-    return labels.masked_fill((images | before).to(labels.device), -100)
+    hidden = images | nn.functional.pad(images[:, 1:], (0, 1))
+    return labels.masked_fill(nn.functional.pad(hidden[:, shift:], (0, shift)).to(labels.device), -100)
 
 
 # transformers asks whether the words `@use_experts_implementation` stand in this file; the decorated class is in moe.py.
