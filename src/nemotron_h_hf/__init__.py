@@ -12,7 +12,8 @@ manifest.py            checksums next to the weights, and the check on loading
 checkpoint_summary.py  the facts of one checkpoint, for `info` and model cards
 vision_summary.py      the facts of a vision-language model
 hub.py                 model card, model code next to the weights, upload
-inputs.py              numbers, devices, YAML files and tokenizers given to a command
+command_line.py        a command's options as a dataclass
+inputs.py              devices, YAML files and tokenizers given to a command
 environment.py         the machine, versions, and the memory of this process
 errors.py              the form of every refusal
 tokenizer_files.py     what a checkpoint folder has apart from weights and configuration

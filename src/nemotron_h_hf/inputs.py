@@ -1,9 +1,7 @@
-"""What a command is given, checked where it enters: numbers, devices, YAML files, tokenizers. Errors name file or value."""
+"""What a command is given, checked where it enters: devices, YAML files, tokenizers. Errors name file or value."""
 
 from __future__ import annotations
 
-import argparse
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from .model.json_files import read_json
 from .model.weights import open_tensors, read_checked, read_index, tensors_digest
 
 __all__ = [
-    "finite",
     "load_tokenizer",
     "open_tensors",
     "read_checked",
@@ -26,17 +23,6 @@ __all__ = [
     "read_yaml",
     "tensors_digest",
 ]
-
-
-def finite(text: str) -> float:
-    """A number for argparse's `type`: neither NaN nor infinity, which every comparison with a limit lets pass or none."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"{text!r}: allowed is a finite number")
-    return number
 
 
 def read_device(name: str) -> torch.device:

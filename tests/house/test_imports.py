@@ -42,6 +42,7 @@ THIRD_PARTY = {
     "tensors": set(),
     "environment": {"torch", "transformers"},
     "errors": set(),
+    "command_line": set(),
     "units": set(),
     "whole_files": set(),
     "output_folders": set(),

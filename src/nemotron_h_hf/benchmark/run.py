@@ -1,6 +1,5 @@
 """One run of the benchmark: its arguments, the parts that can be asked for alone, and the suites of all."""
 
-import argparse
 import gc
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ..command_line import option
 from ..environment import machine, versions
 from ..model.configuration_checks import MAMBA_IMPLEMENTATIONS
 from ..model.configuration_nemotron_h import NemotronHConfig
@@ -29,32 +29,38 @@ COUNTS = ("layers", "rows", "context", "tokens_out", "steps", "runs", "most_rows
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the command line says; see `add_arguments`."""
+    """What the command line says."""
 
     part: str  # or a suite
-    model: str | None
-    random_weights: bool
-    layers: int | None
-    device: str | None
-    dtype: str | None
-    threads: int
-    mamba_implementation: str
-    sides: list[str]
-    variants: list[str]
-    rows: list[int]
-    context: list[int] | None
-    tokens_out: int
-    steps: int
-    runs: int
-    most_rows: int
-    whole: bool
-    memory_budget: float
-    seconds: float
-    only: list[str]
-    quick: bool
-    gguf: list[Path]
-    output: Path
-    overwrite: bool
+    model: str | None = option(
+        None, f"preset, checkpoint folder, {' or '.join(SHAPES)} (nemotron-h-8b; cpu: {SMALL})", "--model", "--preset"
+    )
+    random_weights: bool = option(False, "take a checkpoint's shape, not its weights")
+    layers: int | None = option(None, "a slice of the depth, with random weights, for small machines")
+    device: str | None = option(None, "cuda or cpu (cuda; cpu: cpu)")
+    dtype: str | None = option(
+        None, "(bfloat16 on a GPU, float32 on a CPU)", choices=("bfloat16", "float16", "float32")
+    )
+    threads: int = option(torch.get_num_threads(), "of PyTorch, on a CPU (its own number)")
+    mamba_implementation: str = option("auto", "who computes the Mamba ops (auto)", choices=MAMBA_IMPLEMENTATIONS)
+    sides: list[str] = option(["ours", "native"], "models (ours native)", nargs="+", choices=(*SIDES, "vllm"))
+    variants: list[str] = option(["eager"], "decode and train: how they run (eager)", nargs="+", choices=VARIANTS)
+    rows: list[int] = option([1], "batch sizes (1)", nargs="+")
+    context: list[int] | None = option(
+        None, f"tokens before decoding, or of a prompt or row; {TOKENS_HELP}", nargs="+", type=tokens
+    )
+    tokens_out: int = option(1024, "throughput: tokens made for each prompt (1024)", type=tokens)
+    steps: int = option(32, "decode: tokens timed (32)")
+    runs: int = option(5, "rounds after the warm-up (5; cpu: decoding takes 3 times as many)")
+    most_rows: int = option(512, "throughput: rows that are enough (512)")
+    whole: bool = option(False, "prefill: also in one piece; memory: compute all of the prompt")
+    memory_budget: float = option(CPU_BUDGET_GB, "GB a job may take beyond the models, on a CPU (4)")
+    seconds: float = option(gpu_suite.SECONDS, "GPU suite: begin nothing that would end later (600)")
+    only: list[str] = option(list(cpu_suite.PARTS), "cpu: parts to measure (all)", nargs="+", choices=cpu_suite.PARTS)
+    quick: bool = option(False, "cpu: a tiny model, to see that everything runs; not its speed")
+    gguf: list[Path] = option([], "cpu: files of the same weights, for llama.cpp", nargs="+")
+    output: Path = option(None, "files to write, without ending (bench_PART)")
+    overwrite: bool = option(False, "replace files that are there")
 
     def check(self) -> None:
         """Refuse numbers that mean nothing.
@@ -84,39 +90,6 @@ class Arguments:
     @property
     def model_name(self) -> str:
         return self.model or (TINY if self.quick else SMALL if self.on_cpu else "nemotron-h-8b")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of every part and of the suites."""
-    add = parser.add_argument
-    add("--model", "--preset", help=f"preset, checkpoint folder, {' or '.join(SHAPES)} (nemotron-h-8b; cpu: {SMALL})")
-    add("--random-weights", action="store_true", help="take a checkpoint's shape, not its weights")
-    add("--layers", type=int, help="a slice of the depth, with random weights, for small machines")
-    add("--device", help="cuda or cpu (cuda; cpu: cpu)")
-    add("--dtype", choices=("bfloat16", "float16", "float32"), help="(bfloat16 on a GPU, float32 on a CPU)")
-    add("--threads", type=int, default=torch.get_num_threads(), help="of PyTorch, on a CPU (its own number)")
-    add(
-        "--mamba-implementation",
-        choices=MAMBA_IMPLEMENTATIONS,
-        default="auto",
-        help="who computes the Mamba ops (auto)",
-    )
-    add("--sides", nargs="+", choices=(*SIDES, "vllm"), default=["ours", "native"], help="models (ours native)")
-    add("--variants", nargs="+", choices=VARIANTS, default=["eager"], help="decode and train: how they run (eager)")
-    add("--rows", nargs="+", type=int, default=[1], help="batch sizes (1)")
-    add("--context", nargs="+", type=tokens, help=f"tokens before decoding, or of a prompt or row; {TOKENS_HELP}")
-    add("--tokens-out", type=tokens, default=1024, help="throughput: tokens made for each prompt (1024)")
-    add("--steps", type=int, default=32, help="decode: tokens timed (32)")
-    add("--runs", type=int, default=5, help="rounds after the warm-up (5; cpu: decoding takes 3 times as many)")
-    add("--most-rows", type=int, default=512, help="throughput: rows that are enough (512)")
-    add("--whole", action="store_true", help="prefill: also in one piece; memory: compute all of the prompt")
-    add("--memory-budget", type=float, default=CPU_BUDGET_GB, help="GB a job may take beyond the models, on a CPU (4)")
-    add("--seconds", type=float, default=gpu_suite.SECONDS, help="GPU suite: begin nothing that would end later (600)")
-    add("--only", nargs="+", choices=cpu_suite.PARTS, default=list(cpu_suite.PARTS), help="cpu: parts to measure (all)")
-    add("--quick", action="store_true", help="cpu: a tiny model, to see that everything runs; not its speed")
-    add("--gguf", nargs="+", type=Path, default=[], help="cpu: files of the same weights, for llama.cpp")
-    add("--output", type=Path, help="files to write, without ending (bench_PART)")
-    add("--overwrite", action="store_true", help="replace files that are there")
 
 
 def run(arguments: Arguments, command: str, path: Path, say: Callable[[str], None]) -> Journal:

@@ -31,6 +31,7 @@ from transformers.utils import logging
 
 from nemotron_h_hf.benchmark import cpu_suite, gpu_suite, run, summary
 from nemotron_h_hf.benchmark.records import Journal
+from nemotron_h_hf.command_line import add_options
 from nemotron_h_hf.whole_files import whole_file
 
 
@@ -57,7 +58,7 @@ def parse(argv: Sequence[str]) -> run.Arguments:
     commands = (cpu_suite.NAME, *run.PARTS)
     parser.add_argument("command", nargs="?", choices=commands, help="what to measure")
     parser.add_argument("--suite", choices=(gpu_suite.NAME,), help="everything that the targets need, in one run")
-    run.add_arguments(parser)
+    add_options(parser, run.Arguments)
     options = vars(parser.parse_args(argv))
     command, suite = options.pop("command"), options.pop("suite")
     if (command is None) == (suite is None):

@@ -21,7 +21,6 @@ smaller than their share, and sources of which the run will see only a few docum
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from typing import Any
 from tqdm import tqdm
 
 from nemotron_h_hf import EMBEDDED_MODEL
+from nemotron_h_hf.command_line import option, read_options
 from nemotron_h_hf.data.bad_data import left_out_lines
 from nemotron_h_hf.data.blend import Blend
 from nemotron_h_hf.data.blended_rows import sources_and_phases
@@ -66,18 +66,24 @@ RECORDS = (
 class BlendArguments:
     """What the command line says."""
 
-    config: str
-    read: str | None
-    total_tokens: str | None
-    tokenizer: str | None
-    data_seed: int | None
-    records: bool
-    on_bad_data: str | None
+    config: str = option(None, "YAML with sources, phases and total_tokens", required=True, metavar="FILE")
+    read: str | None = option(None, "read and tokenise N tokens (1M) or a share of the run (1%%)", metavar="N")
+    total_tokens: str | None = option(
+        None, "length of the run, instead of the file's", "--total_tokens", "--total-tokens", metavar="N"
+    )
+    tokenizer: str | None = option(
+        None, "folder or hub id; default: the file's tokenizer or model, or the embedded one"
+    )
+    data_seed: int | None = option(None, "of the order, instead of the file's", "--seed", "--data_seed", "--data-seed")
+    records: bool = option(False, "read whole records, as sft, distill and elastic-train do")
+    on_bad_data: str | None = option(
+        None, "instead of the file's", "--on_bad_data", "--on-bad-data", choices=("skip", "error")
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print the plan, and what reading gave if that was asked for."""
-    arguments = parse(argv)
+    arguments = read_options(BlendArguments, argv, "blend", __doc__)
     config = read_yaml(arguments.config, "config")
     place = f"config {arguments.config}" + ("" if arguments.records else " (without --records)")
     check_keys(place, config, names_of(RECORDS if arguments.records else TEXT))
@@ -94,29 +100,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\nread: {blend.tokens:,} tokens, phases in proportion\n")
         print(reading_table(blend, spans))
     return 0
-
-
-def parse(argv: Sequence[str] | None) -> BlendArguments:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="nemotron-h blend", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML with sources, phases and total_tokens")
-    parser.add_argument("--read", metavar="N", help="read and tokenise N tokens (1M) or a share of the run (1%%)")
-    parser.add_argument(
-        "--total_tokens", "--total-tokens", metavar="N", help="length of the run, instead of the file's"
-    )
-    parser.add_argument(
-        "--tokenizer", help="folder or hub id; default: the file's tokenizer or model, or the embedded one"
-    )
-    parser.add_argument(
-        "--seed", "--data_seed", "--data-seed", type=int, dest="data_seed", help="of the order, instead of the file's"
-    )
-    parser.add_argument(
-        "--records", action="store_true", help="read whole records, as sft, distill and elastic-train do"
-    )
-    parser.add_argument("--on_bad_data", "--on-bad-data", choices=("skip", "error"), help="instead of the file's")
-    return BlendArguments(**vars(parser.parse_args(argv)))
 
 
 def names_of(kinds: Sequence[type]) -> list[str]:

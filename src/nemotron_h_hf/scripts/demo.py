@@ -9,7 +9,6 @@ filled with tensors of its shapes.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,6 +36,7 @@ from nemotron_h_hf import (
     NemotronHConfig,
     NemotronHElasticForCausalLM,
 )
+from nemotron_h_hf.command_line import option, read_options
 from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.elastic.budgets import read_elastic
 from nemotron_h_hf.elastic.resolve import resolve
@@ -61,14 +61,14 @@ NEXT_STEPS = """What to try next
 class DemoArguments:
     """What the command line says."""
 
-    prompt: str
-    max_new_tokens: int
-    seed: int
+    prompt: str = option("def read_lines(path):", "text to continue")
+    max_new_tokens: int = option(120, "tokens to write (120)")
+    seed: int = option(0, "of the sampling (0)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Print five sections: text, sizes, a picture, memory, next steps."""
-    arguments = parse(argv)
+    arguments = read_options(DemoArguments, argv, "demo", __doc__)
     disable_progress_bar()
     set_seed(arguments.seed)
     start = time.perf_counter()
@@ -87,17 +87,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     print("\n".join(memory_table(model)))
     print(f"\n{NEXT_STEPS}")
     return 0
-
-
-def parse(argv: Sequence[str] | None) -> DemoArguments:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="nemotron-h demo", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--prompt", default="def read_lines(path):", help="text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=120, help="tokens to write (120)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
-    return DemoArguments(**vars(parser.parse_args(argv)))
 
 
 def write(model: PreTrainedModel, tokenizer, arguments: DemoArguments) -> str:

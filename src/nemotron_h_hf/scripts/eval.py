@@ -21,7 +21,6 @@ a table, OUTPUT/results.json and OUTPUT/long_context.png with everything the fol
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import shlex
 import sys
@@ -40,6 +39,7 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig
+from nemotron_h_hf.command_line import option, read_options
 from nemotron_h_hf.data.stdlib_text import TOPICS_FILE, read_documents, split_documents
 from nemotron_h_hf.environment import machine, versions
 from nemotron_h_hf.errors import require
@@ -57,31 +57,47 @@ LONG_NAMES = tuple(task.name for task in long_context.TASKS)
 OWN_NAMES = ("bpb", "long", *LONG_NAMES, *harness.GROUPS)
 DEFAULT_SAMPLES = 10
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+BITS, LONG, HARNESS, HOW = ("bits per byte",), ("long-context tasks",), ("lm-evaluation-harness",), ("how",)
 
 
 @dataclass(frozen=True)
 class EvalArguments:
     """What the command line says; `limit` None is everything (`DEFAULT_SAMPLES` for questions made here)."""
 
-    model: str
-    tasks: tuple[str, ...]
-    output: Path
-    limit: int | None
-    text: list[str] | None
-    column: str
-    window: int
-    stride: int
-    lengths: tuple[int, ...]
-    depths: tuple[float, ...]
-    haystack: list[str] | None
-    batch_size: int
-    max_length: int | None
-    include_path: str | None
-    allow_code: bool
-    chat: bool
-    device: str
-    dtype: str
-    seed: int
+    model: str = option(EMBEDDED_MODEL, "checkpoint folder or hub id (the embedded model)")
+    tasks: tuple[str, ...] = option("bpb,needle", "names with commas between them, see below (bpb,needle)", type=str)
+    output: Path = option(Path("runs/eval"), "folder for samples, results and plot (runs/eval)")
+    limit: int | None = option(
+        None, "at most so many documents (bpb), samples per task and length (long-context tasks, "
+        f"{DEFAULT_SAMPLES} without it) or questions per task (harness)",
+    )  # fmt: skip
+    text: list[str] | None = option(
+        None, "files or patterns in quotes: .jsonl has a document per line, others are one each (held-out files of this "
+        "Python's standard library)", group=BITS, nargs="+", metavar="FILES",
+    )  # fmt: skip
+    column: str = option("text", "field of a .jsonl line that holds the text (text)", group=BITS)
+    window: int = option(2048, "tokens per forward pass (2048)", group=BITS)
+    stride: int = option(None, "tokens by which the window moves (half the window)", group=BITS)
+    lengths: tuple[int, ...] = option(
+        "1Ki,2Ki,4Ki", f"tokens of prompt and answer; {TOKENS_HELP} (1Ki,2Ki,4Ki)", group=LONG, type=str
+    )
+    depths: tuple[float, ...] = option(
+        "0,25,50,75,100", "percent of the text before the needle (0,25,...,100)", group=LONG, type=str
+    )
+    haystack: list[str] | None = option(
+        None, "text to hide things in (Python's language reference)", group=LONG, nargs="+", metavar="FILES"
+    )
+    batch_size: int = option(1, "requests at a time (1)", group=HARNESS)
+    max_length: int | None = option(None, "tokens per request (the model's max_position_embeddings)", group=HARNESS)
+    include_path: str | None = option(None, "folder with your own tasks in YAML files", group=HARNESS)
+    allow_code: bool = option(False, "let tasks run code that the model wrote, on this machine", group=HARNESS)
+    chat: bool = option(False, "put questions into the tokenizer's chat template", group=HOW)
+    device: str = option(
+        "cuda" if torch.cuda.is_available() else "cpu",
+        "cpu, cuda, cuda:1, or auto to spread the model over all devices", group=HOW,
+    )  # fmt: skip
+    dtype: str = option(None, "of the weights (float32 on cpu, elsewhere as stored: auto)", group=HOW, choices=DTYPES)
+    seed: int = option(0, "of the questions made here and the harness's choices (0)", group=HOW)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,43 +132,7 @@ def run(arguments: EvalArguments, argv: Sequence[str]) -> int:
 
 def parse(argv: Sequence[str]) -> EvalArguments:
     """Read and check the command line."""
-    parser = argparse.ArgumentParser(
-        prog="nemotron-h eval", description=__doc__, epilog=task_help(), allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    add = parser.add_argument
-    add("--model", default=EMBEDDED_MODEL, help="checkpoint folder or hub id (the embedded model)")
-    add("--tasks", default="bpb,needle", help="names with commas between them, see below (bpb,needle)")
-    add("--output", type=Path, default=Path("runs/eval"), help="folder for samples, results and plot (runs/eval)")
-    add("--limit", type=int, help="at most so many documents (bpb), samples per task and length (long-context tasks, "
-        f"{DEFAULT_SAMPLES} without it) or questions per task (harness)")  # fmt: skip
-    part = parser.add_argument_group("bits per byte")
-    part.add_argument("--text", nargs="+", metavar="FILES", help="files or patterns in quotes: .jsonl has a document "
-                      "per line, others are one each (held-out files of this Python's standard library)")  # fmt: skip
-    part.add_argument("--column", default="text", help="field of a .jsonl line that holds the text (text)")
-    part.add_argument("--window", type=int, default=2048, help="tokens per forward pass (2048)")
-    part.add_argument("--stride", type=int, help="tokens by which the window moves (half the window)")
-    part = parser.add_argument_group("long-context tasks")
-    part.add_argument(
-        "--lengths", default="1Ki,2Ki,4Ki", help=f"tokens of prompt and answer; {TOKENS_HELP} (1Ki,2Ki,4Ki)"
-    )
-    part.add_argument("--depths", default="0,25,50,75,100", help="percent of the text before the needle (0,25,...,100)")
-    part.add_argument("--haystack", nargs="+", metavar="FILES", help="text to hide things in (Python's language "
-                      "reference)")  # fmt: skip
-    part = parser.add_argument_group("lm-evaluation-harness")
-    part.add_argument("--batch-size", type=int, default=1, help="requests at a time (1)")
-    part.add_argument("--max-length", type=int, help="tokens per request (the model's max_position_embeddings)")
-    part.add_argument("--include-path", help="folder with your own tasks in YAML files")
-    part.add_argument(
-        "--allow-code", action="store_true", help="let tasks run code that the model wrote, on this machine"
-    )
-    part = parser.add_argument_group("how")
-    part.add_argument("--chat", action="store_true", help="put questions into the tokenizer's chat template")
-    part.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1, or "
-                      "auto to spread the model over all devices")  # fmt: skip
-    part.add_argument("--dtype", choices=DTYPES, help="of the weights (float32 on cpu, elsewhere as stored: auto)")
-    part.add_argument("--seed", type=int, default=0, help="of the questions made here and the harness's choices (0)")
-    return check(parser.parse_args(argv))
+    return check(read_options(EvalArguments, argv, "eval", __doc__, epilog=task_help(), allow_abbrev=False))
 
 
 def task_help() -> str:
@@ -164,12 +144,12 @@ def task_help() -> str:
     return "\n".join(["tasks:", *(f"  {name:<20}{about}" for name, about in rows)])
 
 
-def check(given: argparse.Namespace) -> EvalArguments:
+def check(given: EvalArguments) -> EvalArguments:
     """Arguments with lists read and defaults filled in; `ValueError` naming the option that is out of range."""
-    values = vars(given)
-    for option in ("limit", "window", "stride", "batch_size", "max_length"):
-        if values[option] is not None and values[option] < 1:
-            raise ValueError(f"--{option.replace('_', '-')}={values[option]}: allowed is 1 or more")
+    values = dict(vars(given))
+    for name in ("limit", "window", "stride", "batch_size", "max_length"):
+        if values[name] is not None and values[name] < 1:
+            raise ValueError(f"--{name.replace('_', '-')}={values[name]}: allowed is 1 or more")
     values["tasks"] = tuple(dict.fromkeys(split(given.tasks, "--tasks")))
     values["lengths"] = tuple(dict.fromkeys(read_length(word) for word in split(given.lengths, "--lengths")))
     values["depths"] = tuple(dict.fromkeys(read_depth(word) for word in split(given.depths, "--depths")))

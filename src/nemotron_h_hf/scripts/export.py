@@ -10,7 +10,6 @@ processes, also for a model larger than memory. Other runs' checkpoints are copi
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from pathlib import Path
 
 import torch
 
+from nemotron_h_hf.command_line import argument, option, read_options
 from nemotron_h_hf.conversion.sharded_run import export_run
-from nemotron_h_hf.inputs import finite
 from nemotron_h_hf.model.saving import saving
 from nemotron_h_hf.output_folders import is_made, note_made, stamps, writing
 from nemotron_h_hf.training.checkpoints import MARKER, check_whole, last_whole_checkpoint
@@ -31,10 +30,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 class ExportArguments:
     """What the command line says."""
 
-    source: Path
-    target: Path
-    dtype: str | None
-    max_shard_gb: float
+    source: Path = argument("a run's folder, or one of its checkpoints", metavar="SRC")
+    target: Path = argument("new folder", metavar="DST")
+    dtype: str | None = option(None, "of the weights (as in SRC, float32 in most runs)", choices=DTYPES)
+    max_shard_gb: float = option(5.0, "of the files of DST (5)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,14 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> ExportArguments:
     """Read and check the command line."""
-    parser = argparse.ArgumentParser(
-        prog="nemotron-h export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source", metavar="SRC", type=Path, help="a run's folder, or one of its checkpoints")
-    parser.add_argument("target", metavar="DST", type=Path, help="new folder")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (as in SRC, float32 in most runs)")
-    parser.add_argument("--max-shard-gb", type=finite, default=5.0, help="of the files of DST (5)")
-    arguments = ExportArguments(**vars(parser.parse_args(argv)))
+    arguments = read_options(ExportArguments, argv, "export", __doc__)
     if not arguments.max_shard_gb > 0:
         raise ValueError(f"--max-shard-gb={arguments.max_shard_gb}: allowed is above 0")
     return arguments

@@ -14,11 +14,10 @@ standard error.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import (
@@ -36,7 +35,8 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHVLConfig
-from nemotron_h_hf.inputs import finite, load_tokenizer, read_device
+from nemotron_h_hf.command_line import option, read_options
+from nemotron_h_hf.inputs import load_tokenizer, read_device
 
 DEFAULT_PROMPT = "def read_lines(path):"
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -46,19 +46,21 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 class GenerateArguments:
     """What the command line says; temperature 0 is greedy, prompt_lookup 0 and num_mtp_tokens None are off."""
 
-    model: str
-    budget: str | None
-    prompt: str
-    max_new_tokens: int
-    temperature: float
-    top_p: float
-    seed: int
-    device: str
-    dtype: str
-    cache: str
-    prompt_lookup: int
-    num_mtp_tokens: int | None
-    image: list[str]
+    model: str = option(EMBEDDED_MODEL, "checkpoint folder or hub id (the embedded model)")
+    budget: str | None = option(None, "of an elastic parent: a name, 50%%, or 2MiB@4Ki (the whole parent)")
+    prompt: str = option(DEFAULT_PROMPT, "text to continue; - reads it from standard input")
+    max_new_tokens: int = option(128, "stop after so many tokens (128)")
+    temperature: float = option(0.7, "0 takes the likeliest token each time (0.7)")
+    top_p: float = option(0.95, "sample from this share of the probability (0.95)")
+    seed: int = option(0, "of the sampling (0)")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1")
+    dtype: str = option("auto", "of the weights (auto: as stored)", choices=DTYPES)
+    cache: str = option("dynamic", "growing or fixed cache", choices=("dynamic", "static"))
+    prompt_lookup: int = option(0, "guess up to N tokens from the prompt (0: off)", metavar="N")
+    num_mtp_tokens: int | None = option(
+        None, "draft K tokens by multi-token prediction for each pass (off)", metavar="K"
+    )
+    image: list[str] = option([], "a picture for a vision-language model", action="append", metavar="FILE")
 
 
 class TimedStreamer(TextStreamer):
@@ -139,31 +141,9 @@ def loading_options(arguments: GenerateArguments) -> dict:
 
 def parse(argv: Sequence[str] | None) -> GenerateArguments:
     """Read and check the command line."""
-    parser = argparse.ArgumentParser(
-        prog="nemotron-h generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model", default=EMBEDDED_MODEL, help="checkpoint folder or hub id (the embedded model)")
-    parser.add_argument("--budget", help="of an elastic parent: a name, 50%%, or 2MiB@4Ki (the whole parent)")
-    parser.add_argument("--prompt", default=DEFAULT_PROMPT, help="text to continue; - reads it from standard input")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="stop after so many tokens (128)")
-    parser.add_argument("--temperature", type=finite, default=0.7, help="0 takes the likeliest token each time (0.7)")
-    parser.add_argument("--top-p", type=finite, default=0.95, help="sample from this share of the probability (0.95)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (0)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (auto: as stored)")
-    parser.add_argument("--cache", choices=("dynamic", "static"), default="dynamic", help="growing or fixed cache")
-    parser.add_argument(
-        "--prompt-lookup", type=int, default=0, metavar="N", help="guess up to N tokens from the prompt (0: off)"
-    )
-    parser.add_argument(
-        "--num-mtp-tokens", type=int, metavar="K", help="draft K tokens by multi-token prediction for each pass (off)"
-    )
-    parser.add_argument(
-        "--image", action="append", default=[], metavar="FILE", help="a picture for a vision-language model"
-    )
-    arguments = GenerateArguments(**vars(parser.parse_args(argv)))
+    arguments = read_options(GenerateArguments, argv, "generate", __doc__)
     if arguments.prompt == "-":
-        arguments = GenerateArguments(**{**vars(arguments), "prompt": sys.stdin.read()})
+        arguments = replace(arguments, prompt=sys.stdin.read())
     check(arguments)
     return arguments
 

@@ -15,11 +15,11 @@ side.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig, manifest
@@ -33,8 +33,8 @@ from nemotron_h_hf.checkpoint_summary import (
     disagreements,
     load_target,
 )
+from nemotron_h_hf.command_line import argument, option, read_options
 from nemotron_h_hf.cost import BYTES_PER_ELEMENT
-from nemotron_h_hf.inputs import finite
 from nemotron_h_hf.memory_model import PRECISIONS, Deployment, memory
 from nemotron_h_hf.model.loading import weight_files
 from nemotron_h_hf.units import TOKENS_HELP, human_bytes, human_count, tokens
@@ -43,6 +43,9 @@ from nemotron_h_hf.vision_summary import VisionFacts
 COLOURS = {"M": "\033[36m", "*": "\033[31;1m", "-": "\033[90m", "E": "\033[33m"}
 RESET = "\033[0m"
 MAX_PROBLEMS_SHOWN = 10
+DEPLOYMENT = (
+    "a deployment", "with any of these: the bytes of weights and caches, each in its own precision, at --context",
+)  # fmt: skip
 SIZE_LABELS = {
     "hidden_size": "hidden", "intermediate_size": "MLP width", "mamba_num_heads": "Mamba heads",
     "mamba_head_dim": "Mamba channels per head", "num_key_value_heads": "key/value heads", "num_attention_heads": "query heads",
@@ -55,13 +58,26 @@ SIZE_LABELS = {
 class InfoArguments:
     """What the command line says; `memory_gib` is that of the device the sequences should fit on."""
 
-    target: str
-    context: int
-    memory_gib: float
-    dtype: str | None
-    json: bool
-    checksums: bool
-    deployment: Deployment | None
+    target: str = argument("checkpoint folder, hub id or preset", nargs="?", default=EMBEDDED_MODEL)
+    context: int = option(8192, f"tokens per sequence in the figures; {TOKENS_HELP} (8192)", type=tokens)
+    memory_gib: float = option(80.0, "device memory to fit sequences in (80)")
+    dtype: str | None = option(None, "of weights and KV cache (as stored)", choices=tuple(BYTES_PER_ELEMENT))
+    json: bool = option(False, "print one JSON object instead")
+    checksums: bool = option(False, "compare every tensor of a folder with elastic_manifest.json")
+    weights: str | None = option(None, "of the weights (bf16)", choices=tuple(PRECISIONS), group=DEPLOYMENT)
+    kv: str | None = option(None, "of the KV cache (bf16)", choices=tuple(PRECISIONS), group=DEPLOYMENT)
+    state: str | None = option(None, "of the SSM state (fp32)", choices=tuple(PRECISIONS), group=DEPLOYMENT)
+    conv: str | None = option(
+        None, "of the convolution state (as the SSM state)", choices=tuple(PRECISIONS), group=DEPLOYMENT
+    )
+    sequences: int | None = option(None, "how many at once (1)", group=DEPLOYMENT)
+
+    @cached_property
+    def deployment(self) -> Deployment | None:
+        """None if none of its options was given."""
+        given = {name: getattr(self, name) for name in ("weights", "kv", "state", "conv", "sequences")}
+        asked = {name: value for name, value in given.items() if value is not None}
+        return Deployment(**asked, num_tokens=self.context) if asked else None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -92,31 +108,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> InfoArguments:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="nemotron-h info", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("target", nargs="?", default=EMBEDDED_MODEL, help="checkpoint folder, hub id or preset")
-    parser.add_argument(
-        "--context", type=tokens, default=8192, help=f"tokens per sequence in the figures; {TOKENS_HELP} (8192)"
-    )
-    parser.add_argument("--memory-gib", type=finite, default=80.0, help="device memory to fit sequences in (80)")
-    parser.add_argument("--dtype", choices=tuple(BYTES_PER_ELEMENT), help="of weights and KV cache (as stored)")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
-    parser.add_argument(
-        "--checksums", action="store_true", help="compare every tensor of a folder with elastic_manifest.json"
-    )
-    runs = parser.add_argument_group(
-        "a deployment", "with any of these: the bytes of weights and caches, each in its own precision, at --context"
-    )
-    parts = {"weights": "of the weights (bf16)", "kv": "of the KV cache (bf16)", "state": "of the SSM state (fp32)",
-             "conv": "of the convolution state (as the SSM state)"}  # fmt: skip
-    for name, about in parts.items():
-        runs.add_argument(f"--{name}", choices=tuple(PRECISIONS), help=about)
-    runs.add_argument("--sequences", type=int, help="how many at once (1)")
-    given = vars(parser.parse_args(argv))
-    asked = {name: value for name in (*parts, "sequences") if (value := given.pop(name)) is not None}
-    deployment = Deployment(**asked, num_tokens=given["context"]) if asked else None
-    arguments = InfoArguments(**given, deployment=deployment)
+    arguments = read_options(InfoArguments, argv, "info", __doc__)
     if arguments.context < 1:
         raise ValueError(f"--context={arguments.context}: allowed is 1 or more")
     if not arguments.memory_gib > 0:

@@ -10,7 +10,6 @@ embeddings a row for it if there is no spare one. Next: `nemotron-h sft --train 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from nemotron_h_hf import (
     NemotronHVLForConditionalGeneration,
     NemotronHVLProcessor,
 )
+from nemotron_h_hf.command_line import argument, option, read_options
 from nemotron_h_hf.inputs import load_tokenizer
 from nemotron_h_hf.model.image_processing_nemotron_h_vl import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD
 from nemotron_h_hf.model.saving import saving
@@ -46,22 +46,25 @@ PRESET = "preset:"
 class MakeArguments:
     """What the command line says."""
 
-    language_model: str
-    vision_model: str
-    output: Path
-    image_size: int | None
-    max_tiles: int
-    tile_tags: str
-    thumbnail: str
-    projector_hidden_size: int | None
-    projector_act: str
-    projector_norm: str
-    seed: int
+    language_model: str = option(None, "checkpoint folder or hub id of a Nemotron-H", required=True)
+    vision_model: str = option(
+        None, f"folder or hub id of a tower, or {', '.join(PRESET + name for name in TOWERS)} for a fresh one",
+        required=True,
+    )  # fmt: skip
+    output: Path = argument("new folder", metavar="OUT")
+    image_size: int | None = option(None, "side of a tile in pixels (what the tower was made for)")
+    max_tiles: int = option(12, "of one picture, without the thumbnail (12)")
+    tile_tags: str = option("yes", "a tag before each tile (yes)", choices=("yes", "no"))
+    thumbnail: str = option("yes", "the whole picture after its tiles (yes)", choices=("yes", "no"))
+    projector_hidden_size: int | None = option(None, "(the widest MLP of the language model)")
+    projector_act: str = option("relu2", "(relu2, as in the paper)")
+    projector_norm: str = option("rms_norm", "(rms_norm)", choices=("rms_norm", "layer_norm"))
+    seed: int = option(0, "of the fresh weights (0)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Join, save, say what there is."""
-    arguments = parse(argv)
+    arguments = read_options(MakeArguments, argv, "make-vl", __doc__)
     disable_progress_bar()
     set_seed(arguments.seed)
     with writing(arguments.output, arguments.language_model, arguments.vision_model) as target:
@@ -82,30 +85,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             note_made(staging, made_from)
     print(describe(model))
     return 0
-
-
-def parse(argv: Sequence[str] | None) -> MakeArguments:
-    """Read and check the command line."""
-    parser = argparse.ArgumentParser(
-        prog="nemotron-h make-vl", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    presets = ", ".join(PRESET + name for name in TOWERS)
-    parser.add_argument("--language-model", required=True, help="checkpoint folder or hub id of a Nemotron-H")
-    parser.add_argument(
-        "--vision-model", required=True, help=f"folder or hub id of a tower, or {presets} for a fresh one"
-    )
-    parser.add_argument("output", metavar="OUT", type=Path, help="new folder")
-    parser.add_argument("--image-size", type=int, help="side of a tile in pixels (what the tower was made for)")
-    parser.add_argument("--max-tiles", type=int, default=12, help="of one picture, without the thumbnail (12)")
-    parser.add_argument("--tile-tags", choices=("yes", "no"), default="yes", help="a tag before each tile (yes)")
-    parser.add_argument(
-        "--thumbnail", choices=("yes", "no"), default="yes", help="the whole picture after its tiles (yes)"
-    )
-    parser.add_argument("--projector-hidden-size", type=int, help="(the widest MLP of the language model)")
-    parser.add_argument("--projector-act", default="relu2", help="(relu2, as in the paper)")
-    parser.add_argument("--projector-norm", choices=("rms_norm", "layer_norm"), default="rms_norm", help="(rms_norm)")
-    parser.add_argument("--seed", type=int, default=0, help="of the fresh weights (0)")
-    return MakeArguments(**vars(parser.parse_args(argv)))
 
 
 def load_language_model(name: str) -> tuple[NemotronHForCausalLM, PreTrainedTokenizerBase]:

@@ -11,7 +11,6 @@ into the base in full, as it was before.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedModel
 
 from nemotron_h_hf import NemotronHVLConfig
+from nemotron_h_hf.command_line import argument, option, read_options
 from nemotron_h_hf.inputs import load_tokenizer
 from nemotron_h_hf.model.saving import saving
 from nemotron_h_hf.output_folders import is_made, note_made, stamps, writing
@@ -36,10 +36,10 @@ NUM_COMPARED_TOKENS = 32
 class MergeArguments:
     """What the command line says."""
 
-    adapter: str
-    output: str
-    base: str | None
-    dtype: str | None
+    adapter: str = argument("folder or hub id of LoRA adapters")
+    output: str = option(None, "folder for the merged checkpoint; new or empty", required=True)
+    base: str | None = option(None, "folder or hub id of the base; default: what the adapters name")
+    dtype: str | None = option(None, "of all weights; default: the base's", choices=("float32", "bfloat16", "float16"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -84,16 +84,7 @@ def merge(arguments: MergeArguments, base_name: str, folder: Path) -> None:
 
 def parse(argv: Sequence[str] | None) -> MergeArguments:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="nemotron-h merge", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("adapter", help="folder or hub id of LoRA adapters")
-    parser.add_argument("--output", required=True, help="folder for the merged checkpoint; new or empty")
-    parser.add_argument("--base", help="folder or hub id of the base; default: what the adapters name")
-    parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of all weights; default: the base's"
-    )
-    arguments = MergeArguments(**vars(parser.parse_args(argv)))
+    arguments = read_options(MergeArguments, argv, "merge", __doc__)
     folder = Path(arguments.adapter)
     if folder.is_dir() and not (folder / "adapter_config.json").is_file():
         raise ValueError(f"adapter={arguments.adapter!r}: allowed is a folder with an adapter_config.json")

@@ -12,7 +12,6 @@ its running mean over --window lines.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from nemotron_h_hf.command_line import argument, option, read_options
 from nemotron_h_hf.whole_files import whole_file
 
 LOG_FILES = ("metrics.jsonl", "log.jsonl")
@@ -37,12 +37,12 @@ LABELS = {
 class PlotArguments:
     """What the command line says."""
 
-    runs: list[str]
-    output: str
-    x: str
-    y: str
-    window: int
-    log_scale: bool
+    runs: list[str] = argument("folder or .jsonl file of a run, or NAME=one of these", nargs="+", metavar="RUN")
+    output: str = option("loss.png", "PNG to write; replaced if it is there (loss.png)")
+    x: str = option("tokens", "horizontal axis (tokens)", choices=("tokens", "step"))
+    y: str = option("loss", "figures of the logs to draw, by commas; * stands for any letters (loss)")
+    window: int = option(5, "lines in the running mean, 1 for none (5)")
+    log_scale: bool = option(False, "logarithmic vertical axis")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,18 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> PlotArguments:
     """Read and check the command line."""
-    parser = argparse.ArgumentParser(
-        prog="nemotron-h plot", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder or .jsonl file of a run, or NAME=one of these")
-    parser.add_argument("--output", default="loss.png", help="PNG to write; replaced if it is there (loss.png)")
-    parser.add_argument("--x", choices=("tokens", "step"), default="tokens", help="horizontal axis (tokens)")
-    parser.add_argument(
-        "--y", default="loss", help="figures of the logs to draw, by commas; * stands for any letters (loss)"
-    )
-    parser.add_argument("--window", type=int, default=5, help="lines in the running mean, 1 for none (5)")
-    parser.add_argument("--log-scale", action="store_true", help="logarithmic vertical axis")
-    arguments = PlotArguments(**vars(parser.parse_args(argv)))
+    arguments = read_options(PlotArguments, argv, "plot", __doc__)
     if not arguments.output.lower().endswith(".png"):
         raise ValueError(f"--output={arguments.output!r}: allowed is a name that ends in .png")
     if arguments.window < 1:

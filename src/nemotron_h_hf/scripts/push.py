@@ -10,12 +10,12 @@ HF_ENDPOINT and HF_TOKEN are honoured, as everywhere in huggingface_hub.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from nemotron_h_hf.command_line import argument, option, read_options
 from nemotron_h_hf.hub import left_behind, plan_adapter_upload, plan_upload, size_of, upload
 from nemotron_h_hf.units import human_bytes
 
@@ -24,14 +24,14 @@ from nemotron_h_hf.units import human_bytes
 class PushArguments:
     """What the command line says."""
 
-    folder: str
-    repo_id: str
-    private: bool
-    with_code: bool
-    overwrite_card: bool
-    license: str | None
-    include: list[str]
-    dry_run: bool
+    folder: str = argument("folder of a checkpoint (config.json and safetensors weights) or of LoRA adapters")
+    repo_id: str = argument("owner/name on the hub")
+    private: bool = option(False, "make a new repository private")
+    with_code: bool = option(False, "carry the model code, for trust_remote_code=True")
+    overwrite_card: bool = option(False, "send a new card although the folder has one")
+    license: str | None = option(None, "licence identifier for a new card's metadata, such as apache-2.0")
+    include: list[str] = option([], "send this file too; may be given several times", action="append", metavar="NAME")
+    dry_run: bool = option(False, "show what would be sent, and the card; send nothing")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,22 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> PushArguments:
     """Read the command line."""
-    parser = argparse.ArgumentParser(
-        prog="nemotron-h push", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "folder", help="folder of a checkpoint (config.json and safetensors weights) or of LoRA adapters"
-    )
-    parser.add_argument("repo_id", help="owner/name on the hub")
-    parser.add_argument("--private", action="store_true", help="make a new repository private")
-    parser.add_argument("--with-code", action="store_true", help="carry the model code, for trust_remote_code=True")
-    parser.add_argument("--overwrite-card", action="store_true", help="send a new card although the folder has one")
-    parser.add_argument("--license", help="licence identifier for a new card's metadata, such as apache-2.0")
-    parser.add_argument(
-        "--include", action="append", default=[], metavar="NAME", help="send this file too; may be given several times"
-    )
-    parser.add_argument("--dry-run", action="store_true", help="show what would be sent, and the card; send nothing")
-    arguments = PushArguments(**vars(parser.parse_args(argv)))
+    arguments = read_options(PushArguments, argv, "push", __doc__)
     if not any(Path(arguments.folder, name).is_file() for name in ("config.json", "adapter_config.json")):
         raise ValueError(f"folder={arguments.folder!r}: allowed is a folder with a config.json or adapter_config.json")
     if "/" not in arguments.repo_id:

@@ -10,7 +10,6 @@ Models are NAME, NAME:6b, NAME:7GiB@32Ki (the best that fits), NAME:6b>12b (the 
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHElasticForCausalLM
+from nemotron_h_hf.command_line import argument, option, read_options
 from nemotron_h_hf.errors import require
 from nemotron_h_hf.inputs import load_tokenizer, read_device
 from nemotron_h_hf.serving.engine import Engine
@@ -35,21 +35,21 @@ SHARE = 0.5  # of the free memory, for caches
 class ServeArguments:
     """What the command line says."""
 
-    model: str
-    budget: str | None
-    name: str | None
-    host: str
-    port: int
-    device: str
-    dtype: str
-    max_batch: int
-    max_context: int | None
-    memory: str | None
-    queue: int
-    piece: int
-    api_key_file: str | None
-    max_body: str
-    drain: float
+    model: str = argument("checkpoint folder or hub id (the embedded model)", nargs="?", default=EMBEDDED_MODEL)
+    budget: str | None = option(None, "serve this budget alone, read without the rest of its parent")
+    name: str | None = option(None, "of the model in requests (the last part of MODEL)")
+    host: str = option("127.0.0.1", "where to listen (127.0.0.1: this machine alone)")
+    port: int = option(8000, "(8000); 0 takes a free one")
+    device: str = option("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1")
+    dtype: str = option("auto", "of the weights (auto: as stored)", choices=DTYPES)
+    max_batch: int = option(32, "rows that run at once, of all budgets (32)")
+    max_context: int | None = option(None, "tokens of prompt and answer together (as configured)", type=tokens)
+    cache_bytes: str | None = option(None, "for all caches, such as 20GiB (half of what is free)")
+    queue: int = option(256, "requests that may wait (256)")
+    piece: int = option(512, "tokens of a prompt that are read between two steps (512)")
+    api_key_file: str | None = option(None, "file with one key on each line; requests then need one of them")
+    max_body: str = option("16MiB", "of a request (16MiB)")
+    drain: float = option(30, "seconds that running requests have at the end (30)", type=float)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,8 +105,8 @@ def name_of(arguments: ServeArguments) -> str:
 
 def memory_for_caches(arguments: ServeArguments, model: PreTrainedModel) -> int:
     """Bytes, as given or a share of what is free."""
-    if arguments.memory is not None:
-        return parse_bytes(arguments.memory, "--cache-bytes")
+    if arguments.cache_bytes is not None:
+        return parse_bytes(arguments.cache_bytes, "--cache-bytes")
     if model.device.type == "cuda":
         return int(SHARE * torch.cuda.mem_get_info(model.device)[0])
     return int(SHARE * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
@@ -114,29 +114,7 @@ def memory_for_caches(arguments: ServeArguments, model: PreTrainedModel) -> int:
 
 def parse(argv: Sequence[str] | None) -> ServeArguments:
     """Read and check the command line."""
-    parser = argparse.ArgumentParser(
-        prog="nemotron-h serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "model", nargs="?", default=EMBEDDED_MODEL, help="checkpoint folder or hub id (the embedded model)"
-    )
-    parser.add_argument("--budget", help="serve this budget alone, read without the rest of its parent")
-    parser.add_argument("--name", help="of the model in requests (the last part of MODEL)")
-    parser.add_argument("--host", default="127.0.0.1", help="where to listen (127.0.0.1: this machine alone)")
-    parser.add_argument("--port", type=int, default=8000, help="(8000); 0 takes a free one")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (auto: as stored)")
-    parser.add_argument("--max-batch", type=int, default=32, help="rows that run at once, of all budgets (32)")
-    parser.add_argument("--max-context", type=tokens, help="tokens of prompt and answer together (as configured)")
-    parser.add_argument("--cache-bytes", dest="memory", help="for all caches, such as 20GiB (half of what is free)")
-    parser.add_argument("--queue", type=int, default=256, help="requests that may wait (256)")
-    parser.add_argument(
-        "--piece", type=int, default=512, help="tokens of a prompt that are read between two steps (512)"
-    )
-    parser.add_argument("--api-key-file", help="file with one key on each line; requests then need one of them")
-    parser.add_argument("--max-body", default="16MiB", help="of a request (16MiB)")
-    parser.add_argument("--drain", type=float, default=30, help="seconds that running requests have at the end (30)")
-    arguments = ServeArguments(**vars(parser.parse_args(argv)))
+    arguments = read_options(ServeArguments, argv, "serve", __doc__)
     for name in ("max_batch", "piece"):
         require(getattr(arguments, name) >= 1, f"--{name.replace('_', '-')}", getattr(arguments, name), "1 or more")
     require(arguments.queue >= 0, "--queue", arguments.queue, "0 or more")

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from nemotron_h_hf.command_line import argument, option, read_options
 from nemotron_h_hf.elastic.cut.cutting import SliceReport, local_folder, read_parent, slice_checkpoint
 from nemotron_h_hf.elastic.search import rank_budgets
 from nemotron_h_hf.elastic.vision import sees, slice_vision
@@ -33,13 +34,20 @@ from nemotron_h_hf.units import TOKENS_HELP, human_bytes, parse_bytes
 class SliceArguments:
     """What the command line says; `verify` None measures the residual of small parents alone."""
 
-    parent: str
-    output: Path | None
-    budget: str
-    max_shard_size: str | None
-    verify: bool | None
-    uniform: bool
-    candidates: int | None
+    parent: str = argument("folder or hub id of an elastic parent", metavar="PARENT")
+    output: Path | None = argument("new folder, or that of this cut interrupted", nargs="?", metavar="OUT")
+    budget: str = option(
+        None, f"name, fraction, need such as 7GiB@32Ki ({TOKENS_HELP}), or sizes as JSON", required=True
+    )
+    max_shard_size: str | None = option(
+        None, "of the files of OUT, 5GB (10^9) or 5GiB (2^30) (as in PARENT)", metavar="SIZE"
+    )
+    verify: bool | None = option(
+        None, "compare logits with the masked parent's, which is loaded whole in fp32 (only up to 1 GiB of it)",
+        action=argparse.BooleanOptionalAction,
+    )  # fmt: skip
+    uniform: bool = option(False, "if other readers cannot express the budget, cut the nearest that they can")
+    candidates: int | None = option(None, "print the N best budgets that fit, write nothing", metavar="N")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,31 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None) -> SliceArguments:
     """Read and check the command line."""
-    parser = argparse.ArgumentParser(
-        prog="nemotron-h slice", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("parent", metavar="PARENT", help="folder or hub id of an elastic parent")
-    parser.add_argument(
-        "output", metavar="OUT", nargs="?", type=Path, help="new folder, or that of this cut interrupted"
-    )
-    parser.add_argument(
-        "--budget", required=True, help=f"name, fraction, need such as 7GiB@32Ki ({TOKENS_HELP}), or sizes as JSON"
-    )
-    parser.add_argument(
-        "--max-shard-size",
-        metavar="SIZE",
-        help="of the files of OUT, 5GB (10^9) or 5GiB (2^30) (as in PARENT)",
-    )
-    parser.add_argument(
-        "--verify", action=argparse.BooleanOptionalAction,
-        help="compare logits with the masked parent's, which is loaded whole in fp32 (only up to 1 GiB of it)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--uniform", action="store_true",
-        help="if other readers cannot express the budget, cut the nearest that they can",
-    )  # fmt: skip
-    parser.add_argument("--candidates", metavar="N", type=int, help="print the N best budgets that fit, write nothing")
-    arguments = SliceArguments(**vars(parser.parse_args(argv)))
+    arguments = read_options(SliceArguments, argv, "slice", __doc__)
     if (arguments.output is None) == (arguments.candidates is None):
         raise ValueError("give OUT, or --candidates N to write nothing")
     if arguments.candidates is not None and arguments.candidates < 1:
