@@ -76,11 +76,6 @@ def cut_rows(tensor: Tensor, num_rows: int) -> Tensor:
     return tensor[:num_rows]
 
 
-def unstack_experts(stacked: Tensor) -> list[Tensor]:
-    """One tensor with the experts on its first axis to one tensor per expert, as views."""
-    return list(stacked.unbind())
-
-
 def expert_range(num_experts: int, num_ranks: int, rank: int) -> range:
     """The global numbers of the experts that one expert-parallel rank holds, in its local order."""
     if num_experts % num_ranks:

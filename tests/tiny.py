@@ -5,13 +5,14 @@ Fresh weights hide errors: norms of one, D of one and tiny step sizes make many 
 """
 
 import math
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from transformers.models.nemotron_h.configuration_nemotron_h import NemotronHConfig as NativeConfig
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM as NativeForCausalLM
 
-from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
+from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM, hub
 
 VOCAB = 97
 
@@ -101,3 +102,13 @@ def prompt(batch: int = 1, length: int = 20, seed: int = 1) -> Tensor:
 
 def assert_close(ours, expected, tolerance=1e-5):
     torch.testing.assert_close(ours, expected, rtol=0, atol=tolerance)
+
+
+def put_code_next_to(folder: Path) -> list[str]:
+    """Make a folder what `nemotron-h push --with-code` sends of it; the names written."""
+    made = {
+        name: it for name, it in hub.plan_upload(folder, "owner/name", with_code=True).items() if isinstance(it, bytes)
+    }
+    for name, content in made.items():
+        (folder / name).write_bytes(content)
+    return sorted(made)

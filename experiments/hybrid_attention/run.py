@@ -28,11 +28,11 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerFast
 
 from nemotron_h_hf.data.stdlib_text import Document, corpus_digest, read_documents, split_documents
 from nemotron_h_hf.environment import machine, versions
-from nemotron_h_hf.evaluation.bits_per_byte import bits_per_byte
 from nemotron_h_hf.whole_files import whole_file, write_json, write_text
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tiny"))
 
+from bits_per_byte import bits_per_byte  # noqa: E402
 from plain_loop import LOG_FILE, LoopSettings, train  # noqa: E402
 from tiny_models import TrainTinyArguments, build_model, count_parameters, get_tokenizer, token_stream  # noqa: E402
 

@@ -23,6 +23,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import torch
+from bits_per_byte import bits_per_byte, xz_bits_per_byte
+from parsing_share import Sampling, choose_prompts, parsing_share
 from plain_loop import LoopSettings, saved_step, train
 from torch import Tensor, nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -30,8 +32,6 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from nemotron_h_hf import NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.data.byte_bpe import train_tokenizer
 from nemotron_h_hf.data.stdlib_text import Document, corpus_digest, read_documents, split_documents
-from nemotron_h_hf.evaluation.bits_per_byte import bits_per_byte, xz_bits_per_byte
-from nemotron_h_hf.evaluation.parsing_share import Sampling, choose_prompts, parsing_share
 from nemotron_h_hf.inputs import read_json
 from nemotron_h_hf.output_folders import writing
 from nemotron_h_hf.tokenizer_files import save_tokenizer

@@ -25,6 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 sys.path[:0] = [str(Path(__file__).parents[1] / name) for name in ("tiny_order", "tiny")]
 
 import text  # noqa: E402
+from bits_per_byte import bits_per_byte  # noqa: E402
+from parsing_share import Sampling, choose_prompts, parsing_share  # noqa: E402
 from tiny_models import save_checkpoint  # noqa: E402
 
 from nemotron_h_hf.cost import num_parameters  # noqa: E402
@@ -34,8 +36,6 @@ from nemotron_h_hf.data.sources import Source  # noqa: E402
 from nemotron_h_hf.data.stdlib_text import as_jsonl  # noqa: E402
 from nemotron_h_hf.elastic.budgets import read_elastic  # noqa: E402
 from nemotron_h_hf.elastic.resolve import resolve  # noqa: E402
-from nemotron_h_hf.evaluation.bits_per_byte import bits_per_byte  # noqa: E402
-from nemotron_h_hf.evaluation.parsing_share import Sampling, choose_prompts, parsing_share  # noqa: E402
 from nemotron_h_hf.scripts import elastic_train, elasticize, pretrain  # noqa: E402
 
 TEMPLATE = Path("docs/results/sft/chat_template.jinja")

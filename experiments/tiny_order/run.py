@@ -30,10 +30,10 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tin
 import arms  # noqa: E402
 import plain_loop  # noqa: E402
 import text  # noqa: E402
+from bits_per_byte import bits_per_byte  # noqa: E402
 from tiny_models import TrainTinyArguments, build_model, round_to_bfloat16  # noqa: E402
 
 from nemotron_h_hf import EMBEDDED_MODEL  # noqa: E402
-from nemotron_h_hf.evaluation.bits_per_byte import bits_per_byte  # noqa: E402
 from nemotron_h_hf.scripts import pretrain  # noqa: E402
 from nemotron_h_hf.training import optimizer  # noqa: E402
 

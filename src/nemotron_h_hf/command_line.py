@@ -54,7 +54,9 @@ def add_options(parser: argparse.ArgumentParser, kind: type) -> None:
     hints, groups = get_type_hints(kind), {}
     for item in (item for item in fields(kind) if item.metadata):
         names, group, how = (item.metadata[name] for name in ("names", "group", "how"))
-        converter = next((part for part in get_args(hints[item.name]) if part is not type(None)), hints[item.name])
+        converter = hints[item.name]
+        while parts := [part for part in get_args(converter) if part is not type(None)]:  # of `list[int] | None`: int
+            converter = parts[0]
         if "action" in how or "type" in how:
             more = {}
         elif converter is bool:

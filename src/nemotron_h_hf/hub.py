@@ -1,7 +1,4 @@
-"""Ship a checkpoint folder: its model card, the model code next to the weights, the upload.
-
-The user's folder is only ever read, except by `attach_code`, whose purpose is to write into it.
-"""
+"""Ship a checkpoint folder, which is only read: its model card, the model code next to the weights, the upload."""
 
 from __future__ import annotations
 
@@ -24,7 +21,6 @@ from .model.weights import read_index
 from .tokenizer_files import TOKENIZER_FILES, portable_config
 from .units import human_bytes, human_count
 from .vision_summary import VisionFacts
-from .whole_files import whole_file
 
 LOCAL_PATH = re.compile(
     r"""(^|[\s"'(=:,`\[])((?:file:/|~|\.{1,2})?/(?!/)[^\s"'),;:`\]]+|[A-Za-z]:\\[^\s"'),;`]+)""", re.M
@@ -78,24 +74,6 @@ model = AutoModelForImageTextToText.from_pretrained("{repo_id}"{arguments})
 inputs = processor(images="photo.png", text="<image>", return_tensors="pt")
 print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0]))"""
 PATH_FIELDS = ("_name_or_path", "name_or_path", "base_model_name_or_path")
-
-
-def attach_code(folder: str | os.PathLike) -> list[str]:
-    """Put the model code into a checkpoint folder and name it in config.json; returns the names written.
-
-    A file of the same name with other content is a `ValueError`: nothing of the user's is replaced.
-    """
-    folder = Path(folder)
-    text = _read_text(folder / "config.json")
-    files = {name: content for name, content in code_files(_sees(text)).items() if _is_new(folder / name, content)}
-    config = with_auto_map(text)
-    for name, content in files.items():
-        _write_atomically(folder / name, content)
-    _write_atomically(folder / "config.json", config)
-    for name in PROCESSOR_FILES:
-        if _sees(text) and (folder / name).is_file():
-            _write_atomically(folder / name, with_processor_map(_read_text(folder / name)))
-    return sorted(files)
 
 
 def code_files(vision: bool = False) -> dict[str, bytes]:
@@ -373,8 +351,3 @@ def _text_of(source: Path | bytes) -> str:
 
 def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    with whole_file(path) as part:
-        part.write_bytes(content)

@@ -66,14 +66,6 @@ def test_pad_then_cut_is_identity(rows, multiple, width):
 
 
 @QUICK
-@given(SMALL, SMALL, SMALL)
-def test_stack_then_unstack_is_identity(experts, rows, columns):
-    tensors = [numbered(rows, columns) + expert for expert in range(experts)]
-    back = layouts.unstack_experts(torch.stack(tensors))
-    assert all(torch.equal(a, b) for a, b in zip(back, tensors, strict=True))
-
-
-@QUICK
 @given(SMALL, SMALL)
 def test_experts_of_all_ranks_are_all_experts(per_rank, num_ranks):
     found = [e for rank in range(num_ranks) for e in layouts.expert_range(per_rank * num_ranks, num_ranks, rank)]

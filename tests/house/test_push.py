@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from loopback_hub import LoopbackHub, loopback_hub
+from tiny import put_code_next_to
 
 from nemotron_h_hf import EMBEDDED_MODEL, hub
 from nemotron_h_hf.scripts import push
@@ -203,20 +204,16 @@ def test_bad_arguments_are_named(argv, named):
         push.main(argv)
 
 
-def test_attach_code_writes_once_and_replaces_nothing(folder):
-    written = hub.attach_code(folder)
-    assert "configuration_nemotron_h.py" in written and hub.attach_code(folder) == []
-    assert json.loads((folder / "config.json").read_text())["auto_map"] == hub.AUTO_MAPS["nemotron_h"]
+def test_code_of_others_is_not_replaced(folder):
     (folder / "modeling_nemotron_h.py").write_text("# changed by its owner\n")
     with pytest.raises(ValueError, match=r"modeling_nemotron_h\.py exists with other content"):
-        hub.attach_code(folder)
-    assert (folder / "modeling_nemotron_h.py").read_text() == "# changed by its owner\n"
+        hub.plan_upload(folder, "owner/tiny", with_code=True)
 
 
 @pytest.mark.slow
 def test_attached_code_runs_without_the_package(folder, tmp_path):
     """In a process that cannot import the package: the files next to the weights give the same logits."""
-    hub.attach_code(folder)
+    put_code_next_to(folder)
     code = """
 import sys
 sys.modules["nemotron_h_hf"] = None

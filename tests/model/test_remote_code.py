@@ -11,7 +11,7 @@ import pytest
 import torch
 from loopback_hub import loopback_hub
 from safetensors.torch import load_file
-from tiny import tiny_model
+from tiny import put_code_next_to, tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nemotron_h_hf import EMBEDDED_MODEL, hub
@@ -71,7 +71,7 @@ def folders(tmp_path_factory) -> list[Path]:
     tiny_model("moe", num_experts_per_tok=[3, 1], sliding_window=6).save_pretrained(root / "puzzle")
     folders = [root / name for name in ("embedded", "dense", "moe", "parent", "puzzle")]
     for folder in folders:
-        hub.attach_code(folder)
+        put_code_next_to(folder)
     return folders
 
 

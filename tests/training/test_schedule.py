@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import get_wsd_schedule
 
-from nemotron_h_hf.training.schedule import Schedule, as_published, scheduler
+from nemotron_h_hf.training.schedule import Schedule, scheduler
 
 
 @pytest.mark.parametrize("shape", ["linear", "cosine"])
@@ -49,12 +49,6 @@ def test_a_run_may_be_lengthened_until_its_decay_begins():
     short, long = Schedule(1000, 100, 300), Schedule(2000, 100, 300)
     assert all(short.factor(tokens) == long.factor(tokens) for tokens in range(0, 701))
     assert short.factor(701) < long.factor(701)
-
-
-def test_published_shape():
-    assert as_published(15 * 10**12) == Schedule(15 * 10**12, 8_300_000_000, 3_600_000_000_000, 0.01)
-    small = as_published(10**6)
-    assert small.decay_tokens == 240_000 and small.factor(10**6) == pytest.approx(0.01)
 
 
 def test_without_warmup_or_decay():

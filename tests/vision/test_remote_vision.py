@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import put_code_next_to
 from vl_tiny import SIDE, released_model, vl_model, vl_processor, word_tokenizer
 
 from nemotron_h_hf import NemotronHVLImageProcessor, NemotronHVLProcessor, hub
@@ -42,7 +43,7 @@ def test_the_code_beside_the_weights_runs_alone(kind, tmp_path):
     model.config.image_token_id = processor.image_token_id
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
-    assert "modeling_nemotron_h_vl.py" in hub.attach_code(folder)
+    assert "modeling_nemotron_h_vl.py" in put_code_next_to(folder)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", WITHOUT_PACKAGE, str(folder)]

@@ -1,8 +1,6 @@
 """What a checkpoint can do: held-out bits per byte, long-context questions made offline, lm-evaluation-harness tasks.
 
-bits_per_byte.py      how well a model compresses text, and xz's figure
 held_out.py           bits per byte, document by document
-parsing_share.py      how many sampled functions parse
 texts.py              text from files, and filler for long prompts
 long_context.py       questions on long prompts: made, answered and scored
 needles.py            questions about numbers hidden in a text

@@ -1,18 +1,21 @@
 """Held-out bits per byte of any causal language model, document by document; an interrupted run can resume.
 
-The protocol is that of evaluation/bits_per_byte.py: a document is an end token, its tokens and an end token; all after
-the first are scored, in windows that overlap. Bits per byte compare models with different tokenizers.
+Protocol: a document is an end token, its tokens and an end token. The first one is given, everything after it is scored, so
+each byte is counted once and the cost of ending the document is included. A window of `window` tokens moves by `stride`; of
+each window only tokens that no earlier window scored count, so past the first window a token sees between
+`window - stride` and `window - 1` tokens of context. Documents are scored apart; bits and bytes are summed. Bits per byte
+compare models with different tokenizers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from nemotron_h_hf.evaluation.bits_per_byte import document_bits
 
 from .sample_records import Records
 
@@ -51,6 +54,28 @@ def evaluate(
             found.append(records[key])
             bar.set_postfix_str(f"{summarise(found)['bits_per_byte']:.4f}")
     return summarise(found)
+
+
+@torch.no_grad()
+def document_bits(model: nn.Module, token_ids: Tensor, window: int, stride: int) -> float:
+    """Bits to code `token_ids[1:]` (l,) given `token_ids[0]`, in the windows of the protocol above."""
+    device = next(model.parameters()).device
+    nats = 0.0
+    for start, first_scored, end in windows(len(token_ids), window, stride):
+        piece = token_ids[start:end].to(device)
+        logits = model(input_ids=piece[None], use_cache=False).logits[0, first_scored - start - 1 : -1]  # (scored, v)
+        losses = nn.functional.cross_entropy(logits.float(), piece[first_scored - start :], reduction="none")
+        nats += losses.double().sum().item()
+    return nats / math.log(2)
+
+
+def windows(num_tokens: int, window: int, stride: int) -> Iterator[tuple[int, int, int]]:
+    """(start, first scored, end) of each window; the scored ranges cover 1 .. num_tokens - 1 exactly once."""
+    first_scored, start = 1, 0
+    while first_scored < num_tokens:
+        end = min(start + window, num_tokens)
+        yield start, first_scored, end
+        first_scored, start = end, start + stride
 
 
 def summarise(found: Sequence[dict]) -> dict:

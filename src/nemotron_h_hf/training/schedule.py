@@ -55,11 +55,6 @@ class Schedule:
         return self.min_ratio + (1 - self.min_ratio) * height
 
 
-def as_published(total_tokens: int) -> Schedule:
-    """The 8B model's schedule (warm-up of 8.3B of 15T tokens, decay over the last 3.6T, down to 1/100) for another length."""
-    return Schedule(total_tokens, round(total_tokens * 8.3e9 / 15e12), round(total_tokens * 3.6 / 15), min_ratio=0.01)
-
-
 def scheduler(optimizer: Optimizer, schedule: Schedule, tokens_per_step: int) -> LambdaLR:
     """A torch scheduler that is stepped once per optimizer step and follows `schedule`."""
     return LambdaLR(optimizer, lambda step: schedule.factor((step + 1) * tokens_per_step))

@@ -32,7 +32,6 @@ from .losses import TopK, top_k
 
 FORMAT = 1
 VALUES_PER_TENSOR = 64  # of each weight, that go into a teacher's fingerprint
-BYTES_PER_KEPT_LOGIT = 8
 # Of a configuration, what does not change the logits.
 INCIDENTAL = {"_name_or_path", "transformers_version", "dtype", "use_cache", "architectures", "auto_map"}
 
