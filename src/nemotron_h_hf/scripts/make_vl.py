@@ -64,7 +64,7 @@ class MakeArguments:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Join, save, say what there is."""
-    arguments = read_options(MakeArguments, argv, "make-vl", __doc__)
+    arguments = parse(argv)
     disable_progress_bar()
     set_seed(arguments.seed)
     with writing(arguments.output, arguments.language_model, arguments.vision_model) as target:
@@ -85,6 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             note_made(staging, made_from)
     print(describe(model))
     return 0
+
+
+def parse(argv: Sequence[str] | None) -> MakeArguments:
+    """Read the command line."""
+    return read_options(MakeArguments, argv, "make-vl", __doc__)
 
 
 def load_language_model(name: str) -> tuple[NemotronHForCausalLM, PreTrainedTokenizerBase]:
