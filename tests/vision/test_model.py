@@ -1,10 +1,12 @@
 """The vision-language model: joining, generation in every way, gradients, labels, adapters, bad input."""
 
+import copy
 import json
 from inspect import signature
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.models.radio.modeling_radio import RadioModel
@@ -359,3 +361,13 @@ def test_shifted_labels_skip_images_too(model):
     shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
     expected = model(**batch, pixel_values=pixels, labels=labels).loss
     torch.testing.assert_close(model(**batch, pixel_values=pixels, shift_labels=shifted).loss, expected)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "disk"])
+def test_offloaded_by_accelerate(model, kind, tmp_path):
+    """accelerate leaves weights on the meta device between calls; pictures stay where they are."""
+    batch, pixels = prompt([2, "1", 4]), tiles(1)
+    expected = model.generate(**batch, pixel_values=pixels, **NEW)
+    away = copy.deepcopy(model)
+    cpu_offload(away, "cpu") if kind == "cpu" else disk_offload(away, tmp_path, "cpu")
+    assert torch.equal(away.generate(**batch, pixel_values=pixels, **NEW), expected)

@@ -115,7 +115,11 @@ class NemotronHVLModel(NemotronHVLPreTrainedModel):
         Returns:
             `pooler_output`: one (embeddings, hidden) tensor for each tile or image; `last_hidden_state`: the tower's patches.
         """
-        pixel_values = pixel_values.to(self.multi_modal_projector.linear_1.weight.device, self.vision_tower.dtype)
+        device = self.multi_modal_projector.linear_1.weight.device
+        device = (
+            pixel_values.device if device.type == "meta" else device
+        )  # offloaded: accelerate's hooks move what they get
+        pixel_values = pixel_values.to(device, self.vision_tower.dtype)
         if image_grid_hw is not None:
             patches = self._patches_of_grids(pixel_values, image_grid_hw)
         else:
