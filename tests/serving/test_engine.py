@@ -1,7 +1,9 @@
 """The engine: rows of many budgets in running batches write what `generate` writes for each of them alone."""
 
+import os
 import queue
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHElasticForCausalLM
+from nemotron_h_hf.serving import heap
 from nemotron_h_hf.serving.engine import Engine
 from nemotron_h_hf.serving.requests import Busy, Request, TooLarge
 from nemotron_h_hf.serving.text import token_bytes, token_text
@@ -336,3 +339,17 @@ def test_tokens_and_budgets_that_are_not_there(parent):
         engine.submit(Request(tokens=[97]), print)
     with pytest.raises(ValueError, match="budget='7b'"):
         engine.submit(Request(tokens=[5], budget="7b"), print)
+
+
+@pytest.mark.skipif(heap.LIBC is None, reason="not glibc")
+def test_freed_memory_goes_back_to_the_system():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    pieces = [torch.ones(2**14) for _ in range(2000)]  # 64 KiB each, in the heap
+    last = torch.ones(2**10)  # above them: what lies below stays glibc's
+    full = resident()
+    del pieces
+    heap.give_back()
+    assert full - resident() > 100 * 2**20
+    assert last.sum() == 2**10

@@ -275,9 +275,9 @@ def compiled_scan() -> ModuleType | None:
 
 @contextmanager
 def _tells_of_compiling(what: str) -> Iterator[None]:
-    start = time.perf_counter()
+    start = time.thread_time()
     yield
-    if (seconds := time.perf_counter() - start) > COMPILING_SECONDS:
+    if (seconds := time.thread_time() - start) > COMPILING_SECONDS:
         logger.warning(f"Numba has compiled the loops for {what} in {seconds:.0f} s; they are kept on disk")
 
 

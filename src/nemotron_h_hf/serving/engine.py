@@ -31,6 +31,7 @@ from ..model.cache import HybridCache
 from .admission import Room
 from .batch import Batch
 from .budgets import Budgets
+from .heap import give_back
 from .jobs import Deliver, Job, Reading
 from .prefix_cache import PrefixCache
 from .requests import Answer, Busy, Piece, Request, Stopped, TooLarge
@@ -40,6 +41,7 @@ from .sampling import seeds
 logger = logging.getLogger(__name__)
 
 Watch = Callable[[str, str, float], None]
+TIDY = 1.0  # seconds between two looks at the heap
 
 
 class Engine:
@@ -86,7 +88,7 @@ class Engine:
         self._wake = threading.Condition()
         self._thread: threading.Thread | None = None
         self._stopping = self._aborting = False
-        self._swept = True
+        self._swept, self._tidied = True, 0.0
 
     # From outside
 
@@ -196,6 +198,9 @@ class Engine:
                 self._decode(batch)
             if self.reading:
                 self._read(self.reading.popleft())
+        if time.monotonic() > self._tidied + TIDY:
+            give_back()
+            self._tidied = time.monotonic()
         return batch is not None or bool(self.reading) or bool(self.running)
 
     def _run(self) -> None:
@@ -470,6 +475,7 @@ class Engine:
 
     def _free(self) -> None:
         self.prefixes.shrink(0)
+        give_back()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
