@@ -12,7 +12,7 @@ from torch import nn
 from transformers.models.radio.modeling_radio import RadioModel
 from vl_tiny import EXPERTS, IMAGE, SIDE, prompt, released_model, tiles, vl_model
 
-from nemotron_h_hf import HybridCache, NemotronHForCausalLM
+from nemotron_h_hf import HybridCache, NemotronHForCausalLM, NemotronHVLForConditionalGeneration
 from nemotron_h_hf.model.modeling_nemotron_h_vl import NemotronHVLProjector, mask_image_labels, pixel_shuffle
 
 NEW = {"max_new_tokens": 6, "do_sample": False}
@@ -371,3 +371,11 @@ def test_offloaded_by_accelerate(model, kind, tmp_path):
     away = copy.deepcopy(model)
     cpu_offload(away, "cpu") if kind == "cpu" else disk_offload(away, tmp_path, "cpu")
     assert torch.equal(away.generate(**batch, pixel_values=pixels, **NEW), expected)
+
+
+def test_a_save_of_the_bare_stack_gives_a_fresh_head(model, tmp_path):
+    model.model.save_pretrained(tmp_path)
+    loaded, info = NemotronHVLForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    batch, pixels = prompt([2, "1", 4]), tiles(1)
+    assert set(info["missing_keys"]) == {"lm_head.weight"}
+    assert torch.equal(loaded.model(**batch, pixel_values=pixels)[0], model.model(**batch, pixel_values=pixels)[0])

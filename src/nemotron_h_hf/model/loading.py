@@ -276,10 +276,10 @@ def check_loaded(model: nn.Module, info: dict, path: str, new_on_load: tuple[str
 def warn_of_fresh_head(model: nn.Module, info: dict) -> tuple[str, ...]:
     """The head that a save of the bare stack cannot have, with a warning; from a language model's files it must not be missing."""
     head = "lm_head.weight"
-    bare = {"NemotronHModel", "NemotronHPuzzleModel"}
-    if head not in info["missing_keys"] or not bare & {*(model.config.architectures or ())}:
+    saved_by = [name for name in model.config.architectures or () if name.endswith("Model")]
+    if head not in info["missing_keys"] or not saved_by:
         return ()
-    logger.warning(f"{head} is not in a checkpoint of NemotronHModel and is newly initialized: train it before use")
+    logger.warning(f"{head} is not in a checkpoint of {saved_by[0]} and is newly initialized: train it before use")
     return (head,)
 
 
