@@ -20,8 +20,8 @@ TEXT_PYTHON = "3.11.7"  # whose library the text is
 
 def commands(runs: Path) -> dict[str, list[str]]:
     """Name -> the commands of an experiment, without `python experiments/`."""
-    order, box, claim, fp8, vision, hybrid = (
-        runs / name for name in ("order", "box", "claim", "fp8", "vision", "hybrid")
+    order, box, claim, fp8, vision, hybrid, deep = (
+        runs / name for name in ("order", "box", "claim", "fp8", "vision", "hybrid", "deep")
     )
     text, docstrings = runs / "stdlib.jsonl.xz", runs / "docstrings"
     small_claim = f"--tokens 16384 --search-tokens 8192 --runs {claim} --output {claim / 'report'}"
@@ -58,6 +58,10 @@ def commands(runs: Path) -> dict[str, list[str]]:
             f"tiny_vl/pictures.py {vision / 'data'} 50",
             f"tiny_vl/train.py {vision / 'data'} {vision / 'runs'} --variant tags --steps 9",
             f"tiny_vl/train.py {vision / 'data'} {vision / 'runs'} --variant attention --steps 9",
+        ],
+        "deep": [
+            f"minipuzzle/deep.py {step} {deep} --tokens 41000 --seeds 0 --contexts 256 --output {deep / 'results'}"
+            for step in ("teacher", "search", "long", "speed", "report")
         ],
         "speculation": [
             f"elastic_speculation/run.py --drafts 'width 50%' --draft-tokens 2 --new-tokens 8 --rounds 1 "
