@@ -3,14 +3,13 @@
     python experiments/serving/memory.py
 
 A parent of more than 1 GB with random weights is written to a temporary folder, and each budget is cut out of it. What counts
-is the proportional set size (PSS) of the processes beyond that of one which serves a tiny model, while rows of all budgets
-run. Writes docs/results/serving/memory.json. Linux.
+is the resident memory (RSS) of the processes beyond that of one which serves a tiny model, while rows of all budgets run:
+libraries are in both, whoever else shares them. Writes docs/results/serving/memory.json. Linux.
 """
 
 import argparse
 import gc
 import json
-import re
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +19,7 @@ from pathlib import Path
 import torch
 
 from nemotron_h_hf import NemotronHConfig, NemotronHElasticForCausalLM, NemotronHForCausalLM
-from nemotron_h_hf.environment import machine, versions
+from nemotron_h_hf.environment import machine, status_bytes, versions
 from nemotron_h_hf.serving.engine import Engine
 from nemotron_h_hf.serving.requests import Request
 
@@ -44,16 +43,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         context = get_context("spawn")
         sizes = in_process(context, write, folder)
-        baseline = in_process(context, pss_of_little)
+        baseline = in_process(context, rss_of_little)
         one = in_process(context, measure, folder, NAMES)
         apart = [in_process(context, measure, f"{folder}/{name or 'parent'}", (None,)) for name in NAMES]
     report = {
         "command": "python experiments/serving/memory.py", "machine": machine(), "versions": versions(),
         "rows_of_each_budget": ROWS, "prompt_tokens": PROMPT, "new_tokens": TOKENS, "weights_bytes": sizes,
         "process_with_a_tiny_model": baseline, "one_image": one, "three_processes": apart,
-        "one_image_over_parent_weights_and_caches": ratio(one["pss"] - baseline, sizes["parent"] + one["cache_bytes"]),
+        "one_image_over_parent_weights_and_caches": ratio(one["rss"] - baseline, sizes["parent"] + one["cache_bytes"]),
         "image_and_extra_over_parent_weights": ratio(one["image_bytes"] + one["extra_bytes"], sizes["parent"]),
-        "three_processes_over_one_image": ratio(sum(it["pss"] - baseline for it in apart), one["pss"] - baseline),
+        "three_processes_over_one_image": ratio(sum(it["rss"] - baseline for it in apart), one["rss"] - baseline),
     }  # fmt: skip
     RESULTS.mkdir(parents=True, exist_ok=True)
     (RESULTS / "memory.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -85,18 +84,18 @@ def write(folder: str) -> dict[str, int]:
     return sizes
 
 
-def pss_of_little() -> int:
+def rss_of_little() -> int:
     """A process that has imported everything and served a tiny model: what computing takes, whatever the model."""
     torch.set_num_threads(1)
     small = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "mamba_num_heads": 8, "mamba_head_dim": 16,
              "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "elastic": None}  # fmt: skip
     engine = Engine(NemotronHForCausalLM(NemotronHConfig(**{**PARENT, **small})))
     engine.generate([Request(tokens=list(range(PROMPT)), max_tokens=TOKENS, ignore_eos=True) for _ in range(ROWS)])
-    return pss()
+    return status_bytes("VmRSS")
 
 
 def measure(folder: str, names: tuple) -> dict[str, int]:
-    """PSS while rows of these budgets run together."""
+    """RSS while rows of these budgets run together."""
     torch.set_num_threads(1)
     kind = NemotronHElasticForCausalLM if len(names) > 1 else NemotronHForCausalLM
     engine = Engine(kind.from_pretrained(folder))
@@ -106,21 +105,16 @@ def measure(folder: str, names: tuple) -> dict[str, int]:
         prompt = torch.randint(PARENT["vocab_size"], (PROMPT,), generator=torch.Generator().manual_seed(index)).tolist()
         request = Request(tokens=prompt, budget=name, max_tokens=TOKENS, ignore_eos=True)
         engine.submit(request, lambda piece: done.append(piece))
-    highest = {"pss": 0}
+    highest = {"rss": 0}
     while engine.turn():
         gc.collect()
         status = engine.status()
-        if len(status["rows"]) == len(names) and (now := pss()) > highest["pss"]:
+        if len(status["rows"]) == len(names) and (now := status_bytes("VmRSS")) > highest["rss"]:
             caches = status["cache_bytes"] + status["prefix_bytes"]
             extra = sum(status["extra_bytes"].values())
-            highest = {"pss": now, "cache_bytes": caches, "image_bytes": status["image_bytes"], "extra_bytes": extra}
+            highest = {"rss": now, "cache_bytes": caches, "image_bytes": status["image_bytes"], "extra_bytes": extra}
     assert len(done) == TOKENS * len(names) * ROWS
     return {**highest, "seconds": round(time.monotonic() - started, 1)}
-
-
-def pss() -> int:
-    """Proportional set size of this process, bytes."""
-    return int(re.search(r"^Pss:\s+(\d+)", Path("/proc/self/smaps_rollup").read_text(), re.MULTILINE)[1]) * 1024
 
 
 if __name__ == "__main__":
