@@ -11,6 +11,7 @@ sampling.py      its next token
 text.py          its text, as it comes
 thinking.py      where its thinking ends
 prefix_cache.py  states of prompts that were read before
+heap.py          freed memory goes back to the system
 
 server.py        uvicorn, and an orderly end
 api.py           OpenAI's routes
