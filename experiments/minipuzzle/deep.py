@@ -11,7 +11,7 @@ The 56B's scheme scaled down: 28 layers, three of them attention, 2.1 M paramete
 45.73 parts of the bytes, at a context where the KV cache has about as large a share of them as the 56B's has at 1M tokens.
 
 teacher   pretraining
-search    `nemotron-h minipuzzle`: scores, candidates, ranking, finalists and controls distilled for a hundredth of the teacher's
+search    `nemotron-h minipuzzle`: scores, candidates, ranking, finalists and controls distilled for a two-hundredth of the teacher's
           tokens each, the winner for a tenth of them
 long      the winner for three tenths
 speed     prompts and decoding of both at growing contexts, by turns
@@ -67,7 +67,7 @@ SAMPLES = {"width_samples": 256, "layer_samples": 64, "ranking_tokens": 32768}
 """Of the whole experiment; fewer for fewer tokens, for a look."""
 PARTS = {"search": 0.1, "long": 0.3}
 """Step -> tokens of the winner's distillation, in parts of the teacher's."""
-SHORT = 0.01
+SHORT = 0.005
 CONTEXTS, STEPS, ROUNDS = (1024, 4096, 16384, 65536), 32, 5
 
 

@@ -33,6 +33,8 @@ PARTS = ("decode", "int8", "bf16", "threads", "prefill", "train", "memory", "lon
 DECODE_ROUNDS = 3  # times those of the rest: a sample lasts under a second, and one busy moment would colour it
 WARM_UP_TOKENS = 32
 INT8, INT8_HEAD = "int8, lm_head in fp32", "int8, lm_head as well"
+LIKE_A_PEER = {"q8_0": f"int8: {INT8_HEAD}", "bf16": "bf16: bfloat16"}
+"""llama.cpp's kind of file -> our weights in the same precision."""
 QUIET, BUSY = "quiet", "one process spinning"
 
 
@@ -218,7 +220,7 @@ def targets(journal: Journal, sizes: Sizes) -> list[Target]:
         Target(f"prefill {sizes.long}: GB beyond the weights", long and long.peak_bytes / GB, 2.0),
     ]  # fmt: skip
     for peer in dict.fromkeys(m.variant for m in journal.measurements if m.side == llama_cpp_peer.SIDE):
-        slow, fast = (llama_cpp_peer.SIDE, peer), ("ours", "float32")
+        slow, fast = (llama_cpp_peer.SIDE, peer), ("ours", LIKE_A_PEER.get(peer.lower(), "float32"))
         found.append(Target(f"decode: times llama.cpp's speed ({peer})", over("decode", slow, fast), 1.0, True))
     return [target for target in found if target.value is not None]
 
