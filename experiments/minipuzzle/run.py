@@ -139,7 +139,13 @@ def draw(path: Path, found: dict) -> None:
             axes.scatter(
                 values, [place] * len(values), color=colour, s=18, label=None if row else f"{when} distillation"
             )
-    axes.axvline(0, color="black", label="teacher")
+    if (
+        min(value for entry in found["loss_above_the_teacher"].values() for part in entry.values() for value in part)
+        > 0
+    ):
+        axes.set_xscale("log")
+    else:
+        axes.axvline(0, color="black", label="teacher")
     axes.set_yticks(range(len(found["loss_above_the_teacher"])), found["loss_above_the_teacher"])
     axes.invert_yaxis()
     axes.set(xlabel="held-out loss above the teacher's (nats per token)")
