@@ -137,7 +137,10 @@ def work_of(arguments: argparse.Namespace, step: str, seed: int) -> Path:
 
 
 def teacher_of(arguments: argparse.Namespace) -> Path:
-    return arguments.folder / "teacher" / "model"
+    path = arguments.folder / "teacher" / "model"
+    if not path.is_dir():
+        raise SystemExit(f"{path} is missing: run `deep.py teacher {arguments.folder}` first")
+    return path
 
 
 # Speed
