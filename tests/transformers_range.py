@@ -19,7 +19,18 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", "install"]
 MOVING = ("transformers", "tokenizers", "huggingface-hub")  # pins of these do not hold for another transformers
-TESTS = ("arguments", "generate", "cache", "loading", "remote_code", "trainer", "released", "processor", "speculation")
+TESTS = (
+    "arguments",
+    "generate",
+    "cache",
+    "loading",
+    "remote_code",
+    "trainer",
+    "released",
+    "processor",
+    "speculation",
+    "vision_commands",
+)
 
 
 def main(asked: list[str]) -> int:

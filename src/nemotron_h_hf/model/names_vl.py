@@ -47,7 +47,6 @@ INTERNVIT_LAYER = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
     "attn.proj": "attention.projection_layer",
-    "attn.qkv": "attn.qkv",  # cut in three below
     "attn.q_norm": "attention.q_norm",
     "attn.k_norm": "attention.k_norm",
     "mlp": "mlp",
@@ -84,10 +83,23 @@ def internvit_rules() -> list[WeightTransform]:
             for stored, name in INTERNVIT_LAYER.items()
         ),
         *(
-            WeightConverter(f"attn.qkv.{kind}", [f"attention.{x}_proj.{kind}" for x in "qkv"], [Chunk(dim=0)])
+            InternViTQKV(f"attn.qkv.{kind}", [f"attention.{x}_proj.{kind}" for x in "qkv"], [Chunk(dim=0)])
             for kind in ("weight", "bias")
         ),
     ]
+
+
+class InternViTQKV(WeightConverter):
+    """Cuts `encoder.layers.N.attn.qkv` in three, and leaves RADIO's alone: by then those are `encoder.layer.N.attn.qkv`, and
+    what transformers makes of them depends on its version."""
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        renamed, pattern = super().rename_source_key(source_key)
+        if pattern is None or not pattern.startswith("attn."):  # not its own, or on the way to disk
+            return renamed.replace(".encoder.layer.", ".encoder.layers.") if pattern else renamed, pattern
+        if ".encoder.layers." not in source_key:
+            return source_key, None
+        return renamed.replace(".encoder.layers.", ".encoder.layer."), pattern
 
 
 def module_names_vl(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
