@@ -66,12 +66,14 @@ def tokens(text: str) -> int:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def human_bytes(num_bytes: float) -> str:
-    """1536 -> '1.5 KiB'."""
+def human_bytes(num_bytes: float, *, digits: int = 1, up: bool = False) -> str:
+    """1536 -> '1.5 KiB'; rounded `up` for a least size, that the text itself is enough."""
     size, units = float(num_bytes), ["B", "KiB", "MiB", "GiB", "TiB"]
     while size >= 1024 and len(units) > 1:
         size, units = size / 1024, units[1:]
-    return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"
+    if units[0] == "B":
+        return f"{size:.0f} B"
+    return f"{math.ceil(size * 10**digits) / 10**digits if up else size:.{digits}f} {units[0]}"
 
 
 def human_count(count: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -291,6 +292,14 @@ def test_budgets_that_do_not_fit(tmp_path, budget, message):
     with pytest.raises(ValueError, match=message):
         slice_checkpoint(source, budget, tmp_path / "small")
     assert not (tmp_path / "small").exists()
+
+
+def test_the_smallest_size_that_is_told_is_taken(tmp_path):
+    source = write_parent(tmp_path / "parent")
+    with pytest.raises(ValueError) as refused:
+        slice_checkpoint(source, "1KiB", tmp_path / "small")
+    told = re.search(r"allowed is (\S+ \w+) or more", str(refused.value))[1]
+    assert slice_checkpoint(source, told, tmp_path / "small").bytes_written
 
 
 def test_parents_that_are_damaged_or_changed(tmp_path):

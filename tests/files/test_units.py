@@ -2,7 +2,7 @@
 
 import pytest
 
-from nemotron_h_hf.units import parse_bytes, parse_need, parse_tokens
+from nemotron_h_hf.units import human_bytes, parse_bytes, parse_need, parse_tokens
 
 
 @pytest.mark.parametrize(
@@ -51,6 +51,26 @@ def test_bytes(written, num_bytes):
 def test_what_is_no_number_of_bytes(wrong):
     with pytest.raises(ValueError, match="^x=.*: allowed is a size such as 5GB, 500MB or 2GiB$"):
         parse_bytes(wrong, "x")
+
+
+@pytest.mark.parametrize("digits", [1, 2])
+@pytest.mark.parametrize(
+    "num_bytes", [1, 999, 1024, 1025, 5 * 2**20, 5 * 2**20 + 1, 2**20 - 1, 34_016_000_001, 3 * 2**45]
+)
+def test_a_least_size_that_is_told_is_enough(num_bytes, digits):
+    told = parse_bytes(human_bytes(num_bytes, digits=digits, up=True), "x")
+    assert num_bytes <= told <= num_bytes * (1 + 10.0**-digits)
+
+
+def test_bytes_for_people():
+    assert [human_bytes(n) for n in (0, 1023, 1536, 5 * 2**20 + 1, 2**41)] == [
+        "0 B",
+        "1023 B",
+        "1.5 KiB",
+        "5.0 MiB",
+        "2.0 TiB",
+    ]
+    assert human_bytes(5 * 2**20 + 1, up=True) == "5.1 MiB" and human_bytes(3 * 2**29, digits=2, up=True) == "1.50 GiB"
 
 
 def test_needs():

@@ -205,15 +205,17 @@ def _refuse_useless(config, grid: _Grid, costs, limits: Mapping[str, float], fit
         raise ValueError(f"budget: the teacher itself fits ({told}): allowed is less than it takes")
     for name, most in limits.items():
         least = grid.amounts[name].min().item()
-        require(least <= most, name, amount(name, most), f"{amount(name, least)} or more, the smallest in the grid")
+        require(
+            least <= most, name, amount(name, most), f"{amount(name, least, up=True)} or more, the smallest in the grid"
+        )
     told = ", ".join(f"{name}={amount(name, most)}" for name, most in limits.items())
     require(bool(fits.any()), "budget", told, "limits that one model of the grid fits together")
 
 
-def amount(name: str, value: float) -> str:
+def amount(name: str, value: float, up: bool = False) -> str:
     """A cost for people; large bytes to the hundredth of a GiB, as limits are close."""
     if "bytes" in name:
-        return f"{value / 2**30:,.2f} GiB" if value >= 2**30 else human_bytes(value)
+        return human_bytes(value, digits=2 if value >= 2**30 else 1, up=up)
     return f"{value:,.0f}" if value >= 1 else f"{value:.4g}"
 
 

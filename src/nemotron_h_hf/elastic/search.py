@@ -89,7 +89,7 @@ def rank_budgets(
         found += combinations.best(wanted.most, count)
     if not found:
         raise ValueError(
-            f"budget={request!r}: allowed is {_human(wanted, smallest)} or more, the smallest that this parent offers"
+            f"budget={request!r}: allowed is {_human(wanted, smallest, up=True)} or more, the smallest that this parent offers"
         )
     candidates, seen = [], []
     for budget, _, loss in sorted(found, key=_rank)[:count]:
@@ -287,5 +287,5 @@ def _interpolate(known: Mapping[int, float], size: int) -> float | None:
     return known[below] + share * (known[above] - known[below])
 
 
-def _human(wanted: Limit, amount: float) -> str:
-    return human_bytes(amount) if wanted.in_bytes else f"{int(amount):,} parameters"
+def _human(wanted: Limit, amount: float, up: bool = False) -> str:
+    return human_bytes(amount, up=up) if wanted.in_bytes else f"{int(amount):,} parameters"

@@ -116,9 +116,8 @@ class NemotronHVLModel(NemotronHVLPreTrainedModel):
             `pooler_output`: one (embeddings, hidden) tensor for each tile or image; `last_hidden_state`: the tower's patches.
         """
         device = self.multi_modal_projector.linear_1.weight.device
-        device = (
-            pixel_values.device if device.type == "meta" else device
-        )  # offloaded: accelerate's hooks move what they get
+        if device.type == "meta":  # offloaded: accelerate's hooks move what they get
+            device = pixel_values.device
         pixel_values = pixel_values.to(device, self.vision_tower.dtype)
         if image_grid_hw is not None:
             patches = self._patches_of_grids(pixel_values, image_grid_hw)
