@@ -20,8 +20,8 @@ TEXT_PYTHON = "3.11.7"  # whose library the text is
 
 def commands(runs: Path) -> dict[str, list[str]]:
     """Name -> the commands of an experiment, without `python experiments/`."""
-    order, box, claim, fp8, vision, hybrid, deep = (
-        runs / name for name in ("order", "box", "claim", "fp8", "vision", "hybrid", "deep")
+    order, box, claim, fp8, vision, hybrid, deep, context = (
+        runs / name for name in ("order", "box", "claim", "fp8", "vision", "hybrid", "deep", "context")
     )
     text, docstrings = runs / "stdlib.jsonl.xz", runs / "docstrings"
     small_claim = f"--tokens 16384 --search-tokens 8192 --runs {claim} --output {claim / 'report'}"
@@ -62,6 +62,11 @@ def commands(runs: Path) -> dict[str, list[str]]:
         "deep": [
             f"minipuzzle/deep.py {step} {deep} --tokens 41000 --seeds 0 --contexts 256 --output {deep / 'results'}"
             for step in ("teacher", "search", "long", "speed", "report")
+        ],
+        "context": [
+            f"long_context/run.py {step} --tokens 41000 --questions 1 --samples 1 --lengths 1024 --seeds 0 --runs {context} "
+            f"--output {context / 'results'}"
+            for step in ("data", "train", "train --control", "ask", "tasks", "report")
         ],
         "speculation": [
             f"elastic_speculation/run.py --drafts 'width 50%' --draft-tokens 2 --new-tokens 8 --rounds 1 "

@@ -1,7 +1,7 @@
 """Logits of llama.cpp against ours, on the random weights of `bench cpu`; the speeds are `llama-bench`'s.
 
     python experiments/int8/write_gguf.py write FOLDER                 # FOLDER/hf, the weights as a checkpoint
-    python experiments/int8/write_gguf.py convert FOLDER --source S    # FOLDER/f32.gguf and q8_0.gguf
+    python experiments/int8/write_gguf.py convert FOLDER --source S    # FOLDER/f32.gguf, bf16.gguf and q8_0.gguf
     python experiments/int8/write_gguf.py logits FOLDER --source S --libraries L
 
 S is the unpacked source of llama-cpp-python 0.3.36 (`pip download --no-binary :all: llama-cpp-python`), L the folder with
@@ -27,7 +27,7 @@ from nemotron_h_hf import EMBEDDED_MODEL
 from nemotron_h_hf.benchmark.models import SMALL, build_ours, read_config
 from nemotron_h_hf.tokenizer_files import save_tokenizer
 
-KINDS = ("f32", "q8_0")
+KINDS = ("f32", "bf16", "q8_0")
 TOKENS = 96
 
 

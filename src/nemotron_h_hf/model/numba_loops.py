@@ -67,7 +67,13 @@ def product_part(ints, reals, part, parts):  # pragma: no cover, machine code
     elif kind == 1:
         _multiply(inputs, carray(pointer(w), (n, stride), np.uint16), rows, outputs, first, last)
     else:
-        _multiply(inputs, carray(pointer(w), (n, stride), np.int8), rows, outputs, first, last)
+        integers, step = carray(pointer(w), (n, stride), np.int8), np.float32(0)
+        if m == 1:
+            step = _step_of_int16(inputs)
+        if step > 0:
+            _multiply_integers(inputs, step, integers, rows, outputs, first, last)
+        else:
+            _multiply(inputs, integers, rows, outputs, first, last)
     scales, added = np.empty(0, np.float32), np.empty((0, 0), np.float32)
     if scale != 0:
         scales = carray(pointer(scale), n, np.float32)
@@ -117,6 +123,43 @@ def _multiply(x, w, rows, y, first, last):  # pragma: no cover, machine code
             y[i, j1], y[i1, j1], y[i2, j1], y[i3, j1] = a10, a11, a12, a13
             y[i, j2], y[i1, j2], y[i2, j2], y[i3, j2] = a20, a21, a22, a23
             y[i, j3], y[i1, j3], y[i2, j3], y[i3, j3] = a30, a31, a32, a33
+
+
+@compiled
+def _step_of_int16(x):  # pragma: no cover, machine code
+    """What x (1, k) is divided by to become integers of 16 bits, so large that the sum of their products with any int8 weights
+    fits into 32 bits. 0 where there is none (zeros, infinities, NaN, very small numbers), or if one input is so much larger
+    than the rest that rounding to bfloat16 would be more exact."""
+    k = x.shape[1]
+    most = total = np.float32(0)
+    for c in range(k):
+        size = abs(x[0, c])
+        total += size
+        most = max(most, size)
+    step = max(most / np.float32(32766), total * np.float32(1.001) / np.float32(max(1, (1 << 24) - k)))
+    return step if np.float32(1e-30) < step < np.float32(0.002) * total / np.float32(k) else np.float32(0)
+
+
+@compiled
+def _multiply_integers(x, step, w, rows, y, first, last):  # pragma: no cover, machine code
+    """As `_multiply` of one row and int8 weights, its inputs rounded to multiples of `step`: on AVX2 and AVX-512 the loop
+    becomes `vpmaddwd`, a third of the instructions that making fp32 of each weight takes."""
+    k = x.shape[1]
+    by, rounded_x = np.float32(1) / step, np.empty(k, np.int16)
+    for c in range(k):
+        value = x[0, c] * by
+        rounded_x[c] = np.int32(value + (np.float32(0.5) if value > 0 else np.float32(-0.5)))
+    for j in range(first, last):
+        r = rows[j] if len(rows) else j
+        y[0, j] = np.float32(_integer_dot(rounded_x, w, r)) * step
+
+
+@compiled
+def _integer_dot(x, w, r):  # pragma: no cover, machine code
+    total = np.int32(0)
+    for c in range(len(x)):  # every step in 32 bits: Numba's integers would be of 64
+        total = np.int32(total + np.int32(np.int32(w[r, c]) * np.int32(x[c])))
+    return total
 
 
 @compiled
