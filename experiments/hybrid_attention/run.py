@@ -38,7 +38,8 @@ from tiny_models import TrainTinyArguments, build_model, count_parameters, get_t
 
 SIDES = {"nemotron-h": "hybrid", "llama": "attention"}
 RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-TOKENS = {"rates": 400_000, "seeds": 1_600_000}
+RATE_TOKENS = 400_000
+TOKENS = {1024: 1_600_000, 4096: 800_000}  # of a run of `seeds`, by context
 SEEDS = (0, 1, 2)
 CHOSEN_BY = slice(7, None, 100)  # documents of the training text that rates are chosen by
 CHOOSING = "training documents left out"
@@ -115,11 +116,11 @@ def seeds(arguments: argparse.Namespace) -> None:
 
 
 def rate_runs(arguments: argparse.Namespace, side: str) -> list[Run]:
-    return [Run(side, rate, 0, 1024, int(TOKENS["rates"] * arguments.scale)) for rate in RATES]
+    return [Run(side, rate, 0, 1024, int(RATE_TOKENS * arguments.scale)) for rate in RATES]
 
 
 def seed_runs(arguments: argparse.Namespace, side: str, context: int) -> list[Run]:
-    tokens = int(TOKENS["seeds"] * arguments.scale)
+    tokens = int(TOKENS[context] * arguments.scale)
     return [Run(side, best_rate(arguments, side), seed, context, tokens) for seed in SEEDS]
 
 
@@ -260,7 +261,7 @@ def tables(searches: dict, finals: dict, rows: list[dict]) -> str:
     ]
     for side, found in searches.items():
         lines.append(f"| {SIDES[side]} | {' | '.join(str(one['bits_per_byte']['1024']) for one in found)} |")
-    lines += ["", "| trained at | read at | hybrid | attention | attention - hybrid |", "|---|---|---|---|---|"]
+    lines += ["", "| rows | tokens | read at | hybrid | attention | attention - hybrid |", "|---|---|---|---|---|---|"]
     for context in sorted({context for _, context in finals}):
         for window in sorted({1024, context}):
             hybrid, attention = (
@@ -268,7 +269,8 @@ def tables(searches: dict, finals: dict, rows: list[dict]) -> str:
             )
             gaps = [a - h for a, h in zip(attention, hybrid, strict=True)]
             cells = [f"{mean(values):.4f} ± {stdev(values):.4f}" for values in (hybrid, attention, gaps)]
-            lines.append(f"| {context:,} | {window:,} | {' | '.join(cells)} |")
+            tokens = finals["llama", context][0]["tokens"]
+            lines.append(f"| {context:,} | {tokens:,} | {window:,} | {' | '.join(cells)} |")
     lines += [
         "",
         "| context | hybrid, tokens/s | attention, tokens/s | hybrid, cache | attention, cache |",

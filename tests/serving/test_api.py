@@ -375,11 +375,18 @@ def test_a_stream_that_fails_before_its_first_token_has_a_status(server, monkeyp
 
 
 def test_a_stream_that_fails_later_says_so_in_an_event(client, monkeypatch):
-    monkeypatch.setattr(Batch, "step", mock.Mock(side_effect=MemoryError))
+    read = threading.Event()
+
+    def fail(*_: object) -> None:
+        read.wait(60)  # else the failure may come before the first part is sent
+        raise MemoryError
+
+    monkeypatch.setattr(Batch, "step", fail)
     parts = client.completions.create(
         model="tiny", prompt="Hi", max_tokens=4, stream=True, extra_body={"ignore_eos": True}
     )
     assert next(parts).choices[0].text is not None
+    read.set()
     with pytest.raises(openai.APIError, match="out of memory"):
         next(parts)
 
