@@ -18,14 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from nemotron_h_hf import HybridCache, NemotronHConfig, NemotronHForCausalLM
+from nemotron_h_hf.benchmark.models import SHAPES, SMALL
 from nemotron_h_hf.environment import machine, versions
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "cpu_tokens"
-SHAPE = {
-    "hybrid_override_pattern": "M-M-M*-M-M-M*-M-", "hidden_size": 1024, "intermediate_size": 4096,
-    "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "mamba_num_heads": 32, "mamba_head_dim": 64,
-    "ssm_state_size": 128, "n_groups": 8, "chunk_size": 128, "vocab_size": 32000,
-}  # fmt: skip
+SHAPE = SHAPES[SMALL]
 CASES = ((1, 1024), (1, 16384), (8, 1024))  # rows, tokens in the cache
 
 

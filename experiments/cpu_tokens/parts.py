@@ -17,17 +17,14 @@ import torch
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig, NemotronHForCausalLM
 from nemotron_h_hf.benchmark.memory import footprint, measure_apart
+from nemotron_h_hf.benchmark.models import SHAPES, SMALL
 from nemotron_h_hf.environment import machine, versions
 from nemotron_h_hf.whole_files import write_json, write_text
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "cpu_tokens"
-SMALL = {
-    "hybrid_override_pattern": "M-M-M*-M-M-M*-M-", "hidden_size": 1024, "intermediate_size": 4096,
-    "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "mamba_num_heads": 32, "mamba_head_dim": 64,
-    "ssm_state_size": 128, "n_groups": 8, "chunk_size": 128, "vocab_size": 32000,
-}  # fmt: skip
+SHAPE = SHAPES[SMALL]
 WIDE = {
-    **SMALL,
+    **SHAPE,
     "hybrid_override_pattern": "M*-",
     "hidden_size": 2048,
     "intermediate_size": 8192,
@@ -60,7 +57,7 @@ def build(name: str) -> NemotronHForCausalLM:
     if name == "embedded":
         return NemotronHForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32).eval()
     torch.manual_seed(0)
-    return NemotronHForCausalLM(NemotronHConfig(**{"189M": SMALL, "wide": WIDE}[name])).float().eval()
+    return NemotronHForCausalLM(NemotronHConfig(**{"189M": SHAPE, "wide": WIDE}[name])).float().eval()
 
 
 def measure(name: str, length: int, rounds: int) -> list[dict]:

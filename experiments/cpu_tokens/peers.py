@@ -55,7 +55,7 @@ def main() -> None:
         cases = [case for case in cases if case["kind"] != kind] + found
         content = {"command": "python experiments/cpu_tokens/peers.py FOLDER", "unit": "milliseconds of a token of all rows",
                    "machine": machine(), "versions": {**versions(), "llama-cpp-python": llama_cpp.__version__},
-                   "rounds": arguments.rounds, "steps": STEPS, "cases": cases}  # fmt: skip
+                   "steps": STEPS, "cases": cases}  # fmt: skip
         write_json(path, content)
     write_text(arguments.output / "peers.md", table(cases))
     print(table(cases))
@@ -85,7 +85,15 @@ def measure(arguments: argparse.Namespace, kind: str) -> list[dict]:
             for threads in THREADS:
                 times = in_turns(model, own, peer[rows], rows, threads, arguments.rounds)
                 found.append(
-                    {"kind": kind, "context": context, "rows": rows, "threads": threads, "logits": difference, **times}
+                    {
+                        "kind": kind,
+                        "context": context,
+                        "rows": rows,
+                        "threads": threads,
+                        "rounds": arguments.rounds,
+                        "logits": difference,
+                        **times,
+                    }
                 )
                 print(json.dumps(found[-1]), flush=True)
             peer[rows].restore(state, context)  # without the tokens that were timed

@@ -46,6 +46,7 @@ TOPICS = "pydoc_data/"  # the evaluation's haystack
 SHARE = 0.7  # of the stage's tokens that are texts with facts
 HELD_OUT_WORDS = slice(0, None, 5)  # of the sorted vocabulary: the names of `ask`
 BEFORE = "before"
+LAST_OF = {"linear_attention": "out_proj", "full_attention": "o_proj", "mlp": "down_proj"}  # of each kind of layer
 
 
 @dataclass(frozen=True)
@@ -222,9 +223,7 @@ def models(arguments: argparse.Namespace) -> dict[str, str]:
 def remove(model: PreTrainedModel, index: int):
     """The layer adds nothing, until what is returned is called."""
     mixer = model.model.layers[index].mixer
-    last = next(
-        module for name in ("out_proj", "o_proj", "down_proj") if (module := getattr(mixer, name, None)) is not None
-    )
+    last = getattr(mixer, LAST_OF[model.config.layers_block_type[index]])
     kept = last.weight.detach().clone()
     with torch.no_grad():
         last.weight.zero_()

@@ -12,7 +12,7 @@ from torch import nn
 from transformers.models.radio.modeling_radio import RadioModel
 from vl_tiny import EXPERTS, IMAGE, SIDE, prompt, released_model, tiles, vl_model
 
-from nemotron_h_hf import HybridCache, NemotronHForCausalLM, NemotronHVLForConditionalGeneration
+from nemotron_h_hf import HybridCache, NemotronHForCausalLM, NemotronHVLConfig, NemotronHVLForConditionalGeneration
 from nemotron_h_hf.model.modeling_nemotron_h_vl import NemotronHVLProjector, mask_image_labels, pixel_shuffle
 
 NEW = {"max_new_tokens": 6, "do_sample": False}
@@ -379,3 +379,15 @@ def test_a_save_of_the_bare_stack_gives_a_fresh_head(model, tmp_path):
     batch, pixels = prompt([2, "1", 4]), tiles(1)
     assert set(info["missing_keys"]) == {"lm_head.weight"}
     assert torch.equal(loaded.model(**batch, pixel_values=pixels)[0], model.model(**batch, pixel_values=pixels)[0])
+
+
+@pytest.mark.parametrize("kind", ["pixtral", "vit", "dinov2", "radio", "internvl_vision"])
+def test_other_towers_keep_their_weights(kind, tmp_path):
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    vision = {"model_type": kind, **sizes, "image_size": 32, "patch_size": 8}
+    text = vl_model().config.text_config.to_dict()
+    config = NemotronHVLConfig(text_config=text, vision_config=vision, image_token_id=IMAGE, image_size=32)
+    whole = NemotronHVLForConditionalGeneration(config)
+    whole.save_pretrained(tmp_path)
+    again = NemotronHVLForConditionalGeneration.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.state_dict().items())

@@ -90,16 +90,16 @@ def internvit_rules() -> list[WeightTransform]:
 
 
 class InternViTQKV(WeightConverter):
-    """Cuts `encoder.layers.N.attn.qkv` in three, and leaves RADIO's alone: by then those are `encoder.layer.N.attn.qkv`, and
-    what transformers makes of them depends on its version."""
+    """Cuts `encoder.layers.N.attn.qkv` on disk in three of `encoder.layer.N`, and leaves other towers alone: RADIO's is
+    `encoder.layer.N.attn.qkv` by then, and what transformers makes of it depends on its version."""
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         renamed, pattern = super().rename_source_key(source_key)
-        if pattern is None or not pattern.startswith("attn."):  # not its own, or on the way to disk
-            return renamed.replace(".encoder.layer.", ".encoder.layers.") if pattern else renamed, pattern
-        if ".encoder.layers." not in source_key:
+        is_reading = self.source_patterns[0].startswith("attn.")
+        here, there = (".encoder.layers.", ".encoder.layer.")[:: 1 if is_reading else -1]
+        if pattern is None or here not in source_key:
             return source_key, None
-        return renamed.replace(".encoder.layers.", ".encoder.layer."), pattern
+        return renamed.replace(here, there), pattern
 
 
 def module_names_vl(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
