@@ -9,6 +9,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import InternVLVisionModel
 from transformers.models.radio.modeling_radio import RadioModel
 from vl_tiny import EXPERTS, IMAGE, SIDE, prompt, released_model, tiles, vl_model
 
@@ -381,7 +382,11 @@ def test_a_save_of_the_bare_stack_gives_a_fresh_head(model, tmp_path):
     assert torch.equal(loaded.model(**batch, pixel_values=pixels)[0], model.model(**batch, pixel_values=pixels)[0])
 
 
-@pytest.mark.parametrize("kind", ["pixtral", "vit", "dinov2", "radio", "internvl_vision"])
+TOWERS = ("pixtral", "vit", "dinov2", "radio", "internvl_vision", "siglip_vision_model", "clip_vision_model", "dinov3_vit",
+          "dinov2_with_registers", "beit", "data2vec-vision", "ijepa", "deit", "vit_mae")  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TOWERS)
 def test_other_towers_keep_their_weights(kind, tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     vision = {"model_type": kind, **sizes, "image_size": 32, "patch_size": 8}
@@ -391,3 +396,10 @@ def test_other_towers_keep_their_weights(kind, tmp_path):
     whole.save_pretrained(tmp_path)
     again = NemotronHVLForConditionalGeneration.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.state_dict().items())
+
+
+def test_the_tower_alone_is_an_ordinary_internvit(model, tmp_path):
+    tower = model.model.vision_tower
+    tower.save_pretrained(tmp_path)
+    again = InternVLVisionModel.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in tower.state_dict().items())

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, InternVLVisionConfig, InternVLVisionModel, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPooling, MoeCausalLMOutputWithPast, MoeModelOutputWithPast
@@ -34,6 +34,21 @@ def pixel_shuffle(patches: Tensor, ratio: float) -> Tensor:
     side = round(1 / ratio)
     rows = patches.reshape(t, r, c // side, v * side).transpose(1, 2)
     return rows.reshape(t, c // side, r // side, v * side * side).transpose(1, 2)
+
+
+class NemotronHInternViT(InternVLVisionModel):
+    """transformers' InternViT, under a name that the rules for its released names can be given to (names_vl.py)."""
+
+    def save_pretrained(self, *args, save_original_format: bool = False, **kwargs) -> None:
+        """As transformers', in the names that its own class reads: alone, this is an ordinary InternViT."""
+        super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
+
+
+def tower_of(config: PreTrainedConfig) -> PreTrainedModel:
+    """A vision tower with random weights."""
+    if isinstance(config, InternVLVisionConfig):
+        return NemotronHInternViT._from_config(config)
+    return AutoModel.from_config(config)
 
 
 class NemotronHVLProjector(nn.Module):
@@ -85,7 +100,7 @@ class NemotronHVLModel(NemotronHVLPreTrainedModel):
 
     def __init__(self, config: NemotronHVLConfig) -> None:
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = tower_of(config.vision_config)
         if config.vision_config.model_type == "radio":
             self.conditioner = self.vision_tower.make_preprocessor_external()  # the image processor normalises
         if config.has_final_norm:

@@ -36,10 +36,11 @@ NAMES = {
     "language_model.backbone.": "model.language_model.",
     "language_model.lm_head.": "lm_head.",
 }
+INTERNVIT_TOWER = "NemotronHInternViT"  # the class whose names these are
 INTERNVIT = {
-    "class_embedding": "cls_token",
-    "patch_embedding": "patch_embeddings.projection",
-    "position_embedding": "position_embeddings",
+    "embeddings.class_embedding": "embeddings.cls_token",
+    "embeddings.patch_embedding": "embeddings.patch_embeddings.projection",
+    "embeddings.position_embedding": "embeddings.position_embeddings",
 }
 INTERNVIT_LAYER = {
     "ls1": "lambda_1",
@@ -49,14 +50,15 @@ INTERNVIT_LAYER = {
     "attn.proj": "attention.projection_layer",
     "attn.q_norm": "attention.q_norm",
     "attn.k_norm": "attention.k_norm",
+    "attn.qkv": "attn.qkv",
     "mlp": "mlp",
 }
 
 
 def register_names_vl() -> None:
     """Teach transformers to read and write these names."""
-    register_checkpoint_conversion_mapping(OWN, [*rules(), *internvit_rules()], overwrite=True)
-    for model_type in RELEASED:
+    register_checkpoint_conversion_mapping(INTERNVIT_TOWER, internvit_rules(), overwrite=True)
+    for model_type in (OWN, *RELEASED):
         register_checkpoint_conversion_mapping(model_type, rules(), overwrite=True)
 
 
@@ -71,35 +73,19 @@ def rules() -> list[WeightTransform]:
 
 
 def internvit_rules() -> list[WeightTransform]:
-    """InternViT's own, after `vision_model.` has become `model.vision_tower.`."""
-    tower, layers = "model.vision_tower.", r"model\.vision_tower\.encoder\.layers\.(\d+)\."
+    """InternViT's own, inside the tower and after `rules`. Other towers have names that look like these (CLIP's)."""
+    layers = r"^encoder\.layers\.(\d+)\."
     return [
+        *(WeightRenaming("^" + re.escape(stored), name) for stored, name in INTERNVIT.items()),
         *(
-            WeightRenaming(f"{tower}embeddings.{stored}", f"{tower}embeddings.{name}")
-            for stored, name in INTERNVIT.items()
-        ),
-        *(
-            WeightRenaming(layers + re.escape(stored), rf"{tower}encoder.layer.\1.{name}")
+            WeightRenaming(layers + re.escape(stored), rf"encoder.layer.\1.{name}")
             for stored, name in INTERNVIT_LAYER.items()
         ),
         *(
-            InternViTQKV(f"attn.qkv.{kind}", [f"attention.{x}_proj.{kind}" for x in "qkv"], [Chunk(dim=0)])
+            WeightConverter(f"attn.qkv.{kind}", [f"attention.{x}_proj.{kind}" for x in "qkv"], [Chunk(dim=0)])
             for kind in ("weight", "bias")
         ),
     ]
-
-
-class InternViTQKV(WeightConverter):
-    """Cuts `encoder.layers.N.attn.qkv` on disk in three of `encoder.layer.N`, and leaves other towers alone: RADIO's is
-    `encoder.layer.N.attn.qkv` by then, and what transformers makes of it depends on its version."""
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        renamed, pattern = super().rename_source_key(source_key)
-        is_reading = self.source_patterns[0].startswith("attn.")
-        here, there = (".encoder.layers.", ".encoder.layer.")[:: 1 if is_reading else -1]
-        if pattern is None or here not in source_key:
-            return source_key, None
-        return renamed.replace(here, there), pattern
 
 
 def module_names_vl(model: nn.Module, state_dict: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
