@@ -17,6 +17,7 @@ pytest.importorskip("numba")
 from torchao.quantization.granularity import PerGroup  # noqa: E402
 
 import nemotron_h_cli as cli  # noqa: E402
+from nemotron_h_hf import HybridCache  # noqa: E402
 from nemotron_h_hf.model import linear as linear_module  # noqa: E402
 from nemotron_h_hf.model import numba_run  # noqa: E402
 from nemotron_h_hf.model.linear import MOST_ROWS, project, reads_int8  # noqa: E402
@@ -33,14 +34,14 @@ def quantised_linear(in_features: int, out_features: int, bias: bool = False, dt
 @pytest.fixture
 def products(monkeypatch):
     """The shapes of weights that numba_run.py was given."""
-    shapes, product_of = [], numba_run.product_of
+    shapes, factor_of = [], numba_run.factor_of
 
-    def noted(x: torch.Tensor, weight: torch.Tensor, *args, **kwargs) -> tuple:
+    def noted(weight: torch.Tensor, *args) -> numba_run.Factor:
         if type(weight).__name__ == "Int8Tensor":
             shapes.append(weight.shape)
-        return product_of(x, weight, *args, **kwargs)
+        return factor_of(weight, *args)
 
-    monkeypatch.setattr(numba_run, "product_of", noted)
+    monkeypatch.setattr(numba_run, "factor_of", noted)
     return shapes
 
 
@@ -261,3 +262,36 @@ def test_commands_take_a_quantised_checkpoint(checkpoint, tmp_path, capsys):
     assert "int8" in capsys.readouterr().out
     (tmp_path / "int8" / "model.safetensors").unlink()
     assert cli.main(["info", str(tmp_path / "int8")]) != 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", ["values", "scale", "scale in bf16", "zero points", "other values"])
+def test_what_changes_between_tokens_is_seen(case):
+    model, ids = tiny_model(), prompt(1, 14)
+    if case == "scale in bf16":
+        model.bfloat16()
+    quantization.quantize_(
+        model, quantization.Int8WeightOnlyConfig(), lambda module, name: name.endswith(("in_proj", "up_proj"))
+    )
+    cache = HybridCache(model.config)
+    model(ids[:, :12], past_key_values=cache)
+    model(ids[:, 12:13], past_key_values=cache)
+    before, weight = (
+        copy.deepcopy(cache),
+        next(block.mixer.in_proj.weight for block in model.model.layers if block.block_type == "linear_attention"),
+    )
+    if case == "values":
+        weight.qdata.neg_()
+    elif case == "other values":
+        weight.qdata = -weight.qdata
+    elif case == "zero points":
+        weight.zero_point = torch.zeros_like(weight.scale, dtype=torch.int8)
+        model(ids[:, 13:], past_key_values=copy.deepcopy(cache))
+        weight.zero_point.add_(3)
+    else:
+        weight.scale.mul_(3)
+    got = model(ids[:, 13:], past_key_values=cache).logits
+    model.set_mamba_implementation("torch")
+    model.model.layers.apply(lambda module: module.register_forward_hook(lambda *args: None))  # torchao's own products
+    want = model(ids[:, 13:], past_key_values=before).logits
+    assert (got - want).abs().max() <= (0.15 if case == "scale in bf16" else 1e-3)

@@ -1,6 +1,9 @@
 """Few rows by all threads: the product against float64, and when it is left to torch."""
 
 import copy
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -119,10 +122,39 @@ def test_what_the_compiled_product_leaves(monkeypatch):
         torch.testing.assert_close(batched[:, 0], nn.functional.linear(x, layer.weight, layer.bias))
         traced = torch.jit.trace(lambda rows: project(layer, rows), x)
         assert traced(torch.zeros_like(x)).equal(layer.bias.expand(2, -1))
-        for units in (False, True):
+        weight, small = layer.weight.bfloat16(), torch.randn(MOST_ROWS, 1024).bfloat16()
+        for units, has_dot, most in ((False, False, MOST_ROWS), (True, False, 1), (True, True, 8)):
             monkeypatch.setattr(linear_module, "multiplies_bf16", lambda units=units: units)
-            small, weight = x.bfloat16(), layer.weight.bfloat16()
-            assert reads_compiled(small[:1], weight) and reads_compiled(small, weight) == (not units)
+            monkeypatch.setattr(linear_module.compiled_loops(), "HAS_DOT", has_dot)
+            assert reads_compiled(small[:most], weight)
+            assert most == MOST_ROWS or not reads_compiled(small[: most + 1], weight)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8])
+@pytest.mark.parametrize("sizes", [(1, 3), (31, 5), (128, 8), (300, 7), (1025, 64)])
+def test_few_rows_of_bf16_weights(rows, sizes):
+    """One row and two as exactly as fp32, more as with inputs rounded to bf16."""
+    product = pytest.importorskip("nemotron_h_hf.model.numba_run").product
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, sizes[0]) * torch.exp(2 * torch.randn(rows, 1)), torch.randn(*sizes[::-1]).bfloat16()
+    exact, size = x.double() @ weight.double().T, x.double().abs() @ weight.double().abs().T
+    assert ((product(x, weight, None) - exact).abs() <= (2**-17 if rows <= 2 else 2**-8) * size).all()
+
+
+@pytest.mark.slow
+def test_bf16_weights_without_the_instruction():
+    """A processor without it is told by the features that Numba compiles for."""
+    pytest.importorskip("numba")
+    code = """if True:
+        import torch
+        from nemotron_h_hf.model import numba_dot, numba_run
+        assert not numba_dot.HAS_DOT
+        x, weight = torch.randn(3, 300), torch.randn(70, 300).bfloat16()
+        for m in (1, 2, 3):
+            torch.testing.assert_close(numba_run.product(x[:m], weight, None), x[:m] @ weight.float().T, atol=1e-4, rtol=1e-4)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "NUMBA_CPU_NAME": "generic"})
 
 
 @torch.no_grad()

@@ -2,7 +2,9 @@
 it is left to PyTorch."""
 
 import copy
+import gc
 import sys
+import weakref
 
 import pytest
 import reference
@@ -10,9 +12,10 @@ import torch
 from decode_step import exact_step, step_operands
 from tiny import prompt, tiny_model
 from torch import Tensor, nn
+from torch.nn.utils.prune import random_unstructured
 
 from nemotron_h_hf import HybridCache
-from nemotron_h_hf.model import kernels
+from nemotron_h_hf.model import kernels, token
 
 pytest.importorskip("numba")
 
@@ -354,3 +357,92 @@ def test_what_is_no_number_stays_none_in_a_token(bad):
             layer.keys[0, 0, 3, 0] = bad
     logits = model(ids[:, 11:], past_key_values=cache).logits
     assert not logits[0].isfinite().any() and logits[1].isfinite().all()
+
+
+CHANGES = {
+    "weights in place": lambda m, block: block.mixer.out_proj.weight.mul_(1.5),
+    "data": lambda m, block: setattr(block.mixer.in_proj.weight, "data", block.mixer.in_proj.weight * 1.5),
+    "a parameter": lambda m, block: setattr(block.mixer.in_proj, "weight", nn.Parameter(block.mixer.in_proj.weight * 1.5)),
+    "assigned": lambda m, block: m.load_state_dict({k: v * 1.1 for k, v in m.state_dict().items()}, assign=True),
+    "a module": lambda m, block: setattr(block.mixer, "out_proj", like(block.mixer.out_proj)),
+    "a bias": lambda m, block: setattr(block.mixer.out_proj, "bias", nn.Parameter(torch.ones(m.config.hidden_size))),
+    "the mixer": lambda m, block: setattr(block, "mixer", doubled(block.mixer, block.mixer.D)),
+    "norm in place": lambda m, block: block.norm.weight.mul_(1.5),
+    "norm": lambda m, block: setattr(block.norm, "weight", nn.Parameter(block.norm.weight * 1.5)),
+    "epsilon": lambda m, block: setattr(block.norm, "variance_epsilon", 1.0),
+    "gated norm": lambda m, block: setattr(block.mixer.norm, "variance_epsilon", 1.0),
+    "A_log": lambda m, block: setattr(block.mixer, "A_log", nn.Parameter(block.mixer.A_log + 1)),
+    "D": lambda m, block: setattr(block.mixer.D, "data", block.mixer.D + 1),
+    "convolution": lambda m, block: setattr(block.mixer, "conv1d", like(block.mixer.conv1d)),
+    "limits": lambda m, block: setattr(block.mixer, "time_step_limit", (0.5, 0.6)),
+    "a block": lambda m, block: m.model.layers.__setitem__(list(m.model.layers).index(block), doubled(block, block.norm.weight)),
+    "a hook": lambda m, block: block.mixer.out_proj.register_forward_hook(lambda module, args, out: out * 2),
+    "hooks replaced": lambda m, block: setattr(block.norm, "_forward_hooks", {0: lambda module, args, out: out * 2}),
+    "a hook before": lambda m, block: block.register_forward_pre_hook(lambda module, args: (args[0] * 2,)),
+    "forward": lambda m, block: setattr(block.norm, "forward", lambda x: x * 2),
+    "an activation": lambda m, block: [setattr(b.mixer, "act_fn", nn.GELU()) for b in m.model.layers if b.block_type == "mlp"],
+    "attention": lambda m, block: [b.mixer.k_proj.weight.mul_(3) for b in m.model.layers if b.block_type == "full_attention"],
+    "a scale": lambda m, block: [setattr(b.mixer, "scaling", 1.0) for b in m.model.layers if b.block_type == "full_attention"],
+    "window": lambda m, block: [setattr(b.mixer, "sliding_window", 2) for b in m.model.layers if b.block_type == "full_attention"],
+    "pruned": lambda m, block: random_unstructured(block.mixer.in_proj, "weight", 0.5),
+    "parametrized": lambda m, block: nn.utils.parametrize.register_parametrization(block.mixer.in_proj, "weight", Halved()),
+    "there and back": lambda m, block: m.to(torch.bfloat16).float(),
+    "transposed": lambda m, block: setattr(block.mixer.in_proj.weight, "data", block.mixer.in_proj.weight.T.contiguous().T),
+    "every second": lambda m, block: setattr(block.mixer.D, "data", block.mixer.D.repeat_interleave(2)[::2] * 2),
+}  # fmt: skip
+
+
+def like(module: nn.Module) -> nn.Module:
+    """A copy with other weights."""
+    return doubled(module, module.weight)
+
+
+def doubled(module: nn.Module, weight: nn.Parameter) -> nn.Module:
+    """A copy with one of its weights doubled."""
+    new = copy.deepcopy(module)
+    next(own for own, old in zip(new.parameters(), module.parameters()) if old is weight).mul_(2)
+    return new
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", CHANGES)
+def test_what_changes_between_tokens_is_seen(case, operations):
+    model, ids = tiny_model(), prompt(2, 16)
+    cache = HybridCache(model.config)
+    decode(model, ids[:, :14], "auto", cache=cache)
+    before = copy.deepcopy(cache)
+    block = next(block for block in model.model.layers if block.block_type == "linear_attention")
+    CHANGES[case](model, block)
+    got = decode(model, ids[:, 14:], "auto", 1, cache)
+    want = decode(model, ids[:, 14:], "torch", 1, copy.deepcopy(before))
+    assert operations and (got - want).abs().max() <= 1e-5
+    if case not in ("there and back", "transposed"):
+        unchanged = decode(tiny_model(), ids[:, 14:], "torch", 1, before)
+        assert (unchanged - want).abs().max() > 1e-3  # the change is one
+
+
+@torch.no_grad()
+def test_a_model_that_is_gone_leaves_no_plans():
+    model, ids = tiny_model(), prompt(1, 13)
+    decode(model, ids, "auto")
+    mixer = model.model.layers[0].mixer
+    layers, weight = [weakref.ref(block) for block in model.model.layers], weakref.ref(mixer.in_proj.weight)
+    assert any(token._plans.get(block()) for block in layers)
+    mixer.in_proj = copy.deepcopy(mixer.in_proj)  # nor does a weight that was replaced live on, before the next token
+    gc.collect()
+    assert weight() is None
+    del model, mixer
+    gc.collect()
+    assert not any(block() for block in layers)
+
+
+@torch.no_grad()
+def test_weights_by_functional_call_are_seen():
+    model, ids = tiny_model(), prompt(1, 14)
+    cache = HybridCache(model.config)
+    decode(model, ids[:, :13], "auto", cache=cache)
+    other = {name: value * 1.1 for name, value in model.state_dict().items()}
+    got = torch.func.functional_call(model, other, (ids[:, 13:],), {"past_key_values": cache.fork()}).logits
+    model.load_state_dict(other)
+    model.set_mamba_implementation("torch")
+    assert (got - model(ids[:, 13:], past_key_values=cache).logits).abs().max() <= 1e-5

@@ -124,7 +124,7 @@ def test_any_number_of_threads_gives_the_same_bits(rows, dtype):
     inputs, outputs = x.float(), []
     for parts in (1, 2, 3, 7):
         y = torch.full((rows, 203), torch.nan)
-        which, _, ints, reals = numba_run.product_of(inputs, linear.weight, y, [])
+        which, _, ints, reals = numba_run.product_of(inputs, numba_run.factor_of(linear.weight), y)
         for part in range(parts):
             numba_loops.part_of(which, np.array(ints, np.int64), np.array(reals), part, parts)
         outputs.append(y)

@@ -31,6 +31,7 @@ plain.py                       when a layer may be computed without calling its 
 forks.py                       child processes forked after computing
 numba_compile.py               compiling with Numba, and the threads of what it compiled
 numba_loops.py                 compiled: products of few rows, a Mamba layer's token, attention of a token
+numba_dot.py                   sums of products of bfloat16 in the processor's instruction
 numba_run.py                   what these loops are given, and their calls
 numba_scan_loops.py            compiled: the scan of a sequence, forward and backward
 numba_scan.py                  what these loops are given, and the gradients

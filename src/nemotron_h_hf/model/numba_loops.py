@@ -10,6 +10,8 @@ import math
 import numpy as np
 
 from .numba_compile import compiled, compiled_for_c, compiled_for_threads
+from .numba_dot import HAS_DOT, dot_1, dot_2, dot_4
+from .numba_dot import STEP as STEP_OF_DOT
 
 try:  # inside `try`, for readers that check the imports of pushed model code
     from numba import carray, prange, types
@@ -51,8 +53,16 @@ def on_threads(code, which, ints, reals, parts):  # pragma: no cover, machine co
 @compiled
 def product_part(ints, reals, part, parts):  # pragma: no cover, machine code
     """One part of the columns of `product_of`."""
-    kind, x, norm, norm_is_bf16, w, stride, scale = ints[0], ints[1], ints[2], ints[3], ints[4], ints[5], ints[6]
-    is_squared, residual, y, m, n, k = ints[7], ints[8], ints[9], ints[10], ints[11], ints[12]
+    x, residual, y, m, n, k = ints[0], ints[1], ints[2], ints[3], ints[4], ints[5]
+    kind, norm, norm_is_bf16, w, stride, scale, is_squared = (
+        ints[6],
+        ints[7],
+        ints[8],
+        ints[9],
+        ints[10],
+        ints[11],
+        ints[12],
+    )
     first, last = n * part // parts, n * (part + 1) // parts
     inputs, outputs = carray(pointer(x), (m, k), np.float32), carray(pointer(y), (m, n), np.float32)
     if norm != 0:
@@ -65,7 +75,11 @@ def product_part(ints, reals, part, parts):  # pragma: no cover, machine code
     if kind == 0:
         _multiply(inputs, carray(pointer(w), (n, stride), np.float32), rows, outputs, first, last)
     elif kind == 1:
-        _multiply(inputs, carray(pointer(w), (n, stride), np.uint16), rows, outputs, first, last)
+        halves = carray(pointer(w), (n, stride), np.uint16)
+        if HAS_DOT:
+            _multiply_bf16(inputs, halves, rows, outputs, first, last)
+        else:
+            _multiply(inputs, halves, rows, outputs, first, last)
     else:
         integers, step = carray(pointer(w), (n, stride), np.int8), np.float32(0)
         if m == 1:
@@ -123,6 +137,40 @@ def _multiply(x, w, rows, y, first, last):  # pragma: no cover, machine code
             y[i, j1], y[i1, j1], y[i2, j1], y[i3, j1] = a10, a11, a12, a13
             y[i, j2], y[i1, j2], y[i2, j2], y[i3, j2] = a20, a21, a22, a23
             y[i, j3], y[i1, j3], y[i2, j3], y[i3, j3] = a30, a31, a32, a33
+
+
+@compiled
+def _multiply_bf16(x, w, rows, y, first, last):  # pragma: no cover, machine code
+    """As `_multiply` of bf16 weights, by numba_dot.py: an input of one row or two is the sum of two bf16 numbers, to 2^-17 of it;
+    of more rows the nearest bf16 number, as where torch multiplies."""
+    m, k = x.shape
+    pieces, padded = 2 if m <= 2 else 1, m if m <= 2 else (m + 3) // 4 * 4
+    halves, sums = np.zeros((padded, pieces, k), np.uint16), np.empty(padded, np.float32)
+    for i in range(m):
+        for c in range(k):
+            halves[i, 0, c] = _bfloat16_bits(x[i, c])
+            if pieces == 2:
+                halves[i, 1, c] = _bfloat16_bits(x[i, c] - widened(halves[i, 0, c]))
+    behind, steps = 2 * k, k // STEP_OF_DOT
+    for j in range(first, last):
+        r = rows[j] if len(rows) else j
+        given, weights, to = (
+            halves.ctypes.data,
+            w.ctypes.data + r * w.strides[0],
+            sums.ctypes.data,
+        )  # named here: they live on
+        if m == 1:
+            dot_1(given, behind, weights, steps, to)
+        elif m == 2:
+            dot_2(given, behind, weights, steps, to)
+        else:
+            for i in range(0, padded, 4):
+                dot_4(given + i * behind, behind, weights, steps, to + 4 * i)
+        for i in range(m):
+            total = sums[i]
+            for c in range(steps * STEP_OF_DOT, k):
+                total += x[i, c] * widened(w[r, c])
+            y[i, j] = total
 
 
 @compiled
@@ -201,16 +249,16 @@ def _finish(y, scales, is_squared, added, first, last):  # pragma: no cover, mac
 def step_part(ints, reals, part, parts):  # pragma: no cover, machine code
     """One part of the rows' groups of `step_of`; tensors are addresses."""
     projected, window, row_stride, stride, tap_stride, is_bf16 = ints[0], ints[1], ints[2], ints[3], ints[4], ints[5]
-    states, bf16, out = ints[6], ints[13], ints[14]
-    b, h, p, n, g, k = ints[15], ints[16], ints[17], ints[18], ints[19], ints[20]
+    states, out, b, h, p, n, k = ints[6], ints[7], ints[8], ints[9], ints[10], ints[11], ints[12]
+    bf16, g = ints[19], ints[20]
     d = h * p + 2 * g * n
     width, size = h * p + d + h, 2 if is_bf16 else 4
-    taps = floats(ints[7], bf16 & 1, d * k).reshape(d, k)
+    taps = floats(ints[13], bf16 & 1, d * k).reshape(d, k)
     bias = np.zeros(d, np.float32)
-    if ints[8] != 0:
-        bias = floats(ints[8], bf16 & 2, d)
-    A_log, D, dt_bias = floats(ints[9], bf16 & 4, h), floats(ints[10], bf16 & 8, h), floats(ints[11], bf16 & 16, h)
-    weight = floats(ints[12], bf16 & 32, h * p)
+    if ints[14] != 0:
+        bias = floats(ints[14], bf16 & 2, d)
+    A_log, D, dt_bias = floats(ints[15], bf16 & 4, h), floats(ints[16], bf16 & 8, h), floats(ints[17], bf16 & 16, h)
+    weight = floats(ints[18], bf16 & 32, h * p)
     eps, low, high = np.float32(reals[0]), np.float32(reals[1]), np.float32(reals[2])
     for job in range(b * g * part // parts, b * g * (part + 1) // parts):
         row, group = job // g, job % g

@@ -1,7 +1,8 @@
 """Runs compiled operations one after the other, on one thread or on several (numba_compile.py). Needs Numba.
 
 An operation is (which, bytes that it reads, integers, floats), as `product_of`, `step_of` and `attention_of` make them.
-Tensors are addresses in it: they must live until it has run, and nothing of it is seen by autograd or a tracer.
+Tensors are addresses in it: they must live until it has run, and nothing of it is seen by autograd or a tracer. What stays the
+same from token to token is made once (`factor_of`, `recurrence_of`).
 
 For one row torch reads fp32 weights at two thirds of the memory's speed, bf16 ones at a third; by torchao's int8 weights
 it multiplies by making them fp32 first, every time (docs/results/few_rows, docs/results/int8).
@@ -10,12 +11,14 @@ it multiplies by making them fp32 first, every time (docs/results/few_rows, docs
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from .numba_compile import Kernel
+from .numba_dot import HAS_DOT  # noqa: F401, for linear.py
 from .numba_loops import ATTENTION, MOST_INTS, MOST_REALS, PRODUCT, STEP, on_one_thread, on_threads, part_at
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
@@ -32,11 +35,10 @@ def run(operations: Sequence[tuple]) -> None:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` of x (..., k) in any floating dtype and a weight as in `product_of` -> (..., n) in x's dtype; no gradients."""
-    rows, held = x.detach().reshape(-1, x.shape[-1]).float().contiguous(), []
-    values = weight.qdata if type(weight).__name__ == "Int8Tensor" else weight
-    y = rows.new_empty(len(rows), values.shape[0])
-    run([product_of(rows, weight, y, held)])
+    """`F.linear` of x (..., k) in any floating dtype and a weight as in `factor_of` -> (..., n) in x's dtype; no gradients."""
+    rows, factor = x.detach().reshape(-1, x.shape[-1]).float().contiguous(), factor_of(weight)
+    y = rows.new_empty(rows.size(0), factor.n)
+    run([product_of(rows, factor, y)])
     y = y if bias is None else y.add_(bias)
     return y.to(x.dtype).view(*x.shape[:-1], -1)
 
@@ -55,80 +57,96 @@ def step(
     rows = projected.detach().float().contiguous()
     weights = [None if weight is None else weight.contiguous() for weight in (*conv, *heads, norm[0])]
     out = rows.new_empty(len(rows), len(norm[0]))
-    run([step_of(rows, conv_state, ssm_state, weights, groups, (norm[1], *limit), out)])
+    run([step_of(rows, conv_state, ssm_state, recurrence_of(weights, groups, (norm[1], *limit)), out)])
     return out.to(projected.dtype)
 
 
-def product_of(
-    x: Tensor,
+class Factor(NamedTuple):
+    """A weight (n, k) and what is done with it, as numbers: true for as long as all that it was made of lives and stays in its
+    memory."""
+
+    n: int
+    k: int
+    num_bytes: int
+    ints: tuple[int, ...]
+    reals: tuple[float, ...]
+    scale: Tensor | None  # may be a copy, which has to live
+
+
+def factor_of(
     weight: Tensor,
-    y: Tensor,
-    held: list[Tensor],
     norm: tuple[Tensor, float] | None = None,
     is_squared: bool = False,
-    residual: Tensor | None = None,
     orders: tuple[Tensor | None, Tensor | None] = (None, None),
-) -> tuple:
-    """The operation y (m, n) = x (m, k) times a weight (n, k) of fp32, bf16 or an Int8Tensor that `can_read_int8`.
+) -> Factor:
+    """What `product_of` multiplies by.
 
     Args:
-        x, y, residual: fp32 and contiguous.
-        held: gets what has to live until the operation runs.
-        norm: weight (k), fp32 or bf16, and epsilon of an RMSNorm of x before the product.
+        weight: (n, k) of fp32, bf16 or an Int8Tensor that `can_read_int8`.
+        norm: weight (k), fp32 or bf16, and epsilon of an RMSNorm of the inputs before the product.
         is_squared: relu(y)^2 after it.
-        residual: (m, n), added after that.
         orders: the row of the weight for each output (n), the input of each column (k), int64, None for as they are; with
             the first the weight may have more rows.
     """
-    scale_at = residual_at = norm_at = norm_is_bf16 = 0
-    eps = 0.0
+    scale, norm_weight, eps = None, *(norm or (None, 0.0))
     if type(weight) not in (Tensor, nn.Parameter):
-        scale = weight.scale.detach().float().contiguous()
-        held.append(scale)
-        weight, scale_at = weight.qdata, scale.data_ptr()
-    if norm is not None:
-        norm_weight, eps = norm
-        norm_at, norm_is_bf16 = norm_weight.data_ptr(), norm_weight.dtype == torch.bfloat16
-    if residual is not None:
-        residual_at = residual.data_ptr()
-    m, n, k = y.size(0), y.size(1), x.size(1)
-    order_at = [0 if order is None else order.data_ptr() for order in orders]
-    rows_fit = weight.size(0) == n if orders[0] is None else len(orders[0]) == n <= weight.size(0)
-    if not rows_fit or weight.size(1) != k or len(x) != m:
-        raise ValueError(f"a weight {tuple(weight.shape)} does not multiply {tuple(x.shape)} to {tuple(y.shape)}")
-    ints = (
-        KINDS[weight.dtype], x.data_ptr(), norm_at, norm_is_bf16, weight.data_ptr(), weight.stride(0), scale_at, is_squared,
-        residual_at, y.data_ptr(), m, n, k, *order_at,
-    )  # fmt: skip
-    return PRODUCT, n * k * weight.element_size(), ints, (eps,)
+        weight, scale = weight.qdata, weight.scale.detach().float().contiguous()
+    n, k = weight.shape[0] if orders[0] is None else len(orders[0]), weight.shape[1]
+    if n > weight.shape[0] or (orders[1] is not None and len(orders[1]) != k):
+        raise ValueError(
+            f"a weight {tuple(weight.shape)} is not ordered by {[order is not None and len(order) for order in orders]}"
+        )
+    norm_at, scale_at, rows_at, columns_at = map(_address, (norm_weight, scale, *orders))
+    ints = (KINDS[weight.dtype], norm_at, _is_bf16(norm_weight), weight.data_ptr(), weight.stride(0), scale_at, is_squared,
+            rows_at, columns_at)  # fmt: skip
+    return Factor(n, k, n * k * weight.element_size(), ints, (eps,), scale)
 
 
-def step_of(
-    projected: Tensor,
-    conv_state: Tensor,
-    ssm_state: Tensor,
-    weights: tuple[Tensor | None, ...],
-    groups: int,
-    limits: tuple[float, float, float],
-    out: Tensor,
-) -> tuple:
+def product_of(x: Tensor, factor: Factor, y: Tensor, residual: Tensor | None = None) -> tuple:
+    """The operation y (m, n) = x (m, k) times a weight (n, k), plus `residual` (m, n); all fp32 and contiguous."""
+    m, n, k = x.size(0), factor.n, factor.k
+    if x.size(1) != k or y.size(0) != m or y.size(1) != n:
+        raise ValueError(f"a weight ({n}, {k}) does not multiply {tuple(x.shape)} to {tuple(y.shape)}")
+    return (
+        PRODUCT,
+        factor.num_bytes,
+        (x.data_ptr(), _address(residual), y.data_ptr(), m, n, k, *factor.ints),
+        factor.reals,
+    )
+
+
+class Recurrence(NamedTuple):
+    """A Mamba layer's weights between its projections, as numbers, like `Factor`."""
+
+    ints: tuple[int, ...]
+    limits: tuple[float, float, float]
+
+
+def recurrence_of(weights: Sequence[Tensor | None], groups: int, limits: tuple[float, float, float]) -> Recurrence:
+    """What `step_of` computes with.
+
+    Args:
+        weights: taps (d, k), bias (d) or None, A_log (h), D (h), dt_bias (h), norm (h * p), each fp32 or bf16, contiguous.
+        limits: epsilon of the norm, least and largest step size.
+    """
+    bf16 = sum(_is_bf16(weight) << i for i, weight in enumerate(weights))
+    return Recurrence((*map(_address, weights), bf16, groups), limits)
+
+
+def step_of(projected: Tensor, conv_state: Tensor, ssm_state: Tensor, recurrence: Recurrence, out: Tensor) -> tuple:
     """The operation in_proj's output (b, gate + d + h) -> out_proj's input (b, h * p); updates the states.
 
     Args:
         projected, out: fp32 and contiguous.
         conv_state: (b, d, k), fp32 or bf16, in any order.
         ssm_state: (b, h, p, n), fp32 and contiguous.
-        weights: taps (d, k), bias (d) or None, A_log (h), D (h), dt_bias (h), norm (h * p), each fp32 or bf16.
-        limits: epsilon of the norm, least and largest step size.
     """
-    addresses = [0 if weight is None else weight.data_ptr() for weight in weights]
-    bf16 = sum((weight is not None and weight.dtype == torch.bfloat16) << i for i, weight in enumerate(weights))
     (b, h, p, n), k = ssm_state.shape, conv_state.size(2)
     ints = (
         projected.data_ptr(), conv_state.data_ptr(), *conv_state.stride(), conv_state.dtype == torch.bfloat16,
-        ssm_state.data_ptr(), *addresses, bf16, out.data_ptr(), b, h, p, n, groups, k,
+        ssm_state.data_ptr(), out.data_ptr(), b, h, p, n, k, *recurrence.ints,
     )  # fmt: skip
-    return STEP, 4 * b * h * p * n, ints, limits
+    return STEP, 4 * b * h * p * n, ints, recurrence.limits
 
 
 def attention_of(
@@ -160,3 +178,11 @@ def can_read_int8(weight: Tensor) -> bool:
         and weight.act_pre_scale is None
         and (weight.zero_point is None or not weight.zero_point.numpy().any())
     )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _is_bf16(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.dtype == torch.bfloat16
