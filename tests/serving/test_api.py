@@ -383,9 +383,9 @@ def test_a_stream_that_fails_later_says_so_in_an_event(client, monkeypatch):
 
     monkeypatch.setattr(Batch, "step", fail)
     parts = client.completions.create(
-        model="tiny", prompt="Hi", max_tokens=4, stream=True, extra_body={"ignore_eos": True}
-    )
-    assert next(parts).choices[0].text is not None
+        model="tiny", prompt="Hi", max_tokens=4, stream=True, temperature=0, extra_body={"ignore_eos": True}
+    )  # a drawn token may be a part of a character, which is not sent
+    assert next(parts).choices[0].text
     read.set()
     with pytest.raises(openai.APIError, match="out of memory"):
         next(parts)

@@ -10,7 +10,6 @@ values are fp32, also in a bf16 model.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,9 +25,6 @@ from .moe import SquaredReLU
 from .plain import PLAIN_TENSORS, REORDERED, Seen, classes_are_plain, is_plain
 from .ssd import under_func
 
-if TYPE_CHECKING:
-    from .numba_run import Factor, Recurrence
-
 
 def can_take_token(config: NemotronHConfig, x: Tensor, training: bool) -> bool:
     """Whether a `TokenRun` may be made of x (b, 1, hidden), of real tokens."""
@@ -39,6 +35,18 @@ def can_take_token(config: NemotronHConfig, x: Tensor, training: bool) -> bool:
     if config.mamba_implementation != "auto" or config._attn_implementation != "sdpa" or config.residual_in_fp32:
         return False
     return not under_func() and not torch.jit.is_tracing() and compiled_loops() is not None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A block as numbers: the same for every token while `seen` holds."""
+
+    seen: Seen
+    factors: Sequence[tuple]  # numba_run.Factor of its Linear layers, in the order in which they are computed
+    recurrence: tuple | None = None  # numba_run.Recurrence
+
+
+_plans: WeakKeyDictionary[nn.Module, Plan | None] = WeakKeyDictionary()
 
 
 class TokenRun:
@@ -82,7 +90,7 @@ class TokenRun:
         self._add_last(down, self._multiplied(up))
         return True
 
-    def _add_mamba(self, mixer: NemotronHMamba2Mixer, plan: "Plan") -> bool:
+    def _add_mamba(self, mixer: NemotronHMamba2Mixer, plan: Plan) -> bool:
         layer = self.cache.layers[mixer.layer_idx]
         if not layer.has_previous_state[0] or layer.record_past:
             return False
@@ -96,7 +104,7 @@ class TokenRun:
         layer.tokens_seen += 1
         return True
 
-    def _add_attention(self, mixer: nn.Module, plan: "Plan", attention_mask: Tensor | None) -> bool:
+    def _add_attention(self, mixer: nn.Module, plan: Plan, attention_mask: Tensor | None) -> bool:
         layer = self.cache.layers[mixer.layer_idx]
         if self.cache.offloading or attention_mask is not None or not isinstance(layer, GrowingLayer):
             return False
@@ -113,13 +121,13 @@ class TokenRun:
         self._add_last(o_proj, out)
         return True
 
-    def _multiplied(self, factor: "Factor") -> Tensor:
+    def _multiplied(self, factor: tuple) -> Tensor:
         """What a block's first layer makes of the rows: (b, n)."""
         y = self._new(factor.n)
         self.operations.append(self.loops.product_of(self.rows, factor, y))
         return y
 
-    def _add_last(self, factor: "Factor", inputs: Tensor) -> None:
+    def _add_last(self, factor: tuple, inputs: Tensor) -> None:
         """The rows plus what a block's last layer makes of its inputs."""
         y = self._new(factor.n)
         self.operations.append(self.loops.product_of(inputs, factor, y, residual=self.rows))
@@ -130,18 +138,6 @@ class TokenRun:
         new = self.rows.new_empty(self.num_rows, width)
         self.held.append(new)
         return new
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A block as numbers: the same for every token while `seen` holds."""
-
-    seen: Seen
-    factors: Sequence["Factor"]  # of its Linear layers, in the order in which they are computed
-    recurrence: "Recurrence | None" = None
-
-
-_plans: WeakKeyDictionary[nn.Module, Plan | None] = WeakKeyDictionary()
 
 
 def plan_of(block: nn.Module) -> Plan | None:
@@ -173,7 +169,7 @@ def plan_of(block: nn.Module) -> Plan | None:
     return Plan(Seen(block, [t for t in copied if t is not None]), factors, recurrence)
 
 
-def recurrence_of(mixer: NemotronHMamba2Mixer) -> "Recurrence | None":
+def recurrence_of(mixer: NemotronHMamba2Mixer) -> tuple | None:
     """What is between a Mamba layer's projections, or None if it cannot be read."""
     conv, norm = mixer.conv1d, mixer.norm
     if not is_plain(conv, nn.Conv1d) or not is_plain(norm, NemotronHRMSNormGated):
