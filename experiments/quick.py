@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from nemotron_h_hf import EMBEDDED_MODEL
+
 HERE = Path(__file__).parent
 TEXT_PYTHON = "3.11.7"  # whose library the text is
 
@@ -41,10 +43,16 @@ def commands(runs: Path) -> dict[str, list[str]]:
             f"tiny_box/run.py measure {small_box} --num_samples 2",
         ],
         "claim": [
-            f"elastic_claim/run.py prepare {small_claim}",
-            f"elastic_claim/run.py search --arm elastic {small_claim}",
-            f"elastic_claim/run.py search --arm separate {small_claim}",
-            f"elastic_claim/run.py all --seed 0 {small_claim}",
+            f"elastic_claim/run.py {step} {small_claim}"
+            for step in (
+                f"prepare --pretrained {EMBEDDED_MODEL}",
+                "search --arm elastic --variants 'sandwich, live' --optimizers muon",
+                "search --arm separate --optimizers adamw",
+                "elastic",
+                "separate --budget three_quarters",
+                "separate",
+                "report --seeds 0",
+            )
         ],
         "fp8": [
             f"fp8/gap.py train --precision {precision} --seeds 0 --max-tokens 8192 --runs {fp8} --logs {fp8 / 'logs'}"

@@ -1,17 +1,17 @@
-"""One elastic run against separate distillation runs with the same tokens: cuts, runs, table and pictures.
+"""One elastic run against separate distillation runs with the same tokens: search of both sides, runs, table and pictures.
 
-    python experiments/elastic_claim/run.py prepare                     # text, and the embedded model as an ordered parent
-    python experiments/elastic_claim/run.py search --arm elastic        # learning rates, short runs on other held-out text
-    python experiments/elastic_claim/run.py search --arm separate
+    python experiments/elastic_claim/run.py prepare --pretrained runs/box/pretrained/model     # text, the ordered parent, the cuts
+    python experiments/elastic_claim/run.py search --arm elastic        # each of VARIANTS and rates, a short run on other held-out text
+    python experiments/elastic_claim/run.py search --arm separate       # learning rates
     python experiments/elastic_claim/run.py elastic --seed 0            # T tokens: the parent and two nested models
-    python experiments/elastic_claim/run.py cut --seed 0                # the same cuts, out of the parent before training
     python experiments/elastic_claim/run.py separate --seed 0 --budget three_quarters      # T / 2 tokens
     python experiments/elastic_claim/run.py separate --seed 0 --budget half                # T / 2 tokens
-    python experiments/elastic_claim/run.py report                      # losses of all, results.json, README's table, plots
+    python experiments/elastic_claim/run.py separate --seed 0 --budget half --times 2      # T tokens: for the ratio
+    python experiments/elastic_claim/run.py report                      # losses of all, results.json, tables, plots
 
-Each line is one process; `all --seed 0` does the five of a seed one after another. A command that was stopped resumes when
-it is repeated, one that is finished does nothing. The sizes are those that the router of the seed's elastic run ends with,
-so `cut` and `separate` come after `elastic`. Every run is one `nemotron-h` command, which is printed first.
+Each line is one process. A command that was stopped resumes when it is repeated, one that is finished does nothing. The parent is
+what experiments/tiny_box/run.py train leaves in pretrained/, trained as a whole alone; the sizes of both nested models are those
+that the router of the embedded model found, the same in all runs. Every run is one `nemotron-h` command, which is printed first.
 """
 
 import argparse
@@ -31,48 +31,63 @@ from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.data.blended_rows import one_round
 from nemotron_h_hf.data.fine_tuning_records import encode_record
 from nemotron_h_hf.data.sources import Source
-from nemotron_h_hf.data.stdlib_text import corpus_digest, read_documents, split_documents
+from nemotron_h_hf.data.stdlib_text import as_jsonl, corpus_digest, read_documents, split_documents
 from nemotron_h_hf.elastic.budgets import read_elastic
 from nemotron_h_hf.elastic.cut.cutting import slice_checkpoint
 from nemotron_h_hf.elastic.prepare.elasticize import elasticize
+from nemotron_h_hf.environment import machine, versions
 from nemotron_h_hf.scripts import distill, elastic_train
 from nemotron_h_hf.tokenizer_files import save_tokenizer
+from nemotron_h_hf.whole_files import whole_file, write_json, write_text
 
 FOLDER = Path(__file__).parents[2] / "docs" / "results" / "elastic_claim"
 LENGTH, ROWS_PER_STEP = 1024, 4
-NESTED = {"three_quarters": 0.75, "half": 0.5}
-BUDGETS = {"full": 1.0, **NESTED}
+NESTED = ("three_quarters", "half")
+BUDGETS = ("full", *NESTED)
 SEEDS = (0, 1, 2)
 SEARCH_SEED, SEARCH_TOKENS = 100, 400_000
-LEARNING_RATES = ("2.5e-4", "5e-4", "1e-3")
-BOX = AutoConfig.from_pretrained(EMBEDDED_MODEL)
-CHOICES = {
-    "hidden_size": list(range(BOX.hidden_size, BOX.hidden_size // 2 - 1, -16)),
-    "intermediate_size": list(range(BOX.intermediate_size, BOX.intermediate_size // 3 - 1, -96)),
-    "mamba_num_heads": list(range(BOX.mamba_num_heads, 0, -2)),
-    "mamba_head_dim": [64, 48, 32],
+RATES = {"adamw": ("5e-4", "1e-3", "2e-3"), "muon": ("1e-3", "2e-3", "4e-3")}
+EVEN = [{"weights": {"full": 1, "three_quarters": 1, "half": 1}}]
+PAPER = [{"until": "60%"}, {"weights": {"full": 0.5, "three_quarters": 0.3, "half": 0.2}}]
+SMALL = [{"weights": {"full": 0.1, "three_quarters": 0.4, "half": 0.5}}]
+VARIANTS = {  # what differs from one elastic run to another
+    "paper": ["--stages", json.dumps(PAPER)],
+    "small": ["--stages", json.dumps(SMALL)],
+    "sandwich": ["--stages", json.dumps(EVEN), "--sandwich"],
+    "live": ["--stages", json.dumps(SMALL), "--live_teacher"],
+    "sandwich, live": ["--stages", json.dumps(EVEN), "--sandwich", "--live_teacher"],
 }
-STAGES = [{"until": "60%"}, {"weights": {"full": 0.5, "three_quarters": 0.3, "half": 0.2}}]
 NUM_CALIBRATION_DOCUMENTS, NUM_VALIDATION_DOCUMENTS = 16, 10
 NUM_CALIBRATION_ROWS = 64
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("prepare", "search", "elastic", "cut", "separate", "all", "report"))
-    parser.add_argument("--seed", type=int, default=0, help="of a run (0)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=SEEDS, help="of report (0 1 2)")
-    parser.add_argument("--budget", choices=tuple(NESTED), default="half", help="of separate (half)")
-    parser.add_argument("--arm", choices=("elastic", "separate"), default="elastic", help="of search (elastic)")
-    parser.add_argument("--tokens", type=int, default=3_400_000, help="T, of the elastic run and of both separate ones")
-    parser.add_argument("--search-tokens", type=int, default=SEARCH_TOKENS, help="of an elastic run of search")
-    parser.add_argument("--runs", type=Path, default=Path("runs/elastic_claim"), help="where runs are kept")
-    parser.add_argument("--output", type=Path, default=FOLDER, help="where report writes")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
+    add = parser.add_argument
+    add("step", choices=("prepare", "search", "elastic", "separate", "report"))
+    add("--pretrained", type=Path, default=Path("runs/box/pretrained/model"), help="the parent, for prepare")
+    add("--seed", type=int, default=0, help="of a run (0)")
+    add("--seeds", type=int, nargs="+", default=SEEDS, help="of report (0 1 2)")
+    add("--budget", choices=NESTED, default="half", help="of separate (half)")
+    add("--times", type=float, default=1.0, help="of separate: so many times T / 2 tokens (1)")
+    add("--arm", choices=("elastic", "separate"), default="elastic", help="of search (elastic)")
+    add("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS), help="of search --arm elastic (all)")
+    add("--optimizers", nargs="+", choices=tuple(RATES), default=list(RATES), help="of search (both)")
+    add("--tokens", type=int, default=1_600_000, help="T, of the elastic run and of both separate ones")
+    add("--search-tokens", type=int, default=SEARCH_TOKENS, help="T of search")
+    add("--runs", type=Path, default=Path("runs/elastic_claim"), help="where runs are kept")
+    add("--output", type=Path, default=FOLDER, help="where report writes")
+    add("--threads", type=int, default=1, help="CPU threads (1)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    steps = {"prepare": prepare, "search": search, "elastic": train_elastic, "cut": cut, "separate": train_separate,
-             "all": train_all, "report": report}  # fmt: skip
+    torch.set_flush_denormal(True)
+    steps = {
+        "prepare": prepare,
+        "search": search,
+        "elastic": train_elastic,
+        "separate": train_separate,
+        "report": report,
+    }
     steps[arguments.step](arguments)
 
 
@@ -80,7 +95,7 @@ def main() -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Documents as the embedded model saw them, and itself with its weights in order of importance."""
+    """Documents as the parent saw them, the parent with its weights in order of importance, and both cuts of it."""
     runs = arguments.runs
     runs.mkdir(parents=True, exist_ok=True)
     train, held_out = split_documents(read_documents())
@@ -90,17 +105,22 @@ def prepare(arguments: argparse.Namespace) -> None:
     parts["calibration"] = train[1 :: len(train) // NUM_CALIBRATION_DOCUMENTS]
     parts["train"] = [document for document in train if document.name not in left_out]
     for name, documents in parts.items():
-        if not (path := runs / f"{name}.jsonl").is_file():
-            lines = [json.dumps({"text": document.text}) + "\n" for document in documents]
-            path.write_text("".join(lines), encoding="utf-8")
+        write_text(runs / f"{name}.jsonl", as_jsonl(documents))
+    named = read_elastic(AutoConfig.from_pretrained(EMBEDDED_MODEL))
+    sizes = {name: replace(named.budgets[name], trained=False, loss=None) for name in BUDGETS}
     if not (runs / "parent").is_dir():
-        model = AutoModelForCausalLM.from_pretrained(EMBEDDED_MODEL, dtype=torch.float32)
-        model.config.elastic = None  # it is put in order again
+        model = AutoModelForCausalLM.from_pretrained(arguments.pretrained, dtype=torch.float32)
+        model.config.elastic = None
         calibration = rows_of(runs / "calibration.jsonl")[:NUM_CALIBRATION_ROWS]
         validation = rows_of(runs / "validation.jsonl")[:16]
-        elasticize(model, calibration, validation, choices=CHOICES, depth_rows=[], work=runs / "work")  # widths alone
+        choices = {field: list(of) for field, of in named.choices.items()}
+        elasticize(model, calibration, validation, choices=choices, depth_rows=[], work=runs / "work")  # widths alone
+        model.config.elastic = replace(read_elastic(model.config), budgets=sizes).to_dict()
         model.save_pretrained(runs / "parent")
         save_tokenizer(AutoTokenizer.from_pretrained(EMBEDDED_MODEL), runs / "parent")
+    for name in NESTED:
+        if not (runs / f"cut-{name}" / "config.json").is_file():
+            slice_checkpoint(runs / "parent", sizes[name], runs / f"cut-{name}")
     print(f"{runs / 'parent'} is ordered", flush=True)
 
 
@@ -115,113 +135,99 @@ def rows_of(path: Path) -> list[dict[str, torch.Tensor]]:
 
 
 def search(arguments: argparse.Namespace) -> None:
-    """The best of LEARNING_RATES for an arm, by the mean validation loss of both nested models, into search-ARM.json.
-
-    The separate arm is given the cuts of the elastic arm's best run.
-    """
-    runs, found = arguments.runs, {}
-    for rate in LEARNING_RATES:
-        if arguments.arm == "elastic":
-            folder = runs / f"search-elastic-{rate}"
-            run_elastic(arguments, folder, rate, SEARCH_SEED, arguments.search_tokens)
-            budgets = read_elastic(AutoConfig.from_pretrained(folder / "model")).budgets
-            found[rate] = mean(budgets[name].loss for name in NESTED)
-        else:
-            model = runs / f"search-elastic-{best_rate(arguments, 'elastic')}" / "model"
-            losses = []
-            for name in NESTED:
-                cut_one(arguments, model, name, runs / f"search-cut-{name}")
-                folder = runs / f"search-separate-{name}-{rate}"
-                run_separate(
-                    arguments, folder, runs / f"search-cut-{name}", rate, SEARCH_SEED, arguments.search_tokens // 2
-                )
-                losses.append(held_out_loss(folder / "model", runs / "validation.jsonl"))
-            found[rate] = mean(losses)
-        print(f"{arguments.arm}, learning rate {rate}: {found[rate]:.4f}", flush=True)
-    (runs / f"search-{arguments.arm}.json").write_text(json.dumps(found) + "\n", encoding="utf-8")
+    """Mean validation loss of both nested models for each way and rate of an arm, into search-ARM.json."""
+    path = arguments.runs / f"search-{arguments.arm}.json"
+    ways = arguments.variants if arguments.arm == "elastic" else ["separate"]
+    for way in ways:
+        for optimizer in arguments.optimizers:
+            for rate in RATES[optimizer]:
+                name = f"{way}/{optimizer}/{rate}"
+                found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+                if name not in found:
+                    found[name] = searched(arguments, way, optimizer, rate)
+                    write_json(path, found)
+                print(f"{name}: {found[name]}", flush=True)
 
 
-def best_rate(arguments: argparse.Namespace, arm: str) -> str:
-    """What `search` found, or 1e-3 if there was none."""
-    path = arguments.runs / f"search-{arm}.json"
-    if not path.is_file():
-        return "1e-3"
-    found = json.loads(path.read_text(encoding="utf-8"))
-    return min(found, key=found.get)
-
-
-def train_all(arguments: argparse.Namespace) -> None:
-    """Everything of one seed."""
-    train_elastic(arguments)
-    cut(arguments)
+def searched(arguments: argparse.Namespace, way: str, optimizer: str, rate: str) -> dict[str, float]:
+    """Budget -> validation loss after a short run."""
+    folder = arguments.runs / f"search-{'-'.join((*way.split(', '), optimizer, rate))}"
+    text, tokens = arguments.runs / "validation.jsonl", arguments.search_tokens
+    if way != "separate":
+        run_elastic(arguments, folder, way, optimizer, rate, SEARCH_SEED, tokens)
+        return {name: round(held_out_loss(folder / "model", text, name), 4) for name in BUDGETS}
+    found = {}
     for name in NESTED:
-        train_separate(argparse.Namespace(**{**vars(arguments), "budget": name}))
+        own = folder.with_name(f"{folder.name}-{name}")
+        run_separate(arguments, own, name, optimizer, rate, SEARCH_SEED, tokens // len(NESTED))
+        found[name] = round(held_out_loss(own / "model", text), 4)
+    return found
+
+
+def best(arguments: argparse.Namespace, arm: str) -> tuple[str, str, str]:
+    """Way, optimizer and rate that `search` found."""
+    found = json.loads((arguments.runs / f"search-{arm}.json").read_text(encoding="utf-8"))
+    return tuple(min(found, key=lambda name: mean(found[name][budget] for budget in NESTED)).split("/"))
 
 
 def train_elastic(arguments: argparse.Namespace) -> None:
-    """One run for the parent and both nested models."""
+    """One run for the parent and both nested models, the best way of the search."""
     folder = arguments.runs / f"elastic-{arguments.seed}"
-    run_elastic(arguments, folder, best_rate(arguments, "elastic"), arguments.seed, arguments.tokens)
+    run_elastic(arguments, folder, *best(arguments, "elastic"), arguments.seed, arguments.tokens)
 
 
 def train_separate(arguments: argparse.Namespace) -> None:
-    """One nested model by itself, from the same cut, on half of the tokens."""
+    """One nested model by itself, from the same cut."""
     name, seed = arguments.budget, arguments.seed
-    folder, start = arguments.runs / f"separate-{name}-{seed}", arguments.runs / f"cut-{name}-{seed}"
-    rate = best_rate(arguments, "separate")
-    run_separate(arguments, folder, start, rate, seed, arguments.tokens // len(NESTED))
+    tokens = round(arguments.times * arguments.tokens / len(NESTED))
+    run_separate(arguments, separate_folder(arguments, name, seed, arguments.times), name,
+                 *best(arguments, "separate")[1:], seed, tokens)  # fmt: skip
 
 
-def cut(arguments: argparse.Namespace) -> None:
-    """The sizes that the elastic run found, cut out of the parent before it was trained."""
-    for name in NESTED:
-        model = arguments.runs / f"elastic-{arguments.seed}" / "model"
-        cut_one(arguments, model, name, arguments.runs / f"cut-{name}-{arguments.seed}")
+def separate_folder(arguments: argparse.Namespace, budget: str, seed: int, times: float) -> Path:
+    return arguments.runs / (f"separate-{budget}-{seed}" + (f"-x{times:g}" if times != 1 else ""))
 
 
-def cut_one(arguments: argparse.Namespace, trained: Path, name: str, output: Path) -> None:
-    if not (output / "config.json").is_file():
-        found = read_elastic(AutoConfig.from_pretrained(trained)).budgets[name]
-        slice_checkpoint(arguments.runs / "parent", replace(found, trained=False, loss=None), output)
-
-
-def run_elastic(arguments: argparse.Namespace, folder: Path, rate: str, seed: int, tokens: int) -> None:
+def run_elastic(
+    arguments: argparse.Namespace, folder: Path, way: str, optimizer: str, rate: str, seed: int, tokens: int
+) -> None:
     if not (folder / "model" / "config.json").is_file():
-        words = ["--model", str(arguments.runs / "parent"), "--budgets", json.dumps(BUDGETS), "--choices",
-                 json.dumps(CHOICES), "--per_layer", "intermediate_size", "--stages", json.dumps(STAGES),
-                 *common(arguments, folder, rate, seed, tokens), "--calibrate", "false",
-                 "--eval_data", str(arguments.runs / "validation.jsonl")]  # fmt: skip
+        words = ["--model", str(arguments.runs / "parent"), "--keep_sizes", *VARIANTS[way],
+                 *common(arguments, folder, optimizer, rate, seed, tokens)]  # fmt: skip
         print(f"nemotron-h elastic-train {shlex.join(words)}", flush=True)
         elastic_train.main(words)
 
 
-def run_separate(arguments: argparse.Namespace, folder: Path, start: Path, rate: str, seed: int, tokens: int) -> None:
+def run_separate(
+    arguments: argparse.Namespace, folder: Path, budget: str, optimizer: str, rate: str, seed: int, tokens: int
+) -> None:
     if not (folder / "model" / "config.json").is_file():
-        words = ["--model", str(start), "--teacher", str(arguments.runs / "parent"),
-                 *common(arguments, folder, rate, seed, tokens)]  # fmt: skip
+        words = ["--model", str(arguments.runs / f"cut-{budget}"), "--teacher", str(arguments.runs / "parent"),
+                 *common(arguments, folder, optimizer, rate, seed, tokens)]  # fmt: skip
         print(f"nemotron-h distill {shlex.join(words)}", flush=True)
         distill.main(words)
 
 
-def common(arguments: argparse.Namespace, folder: Path, rate: str, seed: int, tokens: int) -> list[str]:
-    """What both arms share: text, rows, optimizer, schedule."""
-    return ["--data", str(arguments.runs / "train.jsonl"), "--sequence_length", str(LENGTH),
+def common(arguments: argparse.Namespace, folder: Path, optimizer: str, rate: str, seed: int, tokens: int) -> list[str]:
+    """What both arms share: text, rows, schedule."""
+    return ["--data", str(arguments.runs / "train.jsonl"), "--sequence_length", str(LENGTH), "--optimizer", optimizer,
             "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", str(ROWS_PER_STEP),
-            "--per_device_eval_batch_size", "4", "--learning_rate", rate, "--warmup_tokens", "5%", "--decay_tokens", "40%",
-            "--min_lr_ratio", "0.1", "--weight_decay", "0.1", "--total_tokens", str(tokens), "--seed", str(seed),
+            "--learning_rate", rate, "--warmup_tokens", "5%", "--decay_tokens", "60%",
+            "--min_lr_ratio", "0.05", "--weight_decay", "0.1", "--total_tokens", str(tokens), "--seed", str(seed),
             "--logging_steps", "5", "--save_steps", "50", "--save_total_limit", "1", "--use_cpu", "--disable_tqdm", "true",
-            "--output_dir", str(folder)]  # fmt: skip
+            "--report_to", "none", "--output_dir", str(folder)]  # fmt: skip
 
 
 # Report
 
 
 def report(arguments: argparse.Namespace) -> None:
-    """Held-out loss of every model, into results.json; the table on standard output; pictures."""
+    """Held-out loss of every model, into results.json; tables; a picture."""
     runs, seeds = arguments.runs, arguments.seeds
-    needed = [f"elastic-{seed}/model" for seed in seeds]
-    needed += [name for b in NESTED for seed in seeds for name in (f"cut-{b}-{seed}", f"separate-{b}-{seed}/model")]
-    if unfinished := [name for name in needed if not (runs / name / "config.json").is_file()]:
+    needed = [f"elastic-{seed}" for seed in seeds] + [
+        f"separate-{budget}-{seed}" for budget in NESTED for seed in seeds
+    ]
+    if unfinished := [name for name in needed if not (runs / name / "model" / "config.json").is_file()]:
         raise FileNotFoundError(f"{runs}: not finished: {', '.join(unfinished)}; --seeds takes those that are")
     losses_file = runs / "losses.json"
     losses = json.loads(losses_file.read_text(encoding="utf-8")) if losses_file.is_file() else {}
@@ -230,30 +236,35 @@ def report(arguments: argparse.Namespace) -> None:
         key = name if budget is None else f"{name} {budget}"
         if key not in losses:
             losses[key] = held_out_loss(runs / name, runs / "held_out.jsonl", budget)
-            losses_file.write_text(json.dumps(losses, indent=1) + "\n", encoding="utf-8")
+            write_json(losses_file, losses)
         return losses[key]
 
     rows = []
     for budget in BUDGETS:
         row = {"budget": budget, "elastic": [loss(f"elastic-{seed}/model", budget) for seed in seeds]}
         if budget == "full":
-            row |= {"parameters": [parameters_of(runs / "parent")] * len(seeds), "cut": [loss("parent")] * len(seeds),
-                    "separate": None}  # fmt: skip
+            row |= {"parameters": parameters_of(runs / "parent"), "cut": loss("parent"), "separate": {}}
         else:
-            row["parameters"] = [parameters_of(runs / f"cut-{budget}-{seed}") for seed in seeds]
-            row["cut"] = [loss(f"cut-{budget}-{seed}") for seed in seeds]
-            row["separate"] = [loss(f"separate-{budget}-{seed}/model") for seed in seeds]
+            row |= {"parameters": parameters_of(runs / f"cut-{budget}"), "cut": loss(f"cut-{budget}"), "separate": {}}
+            for folder in sorted(runs.glob(f"separate-{budget}-{seeds[0]}*")):
+                times = folder.name.partition("-x")[2] or "1"
+                found = [separate_folder(arguments, budget, seed, float(times)) for seed in seeds]
+                if all((one / "model" / "config.json").is_file() for one in found):
+                    row["separate"][times] = [loss(f"{one.name}/model") for one in found]
         rows.append(row)
-    logs = {seed: read_log(runs / f"elastic-{seed}" / "metrics.jsonl") for seed in seeds}
-    rates = {arm: best_rate(arguments, arm) for arm in ("elastic", "separate")}
-    searches = {arm: json.loads((runs / f"search-{arm}.json").read_text(encoding="utf-8")) for arm in rates}
-    results = {"tokens": arguments.tokens, "seeds": list(seeds), "learning_rates": rates, "searches": searches,
-               "losses": rows}  # fmt: skip
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    (arguments.output / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(table(rows))
-    draw_losses(rows, arguments.output / "loss_by_size.png")
-    draw_choices(logs, arguments.output / "choices.png")
+    searches = {
+        arm: json.loads((runs / f"search-{arm}.json").read_text(encoding="utf-8")) for arm in ("elastic", "separate")
+    }
+    write_json(arguments.output / "results.json", {
+        "command": "python experiments/elastic_claim/run.py prepare | search | elastic | separate | report",
+        "tokens": arguments.tokens, "search_tokens": arguments.search_tokens, "seeds": list(seeds),
+        "chosen": {arm: best(arguments, arm) for arm in searches}, "searches": searches, "losses": rows,
+        "machine": machine(), "versions": versions(),
+    })  # fmt: skip
+    written = f"{table(rows)}\n\n{search_table(searches)}\n"
+    write_text(arguments.output / "tables.md", written)
+    draw_losses(rows, arguments.output / "loss_by_tokens.png")
+    print(written)
 
 
 @torch.no_grad()
@@ -275,74 +286,55 @@ def parameters_of(folder: Path) -> int:
     return num_parameters(AutoConfig.from_pretrained(folder))
 
 
-def read_log(path: Path) -> list[dict[str, float]]:
-    lines = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-    return [row for row in lines if "loss" in row]
-
-
 def table(rows: Sequence[dict]) -> str:
-    """Markdown: mean and standard deviation over the seeds; a seed's elastic and separate models have the same sizes, and
-    the last column holds the differences within a seed."""
+    """Markdown: mean and standard deviation over the seeds; the last column holds the differences within a seed."""
 
-    def cell(values: Sequence[float] | None, digits: int = 3) -> str:
-        if values is None:
-            return "–"
-        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 and len(set(values)) > 1 else ""
-        return f"{mean(values):,.{digits}f}{spread}"
+    def cell(values: Sequence[float]) -> str:
+        return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
-    heads = ("model", "parameters", "cut, not trained", "separate runs", "one elastic run", "elastic - separate")
+    times = sorted({times for row in rows for times in row["separate"]}, key=float)
+    heads = ["model", "parameters", "cut, not trained", *(f"separate, {float(t):g} x T/2 tokens each" for t in times),
+             "one elastic run, T tokens", "elastic - separate"]  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
-        difference = row["separate"] and [a - b for a, b in zip(row["elastic"], row["separate"], strict=True)]
-        losses = (row["cut"], row["separate"], row["elastic"], difference)
-        cells = [row["budget"], cell(row["parameters"], 0), *map(cell, losses)]
-        lines.append(f"| {' | '.join(cells)} |")
+        separate = row["separate"].get("1")
+        difference = cell([a - b for a, b in zip(row["elastic"], separate, strict=True)]) if separate else "–"
+        cells = [f"{row['parameters']:,}", f"{row['cut']:.3f}"]
+        cells += [cell(row["separate"][t]) if t in row["separate"] else "–" for t in times]
+        lines.append(f"| {' | '.join((row['budget'], *cells, cell(row['elastic']), difference))} |")
+    return "\n".join(lines)
+
+
+def search_table(searches: dict[str, dict]) -> str:
+    """Markdown: what each short run came to."""
+    lines = ["| way | optimizer | rate | full | three quarters | half |", "|---|---|---|---|---|---|"]
+    for found in searches.values():
+        for name, losses in found.items():
+            cells = [f"{losses[budget]:.3f}" if budget in losses else "–" for budget in BUDGETS]
+            lines.append(f"| {' | '.join(name.split('/'))} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def draw_losses(rows: Sequence[dict], path: Path) -> None:
-    """Loss over size: a point for each seed, a line through the means."""
-    figure = Figure(figsize=(7, 4.2), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    labels = {
-        "cut": "cut, not trained",
-        "separate": "separate runs, T/2 tokens each",
-        "elastic": "one elastic run, T tokens",
-    }
-    for (arm, label), colour in zip(labels.items(), ("tab:gray", "tab:blue", "tab:orange"), strict=True):
-        there = [row for row in rows if row[arm] is not None]
-        axes.plot(
-            [mean(row["parameters"]) / 1e6 for row in there],
-            [mean(row[arm]) for row in there],
-            color=colour,
-            label=label,
+    """Loss of the separate runs over their tokens beside the elastic run's: a panel for each nested model."""
+    figure = Figure(figsize=(8, 3.6), dpi=120, layout="constrained")
+    for row, axes in zip([row for row in rows if row["separate"]], figure.subplots(1, len(NESTED)), strict=True):
+        times = sorted(row["separate"], key=float)
+        axes.plot([float(t) for t in times], [mean(row["separate"][t]) for t in times], "o-", label="separate run")
+        for t in times:
+            axes.scatter([float(t)] * len(row["separate"][t]), row["separate"][t], color="tab:blue", s=10)
+        axes.axhline(mean(row["elastic"]), color="tab:orange", label="one elastic run for all, T tokens")
+        for value in row["elastic"]:
+            axes.axhline(value, color="tab:orange", linewidth=0.5, alpha=0.5)
+        axes.set(
+            title=row["budget"].replace("_", " "),
+            xlabel="tokens of the separate run, T/2",
+            ylabel="held-out loss, nats per token",
         )
-        for row in there:
-            axes.scatter([count / 1e6 for count in row["parameters"]], row[arm], color=colour, s=14)
-    axes.set(xlabel="parameters (millions)", ylabel="held-out loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path)
-
-
-def draw_choices(logs: dict[int, list[dict[str, float]]], path: Path) -> None:
-    """The most likely size of every axis over the steps (mean over layers), and the expected size next to its target."""
-    fields = ["size", *(f"choice_{field}" for field in CHOICES)]
-    figure = Figure(figsize=(7, 2.2 * len(fields)), dpi=120, layout="constrained")
-    for field, axes in zip(fields, figure.subplots(len(fields), 1, sharex=True), strict=True):
-        for budget, colour in zip(BUDGETS, ("tab:gray", "tab:blue", "tab:orange"), strict=True):
-            key = f"size_{budget}" if field == "size" else field.replace("choice_", f"choice_{budget}_", 1)
-            for number, log in enumerate(logs.values()):
-                xs, ys = [row["step"] for row in log], [row[key] for row in log]
-                axes.plot(xs, ys, color=colour, alpha=0.7, linewidth=1, label=None if number else budget)
-                if field == "size" and not number:
-                    axes.axhline(log[0][f"target_{budget}"], color=colour, linestyle=":", linewidth=1)
-        name = field.removeprefix("choice_").replace("_", " ")
-        axes.set_ylabel("expected share of the parameters" if field == "size" else name, fontsize=8)
         axes.grid(alpha=0.3)
-    axes.set_xlabel("step")
-    figure.axes[0].legend(fontsize=8, ncols=3, loc=(0.5, 0.68))
-    figure.savefig(path)
+        axes.legend()
+    with whole_file(path) as part:
+        figure.savefig(part, format="png")
 
 
 if __name__ == "__main__":

@@ -73,3 +73,12 @@ def test_one_budget_is_the_parent_and_comes_first():
                              ({}, "a mapping"), ({"a": 1.0, "b": "100%", "c": 0.5}, "just one")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             targets_of(budgets, "parameters", 12e9)
+
+
+def test_a_sandwich_has_the_largest_and_the_smallest():
+    axes = axes_of(tiny_config(), {"hidden_size": [32]})
+    drawn = [[draw((1, 1, 2), axes, 0.0, 0, step, k, sandwich=True).budget for k in range(4)] for step in range(50)]
+    assert all(step[:2] == [0, 2] for step in drawn) and {budget for step in drawn for budget in step[2:]} == {0, 1, 2}
+    assert [step[2:] for step in drawn] == [
+        [draw((1, 1, 2), axes, 0.0, 0, step, k).budget for k in (2, 3)] for step in range(50)
+    ]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -137,3 +138,30 @@ def test_another_teacher_and_next_token_loss(box, tmp_path):
 def test_command_refuses(flags, message, box, tmp_path):
     with pytest.raises(ValueError, match=message):
         command(box, tmp_path / "run", *(flag.replace("{}", str(box)) for flag in flags))
+
+
+def test_budgets_are_trained_on_with_their_sizes(box, tmp_path):
+    assert command(box, tmp_path / "first") == 0
+    before = read_elastic(NemotronHForCausalLM.from_pretrained(tmp_path / "first" / "model").config)
+    flags = ["--keep_sizes", "--sandwich", "--live_teacher", "--gradient_accumulation_steps", "2", "--eval_data",
+             str(box / "texts" / "high" / "0*.txt"), "--save_steps", "2"]  # fmt: skip
+    words = ["--model", str(tmp_path / "first" / "model"), "--data", str(box / "texts" / "low"), "--sequence_length", "32",
+             "--max_steps", "4", "--use_cpu", "--disable_tqdm", "true", "--learning_rate", "1e-3",
+             "--output_dir", str(tmp_path / "on")]  # fmt: skip
+    assert elastic_train.main([*words, *flags]) == 0
+    elastic = read_elastic(NemotronHForCausalLM.from_pretrained(tmp_path / "on" / "model").config)
+    assert {n: b.sizes() for n, b in elastic.budgets.items()} == {n: b.sizes() for n, b in before.budgets.items()}
+    assert all(b.trained and b.loss for b in elastic.budgets.values())
+    assert (elastic.choices, elastic.layer_order) == (before.choices, before.layer_order)
+    shutil.rmtree(tmp_path / "on" / "model")
+    assert elastic_train.main([*words, *flags]) == 0  # from the last checkpoint
+    for more, message in (
+        (["--budgets", "{full: 1.0}"], "budgets={'full': 1.0}: allowed is none with keep_sizes"),
+        (["--metric", "memory"], "metric='memory': allowed is parameters with keep_sizes"),
+        (
+            ["--model", str(box / "plain")],
+            "keep_sizes=\\[\\]: allowed is a parent that names itself and smaller budgets",
+        ),
+    ):
+        with pytest.raises((ValueError, SystemExit), match=message):
+            elastic_train.main([*words, *flags, *more, "--output_dir", str(tmp_path / "no")])

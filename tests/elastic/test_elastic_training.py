@@ -13,6 +13,7 @@ from tiny_run import make_arguments, make_rows, read_metrics
 from nemotron_h_hf import NemotronHForCausalLM
 from nemotron_h_hf.cost import num_parameters
 from nemotron_h_hf.elastic.budgets import Budget, read_elastic
+from nemotron_h_hf.elastic.child import child_of
 from nemotron_h_hf.elastic.masks import attach_masks
 from nemotron_h_hf.elastic.resolve import resolve
 from nemotron_h_hf.elastic.train.choices import axes_of, masks_of
@@ -284,7 +285,7 @@ def test_rows_cut_short_learn_nothing_across_a_cut():
 
 
 def test_what_cannot_be_trained_is_refused(texts, tmp_path):
-    with pytest.raises(ValueError, match="optimizer='muon': allowed is adamw"):
+    with pytest.raises(ValueError, match="optimizer='muon': allowed is adamw with a router"):
         trainer_of(texts, tmp_path, optimizer="muon")
     with pytest.raises(ValueError, match="router_learning_rate=0"):
         trainer_of(texts, tmp_path, options={"router_learning_rate": 0})
@@ -306,3 +307,56 @@ def test_state_of_the_run_is_readable(texts, tmp_path):
     with safe_open(tmp_path / "checkpoint-3" / ROUTER_FILE, "pt") as file:
         assert "half" in file.metadata()["budgets"] and "hidden_size" in file.metadata()["choices"]
     assert json.loads((tmp_path / "checkpoint-3" / "whole.json").read_text())["files"][ROUTER_FILE] > 0
+
+
+SMALL = {
+    "half": {"hidden_size": 32, "intermediate_size": 48, "layers": [0, 2]},
+    "quarter": {"hidden_size": 32, "mamba_num_heads": 4},
+}
+
+
+def kept_sizes(model) -> Route:
+    budgets = {"all": Budget(name="all"), **{name: Budget.from_dict(name, sizes) for name, sizes in SMALL.items()}}
+    children = {name: child_of(model.config, budget) for name, budget in budgets.items()}
+    targets = {name: float(child.num_parameters) for name, child in children.items()}
+    return Route((), ExpectedCost(model.config, ()), targets, fixed=children)
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_known_sizes_are_trained_as_the_cut_models_would_be(live, texts, tmp_path):
+    """A sandwich of two micro-steps: the parent, then the last size, against models that are cut out."""
+    model = parent().train()
+    trainer = trainer_of(texts, tmp_path, model, kept_sizes(model), options={"sandwich": True, "live_teacher": live})
+    trainer.train()
+    rows = [row for row, _ in zip(make_rows(texts), range(4), strict=False)]
+    before, teacher, total, items = parent(), tiny_model(seed=1), 0, 0
+    small = cut_out(before, Budget.from_dict("quarter", SMALL["quarter"]))
+    for student, pair in ((before, rows[:2]), (small, rows[2:])):
+        batch = {name: torch.stack([row[name] for row in pair]) for name in pair[0]}
+        inputs = {name: batch[name] for name in ("input_ids", "position_ids")}
+        taught_by = before if live and student is small else teacher
+        logits, wanted = (of(**inputs, use_cache=False).logits for of in (student, taught_by))
+        total, items = (
+            total + naive_kl(logits, wanted, batch["labels"]),
+            items + int((batch["labels"][:, 1:] != -100).sum()),
+        )
+    first = read_metrics(tmp_path)[0]
+    assert first["loss"] == pytest.approx(total.item() / items, abs=1e-5)
+    assert first["kl_quarter"] > 0 and "kl_half" not in first and "router_learning_rate" not in first
+    assert trainer.routed.children()["half"].budget.sizes() == SMALL["half"]
+
+
+def test_a_run_with_known_sizes_resumes_and_takes_muon(texts, tmp_path):
+    model = parent().train()
+    trainer_of(texts, tmp_path / "whole", model, kept_sizes(model), optimizer="muon", max_steps=4, save_steps=2).train()
+    shutil.rmtree(tmp_path / "whole" / "checkpoint-4")
+    again = parent(seed=5).train()
+    trainer_of(texts, tmp_path / "whole", again, kept_sizes(again), optimizer="muon", max_steps=4, save_steps=2).train(
+        resume_from_checkpoint=True
+    )
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+def test_a_sandwich_needs_two_micro_steps(texts, tmp_path):
+    with pytest.raises(ValueError, match="gradient_accumulation_steps=1: allowed is 2 or more with sandwich"):
+        trainer_of(texts, tmp_path, options={"sandwich": True}, gradient_accumulation_steps=1)

@@ -14,6 +14,10 @@ shorter sequences are cut from the rows, so every step has as many tokens:
 
     stages: [{until: 60%, sequence_length: 8192}, {weights: {12b: 0.5, 9b: 0.3, 6b: 0.2}}]
 
+Train budgets on that a parent has, with the sizes that they have, the smallest in every step, the parent as their teacher:
+
+    nemotron-h elastic-train --model parent --keep_sizes --sandwich --live_teacher --data text/ --total_tokens 10M
+
 The same command given again resumes from the last whole checkpoint, router included. In OUTPUT_DIR: checkpoint-N/,
 metrics.jsonl, router.safetensors, and at the end model/, an ordinary parent whose config.json names the budgets that were
 found (with --eval_data: their held-out losses). Cut one out by `nemotron-h slice OUTPUT_DIR/model OUT --budget small`.
@@ -36,6 +40,7 @@ from nemotron_h_hf import NemotronHConfig
 from nemotron_h_hf.cost import num_parameters, training_flops_per_token
 from nemotron_h_hf.data.bad_data import tell_left_out
 from nemotron_h_hf.elastic.budgets import read_elastic
+from nemotron_h_hf.elastic.child import child_of
 from nemotron_h_hf.elastic.live.saving import write_manifest
 from nemotron_h_hf.elastic.train.arguments import ElasticArguments
 from nemotron_h_hf.elastic.train.budget_targets import parse_target, targets_of
@@ -98,11 +103,14 @@ def run(
     disable_progress_bar()
     set_seed(training.seed)
     model = load_model(start, start.model, NemotronHConfig.from_preset)
-    axes, layer_order = find_axes(model.config, elastic)
-    if elastic.measure_latency:
-        return write_latency(model.config, axes, elastic, training)
+    if elastic.keep_sizes:
+        route = kept_route(model.config)
+    else:
+        axes, layer_order = find_axes(model.config, elastic)
+        if elastic.measure_latency:
+            return write_latency(model.config, axes, elastic, training)
+        route = find_route(model.config, axes, layer_order, elastic)
     require(training.max_steps > 0, "total_tokens", training.total_tokens, "a number of tokens, for instance 2M")
-    route = find_route(model.config, axes, layer_order, elastic)
     more = interpolated_targets(elastic, route)
     tokenizer = load_tokenizer(start, start.model, model.config.vocab_size)
     set_chat_template(tokenizer, data.chat_template)
@@ -115,6 +123,7 @@ def run(
         teacher=find_teacher(model, knowledge), temperature=knowledge.temperature,
         cross_entropy_weight=knowledge.cross_entropy_weight, router_learning_rate=elastic.router_learning_rate,
         router_warmup_steps=elastic.router_warmup_steps, router_loss_weight=elastic.router_loss_weight,
+        sandwich=elastic.sandwich, live_teacher=elastic.live_teacher,
     )  # fmt: skip
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint or True)
     tell_left_out(rows.documents.left_out())
@@ -154,6 +163,23 @@ def find_route(
         normalize_logits=elastic.normalize_logits, hard_share=elastic.hard_share,
     )  # fmt: skip
     return Route(tuple(axes), cost, targets_of(elastic.budgets, elastic.metric, cost.full), layer_order, settings)
+
+
+def kept_route(config: NemotronHConfig) -> Route:
+    """The budgets that a parent names, with the sizes that they have."""
+    budgets = read_elastic(config).budgets if config.elastic else {}
+    children = [child_of(config, budget) for budget in budgets.values()]
+    children.sort(key=lambda child: -child.num_parameters)
+    is_parent = [child.is_whole() for child in children]
+    require(
+        is_parent.count(True) == 1 and len(children) > 1, "keep_sizes", sorted(budgets),
+        "a parent that names itself and smaller budgets in elastic.budgets, as elastic-train leaves it",
+    )  # fmt: skip
+    children.insert(0, children.pop(is_parent.index(True)))
+    targets = {child.name: float(child.num_parameters) for child in children}
+    return Route(
+        (), ExpectedCost(config, ()), targets, read_elastic(config).layer_order, fixed={c.name: c for c in children}
+    )
 
 
 def write_latency(

@@ -16,11 +16,20 @@ class ElasticArguments:
     _argument_group_name = "elastic"
 
     budgets: dict | str | None = flag(None, "name -> size, a share of the parent (1.0 is itself) or such as 8.9B")
+    keep_sizes: bool = flag(
+        False, "instead of budgets and choices: train those that the parent names, as they are, without a router"
+    )
     choices: dict | str | None = flag(
         None, "field -> sizes the router may choose, layers -> how many stay; default: the parent's elastic.choices"
     )
     per_layer: list[str] | None = flag(None, "fields for which every layer chooses for itself; default: none")
     stages: dict | str | None = flag(None, "list of {until, weights, sequence_length}; default: one, uniform")
+    sandwich: bool = flag(
+        False, "of a step's micro-steps the first trains the largest budget, the second the smallest; 2 or more"
+    )
+    live_teacher: bool = flag(
+        False, "the parent as it is in that step teaches the smaller budgets, and its own teacher teaches it alone"
+    )
     interpolate: dict | str | None = flag(None, "more budgets, name -> size, that the router is asked for at the end")
     calibrate: bool = flag(
         True, "with --eval_data: at the end, also the loss of every single size, to rank other budgets by"
@@ -50,8 +59,18 @@ class ElasticArguments:
     def __post_init__(self) -> None:
         for name in ("budgets", "choices", "stages", "interpolate"):
             setattr(self, name, as_mapping(getattr(self, name), name))
-        require(
-            bool(self.budgets), "budgets", self.budgets, "a mapping of names to sizes such as {full: 1.0, small: 0.5}"
-        )
+        if self.keep_sizes:
+            for name in ("budgets", "choices", "interpolate"):
+                require(
+                    not getattr(self, name), name, getattr(self, name), "none with keep_sizes: the parent names them"
+                )
+            require(self.metric == "parameters", "metric", self.metric, "parameters with keep_sizes")
+        else:
+            require(
+                bool(self.budgets),
+                "budgets",
+                self.budgets,
+                "a mapping of names to sizes such as {full: 1.0, small: 0.5}",
+            )
         for name in ("cost_context", "cost_batch_size"):
             require(getattr(self, name) > 0, name, getattr(self, name), "1 or more")

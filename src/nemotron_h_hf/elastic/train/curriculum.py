@@ -79,11 +79,20 @@ def stage_at(stages: Sequence[Stage], tokens: int) -> Stage:
 
 
 def draw(
-    weights: Sequence[float], axes: Sequence[Axis], hard_share: float, seed: int, step: int, micro_step: int
+    weights: Sequence[float],
+    axes: Sequence[Axis],
+    hard_share: float,
+    seed: int,
+    step: int,
+    micro_step: int,
+    sandwich: bool = False,
 ) -> Draw:
-    """The draw of a micro-step: a function of its arguments, the same on every process."""
+    """The draw of a micro-step: a function of its arguments, the same on every process. With `sandwich` the first micro-step of
+    a step has the largest budget, the second the smallest (universally slimmable networks, arXiv 1903.05134)."""
     generator = generator_of(seed, step, micro_step)
     budget = int(torch.multinomial(torch.tensor(weights, dtype=torch.float64), 1, generator=generator))
+    if sandwich and micro_step < 2:
+        budget = (0, len(weights) - 1)[micro_step]
     hard = bool(torch.rand((), generator=generator) < hard_share)
     return Draw(budget, hard, gumbel_noise(axes, generator))
 

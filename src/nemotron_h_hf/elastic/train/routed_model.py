@@ -4,7 +4,8 @@ The router is a submodule of the model and is called inside the model's forward.
 they are needed, reduces its gradients with all others, and saves it with the run's checkpoints; `save_pretrained` omits it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -28,7 +29,8 @@ ROUTER = "elastic_router"
 class Route:
     """The axes that a router decides, and the targets and cost of its loss.
 
-    `targets` are names of budgets and their sizes in the unit of the cost, the largest, the parent itself, first.
+    `targets` are names of budgets and their sizes in the unit of the cost, the largest, the parent itself, first. `fixed` has their
+    children where the sizes are known: then there are no axes, and nothing is decided.
     """
 
     axes: tuple[Axis, ...]
@@ -36,6 +38,7 @@ class Route:
     targets: Mapping[str, float]
     layer_order: Sequence[int] = ()
     settings: RouterSettings = field(default_factory=RouterSettings)
+    fixed: Mapping[str, Child] = field(default_factory=dict)
 
 
 class RoutedModel:
@@ -59,13 +62,28 @@ class RoutedModel:
     def sample(self, draw: Draw, progress: float) -> None:
         """The next forwards run what the router chooses for this draw; `progress` of the run, 0 to 1, sets temperature
         and scale."""
-        self._draw = (draw, progress)
+        if not self.route.fixed:
+            self._draw = (draw, progress)
+            return
+        child = list(self.route.fixed.values())[draw.budget]
+        self.fix(None if child.is_whole() else child)
+        self.router_loss = torch.zeros((), dtype=torch.float64)
 
     def fix(self, child: Child | None) -> None:
         """The next forwards run this child, with hard masks; with None the parent."""
         self._draw = self.router_loss = None
         device = next(self.model.parameters()).device
         self.masked.masks = None if child is None else child_masks(child, device)
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Inside, forwards run the parent; after it, what was drawn."""
+        before = self._draw, self.router_loss, self.masked.masks
+        self.fix(None)
+        try:
+            yield
+        finally:
+            self._draw, self.router_loss, self.masked.masks = before
 
     def remove(self) -> None:
         """Give the model back without router and masks."""
@@ -76,6 +94,8 @@ class RoutedModel:
 
     def children(self) -> dict[str, Child]:
         """The most likely choices for every target; the parent itself stays whole."""
+        if self.route.fixed:
+            return dict(self.route.fixed)
         return {name: self.child(name, target) for name, target in self.route.targets.items()}
 
     def child(self, name: str, target: float) -> Child:
@@ -109,6 +129,8 @@ class RoutedModel:
         """The cost of the most likely choices for a target."""
         if target >= self.route.cost.full:
             return self.route.cost.full
+        if self.route.fixed:
+            return target
         return float(self.route.cost(choose(self.logits(target), 1.0, 1.0, hard=True)))
 
     def _schedule(self, progress: float) -> tuple[float, float]:

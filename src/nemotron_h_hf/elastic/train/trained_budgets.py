@@ -41,7 +41,8 @@ def elastic_after(
         for name, child in children.items()
     }
     uniform = all(len(set(axis.sizes)) <= 1 for axis in route.axes)
-    choices = {field: tuple(sizes) for field, sizes in choices_of(route.axes).items()} if uniform else before.choices
+    known = route.axes and uniform
+    choices = {field: tuple(sizes) for field, sizes in choices_of(route.axes).items()} if known else before.choices
     order = tuple(route.layer_order) or before.layer_order
     parent = next(iter(route.targets))
     calibration: dict = {"loss": losses[parent]} if parent in losses else {}

@@ -4,7 +4,8 @@ Each micro-step draws a budget; the router chooses its sizes, the parent runs wi
 
     loss = (1 - w) T^2 KL(teacher || masked parent) + w cross-entropy + a * router's loss (expected_cost.py)
 
-reaches both weights and router (Nemotron Elastic, arXiv 2511.16664, eq. 14 and 17). The router has its own learning
+reaches both weights and router (Nemotron Elastic, arXiv 2511.16664, eq. 14 and 17). Where the sizes are known (`Route.fixed`)
+the masks are theirs, and there is no router. The router has its own learning
 rate, a warm-up in steps and no weight decay. The rate decays with the model's, and the router's gradient is clipped
 separately (grad_norm is that of the weights). No random number depends on the process.
 
@@ -32,6 +33,7 @@ from ...training.arguments import NemotronHTrainingArguments
 from ...training.distillation import DistillationTrainer
 from ...training.losses import DistillationLoss, LiveTeacher, TopK
 from ...training.schedule import Schedule
+from ...training.teacher_cache import teacher_hidden_states
 from ...units import parse_tokens
 from ...whole_files import whole_file
 from ..child import Child
@@ -51,11 +53,13 @@ class ElasticTrainer(DistillationTrainer):
         route: axes, cost, targets.
         stages: how often each budget is drawn, and how long sequences are.
         router_learning_rate, router_warmup_steps: the router's own.
+        sandwich: the largest and the smallest budget in every step (`draw`).
+        live_teacher: the smaller budgets learn from the parent as it is, which alone learns from the teacher.
         router_loss_weight: a. The distillation loss pulls sizes up; where it pulls harder than this, budgets stay too large.
         All others: as DistillationTrainer's; the teacher is another model than the parent, or a copy of it.
 
     Raises:
-        ValueError: for Muon, which has no second learning rate, a run without max_steps, or the model as its own teacher.
+        ValueError: for a router with Muon, which has no second learning rate, a run without max_steps, or the model as its own teacher.
     """
 
     def __init__(
@@ -68,6 +72,8 @@ class ElasticTrainer(DistillationTrainer):
         router_learning_rate: float = 1e-2,
         router_warmup_steps: int = 60,
         router_loss_weight: float = 10.0,
+        sandwich: bool = False,
+        live_teacher: bool = False,
         **named: Any,
     ):
         if named.get("teacher") is model:
@@ -76,7 +82,8 @@ class ElasticTrainer(DistillationTrainer):
             torch.manual_seed(args.seed)
             self.routed = RoutedModel(model, route)
         super().__init__(model, args, *others, **named)
-        require(self.args.optimizer == "adamw", "optimizer", self.args.optimizer, "adamw in elastic training")
+        has_one_rate = route.fixed or self.args.optimizer == "adamw"
+        require(bool(has_one_rate), "optimizer", self.args.optimizer, "adamw with a router, which has its own rate")
         coefficient = self.args.router_aux_loss_coef
         require(
             not coefficient, "router_aux_loss_coef", coefficient, "none in elastic training: it counts masked experts"
@@ -85,6 +92,15 @@ class ElasticTrainer(DistillationTrainer):
         require(router_warmup_steps >= 0, "router_warmup_steps", router_warmup_steps, "0 or more")
         require(router_learning_rate > 0, "router_learning_rate", router_learning_rate, "a number above 0")
         require(router_loss_weight > 0, "router_loss_weight", router_loss_weight, "a number above 0")
+        micro_steps = self.args.gradient_accumulation_steps
+        require(
+            not sandwich or micro_steps >= 2,
+            "gradient_accumulation_steps",
+            micro_steps,
+            "2 or more with sandwich: one for each size",
+        )
+        require(not (live_teacher and self.is_fsdp_enabled), "live_teacher", live_teacher, "False under FSDP")
+        self.sandwich, self.live_teacher = sandwich, live_teacher
         self.route, self.stages, self.names = route, tuple(stages), tuple(route.targets)
         self.router_learning_rate, self.router_warmup_steps = router_learning_rate, router_warmup_steps
         self.router_loss_weight = router_loss_weight
@@ -105,14 +121,14 @@ class ElasticTrainer(DistillationTrainer):
             self.routed.router.requires_grad_(False)
             super().create_optimizer(model)
             self.routed.router.requires_grad_(True)
-            parameters = list(self.routed.router.parameters())
-            group = {"params": parameters, "lr": self.router_learning_rate, "weight_decay": 0.0}
-            self.optimizer.add_param_group(group)
+            if parameters := list(self.routed.router.parameters()):
+                group = {"params": parameters, "lr": self.router_learning_rate, "weight_decay": 0.0}
+                self.optimizer.add_param_group(group)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """As NemotronHTrainer's; in a WSD schedule the router has its own warm-up."""
-        if not self.args.uses_wsd or self.lr_scheduler is not None:
+        if self.route.fixed or not self.args.uses_wsd or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         model_factor = super().create_scheduler(num_training_steps, optimizer).lr_lambdas[0]
         per_step = self.args.tokens_per_step
@@ -148,10 +164,19 @@ class ElasticTrainer(DistillationTrainer):
         """As DistillationTrainer's; in training for the budget that is drawn, in evaluation for the one that is fixed."""
         if model.training:
             numbers = self.args.seed, self.state.global_step, self._micro_step
-            drawn = draw(self._stage().weights, self.route.axes, self.route.settings.hard_share, *numbers)
+            drawn = draw(
+                self._stage().weights, self.route.axes, self.route.settings.hard_share, *numbers, self.sandwich
+            )
             self._drawn, self._micro_step = drawn.budget, self._micro_step + 1
             self.routed.sample(drawn, self.progress)
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    def _ask_teacher(self, inputs: dict[str, Tensor]) -> LiveTeacher | TopK:
+        if not (self.live_teacher and self.model.training and self._drawn):
+            return super()._ask_teacher(inputs)
+        with self.routed.whole(), torch.no_grad():
+            given = inputs["input_ids"], inputs.get("position_ids"), inputs.get("attention_mask")
+            return LiveTeacher(teacher_hidden_states(self.model, *given), self.model.get_output_embeddings())
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         """As transformers', for the weights; the router by itself. The term that keeps the whole model whole makes its gradient
@@ -240,6 +265,8 @@ class ElasticTrainer(DistillationTrainer):
                 loss = (1 - weight) * kl + weight * cross_entropy
                 found = {"loss": loss, "kl": kl, "cross_entropy": cross_entropy, "router_loss": of_router / micro_steps}
                 figures |= {f"{key}_{name}": value for key, value in found.items()}
+        if self.route.fixed:
+            return figures
         for name, target in self.route.targets.items():
             figures[f"size_{name}"] = self.routed.expected_size(target, self.progress)
             figures[f"target_{name}"] = target / self.route.cost.full
@@ -303,4 +330,5 @@ def load_router(routed: RoutedModel, path: Path) -> None:
 
 def _identity(route: Route) -> dict[str, str]:
     choices = {axis.field: (axis.sizes[0], axis.per_layer) for axis in route.axes}
-    return {"budgets": str(dict(route.targets)), "choices": str(choices), "module": ROUTER}
+    fixed = {"sizes": str({name: child.budget.sizes() for name, child in route.fixed.items()})} if route.fixed else {}
+    return {"budgets": str(dict(route.targets)), "choices": str(choices), "module": ROUTER, **fixed}
