@@ -17,9 +17,20 @@ except ImportError as missing:
 WIDTH, UNROLLED = 32, 4  # numbers of an instruction; instructions with sums of their own, as one takes several cycles
 STEP = WIDTH * UNROLLED
 
-HAS_DOT = (
-    config.CPU_NAME is None and config.CPU_FEATURES is None and bool(binding.get_host_cpu_features().get("avx512bf16"))
-)
+
+def _has_dot() -> bool:
+    """Whether Numba compiles for this processor as it is, and it has the instruction."""
+    try:
+        return config.CPU_NAME is None and config.CPU_FEATURES is None and "avx512bf16" in _features()
+    except RuntimeError:  # LLVM cannot tell on this platform
+        return False
+
+
+def _features() -> list[str]:
+    return [name for name, has in binding.get_host_cpu_features().items() if has]
+
+
+HAS_DOT = _has_dot()
 if HAS_DOT:
     binding.initialize_native_asmparser()
 
