@@ -16,7 +16,7 @@ shorter sequences are cut from the rows, so every step has as many tokens:
 
 Train budgets on that a parent has, with the sizes that they have, the smallest in every step, the parent as their teacher:
 
-    nemotron-h elastic-train --model parent --keep_sizes --sandwich --live_teacher --data text/ --total_tokens 10M
+    nemotron-h elastic-train --model parent --keep_sizes --sandwich --live_teacher --gradient_accumulation_steps 4 --data text/
 
 The same command given again resumes from the last whole checkpoint, router included. In OUTPUT_DIR: checkpoint-N/,
 metrics.jsonl, router.safetensors, and at the end model/, an ordinary parent whose config.json names the budgets that were
