@@ -279,13 +279,14 @@ class NemotronHBlock(GradientCheckpointingLayer):
 
 def run_blocks(
     blocks: Sequence[NemotronHBlock],
+    norm: nn.Module | None,
     config: NemotronHConfig,
     hidden_states: Tensor,
     rows: Rows,
     cache: Cache | None,
     **kwargs: object,
 ) -> Tensor:
-    """Blocks one after the other over one stretch of tokens: (b, l, hidden) -> (b, l, hidden)."""
+    """Blocks one after the other, then `norm`, over one stretch of tokens: (b, l, hidden) -> (b, l, hidden)."""
     windows = {block.mixer.sliding_window for block in blocks if block.block_type == "full_attention"}
     training = blocks[0].training
     masks = {window: _attention_mask(config, hidden_states, rows, cache, training, window) for window in windows}
@@ -309,7 +310,9 @@ def run_blocks(
         )
         if token is not None:
             token.start(hidden_states)
-    return hidden_states if token is None else token.finish()
+    if token is not None:
+        return token.finish(norm)
+    return hidden_states if norm is None else norm(hidden_states)
 
 
 def _attention_mask(

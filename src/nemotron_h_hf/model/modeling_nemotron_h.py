@@ -270,8 +270,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
 
     def _run(self, hidden_states: Tensor, rows: Rows, cache: Cache | None, kwargs: dict) -> Tensor:
         """All layers over one stretch of tokens: (b, l, hidden) -> (b, l, hidden)."""
-        hidden_states = run_blocks(self.layers, self.config, hidden_states, rows, cache, **kwargs)
-        hidden_states = self.norm_f(hidden_states)
+        hidden_states = run_blocks(self.layers, self.norm_f, self.config, hidden_states, rows, cache, **kwargs)
         return hidden_states.to(self.norm_f.weight.dtype) if self.config.residual_in_fp32 else hidden_states
 
     def _run_in_parts(self, source: Tensor, rows: Rows, cache: Cache | None, step: int, kwargs: dict) -> Tensor:
@@ -327,7 +326,7 @@ class NemotronHModel(NemotronHPreTrainedModel):
         one_token_on_gpu = source.shape[1] == 1 and source.device.type != "cpu"
         unread = torch.compiler.is_compiling() or one_token_on_gpu or source.is_meta or under_func()
         if inputs_embeds is None and not unread:
-            low, high = int(source.min()), int(source.max())
+            low, high = map(int, torch.aminmax(source))
             size = self.embeddings.weight.shape[0] if self.embeddings.weight.numel() else self.config.vocab_size
             if low < 0 or high >= size:
                 raise ValueError(
@@ -408,7 +407,6 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
             shift_labels (in kwargs): (b, l) labels already shifted (sequence parallelism). Trainer would expect every
                 argument whose name has "label" in each batch that it evaluates.
         """
-        config = self.config.get_text_config()
         shift_labels = kwargs.pop("shift_labels", None)
         outputs: MoeModelOutputWithPast = self.model(
             input_ids=input_ids,
@@ -433,8 +431,10 @@ class NemotronHForCausalLM(NemotronHPreTrainedModel, NemotronHGenerationMixin):
         elif has_labels:
             every = logits is not None and isinstance(logits_to_keep, int) and logits_to_keep == 0
             given, head = (logits, nn.Identity()) if every else (hidden_states, self.lm_head)
-            loss = next_token_loss(given, head, config.vocab_size, labels, num_items_in_batch, shift_labels)
+            size = self.config.get_text_config().vocab_size
+            loss = next_token_loss(given, head, size, labels, num_items_in_batch, shift_labels)
         if outputs.router_logits:
+            config = self.config.get_text_config()
             real = real_tokens(attention_mask)
             real = None if real is None else real[:, -hidden_states.shape[1] :].flatten().bool()
             top_k = [config.size("num_experts_per_tok", layer) for layer in config.layers_with("moe")]

@@ -79,7 +79,7 @@ class NemotronHMTP(nn.Module):
             cache: of this depth alone, see `new_cache`.
         """
         joined = torch.cat([embeds.to(hidden_states), hidden_states], dim=-1)
-        output = run_blocks(self.blocks(depth), self.config, joined, rows, cache)
+        output = run_blocks(self.blocks(depth), None, self.config, joined, rows, cache)
         return output.to(hidden_states.dtype)
 
     @property

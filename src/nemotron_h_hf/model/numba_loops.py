@@ -20,7 +20,7 @@ try:  # inside `try`, for readers that check the imports of pushed model code
 except ImportError as missing:
     raise ImportError("the compiled steps of a CPU need numba; pip install numba") from missing
 
-PRODUCT, STEP, ATTENTION = range(3)
+PRODUCT, STEP, ATTENTION, NORM = range(4)
 MOST_INTS, MOST_REALS = 21, 3  # of an operation
 
 
@@ -32,6 +32,8 @@ def part_of(which, ints, reals, part, parts):  # pragma: no cover, machine code
         step_part(ints, reals, part, parts)
     elif which == ATTENTION:
         attention_part(ints, reals, part, parts)
+    elif which == NORM:
+        norm_part(ints, reals, part, parts)
 
 
 @compiled
@@ -208,6 +210,16 @@ def _integer_dot(x, w, r):  # pragma: no cover, machine code
     for c in range(len(x)):  # every step in 32 bits: Numba's integers would be of 64
         total = np.int32(total + np.int32(np.int32(w[r, c]) * np.int32(x[c])))
     return total
+
+
+@compiled
+def norm_part(ints, reals, part, parts):  # pragma: no cover, machine code
+    """One part of the rows of `norm_of`."""
+    x, y, m, k, norm, norm_is_bf16 = ints[0], ints[1], ints[2], ints[3], ints[4], ints[5]
+    first, count = m * part // parts, m * (part + 1) // parts - m * part // parts
+    given, to = pointer(x + first * k * 4), pointer(y + first * k * 4)
+    normed = _normed(carray(given, (count, k), np.float32), floats(norm, norm_is_bf16, k), np.float32(reals[0]))
+    carray(to, (count, k), np.float32)[:] = normed
 
 
 @compiled

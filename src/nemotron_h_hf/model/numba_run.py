@@ -1,6 +1,6 @@
 """Runs compiled operations one after the other, on one thread or on several (numba_compile.py). Needs Numba.
 
-An operation is (which, bytes that it reads, integers, floats), as `product_of`, `step_of` and `attention_of` make them.
+An operation is (which, bytes that it reads, integers, floats), as `product_of`, `step_of`, `attention_of` and `norm_of` make them.
 Tensors are addresses in it: they must live until it has run, and nothing of it is seen by autograd or a tracer. What stays the
 same from token to token is made once (`factor_of`, `recurrence_of`).
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .numba_compile import Kernel
 from .numba_dot import HAS_DOT  # noqa: F401, for linear.py
-from .numba_loops import ATTENTION, MOST_INTS, MOST_REALS, PRODUCT, STEP, on_one_thread, on_threads, part_at
+from .numba_loops import ATTENTION, MOST_INTS, MOST_REALS, NORM, PRODUCT, STEP, on_one_thread, on_threads, part_at
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
 
@@ -113,6 +113,12 @@ def product_of(x: Tensor, factor: Factor, y: Tensor, residual: Tensor | None = N
         (x.data_ptr(), _address(residual), y.data_ptr(), m, n, k, *factor.ints),
         factor.reals,
     )
+
+
+def norm_of(x: Tensor, weight: Tensor, eps: float, y: Tensor) -> tuple:
+    """The operation y (m, k) = RMSNorm of x (m, k), both fp32 and contiguous; weight (k), fp32 or bf16."""
+    m, k = x.shape
+    return NORM, 4 * m * k, (x.data_ptr(), y.data_ptr(), m, k, weight.data_ptr(), _is_bf16(weight)), (eps,)
 
 
 class Recurrence(NamedTuple):

@@ -63,13 +63,18 @@ class TokenRun:
         self.operations: list[tuple] = []
         self.held: list[object] = []  # what the operations read and write
 
-    def finish(self) -> Tensor:
-        """Run the blocks: the last one's output (b, 1, hidden) in x's dtype."""
+    def finish(self, norm: nn.Module | None = None) -> Tensor:
+        """Run the blocks: the last one's output (b, 1, hidden) in x's dtype, after `norm` if there is one."""
         if self.operations:
+            if norm is not None and is_plain(norm, type(norm)) and _is_plain_weight(norm.weight):
+                y = self._new(self.rows.shape[1])
+                self.operations.append(self.loops.norm_of(self.rows, norm.weight, norm.variance_epsilon, y))
+                self.held.append(self.rows)
+                self.rows, norm = y, None
             self.loops.run(self.operations)
             self.x = self.rows.to(self.x.dtype)[:, None]
             self.operations = []
-        return self.x
+        return self.x if norm is None else norm(self.x)
 
     def add(self, block: nn.Module, attention_mask: Tensor | None) -> bool:
         """Take this block too, if it can be."""
