@@ -72,6 +72,7 @@ NEW_FORM = Form(
     "Question: What is the seat number of {name} in the notes above?",
     "Answer: The seat number of {name} in the notes above is",
 )  # not in training
+SETS = {"known forms": FORMS, "new form": (NEW_FORM,)}
 
 
 def main() -> None:
@@ -201,17 +202,25 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def ask(arguments: argparse.Namespace) -> None:
-    """answers.json of the run and of the model before: the share of answers that greedy decoding would get wholly right."""
+    """answers.json of the run and of the model before: the share of answers that greedy decoding would get wholly right; of the
+    run also without each mixer, by half of the questions."""
+    asked = {
+        (name, length): list(questions(arguments, forms, length))
+        for name, forms in SETS.items()
+        for length in arguments.lengths
+    }
+    known = {key: of[: max(1, len(of) // 2)] for key, of in asked.items() if key[0] == "known forms"}
     for name, path in models(arguments).items():
         output = arguments.runs / name / "answers.json"
         if output.is_file():
             continue
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
-        found = {"whole": shares(arguments, model)}
-        for index, kind in enumerate(model.config.layers_block_type):
-            with_it = remove(model, index)
-            found[f"without layer {index}, {kind}"] = shares(arguments, model)
-            with_it()
+        found = {"whole": shares(model, asked)}
+        for index, kind in enumerate(model.config.layers_block_type if name != BEFORE else ()):
+            if kind != "mlp":
+                with_it = remove(model, index)
+                found[f"without layer {index}, {kind}"] = shares(model, known)
+                with_it()
         write_json(output, found)
 
 
@@ -235,13 +244,13 @@ def remove(model: PreTrainedModel, index: int):
     return put_back
 
 
-def shares(arguments: argparse.Namespace, model: PreTrainedModel) -> dict[str, dict[str, float]]:
+def shares(
+    model: PreTrainedModel, asked: dict[tuple[str, int], list[tuple[Tensor, Tensor]]]
+) -> dict[str, dict[str, float]]:
     """Known or new form -> length -> share of right answers."""
     found: dict[str, dict[str, float]] = {}
-    for name, forms in (("known forms", FORMS), ("new form", (NEW_FORM,))):
-        for length in arguments.lengths:
-            right = [answers_right(model, *question) for question in questions(arguments, forms, length)]
-            found.setdefault(name, {})[str(length)] = mean(right)
+    for (name, length), pairs in asked.items():
+        found.setdefault(name, {})[str(length)] = mean(answers_right(model, *question) for question in pairs)
     print(json.dumps(found), flush=True)
     return found
 

@@ -63,7 +63,9 @@ def test_quick_run_writes_json_plot_and_table(tmp_path, capsys):
     assert all(found["memory", side, "train", 64]["peak_bytes"] > 0.5 * weight_bytes for side in ("ours", "native"))
     assert found["memory", "ours", "prefill", 512]["peak_bytes"] > 0
     assert len(document["targets"]) == 11 and {t["verdict"] for t in document["targets"]} <= {"met", "missed"}
-    assert max(document["correctness"].values()) < 1e-4 and len(document["correctness"]) == 5
+    errors = document["correctness"]
+    assert max(error for name, error in errors.items() if "torchao" not in name) < 1e-4 and len(errors) == 5
+    assert errors["logits, ours against torchao"] < 1e-3  # one row's inputs are rounded to 16 bits
     assert prefix.with_name("cpu.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in prefix.parent.iterdir()) == ["cpu.json", "cpu.png"]
     captured = capsys.readouterr()

@@ -9,7 +9,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import InternVLVisionModel
+from transformers import AutoModel, InternVLVisionModel
 from transformers.models.radio.modeling_radio import RadioModel
 from vl_tiny import EXPERTS, IMAGE, SIDE, prompt, released_model, tiles, vl_model
 
@@ -403,3 +403,4 @@ def test_the_tower_alone_is_an_ordinary_internvit(model, tmp_path):
     tower.save_pretrained(tmp_path)
     again = InternVLVisionModel.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in tower.state_dict().items())
+    AutoModel.from_config(model.config.vision_config)  # which has got nothing that transformers' own class refuses

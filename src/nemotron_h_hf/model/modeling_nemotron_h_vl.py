@@ -43,6 +43,10 @@ class NemotronHInternViT(InternVLVisionModel):
         """As transformers', in the names that its own class reads: alone, this is an ordinary InternViT."""
         super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)
 
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        return False  # transformers would ask this file, which has experts elsewhere (see its end)
+
 
 def tower_of(config: PreTrainedConfig) -> PreTrainedModel:
     """A vision tower with random weights."""
