@@ -299,7 +299,7 @@ def report(arguments: argparse.Namespace) -> None:
         for name in names if (path := runs / name / "answers.json").is_file()
     }  # fmt: skip
     evaluated = {
-        name: json.loads(path.read_text(encoding="utf-8"))
+        name: json.loads(path.read_text(encoding="utf-8"))["long_context"]
         for name in names if (path := runs / name / "eval" / "results.json").is_file()
     }  # fmt: skip
     if not any(name.startswith("facts") for name in answers):
@@ -308,13 +308,13 @@ def report(arguments: argparse.Namespace) -> None:
                "tokens": arguments.tokens, "machine": machine(), "versions": versions(), "answers": answers,
                "tasks": evaluated}  # fmt: skip
     write_json(arguments.output / "results.json", content)
-    written = tables(answers)
+    written = tables(answers) + task_table(evaluated)
     write_text(arguments.output / "tables.md", written)
     draw(answers, arguments.output / "layers.png")
     print(written)
 
 
-def of_kind(answers: dict, kind: str) -> list[dict]:
+def of_kind(answers: dict, kind: str) -> list:
     return [found for name, found in answers.items() if name.startswith(kind)]
 
 
@@ -342,6 +342,24 @@ def tables(answers: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def task_table(evaluated: dict[str, list[dict]]) -> str:
+    """Percent right of `nemotron-h eval --tasks long`, over all depths; runs of a kind together."""
+    whole = [row for rows in evaluated.values() for row in rows if row["depth"] is None]
+    if not whole:
+        return ""
+    lengths, tasks = ({row[key]: None for row in whole} for key in ("length", "task"))
+    lines = ["", f"| `eval`, percent right | model | {' | '.join(f'{length:,}' for length in lengths)} |",
+             "|---" * (len(lengths) + 2) + "|"]  # fmt: skip
+    for task in tasks:
+        for kind in (BEFORE, "python", "facts"):
+            runs = of_kind(evaluated, kind)
+            scores = [[100 * row["score"] for rows in runs for row in rows
+                       if row["depth"] is None and (row["task"], row["length"]) == (task, length)] for length in lengths]  # fmt: skip
+            if runs:
+                lines.append(f"| {task} | {kind} | {' | '.join(map(spread, scores))} |")
+    return "\n".join(lines) + "\n"
+
+
 def spread(values: Sequence[float]) -> str:
     return f"{mean(values):.0f}" + (f" ± {stdev(values):.0f}" if len(values) > 1 else "")
 
@@ -355,7 +373,7 @@ def draw(answers: dict, path: Path) -> None:
         if not case.endswith("mlp"):
             by_length = rows[0][case]["known forms"]
             values = [100 * mean(row[case]["known forms"][length] for row in rows) for length in by_length]
-            style = "-" if case == "whole" else "--" if case.endswith("attention") else ":"
+            style = "-" if case == "whole" else "--" if case.endswith("full_attention") else ":"
             axes.plot([int(length) for length in by_length], values, style, marker="o", label=case)
     axes.axvline(LENGTH, color="0.6", linewidth=1)
     axes.set(
@@ -364,8 +382,11 @@ def draw(answers: dict, path: Path) -> None:
         xscale="log",
         ylim=(-3, 103),
     )
+    lengths = [int(length) for length in rows[0]["whole"]["known forms"]]
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axes.minorticks_off()
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
     with whole_file(path) as part:
         figure.savefig(part, format="png")
 
