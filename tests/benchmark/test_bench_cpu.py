@@ -65,7 +65,7 @@ def test_quick_run_writes_json_plot_and_table(tmp_path, capsys):
     assert len(document["targets"]) == 11 and {t["verdict"] for t in document["targets"]} <= {"met", "missed"}
     errors = document["correctness"]
     assert max(error for name, error in errors.items() if "torchao" not in name) < 1e-4 and len(errors) == 5
-    assert errors["logits, ours against torchao"] < 1e-3  # one row's inputs are rounded to 16 bits
+    assert errors["logits, ours against torchao"] < 4e-4  # one row's inputs are rounded to 16 bits
     assert prefix.with_name("cpu.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in prefix.parent.iterdir()) == ["cpu.json", "cpu.png"]
     captured = capsys.readouterr()

@@ -123,9 +123,9 @@ def test_what_the_compiled_product_leaves(monkeypatch):
         traced = torch.jit.trace(lambda rows: project(layer, rows), x)
         assert traced(torch.zeros_like(x)).equal(layer.bias.expand(2, -1))
         weight, small = layer.weight.bfloat16(), torch.randn(MOST_ROWS, 1024).bfloat16()
-        for units, has_dot, most in ((False, False, MOST_ROWS), (True, False, 1), (True, True, 8)):
+        for units, most in ((False, MOST_ROWS), (True, 1), (True, 8)):
             monkeypatch.setattr(linear_module, "multiplies_bf16", lambda units=units: units)
-            monkeypatch.setattr(linear_module.compiled_loops(), "HAS_DOT", has_dot)
+            monkeypatch.setattr(linear_module.compiled_loops(), "MOST_BF16_ROWS", most)
             assert reads_compiled(small[:most], weight)
             assert most == MOST_ROWS or not reads_compiled(small[: most + 1], weight)
 

@@ -389,7 +389,14 @@ CHANGES = {
     "there and back": lambda m, block: m.to(torch.bfloat16).float(),
     "transposed": lambda m, block: setattr(block.mixer.in_proj.weight, "data", block.mixer.in_proj.weight.T.contiguous().T),
     "every second": lambda m, block: setattr(block.mixer.D, "data", block.mixer.D.repeat_interleave(2)[::2] * 2),
+    "every second of a norm": lambda m, block: setattr(block.norm.weight, "data", spread(block.norm.weight)),
+    "every second of the last norm": lambda m, block: setattr(m.model.norm_f.weight, "data", spread(m.model.norm_f.weight)),
 }  # fmt: skip
+
+
+def spread(weight: Tensor) -> Tensor:
+    """Values of its kind that do not lie one behind the other."""
+    return torch.stack([2 * weight, torch.randn_like(weight)], dim=1).detach()[:, 0]
 
 
 def like(module: nn.Module) -> nn.Module:

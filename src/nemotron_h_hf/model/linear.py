@@ -27,7 +27,6 @@ from .ssd import under_func
 logger = logging.get_logger(__name__)
 
 MOST_ROWS = 64
-MOST_ROWS_OF_DOT = 8  # of bf16, 4096 x 1024 weights: 1 row 0.32 ms (torch 0.81), 4 rows 0.58 (0.89), 8 rows 0.98 (1.03), 16 1.99 (1.34)
 BLOCK_WEIGHTS = 2**20  # 4 MiB in fp32
 COMPILED_DTYPES = (torch.float32, torch.bfloat16)
 FEWEST_BY_ONEDNN = (
@@ -191,7 +190,7 @@ def most_bf16_rows() -> int:
     """Rows of bf16 that numba_run.py multiplies faster than torch, which has the processor's own products."""
     if not multiplies_bf16():
         return MOST_ROWS
-    return MOST_ROWS_OF_DOT if compiled_loops() is not None and compiled_loops().HAS_DOT else 1
+    return 1 if compiled_loops() is None else compiled_loops().MOST_BF16_ROWS
 
 
 @cache

@@ -18,10 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from .numba_compile import Kernel
-from .numba_dot import HAS_DOT  # noqa: F401, for linear.py
+from .numba_dot import HAS_DOT
 from .numba_loops import ATTENTION, MOST_INTS, MOST_REALS, NORM, PRODUCT, STEP, on_one_thread, on_threads, part_at
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+
+# Rows of bf16 that are faster here than by torch where the processor multiplies bf16. 4096 x 1024 weights: 1 row 0.32 ms (torch 0.81),
+# 4 rows 0.58 (0.89), 8 rows 0.98 (1.03), 16 rows 1.99 (1.34)
+MOST_BF16_ROWS = 8 if HAS_DOT else 1
 
 _run = Kernel(on_one_thread, on_threads)
 

@@ -66,7 +66,7 @@ class TokenRun:
     def finish(self, norm: nn.Module | None = None) -> Tensor:
         """Run the blocks: the last one's output (b, 1, hidden) in x's dtype, after `norm` if there is one."""
         if self.operations:
-            if norm is not None and is_plain(norm, type(norm)) and _is_plain_weight(norm.weight):
+            if norm is not None and is_plain(norm, type(norm)) and _is_vector(norm.weight):
                 y = self._new(self.rows.shape[1])
                 self.operations.append(self.loops.norm_of(self.rows, norm.weight, norm.variance_epsilon, y))
                 self.held.append(self.rows)
@@ -148,7 +148,7 @@ class TokenRun:
 def plan_of(block: nn.Module) -> Plan | None:
     """The plan of a block whose parts are plain and have weights that can be read; None for all others."""
     mixer, norm = block.mixer, block.norm
-    if not all(is_plain(part, type(part)) for part in (block, norm, mixer)) or norm.weight.dtype not in COMPILED_DTYPES:
+    if not all(is_plain(part, type(part)) for part in (block, norm, mixer)) or not _is_vector(norm.weight):
         return None
     recurrence, is_squared = None, False
     if block.block_type == "mlp":
@@ -180,7 +180,7 @@ def recurrence_of(mixer: NemotronHMamba2Mixer) -> tuple | None:
     if not is_plain(conv, nn.Conv1d) or not is_plain(norm, NemotronHRMSNormGated):
         return None
     weights = conv.weight, conv.bias, mixer.A_log, mixer.D, mixer.dt_bias, norm.weight
-    if not all(weight is None or _is_plain_weight(weight) and weight.is_contiguous() for weight in weights):
+    if not all(weight is None or _is_vector(weight) for weight in weights):
         return None
     return compiled_loops().recurrence_of(weights, mixer.n_groups, (norm.variance_epsilon, *mixer.time_step_limit))
 
@@ -195,6 +195,11 @@ def _is_read(linear: nn.Module) -> bool:
 
 def _is_plain_weight(weight: Tensor) -> bool:
     return type(weight) in PLAIN_TENSORS and weight.dtype in COMPILED_DTYPES and weight.device.type == "cpu"
+
+
+def _is_vector(weight: Tensor) -> bool:
+    """Whether its numbers lie one behind the other, as all but the Linear layers' are read."""
+    return _is_plain_weight(weight) and weight.is_contiguous()
 
 
 def _orders(linear: nn.Linear) -> tuple[Tensor | None, Tensor | None]:
