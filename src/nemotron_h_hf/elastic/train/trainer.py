@@ -9,9 +9,9 @@ the masks are theirs, and there is no router. The router has its own learning
 rate, a warm-up in steps and no weight decay. The rate decays with the model's, and the router's gradient is clipped
 separately (grad_norm is that of the weights). No random number depends on the process.
 
-metrics.jsonl gets, for a budget called 6b: loss_6b, kl_6b, cross_entropy_6b, router_loss_6b (means since the last line),
-where a router decides
-also size_6b (expected, as a share of the parent) next to target_6b, and choice_6b_FIELD (the most likely size, mean over layers).
+metrics.jsonl gets, for a budget called 6b: loss_6b, kl_6b, cross_entropy_6b, router_loss_6b (means since the last line);
+from a router also size_6b (expected, as a share of the parent) next to target_6b, and choice_6b_FIELD (the most likely size,
+mean over layers).
 """
 
 from __future__ import annotations
