@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -165,3 +167,22 @@ def test_budgets_are_trained_on_with_their_sizes(box, tmp_path):
     ):
         with pytest.raises((ValueError, SystemExit), match=message):
             elastic_train.main([*words, *flags, *more, "--output_dir", str(tmp_path / "no")])
+
+
+@pytest.mark.slow
+def test_layers_left_out_on_two_processes_with_checkpointing(box, tmp_path):
+    """DDP: half of the micro-steps give no gradient to two of the layers."""
+    parent = write_parent(tmp_path / "parent", budgets={"full": {}, "shallow": {"layers": [0, 1, 2, 4, 5]}})
+    words = ["-m", "nemotron_h_hf.scripts.elastic_train", f"--model={parent}", f"--data={box / 'texts' / 'low'}",
+             "--keep_sizes", "--sandwich", "--live_teacher", "--gradient_accumulation_steps=2", "--gradient_checkpointing=true",
+             "--sequence_length=32", "--max_steps=3", "--use_cpu", "--disable_tqdm=true", "--learning_rate=1e-3",
+             "--logging_steps=1", "--save_strategy=no"]  # fmt: skip
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--num_machines=1",
+              "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]  # fmt: skip
+    for name, before, size in (("one", [], 2), ("two", launch, 1)):
+        flags = [f"--per_device_train_batch_size={size}", f"--output_dir={tmp_path / name}"]
+        done = subprocess.run([sys.executable, *before, *words, *flags], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = ([row for row in read_metrics(tmp_path / name) if "loss" in row] for name in ("one", "two"))
+    for figure in ("loss", "grad_norm", "kl_full", "kl_shallow"):
+        assert [row[figure] for row in two] == pytest.approx([row[figure] for row in one], rel=2e-3, abs=1e-6), figure
