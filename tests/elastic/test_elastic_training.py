@@ -12,6 +12,8 @@ from tiny_run import make_arguments, make_rows, read_metrics
 
 from nemotron_h_hf import NemotronHForCausalLM
 from nemotron_h_hf.cost import num_parameters
+from nemotron_h_hf.data.documents import resumable
+from nemotron_h_hf.data.packing import SplitRows
 from nemotron_h_hf.elastic.budgets import Budget, read_elastic
 from nemotron_h_hf.elastic.child import child_of
 from nemotron_h_hf.elastic.masks import attach_masks
@@ -23,6 +25,7 @@ from nemotron_h_hf.elastic.train.routed_model import Route, RoutedModel
 from nemotron_h_hf.elastic.train.router import Router, RouterSettings, budget_vector, choose
 from nemotron_h_hf.elastic.train.trained_budgets import elastic_after, single_sizes
 from nemotron_h_hf.elastic.train.trainer import ROUTER_FILE, ElasticTrainer
+from nemotron_h_hf.training.distillation import DistillationTrainer
 from nemotron_h_hf.training.trained_folder import save_finished
 
 CHOICES = {"hidden_size": [48, 32], "intermediate_size": [80, 48], "mamba_num_heads": [8, 4], "layers": [3, 2]}
@@ -355,6 +358,31 @@ def test_a_run_with_known_sizes_resumes_and_takes_muon(texts, tmp_path):
         resume_from_checkpoint=True
     )
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_rows_without_a_label_are_no_loss(known, texts, tmp_path):
+    """Neither of weights nor of the router; and no figures of a budget that saw nothing."""
+    model = parent().train()
+    trainer = trainer_of(texts, tmp_path, model, kept_sizes(model) if known else None, max_steps=1)
+    trainer.rows.documents = resumable([{"input_ids": [5] * 128, "labels": [-100] * 128}])
+    trainer.rows.load_state_dict(SplitRows(trainer.rows.documents, 32).state_dict())
+    trainer.train()
+    (row,) = read_metrics(tmp_path)
+    assert row["loss"] == row["grad_norm"] == 0
+    assert not any(name.startswith("kl_") for name in row)
+
+
+def test_a_live_teacher_is_refused_under_fsdp(texts, tmp_path, monkeypatch):
+    plain = DistillationTrainer.__init__
+
+    def sharded(trainer, *args, **named):
+        plain(trainer, *args, **named)
+        trainer.is_fsdp_enabled = True
+
+    monkeypatch.setattr(DistillationTrainer, "__init__", sharded)
+    with pytest.raises(ValueError, match="live_teacher=True: allowed is False under FSDP"):
+        trainer_of(texts, tmp_path, options={"live_teacher": True})
 
 
 def test_a_sandwich_needs_two_micro_steps(texts, tmp_path):

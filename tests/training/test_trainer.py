@@ -174,6 +174,35 @@ def test_accumulated_batches_of_unequal_labels(tmp_path):
     assert read_metrics(tmp_path)[0]["loss"] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", [NemotronHTrainer, DistillationTrainer])
+def test_steps_without_a_label_change_nothing_and_go_on(tmp_path, kind):
+    """Long prompts that are split over rows; the first steps with a label are no jump of the loss."""
+    prompts = [{"input_ids": list(range(3, 3 + 5 * LENGTH // 2)) * 2} for _ in range(2)]
+    for document in prompts:
+        document["labels"] = [-100] * (5 * LENGTH - 4) + document["input_ids"][-4:]
+    arguments = make_arguments(
+        tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=1, max_steps=10, weight_decay=0.0,
+        warmup_tokens=0, save_steps=7,
+    )  # fmt: skip
+    model = tiny_model(
+        hybrid_override_pattern="M-*", num_nextn_predict_layers=1, mtp_hybrid_override_pattern="-"
+    ).train()
+    more = {"teacher": tiny_model(seed=1)} if kind is DistillationTrainer else {}
+    model.mtp.requires_grad_(True)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    still = []
+
+    class Look(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            still.append(all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items()))
+
+    arguments.mtp_loss_weight = 0.3
+    kind(model, arguments, train_dataset=SplitRows(prompts, LENGTH), callbacks=[Look()], **more).train()
+    rows = read_metrics(tmp_path)
+    assert [row["loss"] > 0 for row in rows] == [row["grad_norm"] > 0 for row in rows] == ([False] * 4 + [True]) * 2
+    assert still == [True] * 4 + [False] * 6
+
+
 # Stopping
 
 

@@ -91,12 +91,10 @@ def positions_per_chunk(vocab_size: int, at_once: int = 1) -> int:
 def per_item(
     total: Tensor, targets: Tensor, num_items_in_batch: Tensor | int | None, ignore_index: int = IGNORE
 ) -> Tensor:
-    """A sum over positions, divided by the items of the accumulated batch, or by the targets of this one."""
+    """A sum over positions, divided by the items of the accumulated batch (0 if it has none), or by the targets of this one."""
     if num_items_in_batch is None:
-        num_items_in_batch = (targets != ignore_index).sum()
-    elif isinstance(num_items_in_batch, Tensor):
-        num_items_in_batch = num_items_in_batch.to(total.device)
-    return total / num_items_in_batch
+        return total / (targets != ignore_index).sum()
+    return total / divisor(num_items_in_batch, total.device)
 
 
 def share_of_items(
@@ -113,6 +111,12 @@ def share_of_items(
     if num_items_in_batch is None or (labels is None and shift_labels is None):
         return 1.0
     items = ((labels[:, 1:] if shift_labels is None else shift_labels) != ignore_index).sum()
-    return items / (
-        num_items_in_batch.to(items.device) if isinstance(num_items_in_batch, Tensor) else num_items_in_batch
-    )
+    return items / divisor(num_items_in_batch, items.device)
+
+
+def divisor(num_items_in_batch: Tensor | int, device: torch.device) -> Tensor | int:
+    """The number of items, on that device; 1 instead of 0, as the sums of a batch without a label are 0."""
+    if not isinstance(num_items_in_batch, Tensor):
+        return num_items_in_batch or 1
+    num_items_in_batch = num_items_in_batch.to(device)
+    return num_items_in_batch.masked_fill(num_items_in_batch == 0, 1)

@@ -26,7 +26,7 @@ from .blocks import NemotronHBlock, NemotronHRMSNorm, run_blocks
 from .cache import HybridCache
 from .configuration_nemotron_h import NemotronHConfig
 from .linear import project
-from .loss import IGNORE, next_token_loss
+from .loss import IGNORE, divisor, next_token_loss
 from .padding import Rows
 
 
@@ -121,7 +121,7 @@ class NemotronHMTP(nn.Module):
             The sums over tokens divided by `num_items`, to train on, and divided by their own number of tokens, to look at.
         """
         if num_items is None:
-            num_items = (_later(labels, 1, IGNORE) != IGNORE).sum().clamp(min=1)
+            num_items = (_later(labels, 1, IGNORE) != IGNORE).sum()
         sums, means = [], []
         for depth in range(num_steps or self.num_depths):
             embeds = F.pad(embeds[:, 1:], (0, 0, 0, 1))
@@ -131,8 +131,7 @@ class NemotronHMTP(nn.Module):
                 targets = targets.masked_fill(_later(rows.documents, depth + 2, -1) != rows.documents, IGNORE)
             sums.append(next_token_loss(hidden_states, lm_head, self.config.vocab_size, None, 1, targets))
             means.append(sums[-1].detach() / (targets != IGNORE).sum().clamp(min=1))
-        num_items = num_items.to(sums[0].device) if isinstance(num_items, Tensor) else num_items
-        return torch.stack(sums).mean() / num_items, torch.stack(means).mean()
+        return torch.stack(sums).mean() / divisor(num_items, sums[0].device), torch.stack(means).mean()
 
 
 def _later(x: Tensor, steps: int, beyond: int) -> Tensor:

@@ -192,7 +192,7 @@ class NemotronHTrainer(Trainer):
             )
         self._first_step = marker["step"]
         history = read_json(folder / TRAINER_STATE_NAME)["log_history"]
-        lines = [line for line in history if "loss" in line and line["step"] > self._first_step - STEPS_REMEMBERED]
+        lines = [line for line in history if line.get("loss") and line["step"] > self._first_step - STEPS_REMEMBERED]
         self._recent_losses.extend(line["loss"] for line in lines)
         if self.rows is not None:
             self.rows.load_state_dict(read_json(folder / DATA_STATE_FILE))
@@ -315,7 +315,8 @@ class NemotronHTrainer(Trainer):
                 "The same batch will come again: a higher max_loss_jump (0 turns it off) lets the run continue, from an earlier "
                 "checkpoint (remove the later ones) a lower learning_rate may avoid the jump.",
             )
-        self._recent_losses.append(loss)
+        if loss:  # a step of rows without a label has none
+            self._recent_losses.append(loss)
         return grad_norm
 
     def _stop(self, reason: str, way_on: str) -> NoReturn:

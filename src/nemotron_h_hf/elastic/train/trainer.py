@@ -16,6 +16,7 @@ mean over layers).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -251,6 +252,7 @@ class ElasticTrainer(DistillationTrainer):
             prefix = f"{metric_key_prefix}_{name}"
             metrics |= super().evaluate(eval_dataset, ignore_keys, prefix)
             kl, cross_entropy, items = self._over_processes(self._held_out).tolist()
+            items = items or math.nan
             parts = {f"{prefix}_cross_entropy": cross_entropy / items, f"{prefix}_kl": kl / items}
             self.log(parts)
             metrics |= parts
@@ -261,7 +263,7 @@ class ElasticTrainer(DistillationTrainer):
         sums = dict(zip(self.names, self._over_processes(self._sums).tolist()))
         weight, figures = self.cross_entropy_weight, {}
         for name, (kl, cross_entropy, items, of_router, micro_steps) in sums.items():
-            if micro_steps:
+            if items:
                 kl, cross_entropy = kl / items, cross_entropy / items
                 loss = (1 - weight) * kl + weight * cross_entropy
                 found = {"loss": loss, "kl": kl, "cross_entropy": cross_entropy, "router_loss": of_router / micro_steps}
