@@ -1,10 +1,12 @@
 """The knapsack of widths against trying every combination."""
 
 import itertools
+import random
 
 import pytest
 from tiny import tiny_config
 
+from nemotron_h_hf import NemotronHConfig
 from nemotron_h_hf.compression.candidates import costs_of
 from nemotron_h_hf.compression.mixed_widths import best_mixed
 from nemotron_h_hf.cost import num_parameters
@@ -55,6 +57,23 @@ def test_it_is_the_best_of_all_combinations(scale, share):
 
 def error_of(errors, taken) -> float:
     return sum(errors[layer].get(size, 0.0) for layer, size in taken.items() if size is not None)
+
+
+@pytest.mark.parametrize("less", [1, 100, 10_000])
+def test_a_limit_of_gigabytes_holds_to_the_byte(less):
+    """The solver adds up to a millionth: what is a little too large seems to fit."""
+    config, deployment = NemotronHConfig.from_preset("nemotron-h-8b"), Deployment("bf16", "bf16", "bf16")
+    widths = {"intermediate_size": (8192, 16384, config.intermediate_size)}
+    draw = random.Random(0).random
+    errors = {
+        layer: {0: 1 + draw(), 8192: 0.5 + draw() / 2, 16384: draw() / 2} for layer in range(config.num_hidden_layers)
+    }
+    costs = costs_of(deployment)
+    most = best_mixed(config, errors, widths, {}, costs, {"bytes": 0.7 * memory(config, deployment).total}).costs[
+        "bytes"
+    ]
+    found = best_mixed(config, errors, widths, {}, costs, {"bytes": most - less})
+    assert memory(resolve(config, found.sizes).config, deployment).total <= most - less
 
 
 def test_counts_hold_and_nothing_that_fits_is_an_error():

@@ -19,6 +19,10 @@ FIELDS = {"mlp": "intermediate_size", "moe": "moe_intermediate_size"}
 """Kind of layer -> the width that may differ between its layers."""
 
 
+SLACK = 1e-5
+"""Of a limit, where the solver, whose sums are right to a millionth, goes beyond it."""
+
+
 class Option(NamedTuple):
     """What may become of a layer; size 0 is gone, None whole and of a kind without widths."""
 
@@ -46,8 +50,22 @@ def best_mixed(
     Raises:
         ValueError: if nothing fits, or SciPy is not installed.
     """
-    milp, constraint = _solver()
     outside, options = _options(config, errors, widths, costs)
+    for slack in (0.0, SLACK):
+        chosen = _solve(config, options, outside, counts, {name: most * (1 - slack) for name, most in limits.items()})
+        require(chosen is not None, "budget", dict(limits), "limits that a mix of widths fits")
+        found = _candidate(config, chosen, outside)
+        if all(found.costs[name] <= most for name, most in limits.items()):
+            break
+    return found
+
+
+def _solve(
+    config: NemotronHConfig, options: Sequence[Option], outside: Mapping[str, float],
+    counts: Mapping[str, Sequence[int]], limits: Mapping[str, float],
+) -> list[Option] | None:  # fmt: skip
+    """The options of the layers that stay; None if nothing fits. Limits hold to the solver's tolerance."""
+    milp, constraint = _solver()
     rows, low, high = [], [], []
 
     def bound(values: Sequence[float], least: float, most: float) -> None:
@@ -65,9 +83,7 @@ def best_mixed(
         bound(of_kind, span.start, span.stop - 1)
     solved = milp([one.error for one in options], integrality=[1] * len(options), bounds=(0, 1),
                   constraints=constraint(rows, low, high))  # fmt: skip
-    require(solved.x is not None, "budget", dict(limits), "limits that a mix of widths fits")
-    chosen = [one for one, taken in zip(options, solved.x) if taken > 0.5 and one.size != 0]
-    return _candidate(config, chosen, outside)
+    return None if solved.x is None else [one for one, taken in zip(options, solved.x) if taken > 0.5 and one.size != 0]
 
 
 def _options(
