@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import shutil
+from functools import cached_property
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +22,7 @@ from tiny_run import (
     make_trainer,
     read_metrics,
 )
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from nemotron_h_hf import NemotronHForCausalLM
 from nemotron_h_hf.data.packing import SplitRows
@@ -331,6 +332,25 @@ def test_another_batch_size_is_refused_on_resume(texts, tmp_path):
     same = make_trainer(texts, tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4)
     same.train(resume_from_checkpoint=True)
     assert same.state.global_step == STEPS
+
+
+def test_one_process_takes_one_of_several_gpus(texts, tmp_path, monkeypatch, caplog):
+    """By torch's DataParallel a step would have twice the rows that a checkpoint says were read."""
+    found = TrainingArguments._setup_devices.func
+
+    def with_two(arguments):
+        device = found(arguments)
+        arguments._n_gpu = 2
+        return device
+
+    two = cached_property(with_two)
+    two.__set_name__(TrainingArguments, "_setup_devices")
+    monkeypatch.setattr(TrainingArguments, "_setup_devices", two)
+    trainer = make_trainer(texts, tmp_path, steps=3)
+    trainer.train()
+    read = json.loads((tmp_path / "checkpoint-3" / "data_state.json").read_text())["rows"]
+    assert sum(map(len, trainer.seen)) == read == 3 * 4
+    assert "accelerate launch takes all" in caplog.text
 
 
 def test_rows_that_end_too_early_stop(texts, tmp_path):

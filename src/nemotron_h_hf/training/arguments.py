@@ -183,6 +183,13 @@ class NemotronHTrainingArguments(TrainingArguments):
             # turns this off with gradient checkpointing, of which only the reentrant form cannot have it.
             self.ddp_find_unused_parameters = True
         # Asking for the device joins the other processes; only then is their number known
+        if (
+            self.n_gpu > 1
+        ):  # transformers would train by torch's DataParallel, and a step have more rows than are counted
+            logger.warning(
+                f"{self.n_gpu} GPUs are here and this is one process, which takes the first; accelerate launch takes all"
+            )
+            self._n_gpu = 1
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # there is no device to copy to, and torch warns
         require(
