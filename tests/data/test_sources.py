@@ -217,6 +217,13 @@ BAD_FILES = {
     "utf8.jsonl": (b'{"text": "a"}\n{"text": "\xff"}\n{"text": "b"}\n', "utf8.jsonl:2: not UTF-8", "not UTF-8", 2),
     "utf8.txt": (b"one\ntwo\nthr\xffee\n", "utf8.txt:3: not UTF-8 (byte 0xff", "not UTF-8", 0),
     "json.jsonl": (b'{"text": "a"}\n\n{"text": \n', "json.jsonl:3: malformed JSON", "malformed JSON", 1),
+    "half.jsonl": (
+        b'{"text": "a \\ud83d b"}\n{"text": "\\uD83D\\uDE00"}\n{"text": "\\\\ud83d"}\n{"text": "c", "more": [{"\\udE00": 1}]}\n',
+        "half.jsonl:1: half a character (\\ud83d alone)", "half a character", 3,
+    ),
+    "digits.jsonl": (
+        b'{"text": "a", "id": ' + b"7" * 5000 + b'}\n{"text": "b"}\n', "digits.jsonl:1: malformed JSON", "malformed JSON", 1,
+    ),
     "cut.jsonl": (b'{"text": "a"}\n{"text": "b', "cut.jsonl:2: malformed JSON", "malformed JSON", 1),
     "list.jsonl": (b'["text"]\n', "list.jsonl:1: not a JSON object (list)", "not a JSON object", 0),
     "column.jsonl": (b'{"body": "a", "id": 1}\n', "column.jsonl:1: no column 'text' (it has body, id)", "no column 'text'", 0),

@@ -68,7 +68,7 @@ def test_bits_per_byte_goes_on_after_an_interruption(model, tokenizer, tmp_path,
 
 def test_texts_are_files_or_lines(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
-    (tmp_path / "b.jsonl").write_text('{"body": "x\\u2028y"}\n\n{"body": "z"}\n')
+    (tmp_path / "b.jsonl").write_text('\ufeff{"body": "x\\u2028y"}\n\n{"body": "z"}\n')
     found = list(texts.read_texts([str(tmp_path / "*.txt"), str(tmp_path / "*.jsonl"), str(tmp_path / "a*")], "body"))
     assert [text for _, text in found] == ["one\ntwo\n", "x\u2028y", "z"]
     assert [name.rsplit("/")[-1] for name, _ in found] == ["a.txt", "b.jsonl:1", "b.jsonl:3"]
@@ -80,6 +80,8 @@ def test_texts_are_files_or_lines(tmp_path):
         (b'{"text": 1}\n', "column: .* line 1 has no text in 'text'; it has text"),
         (b'{"text": "a"}\n{"body": "b"}\n', "column: .* line 2 has no text in 'text'; it has body"),
         (b'{"text": "a"}\n{"te\n', "line 2 is not JSON"),
+        (b'{"text": "a", "id": ' + b"7" * 5000 + b"}\n", "line 1 is not JSON"),
+        (b'{"text": "a \\udE00"}\n', r"line 1 has half a character, \\ude00 alone"),
         (b'{"text": "\xff"}\n', "is not UTF-8 at byte 10"),
     ),
 )

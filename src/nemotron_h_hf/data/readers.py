@@ -103,13 +103,25 @@ def as_record(line: bytes, path: str, number: int, format: str, column: str | No
         return Record(text.rstrip("\r\n"), origin)
     try:
         row = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # a number may have too many digits
         return bad.report(origin, "malformed JSON", str(error))
     if not isinstance(row, dict):
         return bad.report(origin, "not a JSON object", type(row).__name__)
     if column is not None and column not in row:
         return bad.report(origin, f"no column {column!r}", f"it has {', '.join(row) or 'none'}")
-    return Record(row if column is None else row[column], origin)
+    value = row if column is None else row[column]
+    if ("\\ud" in text or "\\uD" in text) and (half := _half_character(value)):
+        return bad.report(origin, "half a character", f"{half} alone")
+    return Record(value, origin)
+
+
+def _half_character(value: Any) -> str | None:
+    """Of a JSON value, an escape such as \\ud83d without its other half, which no tokenizer takes."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return f"\\u{ord(error.object[error.start]):04x}"
+    return None
 
 
 def read_parquet(path: str, column: str | None, bad: BadData, start: Position = None) -> Read:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import itertools
@@ -39,7 +40,7 @@ def read_texts(patterns: Sequence[str], column: str = "text") -> Iterator[tuple[
 
 def _decode(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8")
+        return path.read_bytes().removeprefix(codecs.BOM_UTF8).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"text: {path} is not UTF-8 at byte {error.start}") from None
 
@@ -53,12 +54,17 @@ def _json_lines(path: Path, column: str) -> Iterator[tuple[str, str]]:
 def _json_text(path: Path, number: int, line: str, column: str) -> str:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number may have too many digits
         raise ValueError(f"text: {path} line {number} is not JSON: {error}") from None
     text = row.get(column) if isinstance(row, dict) else None
     if not isinstance(text, str):
         there = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise ValueError(f"column: {path} line {number} has no text in {column!r}; it has {there}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise ValueError(f"text: {path} line {number} has half a character, {half} alone") from None
     return text
 
 
