@@ -263,6 +263,18 @@ def test_parquet_that_is_cut_or_lacks_the_column(tmp_path):
     assert dict(stream.bad.counts) == {"no column 'text'": 1, "unreadable parquet": 1}
 
 
+@pytest.mark.parametrize("window", [None, 0])
+def test_parquet_with_text_that_is_not_utf8(tmp_path, window, caplog):
+    """Of 600 rows, in three batches, one is left out, by any way of reading."""
+    data = pa.array([b"row %d" % number if number != 300 else b"r\xffw" for number in range(600)])
+    column = pa.Array.from_buffers(pa.string(), len(data), data.buffers())
+    pa.parquet.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
+    stream = SourceStream(Source("s", str(tmp_path), shuffle_window=window))
+    found = take(stream, 599)
+    assert sorted(found) == sorted(f"row {number}" for number in range(600) if number != 300) and stream.epoch == 0
+    assert "a.parquet:301: not UTF-8" in caplog.text
+
+
 def test_parquet_damaged_in_the_middle_keeps_what_comes_before(tmp_path):
     texts = [f"{i:05d}" * 20 for i in range(600)]
     pa.parquet.write_table(

@@ -144,14 +144,27 @@ def read_parquet(path: str, column: str | None, bad: BadData, start: Position = 
             for group in range(first, file.num_row_groups):
                 seen = 0
                 for batch in file.iter_batches(BATCH_ROWS, row_groups=[group], columns=columns):
-                    for value in batch.slice(max(0, row - seen)).to_pylist() if row < seen + len(batch) else []:
+                    for value in _values(batch.slice(max(0, row - seen))) if row < seen + len(batch) else []:
                         row += 1
+                        if value is None:
+                            bad.report(f"{path}:{before + row}", "not UTF-8")
+                            continue
                         value = value if column is None else value[column]
                         yield Record(value, f"{path}:{before + row}"), [group, row]
                     seen += len(batch)
                 before, row = before + seen, 0
         except (pyarrow.ArrowException, OSError) as error:
             bad.report(f"{path}: after row {before + row}", "unreadable parquet", str(error).splitlines()[0])
+
+
+def _values(batch: Any) -> list[dict[str, Any] | None]:
+    """The rows of a batch; None for one with text that is not UTF-8, which parquet does not check."""
+    try:
+        return batch.to_pylist()
+    except UnicodeDecodeError:
+        if len(batch) == 1:
+            return [None]
+        return [value for row in range(len(batch)) for value in _values(batch.slice(row, 1))]
 
 
 def read_shard(dataset: Any, index: int, name: str, column: str | None, bad: BadData, start: Position = None) -> Read:
