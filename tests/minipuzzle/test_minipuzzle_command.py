@@ -389,8 +389,9 @@ def test_layers_may_be_removed_one_by_one(box, tmp_path):
     assert [entry["layer"] for entry in removals] == sorted(map(int, order), key=lambda layer: order[str(layer)])[:3]
     assert all(entry["layer"] == int(min(entry["scores"], key=entry["scores"].get)) for entry in removals)
     assert len(removals[1]["scores"]) == 6 and str(removals[0]["layer"]) not in removals[1]["scores"]
-    with pytest.raises(ValueError, match="mixed_widths=True: allowed is false with layer_score removal"):
-        run(box, tmp_path / "other", "--layer_score", "removal")
+    for score in ("removal", "cosine"):
+        with pytest.raises(ValueError, match=f"mixed_widths=True: allowed is false with layer_score {score}"):
+            run(box, tmp_path / "other", "--layer_score", score)
 
 
 def test_further_axes(box, tmp_path):

@@ -24,7 +24,8 @@ from ..errors import require
 from ..model.linear import project
 from .observing import Pass, observe
 
-MEASURES = ("hidden", "logits", "cosine")
+OF_WIDTHS = ("hidden", "logits")  # these score narrower layers too
+MEASURES = (*OF_WIDTHS, "cosine")
 REDUCTIONS = ("rank", "mean")
 Narrower = Mapping[int, Mapping[int, nn.Module]]
 """Layer -> size -> the block that takes its place."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 
 from ..compression.candidates import KINDS
-from ..compression.layer_scores import MEASURES, REDUCTIONS
+from ..compression.layer_scores import MEASURES, OF_WIDTHS, REDUCTIONS
 from ..elastic.budgets import CHOICE_FIELDS
 from ..errors import require
 from ..memory_model import PRECISIONS, Deployment
@@ -142,8 +142,8 @@ class MiniPuzzleArguments:
             require(name in known, "distill", name, allowed)
         for name in self.more_scores:
             require(name in MEASURES, "more_scores", name, ", ".join(MEASURES))
-        one_by_one = self.layer_score == REMOVAL
-        require(not (one_by_one and self.mixed_widths), "mixed_widths", True, f"false with layer_score {REMOVAL}")
+        of_widths = self.layer_score in OF_WIDTHS
+        require(of_widths or not self.mixed_widths, "mixed_widths", True, f"false with layer_score {self.layer_score}")
         early = self.until in ("scores", "candidates") and not self.mixed_widths
         require(
             early or not self.stream,
