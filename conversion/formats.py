@@ -11,7 +11,7 @@ import yaml
 from nemotron_h_hf.inputs import read_json
 
 from . import legacy, torch_dist, torchzip
-from .source_checkpoint import SourceCheckpoint, naming
+from .source_checkpoint import SourceCheckpoint, lies_in, naming
 from .unpickle import StandIn
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -150,7 +150,7 @@ def _args_from_common(found: Found, table: torch_dist.Table) -> tuple[dict[str, 
     path = found.folder / "common.pt"
     if not path.is_file():
         return {}, []
-    if not path.resolve().is_relative_to(found.folder.resolve()):
+    if not lies_in(path, found.folder):
         raise ValueError(f"{path} leads outside of the folder")
     common = torchzip.read(path)
     return legacy.args_of(common.value), common.stand_ins

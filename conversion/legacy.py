@@ -20,7 +20,7 @@ from typing import Any
 from . import torchzip
 from .layouts import expert_range, rank_ranges
 from .names import COLUMNS, COPY, PARTS, Place
-from .source_checkpoint import Entry, Piece, SourceCheckpoint
+from .source_checkpoint import Entry, Piece, SourceCheckpoint, lies_in
 from .torch_dist import skip_reason
 from .unpickle import Extent, StandIn
 from .vision import LANGUAGE, place
@@ -107,7 +107,7 @@ def _rank_file(folder: Path, path: Path) -> Path:
     file = path / FILE_NAME
     if not file.is_file():
         raise ValueError(f"{file} is missing")
-    if not file.resolve().is_relative_to(folder.resolve()):
+    if not lies_in(file, folder):
         raise ValueError(f"{file} leads outside of the folder")
     return file
 

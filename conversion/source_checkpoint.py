@@ -33,6 +33,15 @@ def naming(path: Path) -> Iterator[None]:
         raise ValueError(f"{path}: {error}") from None
 
 
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether a file of a checkpoint is in its folder, links followed. A snapshot in the hub's cache consists of links to
+    `blobs`, next to `snapshots`: those of its own repository count as being in it."""
+    file, place = path.resolve(), folder.resolve()
+    snapshots = [at.parent for at in (place, *place.parents) if at.parent.name == "snapshots"]
+    blobs = [at.parent / "blobs" for at in snapshots if at.parent.name.startswith("models--")]
+    return any(file.is_relative_to(at) for at in (place, *blobs))
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A tensor in its own torch.save zip, which starts at `offset` of a file and is `length` bytes long."""

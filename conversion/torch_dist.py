@@ -18,7 +18,7 @@ import torch
 
 from . import torchzip, unpickle
 from .names import BLOCKS, PARTS
-from .source_checkpoint import Chunk, Entry, Piece, SourceCheckpoint
+from .source_checkpoint import Chunk, Entry, Piece, SourceCheckpoint, lies_in
 from .unpickle import StandIn
 from .vision import LANGUAGE, place, stack_of
 
@@ -157,7 +157,7 @@ def inside(folder: Path, relative: Any, key: str) -> Path:
     if not isinstance(relative, str) or not relative:
         raise ValueError(f"{folder / '.metadata'} names {relative!r:.80} as the file of {key}; a file name is expected")
     path = folder / relative
-    if not path.resolve().is_relative_to(folder.resolve()):
+    if not lies_in(path, folder):
         raise ValueError(f"{folder / '.metadata'} sends {key} to {relative!r}, which is outside of the folder")
     if not path.is_file():
         raise ValueError(f"{path} is missing; {key} is stored there")

@@ -304,3 +304,28 @@ def _is_plain(value) -> bool:
     except TypeError:
         return False
     return True
+
+
+@pytest.mark.parametrize("name", ["super19_t1p1_torch_dist", "dense_t2p1_torch"])
+def test_a_snapshot_in_the_cache_of_the_hub_is_read(name, tmp_path):
+    """All of its files are links to `blobs` of its repository; links to those of another, or elsewhere, lead out."""
+    run, repository = FIXTURES[name].path, tmp_path / "models--owner--run"
+    snapshot = repository / "snapshots" / "0123abc"
+    (repository / "blobs").mkdir(parents=True)
+    for number, file in enumerate(sorted(path for path in run.rglob("*") if path.is_file())):
+        blob, link = repository / "blobs" / str(number), snapshot / file.relative_to(run)
+        shutil.copy(file, blob)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(os.path.relpath(blob, link.parent))
+    convert(snapshot, tmp_path / "hf")
+    assert_same(tmp_path / "hf", FIXTURES[name].expected())
+    other = tmp_path / "models--owner--other" / "blobs"
+    (repository / "blobs").rename(tmp_path / "moved")
+    other.parent.mkdir()
+    (tmp_path / "moved").rename(other)
+    for link in (path for path in snapshot.rglob("*") if path.is_symlink()):
+        blob = other / link.readlink().name
+        link.unlink()
+        link.symlink_to(blob)
+    with pytest.raises(ValueError, match="outside"):
+        read_megatron(snapshot)
