@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from nemotron_h_hf.model.configuration_nemotron_h import NemotronHConfig
 from nemotron_h_hf.model.weights import Checkpoint
-from nemotron_h_hf.output_folders import stamps, writing
+from nemotron_h_hf.output_folders import refuse_changed, stamps, writing
 from nemotron_h_hf.resumable import Journal, check_room
 from nemotron_h_hf.units import parse_bytes
 from nemotron_h_hf.whole_files import write_text
@@ -23,7 +23,7 @@ from .options import FORMATS, Options
 from .plan import Plan, plan_to_hf, plan_to_megatron
 from .report import JSON_NAME, TABLE_NAME, Report, add_plan, add_written, finished_before
 from .source_checkpoint import SourceCheckpoint
-from .write_hf import write_config, write_hf
+from .write_hf import add_tokenizer, write_config, write_hf
 from .write_megatron import FOLDER, Written, check_cuts
 
 
@@ -49,6 +49,7 @@ def convert(
     """
     started = time.monotonic()
     found = formats.find(source)
+    seen = stamps(found.folder, apart_from=Path(target).resolve())
     asked = Options(**options).settled(found)
     say(f"{source} is a {found.format} checkpoint in {found.folder}; converting to {asked.format}")
     report = Report(str(source), found.format, str(target), asked.format, dry_run=asked.dry_run)
@@ -58,10 +59,8 @@ def convert(
     if asked.dry_run:
         return report
     with writing(target, source, found.folder) as folder:
-        work = Work(found.folder, folder, asked, checkpoint, plan, max_bytes)
-        report.fingerprint = plan.fingerprint(
-            stamps(found.folder, apart_from=folder), asked.to, max_bytes, asked.layout
-        )
+        work = Work(found.folder, folder, asked, checkpoint, plan, max_bytes, seen)
+        report.fingerprint = plan.fingerprint(seen, asked.to, max_bytes, asked.layout)
         _carry_out(work, report, progress, started)
     return report
 
@@ -75,6 +74,7 @@ class Work(NamedTuple):
     checkpoint: Checkpoint | SourceCheckpoint
     plan: Plan
     max_bytes: int
+    seen: list
 
 
 def _carry_out(work: Work, report: Report, progress: bool, started: float) -> None:
@@ -84,6 +84,8 @@ def _carry_out(work: Work, report: Report, progress: bool, started: float) -> No
         report.already_there = True
         add_written(report, written)
         _verify(work, written, report, read_again=True)
+        if work.asked.tokenizer is not None:
+            report.tokenizer_added = add_tokenizer(work.plan, work.target, work.asked.tokenizer)
         return
     if work.asked.verify_output:
         verify.check_source(work.folder, work.checkpoint)
@@ -94,6 +96,7 @@ def _carry_out(work: Work, report: Report, progress: bool, started: float) -> No
     add_written(report, written)
     report.bytes_read = work.checkpoint.bytes_read
     _verify(work, written, report, work.asked.verify_output)
+    refuse_changed(work.seen)
     _finish(work)
     report.seconds = time.monotonic() - started
     write_text(work.target / TABLE_NAME, report.table())

@@ -17,6 +17,7 @@ from .write_megatron import Layout
 from .write_torch_dist import write_distributed
 
 FORMATS = {"torch_dist": write_distributed, "torch": write_ranks}
+OF_A_MEGATRON_TARGET = ("format", "tp", "pp", "ep", "vocab_divisible_by", "core")
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class Options:
         if to == "megatron" and self.verify_logits is not None:
             raise ValueError(f"verify_logits={self.verify_logits}: allowed is a Hugging Face target; verify_output checks a "
                              "Megatron one")  # fmt: skip
+        usual = Options()
+        for name in OF_A_MEGATRON_TARGET if to == "hf" else ("tokenizer",):
+            if getattr(self, name) != getattr(usual, name):
+                kind = "Megatron" if to == "hf" else "Hugging Face"
+                raise ValueError(f"{name}={getattr(self, name)!r}: allowed with a {kind} target, this one is {format}")
         folder = None if self.tokenizer is None else Path(self.tokenizer)
         if folder is not None and not any((folder / name).is_file() for name in TOKENIZER_FILES):
             raise ValueError(f"tokenizer={folder}: allowed is a folder with {', '.join(TOKENIZER_FILES[:2])}, ...")

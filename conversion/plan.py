@@ -75,7 +75,8 @@ class Plan:
     def fingerprint(self, *settings: Any) -> str:
         """The same for the same sources, targets and settings; a conversion is resumed only under the same one."""
         jobs = [(job.sources, job.targets, job.link.layout, job.places) for job in self.jobs]
-        return sha256(json.dumps([jobs, settings], default=str).encode()).hexdigest()
+        content = [jobs, self.config.to_json_string(use_diff=False), settings]
+        return sha256(json.dumps(content, default=str).encode()).hexdigest()
 
 
 def plan_to_hf(

@@ -55,7 +55,8 @@ class Report:
     verified: bool = False
     logits: dict[str, Any] | None = None
     dry_run: bool = False
-    already_there: bool = False  # by the same conversion before; checked again, nothing was written
+    already_there: bool = False  # by the same conversion before; checked again, no weights were written
+    tokenizer_added: bool | None = None  # to one that was there, if asked for: False where it had one
     fingerprint: str = ""  # of source, plan and settings
     tensors: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -77,7 +78,13 @@ class Report:
     def summary(self) -> list[str]:
         """Totals, what was left out and why, and what deserves attention."""
         if self.already_there:
-            return [f"{self.target} is already there and whole: {self.num_tensors:,} tensors, checked again"]
+            lines = [f"{self.target} is already there and whole: {self.num_tensors:,} tensors, checked again"]
+            if self.tokenizer_added is not None:
+                done = (
+                    "copied the tokenizer to it" if self.tokenizer_added else "its own tokenizer files were left alone"
+                )
+                lines.append(done)
+            return lines
         done = "would write" if self.dry_run else "wrote"
         lines = [
             f"{self.source} ({self.source_format}) -> {self.target} ({self.target_format})",

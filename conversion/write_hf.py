@@ -54,9 +54,21 @@ def write_config(plan: Plan, folder: Path, tokenizer: Path | None) -> None:
     These come last, so a folder that has them is whole.
     """
     if tokenizer is not None:
-        copy_files(TOKENIZER_FILES, tokenizer, folder)
-        if isinstance(plan.config, NemotronHVLConfig):
-            words = load_tokenizer(str(tokenizer))
-            NemotronHVLProcessor.of_model(plan.config, words).save_pretrained(folder)
-            save_tokenizer(words, folder)
+        _write_tokenizer(plan, folder, tokenizer)
     write_text(folder / "config.json", plan.config.to_json_string(use_diff=False))
+
+
+def add_tokenizer(plan: Plan, folder: Path, tokenizer: Path) -> bool:
+    """Give a finished folder the tokenizer that it does not have yet; whether it got it."""
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return False
+    _write_tokenizer(plan, folder, tokenizer)
+    return True
+
+
+def _write_tokenizer(plan: Plan, folder: Path, tokenizer: Path) -> None:
+    copy_files(TOKENIZER_FILES, tokenizer, folder)
+    if isinstance(plan.config, NemotronHVLConfig):
+        words = load_tokenizer(str(tokenizer))
+        NemotronHVLProcessor.of_model(plan.config, words).save_pretrained(folder)
+        save_tokenizer(words, folder)

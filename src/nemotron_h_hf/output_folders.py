@@ -23,6 +23,7 @@ from .whole_files import write_json
 
 RECORD_NAME = ".nemotron-h.json"
 PIECE_BYTES = 16 * 2**20
+WEIGHTS = (".safetensors", ".distcp", ".pt")
 
 
 @contextmanager
@@ -117,6 +118,21 @@ def stamps(source: str | os.PathLike, apart_from: Path | None = None) -> Any:
         for place, stat in places
         if apart_from is None or not place.is_relative_to(apart_from)
     ]
+
+
+def refuse_changed(noted: Any) -> None:
+    """Raise a ValueError if a file of weights is not as `stamps` noted it: what was read from it may be of two models."""
+    for path, size, time in noted if isinstance(noted, list) else ():
+        if path.endswith(WEIGHTS):
+            try:
+                found = os.stat(path)
+            except OSError:
+                found = None
+            if found is None or (found.st_size, found.st_mtime_ns) != (size, time):
+                raise ValueError(
+                    f"{path} was changed while it was read: what was made of it may be of two models and does not count; "
+                    "give the command again, with a new folder"
+                )
 
 
 def file_checksum(path: Path) -> str:

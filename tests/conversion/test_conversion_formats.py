@@ -303,3 +303,17 @@ def test_the_command_line_has_the_options_of_the_call(tmp_path):
     }
     with pytest.raises(TypeError, match="tokeniser"):
         convert(DENSE.path, tmp_path / "hf", tokeniser=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "option", [{"format": "torch"}, {"tp": 2}, {"pp": [2, 4]}, {"ep": 2}, {"core": "0.19"}, {"vocab_divisible_by": 64}]
+)
+def test_options_of_a_megatron_target_are_refused_for_another(option, tmp_path):
+    with pytest.raises(ValueError, match=f"{next(iter(option))}=.*allowed with a Megatron target, this one is hf"):
+        convert(DENSE.path, tmp_path / "hf", **option)
+
+
+def test_a_tokenizer_for_a_megatron_target_is_refused(tmp_path):
+    convert(DENSE.path, tmp_path / "hf")
+    with pytest.raises(ValueError, match="tokenizer=.*allowed with a Hugging Face target, this one is torch_dist"):
+        convert(tmp_path / "hf", tmp_path / "run", tokenizer=tmp_path)

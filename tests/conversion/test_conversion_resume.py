@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import shutil
@@ -236,3 +237,54 @@ def test_killed_at_random_points(tmp_path, back):
         assert_same(tmp_path / "again", expected)
     else:
         assert_same(target, expected)
+
+
+def test_a_tokenizer_may_come_after(tmp_path):
+    """The same command with --tokenizer: copied to a finished folder without one, never over one that is there."""
+    target, tokenizer = tmp_path / "hf", tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    convert(SUPER.path, target)
+    report = convert(SUPER.path, target, tokenizer=tokenizer)
+    assert report.already_there and report.summary()[1] == "copied the tokenizer to it"
+    assert (target / "tokenizer.json").read_text() == "{}"
+    (target / "tokenizer.json").write_text('{"mine": 1}')
+    report = convert(SUPER.path, target, tokenizer=tokenizer)
+    assert report.summary()[1] == "its own tokenizer files were left alone"
+    assert (target / "tokenizer.json").read_text() == '{"mine": 1}'
+
+
+def test_another_configuration_is_another_conversion(tmp_path):
+    """The weights are the same, config.json is not: it may not be said to be there already."""
+    target, more = tmp_path / "hf", tmp_path / "config.json"
+    convert(SUPER.path, target)
+    more.write_text(json.dumps({"chunk_size": 16}))
+    with pytest.raises(ValueError, match="is not empty"):
+        convert(SUPER.path, target, config=more)
+    convert(SUPER.path, tmp_path / "other", config=more)
+    assert json.loads((tmp_path / "other" / "config.json").read_text())["chunk_size"] == 16
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_source_that_is_saved_over_meanwhile(tmp_path, monkeypatch, back):
+    from nemotron_h_hf.model.weights import Checkpoint
+
+    kind, source, marker = SourceCheckpoint, Path(shutil.copytree(SUPER.path, tmp_path / "run")), "config.json"
+    if back:
+        convert(source, tmp_path / "hf")
+        kind, source, marker = Checkpoint, tmp_path / "hf", "latest_checkpointed_iteration.txt"
+    real = kind.__getitem__
+    (largest,) = sorted((path for path in source.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)[
+        -1:
+    ]
+
+    def read(self, name):
+        if name in ("decoder.final_norm.weight", "backbone.norm_f.weight"):
+            shutil.copy(largest, tmp_path / "new")
+            os.replace(tmp_path / "new", largest)
+        return real(self, name)
+
+    monkeypatch.setattr(kind, "__getitem__", read)
+    with pytest.raises(ValueError, match=f"{largest.name} was changed while it was read"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out" / marker).exists()

@@ -341,3 +341,21 @@ def test_a_wrong_cut_is_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(cutting, "AUTO_VERIFY_BYTES", 1000)
     # Too large a parent to compare unasked
     assert slice_checkpoint(source, "half", tmp_path / "unseen").residual is None
+
+
+def test_a_parent_that_is_saved_over_meanwhile(tmp_path, monkeypatch):
+    """The places of tensors were read from its old files: the cut would be of two models, or of none."""
+    source, other = write_parent(tmp_path / "parent"), write_parent(tmp_path / "other", tie_word_embeddings=False)
+    real, seen = PendingCut.read, []
+
+    def read(self):
+        seen.append(self)
+        if len(seen) == 20:
+            for path in sorted(other.glob("*.safetensors")):
+                os.replace(path, source / path.name)
+        return real(self)
+
+    monkeypatch.setattr(PendingCut, "read", read)
+    with pytest.raises(ValueError, match="was changed while it was read"):
+        slice_checkpoint(source, "half", tmp_path / "small", verify=False)
+    assert not (tmp_path / "small" / "config.json").exists()

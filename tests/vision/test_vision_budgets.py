@@ -162,3 +162,22 @@ def test_what_is_for_text_models_says_so(made, tmp_path, capsys):
     for command, more in (("elastic-train", ["--budgets", "{full: 1.0}"]), ("distill", [])):
         assert main([command, *words, *more, "--max_steps", "1", "--use_cpu", "true"]) == 1
         assert "allowed is a text model; nemotron-h sft trains vision-language models" in capsys.readouterr().err
+
+
+def test_options_of_slice_are_heard_or_refused(made, tmp_path, capsys):
+    root, _ = made
+    words = ["slice", str(root / "parent"), str(tmp_path / "cut"), "--budget", "half"]
+    for option in ("--verify", "--uniform"):
+        assert main([*words, option]) == 1
+        assert f"{option}: allowed for a parent that is a text model" in capsys.readouterr().err
+    assert main([*words, "--max-shard-size", "40KB"]) == 0
+    assert len(list((tmp_path / "cut").glob("model-*.safetensors"))) > 1
+    assert AutoProcessor.from_pretrained(tmp_path / "cut").image_token_id is not None
+
+
+def test_a_parent_in_the_hub_s_cache_gives_its_processor(made, tmp_path, monkeypatch):
+    """By its id, as by its folder."""
+    root, _ = made
+    monkeypatch.setattr("nemotron_h_hf.elastic.cut.cutting.snapshot_download", lambda name, **_: str(root / "parent"))
+    assert main(["slice", "owner/parent", str(tmp_path / "cut"), "--budget", "half"]) == 0
+    assert AutoProcessor.from_pretrained(tmp_path / "cut").image_token_id is not None

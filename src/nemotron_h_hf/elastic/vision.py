@@ -22,7 +22,7 @@ from ..model.modeling_nemotron_h import NemotronHForCausalLM
 from ..model.modeling_nemotron_h_vl import NemotronHVLForConditionalGeneration
 from ..model.saving import saving
 from ..model.weights import find_tensors
-from ..output_folders import is_made, note_made, stamps, writing
+from ..output_folders import is_made, note_made, refuse_changed, stamps, writing
 from ..slicing import Cut
 from ..tokenizer_files import TOKENIZER_FILES, copy_files
 from .child import Child
@@ -82,23 +82,30 @@ def language_model_of(model: NemotronHVLForConditionalGeneration) -> NemotronHFo
     return text.train(model.training)
 
 
-def slice_vision(parent: str | os.PathLike, budget: Request, output: str | os.PathLike) -> str:
+def slice_vision(
+    parent: str | os.PathLike, budget: Request, output: str | os.PathLike, max_shard_bytes: int | None = None
+) -> str:
     """Write a child as a checkpoint with its processor; what was written, in words.
 
     The child is in memory, the parent never is.
+
+    Args:
+        parent: its folder.
+        max_shard_bytes: of a file; None for what transformers takes.
 
     Raises:
         ValueError: for a budget that does not fit, or a folder that has something else in it.
     """
     with writing(output, parent) as target:
-        made_from = {"command": "slice", "parent": stamps(parent), "budget": str(budget)}
+        seen = stamps(parent)
+        made_from = {"command": "slice", "parent": seen, "budget": str(budget), "max_shard_bytes": max_shard_bytes}
         if is_made(target, made_from):
             return f"{output} is already there and whole: budget {budget!r}"
         model = AutoModelForImageTextToText.from_pretrained(parent, budget=budget)
         with saving(target) as staging:
-            model.save_pretrained(staging)
-            if Path(parent).is_dir():
-                copy_files([*TOKENIZER_FILES, *PROCESSOR_FILES], Path(parent), staging)
+            model.save_pretrained(staging, **({} if max_shard_bytes is None else {"max_shard_size": max_shard_bytes}))
+            copy_files([*TOKENIZER_FILES, *PROCESSOR_FILES], Path(parent), staging)
+            refuse_changed(seen)
             note_made(staging, made_from)
     count = sum(weight.numel() for weight in model.parameters())
     return f"{output} holds budget {budget!r}: {count:,} parameters, tower and projector included"

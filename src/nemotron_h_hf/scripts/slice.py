@@ -53,13 +53,20 @@ class SliceArguments:
 def main(argv: Sequence[str] | None = None) -> int:
     """Cut, with a progress bar on a terminal, and say what was written; or list what fits."""
     arguments = parse(argv)
+    folder = local_folder(arguments.parent)
+    max_shard_bytes = (
+        None if arguments.max_shard_size is None else parse_bytes(arguments.max_shard_size, "max_shard_size")
+    )
     if arguments.candidates is not None:
-        config = read_parent(local_folder(arguments.parent))
+        config = read_parent(folder)
         for candidate in rank_budgets(config, arguments.budget, limit=arguments.candidates):
             print(f"{candidate.budget.name}: {candidate.describe()}\n    {candidate.budget.to_dict()}")
         return 0
-    if sees(arguments.parent):
-        print(slice_vision(arguments.parent, arguments.budget, arguments.output))
+    if sees(folder):
+        for name in ("uniform", "verify"):
+            if getattr(arguments, name):
+                raise ValueError(f"--{name}: allowed for a parent that is a text model, {arguments.parent} sees images")
+        print(slice_vision(folder, arguments.budget, arguments.output, max_shard_bytes))
         return 0
     with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty(), desc="slice") as bar:
 
@@ -71,9 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.parent,
             arguments.budget,
             arguments.output,
-            max_shard_bytes=None
-            if arguments.max_shard_size is None
-            else parse_bytes(arguments.max_shard_size, "max_shard_size"),
+            max_shard_bytes=max_shard_bytes,
             verify=arguments.verify,
             uniform=arguments.uniform,
             progress=progress,

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from transformers import GenerationConfig
 
 from ... import manifest
@@ -32,7 +33,7 @@ from ...model.configuration_nemotron_h import NemotronHConfig
 from ...model.loading import limits_of_other_readers, weight_files
 from ...model.modeling_nemotron_h import NemotronHForCausalLM
 from ...model.weights import TensorSpec, find_tensors, name_in_file, released_name
-from ...output_folders import writing
+from ...output_folders import refuse_changed, stamps, writing
 from ...resumable import Journal, check_room, write_shards
 from ...tokenizer_files import TOKENIZER_FILES, copy_files
 from ...whole_files import write_text
@@ -114,6 +115,7 @@ def _slice(
     progress: Callable[[int, int], object],
 ) -> SliceReport:
     """The work; `target` is locked."""
+    seen = stamps(source)
     config = read_parent(source)
     child = resolve(config, budget)
     nearest = nearest_expressible(child)
@@ -155,18 +157,25 @@ def _slice(
     report.files, report.bytes_read, report.bytes_written = list(shards), reader.bytes_read, total
     if verify or (verify is None and 4 * report.parent_parameters <= AUTO_VERIFY_BYTES):
         report.residual = measure_residual(source, target, child)
+    refuse_changed(seen)
     _finish(source, target, child, origin, digests, report)
     journal.finish()
     return report
 
 
 def local_folder(parent: str | Path) -> Path:
-    """The folder, or that of a hub id, downloaded without code and pickles."""
+    """The folder, or that of a hub id, downloaded without code and pickles.
+
+    Raises:
+        OSError: for what is neither.
+    """
     if Path(parent).is_dir():
         return Path(parent)
-    return Path(
-        snapshot_download(str(parent), allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"])
-    )
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+    try:
+        return Path(snapshot_download(str(parent), allow_patterns=patterns))
+    except (OSError, HFValidationError) as error:
+        raise OSError(f"{parent} is no folder here, and as a hub id it cannot be downloaded: {error}") from error
 
 
 def read_parent(source: Path) -> NemotronHConfig:
