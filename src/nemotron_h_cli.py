@@ -104,6 +104,8 @@ def describe(error: Exception) -> str:
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory: {text}" if text else "out of memory"
+    if text.startswith("Repo id must"):  # huggingface_hub, which takes every name that is no folder for a hub id
+        return f"no such folder, and no hub id (owner/name): {text}"
     if isinstance(error, (ValueError, OSError)) or (isinstance(error, ImportError) and "pip install" in text):
         return text or type(error).__name__
     return f"unexpected {type(error).__name__}: {text} (the same command with --debug shows where)"

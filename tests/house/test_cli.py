@@ -291,3 +291,23 @@ def sharded_copy(folder: Path) -> Path:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     (folder / "config.json").write_text((Path(EMBEDDED_MODEL) / "config.json").read_text())
     return folder
+
+
+@pytest.mark.parametrize("name", ["/no/such/model", "./models/none", "a/b/c"])
+def test_a_folder_that_is_not_there_is_said_to_be_none(name, tmp_path, capsys):
+    for words in (
+        ["generate", "--model", name, "--prompt", "x"],
+        ["slice", name, str(tmp_path / "out"), "--budget", "half"],
+        ["make-vl", "--language-model", name, "--vision-model", "preset:internvit-300m", str(tmp_path / "vl")],
+        ["minipuzzle", name, str(tmp_path / "work"), "--data", str(tmp_path / "x.jsonl"), "--max_parameters", "1M"],
+    ):
+        assert cli.main(words) == 1
+        assert f"{name}" in (said := capsys.readouterr().err) and "no" in said
+        assert "no such folder, and no hub id" in said or "is no folder here" in said, words
+
+
+def test_a_teacher_that_is_neither_folder_nor_on_the_hub(tmp_path, capsys):
+    """A name that could be a hub id."""
+    words = ["minipuzzle", "runs/teacher", str(tmp_path / "work"), "--data", str(tmp_path / "x.jsonl")]
+    assert cli.main([*words, "--max_parameters", "1M"]) == 1
+    assert "runs/teacher is no folder here, and as a hub id it cannot be downloaded" in capsys.readouterr().err
