@@ -281,3 +281,41 @@ def test_saved_and_loaded(tmp_path):
     assert (released.image_mean, released.image_std, released.max_tiles) == ([0.1] * 3, [0.2] * 3, 4)
     assert NemotronHVLImageProcessor(min_num_patches=64, max_num_patches=128).dynamic_resolution
     assert features.version("pil")
+
+
+@pytest.mark.parametrize("width, height", [(2000, 1), (2000, 3), (9, 4), (1, 9), (3, 7), (4, 5), (1, 1), (3, 3)])
+def test_arrays_of_pictures_that_are_nearly_lines(width, height):
+    """Sides of 1, 3 and 4 pixels look like channels. Arrays have channels last, as Pillow's; tensors first."""
+    image = picture(width, height)
+    array = np.asarray(image)
+    for form in (array, torch.from_numpy(array.transpose(2, 0, 1).copy())):
+        assert np.array_equal(read_image(form).permute(1, 2, 0).numpy(), array), type(form)
+    size = {"image_size": 28, "max_tiles": 4}
+    by_pillow, by_torch = (NemotronHVLImageProcessor(**size)(form) for form in (image, array))
+    assert torch.equal(by_pillow["num_tiles"], by_torch["num_tiles"])
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_16_bits_are_16_bits_however_dark(order):
+    dark = np.full((5, 6), 200, f"{order}u2")  # of 65535: nearly black
+    bright = np.full((5, 6, 3), 25700, f"{order}u2")
+    mode = "I;16B" if order == ">" else "I;16"
+    forms = [dark, torch.full((5, 6), 200, dtype=torch.uint16), Image.frombytes(mode, (6, 5), dark.tobytes())]
+    assert [int(np.asarray(read_image(form)).max()) for form in forms] == [1, 1, 1]
+    assert int(read_image(bright).max()) == 100
+    assert int(read_image(np.full((5, 6), 0.5, f"{order}f4")).max()) == 128
+
+
+def test_what_is_no_array_of_numbers_is_named():
+    for wrong in (np.array([[None]]), np.array([["a"]])):
+        with pytest.raises(ValueError, match="image is an array of .*: allowed are numbers"):
+            read_image(wrong)
+    with pytest.raises(ValueError, match="image='data:image/png' is no base64"):
+        read_image("data:image/png")
+
+
+@pytest.mark.parametrize("height, width", [(1, 10**6), (10**6, 1), (14, 10**7), (10**7, 14), (30, 10**6), (1, 1)])
+@pytest.mark.parametrize("least, most", [(1024, 13312), (4, 64), (1, 16)])
+def test_lines_keep_to_the_number_of_patches(height, width, least, most):
+    rows, columns = patch_grid(height, width, 14, 2, least, most)
+    assert rows % 2 == columns % 2 == 0 and least <= rows * columns <= most

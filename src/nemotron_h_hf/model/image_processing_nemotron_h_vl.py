@@ -190,7 +190,10 @@ def patch_grid(height: int, width: int, patch: int, merge: int, least: int, most
     if rows * columns < least < most:
         factor = math.sqrt(least / (max(rows, 1) * max(columns, 1)))
         rows, columns = math.ceil(factor * max(rows, 1)), math.ceil(factor * max(columns, 1))
-    rows = _multiple(max(rows, 1), merge, columns, most)
+    # a picture that is nearly a line: what would be less than `merge` patches across leaves fewer along
+    rows, columns = (max(1, math.floor(min(side, most / merge))) for side in (rows, columns))
+    rows = _multiple(rows, merge, columns, most)
+    columns = max(1, math.floor(min(columns, most / rows)))
     return rows, _multiple(max(columns, 1), merge, rows, most)
 
 

@@ -32,7 +32,8 @@ def read_image(source: Any, name: str = "image", fetch_urls: bool = False) -> "I
 
     Args:
         source: a Pillow image, an array or tensor ((h, w), (h, w, c) or (c, h, w), c of 1, 3 or 4; bytes, 16-bit or floats from
-            0 to 1), bytes of a file, a path, base64, or the `{"bytes", "path"}` of a hub `Image` feature.
+            0 to 1), bytes of a file, a path, base64, or the `{"bytes", "path"}` of a hub `Image` feature. Where a shape allows
+            both orders, three or four channels go before one, and then arrays have them last and tensors first.
         name: what an error calls it.
 
     Raises:
@@ -43,7 +44,7 @@ def read_image(source: Any, name: str = "image", fetch_urls: bool = False) -> "I
     if isinstance(source, Tensor):
         return _rgb_tensor(source, name)
     if isinstance(source, np.ndarray):
-        return _rgb_tensor(torch.from_numpy(_native(source).copy()), name)
+        return _rgb_tensor(_native(source, name), name, channels_last=True)
     if isinstance(source, Mapping):
         source = source.get("bytes") or source.get("path")
     if isinstance(source, Image.Image):
@@ -66,7 +67,10 @@ def _file(source: Any, name: str, fetch_urls: bool) -> "io.BytesIO | str":
         with urllib.request.urlopen(source, timeout=60) as answer:
             return io.BytesIO(answer.read())
     if source.startswith("data:image/"):
-        return io.BytesIO(base64.b64decode(source.split(",", 1)[-1]))
+        try:
+            return io.BytesIO(base64.b64decode(source.split(",", 1)[-1]))
+        except ValueError as error:
+            raise ValueError(f"{name}={source[:80]!r} is no base64: {error}") from None
     if os.path.isfile(source):
         if not os.path.getsize(source):
             raise ValueError(f"{name}={source!r} is empty: 0 bytes")
@@ -109,21 +113,25 @@ def _grey(values: np.ndarray, name: str) -> "Image.Image":
     if not np.isfinite(most) or values.min() < 0 or most > 65535:
         raise ValueError(f"{name} has greys from {values.min()} to {most}: allowed are 0 to 65535, or 0 to 1")
     floats = np.issubdtype(values.dtype, np.floating)
-    scale = 255.0 if floats and most <= 1 else 1.0 if most <= 255 and values.dtype != np.uint16 else 1 / 257
+    is_16_bit = values.dtype.kind == "u" and values.dtype.itemsize == 2  # in any byte order
+    scale = 255.0 if floats and most <= 1 else 1.0 if most <= 255 and not is_16_bit else 1 / 257
     return Image.fromarray(np.rint(values * scale).astype(np.uint8))
 
 
-def _native(array: np.ndarray) -> np.ndarray:
-    """In a dtype that torch has for all of its operations."""
-    return array.astype(np.int32) if array.dtype == np.uint16 else array
+def _native(array: np.ndarray, name: str) -> Tensor:
+    """As a tensor, in this machine's order of bytes."""
+    try:
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    except TypeError:
+        raise ValueError(f"{name} is an array of {array.dtype}: allowed are numbers") from None
 
 
-def _rgb_tensor(values: Tensor, name: str) -> Tensor:
-    """uint8 (3, h, w), on its device."""
+def _rgb_tensor(values: Tensor, name: str, channels_last: bool = False) -> Tensor:
+    """uint8 (3, h, w), on its device; `channels_last` decides where the shape leaves it open."""
     shape = tuple(values.shape)
     if values.dim() == 2:
         values = values[None]
-    elif values.dim() == 3 and shape[0] not in (1, 3, 4) and shape[2] in (1, 3, 4):
+    elif values.dim() == 3 and _is_last(shape[0], shape[2], channels_last):
         values = values.permute(2, 0, 1)
     if values.dim() != 3 or values.shape[0] not in (1, 3, 4):
         raise ValueError(f"{name} has shape {shape}: allowed is (h, w), (h, w, c) or (c, h, w) with c of 1, 3 or 4")
@@ -136,15 +144,23 @@ def _rgb_tensor(values: Tensor, name: str) -> Tensor:
     return values.expand(3, -1, -1) if values.shape[0] == 1 else values
 
 
+def _is_last(first: int, last: int, usual: bool) -> bool:
+    """Whether the last axis of a picture's array holds the channels, and not the first."""
+    if first not in (1, 3, 4) or last not in (1, 3, 4):
+        return last in (1, 3, 4)
+    return usual if (first == 1) == (last == 1) else first == 1
+
+
 def _bytes(values: Tensor, name: str) -> Tensor:
     if values.dtype == torch.uint8:
         return values
     if values.dtype == torch.bool:
         return values.to(torch.uint8) * 255
+    is_16_bit = values.dtype == torch.uint16
     wide = values.double()
     low, high = float(wide.min()), float(wide.max())
     most = 1 if values.is_floating_point() else 65535
     if not 0 <= low <= high <= (255 if values.is_floating_point() and high > 1 else most):
         raise ValueError(f"{name} has values from {low:g} to {high:g}: allowed are 0 to 1, 0 to 255, or 16 bits")
-    scale = 255.0 if values.is_floating_point() and high <= 1 else 1.0 if high <= 255 else 1 / 257
+    scale = 255.0 if values.is_floating_point() and high <= 1 else 1.0 if high <= 255 and not is_16_bit else 1 / 257
     return (wide * scale).round().to(torch.uint8)
