@@ -25,6 +25,7 @@ from .vision_summary import VisionFacts
 LOCAL_PATH = re.compile(
     r"""(^|[\s"'(=:,`\[])((?:file:/|~|\.{1,2})?/(?!/)[^\s"'),;:`\]]+|[A-Za-z]:\\[^\s"'),;`]+)""", re.M
 )
+RELATIVE_IMPORT = re.compile(r"^\s*from\s+\.(\w+)\s+import\b", re.M)
 PACKAGE = Path(__file__).parent
 CARD_TEMPLATE = PACKAGE / "assets" / "model_card_template.md"
 AUTO_MAPS = {
@@ -184,6 +185,9 @@ def plan_upload(
         for name in PROCESSOR_FILES:
             if _sees(text) and name in plan:
                 plan[name] = with_processor_map(_text_of(plan[name]))
+    text = _text_of(plan["config.json"])
+    if (kept := _without_absent_code(text, plan)) != text:
+        plan["config.json"] = kept.encode()
     return plan
 
 
@@ -266,17 +270,46 @@ def _shards(folder: Path) -> list[str]:
 
 
 def _code_named_in(config: Path) -> set[str]:
-    """Files next to the weights that hold the classes of `auto_map`; with ours, all of ours."""
+    """Files next to the weights that hold the classes of `auto_map`, and what these import from files next to them; with
+    ours, all of ours. An older copy of ours may have other files."""
     if not config.is_file():
         return set()
-    classes = [
+    named = _files_of_classes((read_json(config).get("auto_map") or {}).values())
+    ours = set(code_files(vision=any(name.endswith("_vl.py") for name in named)))
+    files, left = set(), named | ours if named & ours else set(named)
+    while left:
+        name = left.pop()
+        files.add(name)
+        if (config.parent / name).is_file():
+            imported = RELATIVE_IMPORT.findall(_read_text(config.parent / name))
+            left |= {f"{module}.py" for module in imported} - files
+    return files
+
+
+def _files_of_classes(values: Iterable[Any]) -> set[str]:
+    """The files that values of an `auto_map` name, but for those in another repository (`owner/name--file.Class`)."""
+    classes = [name for value in values for name in (value if isinstance(value, list) else [value])]
+    return {name.split(".")[0] + ".py" for name in classes if isinstance(name, str) and "--" not in name}
+
+
+def _without_absent_code(config_text: str, plan: Mapping[str, Any]) -> str:
+    """`config.json` with an `auto_map` of the code alone that goes along: a save keeps the map and leaves the code behind."""
+    config = json.loads(config_text)
+    found = config.get("auto_map") or {}
+    kept = {name: value for name, value in found.items() if _files_of_classes([value]) <= plan.keys()}
+    if kept == found:
+        return config_text
+    config["auto_map"] = kept
+    return json.dumps(config if kept else {k: v for k, v in config.items() if k != "auto_map"}, indent=2) + "\n"
+
+
+def other_code(plan: Mapping[str, Path | bytes]) -> list[str]:
+    """Files of a plan that have the name of one of ours and other content: an older copy, or someone's own."""
+    return [
         name
-        for value in read_json(config).get("auto_map", {}).values()
-        for name in (value if isinstance(value, list) else [value])
+        for name, content in code_files(vision=True).items()
+        if isinstance(plan.get(name), Path) and plan[name].read_bytes() != content
     ]
-    files = {name.split(".")[0] + ".py" for name in classes if isinstance(name, str) and "--" not in name}
-    ours = set(code_files(vision=any(name.endswith("_vl.py") for name in files)))
-    return files | ours if files & ours else files
 
 
 def _sees(config_text: str) -> bool:

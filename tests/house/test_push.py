@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from loopback_hub import LoopbackHub, loopback_hub
 from tiny import put_code_next_to
+from transformers import AutoModelForCausalLM
 
 from nemotron_h_hf import EMBEDDED_MODEL, hub
 from nemotron_h_hf.scripts import push
@@ -243,3 +244,33 @@ def reference_sum(folder: Path) -> float:
 def snapshot(folder: Path) -> dict[str, bytes]:
     """Every file of a folder with its content."""
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_an_older_copy_of_the_code_goes_whole_and_is_noticed(folder, capsys):
+    """It may have files that the package has no more: all that its files import goes along."""
+    put_code_next_to(folder)
+    (folder / "arguments.py").rename(folder / "older_arguments.py")
+    (folder / "unrelated.py").write_text("")
+    for path in folder.glob("modeling_*.py"):
+        path.write_text(path.read_text().replace("from .arguments import", "from .older_arguments import"))
+    plan = hub.plan_upload(folder, "owner/tiny")
+    assert {"modeling_nemotron_h.py", "older_arguments.py"} <= plan.keys() and "unrelated.py" not in plan
+    assert push.main([str(folder), "owner/tiny", "--dry-run"]) == 0
+    assert "not this version's: modeling_nemotron_h.py;" in capsys.readouterr().err
+
+
+def test_a_map_of_code_that_is_not_there_is_not_sent(folder, capsys):
+    """A model that was loaded from a folder with code and saved elsewhere has the map alone: remote code would not be found."""
+    put_code_next_to(folder)
+    saved = folder.parent / "saved"
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(saved)
+    assert "auto_map" in json.loads((saved / "config.json").read_text())
+    assert "auto_map" not in json.loads(hub.plan_upload(saved, "owner/tiny")["config.json"])
+    assert "auto_map" in json.loads(hub.plan_upload(saved, "owner/tiny", with_code=True)["config.json"])
+    config = json.loads((saved / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "owner/other--configuration_x.XConfig", "AutoTokenizer": ["gone.X", None]}
+    (saved / "config.json").write_text(json.dumps(config))
+    sent = json.loads(hub.plan_upload(saved, "owner/tiny")["config.json"])["auto_map"]
+    assert sent == {"AutoConfig": "owner/other--configuration_x.XConfig"}
+    assert push.main([str(saved), "owner/tiny", "--dry-run"]) == 0
+    assert "not this version's" not in capsys.readouterr().err

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemotron_h_hf.command_line import argument, option, read_options
-from nemotron_h_hf.hub import left_behind, plan_adapter_upload, plan_upload, size_of, upload
+from nemotron_h_hf.hub import left_behind, other_code, plan_adapter_upload, plan_upload, size_of, upload
 from nemotron_h_hf.units import human_bytes
 
 
@@ -53,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{human_bytes(size_of(source)):>12}  {name}{made}")
     if behind := left_behind(arguments.folder, plan):
         print(f"not sent: {', '.join(behind)} (--include NAME sends a file that no checkpoint needs)", file=sys.stderr)
+    if others := other_code(plan):
+        print(
+            f"the model code in the folder is not this version's: {', '.join(others)}; it is sent as it is (without it, "
+            "--with-code sends this version's)",
+            file=sys.stderr,
+        )
     if arguments.dry_run:
         if "README.md" in plan:
             show_card(plan["README.md"])
