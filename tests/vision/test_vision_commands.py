@@ -1,6 +1,7 @@
 """make-vl, generate --image, info and the card of a vision-language model; transformers' pipeline."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from vl_tiny import IMAGE, INTERNVIT, RADIO, SIDE, TEXT, released_model, spread,
 
 from nemotron_h_cli import main
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHConfig, NemotronHForCausalLM, hub
+from nemotron_h_hf.scripts import make_vl
 
 TEMPLATE = "{% for m in messages %}{{ m.role + ' ' + m.content + '\n' }}{% endfor %}"
 
@@ -179,3 +181,17 @@ def test_the_card_says_what_it_takes(folder):
     assert maps[0]["AutoModelForImageTextToText"].startswith("modeling_nemotron_h_vl.") and "AutoProcessor" in maps[1]
     assert "processing_nemotron_h_vl.py" in card
     assert IMAGE and "pipeline_tag: text-generation" in hub.model_card(EMBEDDED_MODEL, "owner/text")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_row_of_the_image_token_is_the_mean_and_nothing_is_said(parts, tied, capsys, caplog):
+    language = spread(NemotronHForCausalLM(NemotronHConfig(**{**TEXT, "tie_word_embeddings": tied})))
+    before = [part.weight.detach().clone() for part in (language.get_input_embeddings(), language.lm_head)]
+    tokenizer = SimpleNamespace(add_special_tokens=lambda *_, **__: 1, convert_tokens_to_ids=lambda _: 98)
+    with caplog.at_level("INFO"):
+        assert make_vl.image_token(language, tokenizer) == 98
+    for old, part in zip(before, (language.get_input_embeddings(), language.lm_head)):
+        assert part.weight.shape[0] == language.config.vocab_size == 99
+        assert torch.equal(part.weight[:97], old)
+        torch.testing.assert_close(part.weight[97:], old.double().mean(0).float().expand(2, -1))
+    assert "mean_resizing" not in caplog.text + "".join(capsys.readouterr())

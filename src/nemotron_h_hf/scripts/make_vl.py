@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedTokenizerBase, set_seed
 from transformers.utils.logging import disable_progress_bar
@@ -125,7 +126,11 @@ def image_token(language: NemotronHForCausalLM, tokenizer: PreTrainedTokenizerBa
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]}, replace_extra_special_tokens=False)
     token = tokenizer.convert_tokens_to_ids("<image>")
     if token >= language.config.vocab_size:
-        language.resize_token_embeddings(token + 1)
+        count = language.config.vocab_size
+        language.resize_token_embeddings(token + 1, mean_resizing=False)
+        for part in (language.get_input_embeddings(), language.get_output_embeddings()):
+            weight = part.weight.data  # the mean: a head's random row could be likelier than every word
+            weight[count:] = weight[:count].mean(0, dtype=torch.float32).to(weight.dtype)
     return token
 
 
