@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHForCausalLM as NativeForCausalLM
 
 from nemotron_h_hf import EMBEDDED_MODEL, NemotronHForCausalLM
+from nemotron_h_hf.elastic.budgets import read_elastic
 from nemotron_h_hf.scripts import merge
 from nemotron_h_hf.training.adapters import add_adapters
 
@@ -64,6 +65,20 @@ def test_every_weight_keeps_its_dtype_and_is_rounded_once(folders):
     assert torch.equal(merged[f"backbone.{name}.weight"], weight.bfloat16())
     merge.main([str(folder / "adapter"), "--output", str(folder / "wide"), "--dtype", "float32"])
     assert load_file(folder / "wide" / "model.safetensors")[f"backbone.{name}.weight"].dtype == torch.float32
+
+
+def test_budgets_of_a_parent_no_longer_count_as_trained(folders):
+    """The adapters were trained on the whole parent, and every budget's weights are others now."""
+    folder = folders()
+    base = NemotronHForCausalLM.from_pretrained(folder / "base")
+    entry = {"trained": True, "loss": 2.5}
+    budgets = {"full": entry, "small": {"hidden_size": 32, **entry}}
+    base.config.elastic = {"version": 1, "budgets": budgets, "choices": {"hidden_size": [48, 32]}}
+    base.save_pretrained(folder / "base")
+    merge.main([str(folder / "adapter"), "--output", str(folder / "merged")])
+    for name, kept in (("base", True), ("merged", False)):
+        elastic = read_elastic(NemotronHForCausalLM.from_pretrained(folder / name).config)
+        assert [(one.trained, one.loss is not None) for one in elastic.budgets.values()] == [(kept, kept)] * 2, name
 
 
 @pytest.mark.slow

@@ -146,7 +146,7 @@ def read_elastic(config: PreTrainedConfig) -> Elastic:
 
 
 def mark_untrained(config: PreTrainedConfig) -> None:
-    """Before a parent is trained as a whole: its smaller budgets lose their losses, and no longer count as trained."""
+    """Where a parent's weights change as a whole: its smaller budgets lose their losses, and no longer count as trained."""
     if not config.elastic:
         return
     elastic = read_elastic(config)

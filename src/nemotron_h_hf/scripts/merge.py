@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, PreTrainedModel
 
 from nemotron_h_hf import NemotronHVLConfig
 from nemotron_h_hf.command_line import argument, option, read_options
+from nemotron_h_hf.elastic.budgets import mark_untrained
 from nemotron_h_hf.inputs import load_tokenizer
 from nemotron_h_hf.model.saving import saving
 from nemotron_h_hf.output_folders import is_made, note_made, stamps, writing
@@ -74,6 +75,7 @@ def merge(arguments: MergeArguments, base_name: str, folder: Path) -> None:
     merged = adapted.merge_and_unload()
     after = logits_of(merged)
     give_dtypes(merged, dtypes, arguments.dtype)
+    mark_untrained(merged.config.get_text_config())
     merged.save_pretrained(folder)
     if isinstance(merged.config, NemotronHVLConfig):
         find(AutoProcessor.from_pretrained, arguments.adapter, base_name).save_pretrained(folder)
