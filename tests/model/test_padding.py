@@ -237,6 +237,22 @@ def test_inputs_that_do_not_fit_the_batch(bad):
         tiny_model()(prompt(2, 5), **bad)
 
 
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("max_cache_len", [None, 12])
+@torch.no_grad()
+def test_a_mask_that_leaves_out_what_is_cached_is_refused(implementation, max_cache_len):
+    """Attention would count its columns from the first token, Mamba layers from the last."""
+    model, ids = tiny_model(), prompt(2, 10)
+    model.set_attn_implementation(implementation)
+    cache = HybridCache(model.config, max_cache_len)
+    model(ids[:, :6], cache=cache)
+    for columns in (4, 7, 11):
+        with pytest.raises(ValueError, match=f"attention_mask has {columns} columns .* the 6 tokens in the cache"):
+            model(ids[:, 6:], cache=cache, attention_mask=torch.ones(2, columns, dtype=torch.long))
+    continued = model(ids[:, 6:], cache=cache, attention_mask=torch.ones(2, 10, dtype=torch.long)).logits
+    torch.testing.assert_close(continued, model(ids).logits[:, 6:], rtol=0, atol=1e-5)
+
+
 @torch.no_grad()
 def test_every_form_of_a_mask_says_the_same():
     """(b, l), attention's own (b, 1, l, l) and both as generate() makes them, against each row alone; the second cannot tell

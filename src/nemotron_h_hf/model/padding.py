@@ -137,7 +137,8 @@ def within_window(
 
 
 def check_mask(attention_mask: Any, batch_size: int, length: int, cache: object = None) -> None:
-    """Refuse a mask of another form, and one of tokens that is not (b, l) or (b, past + l).
+    """Refuse a mask of another form, and one of tokens that is not (b, past + l): attention counts a mask's columns from the
+    first token in the cache, Mamba layers from the last of the input, and a shorter mask would mean two things.
 
     Raises:
         ValueError: with the mask's shape and what is allowed.
@@ -153,9 +154,14 @@ def check_mask(attention_mask: Any, batch_size: int, length: int, cache: object 
     if torch.compiler.is_compiling():
         return
     seen = sequence_length(cache) if isinstance(cache, Cache) else 0
+    if (
+        not isinstance(seen, int) and seen.device.type == "cpu"
+    ):  # a static cache counts on its device: no other is asked
+        seen = int(seen)
     rows, columns = real.shape
-    too_long = isinstance(seen, int) and columns > seen + length  # a static cache counts on its device: not asked
-    if rows != batch_size or columns < length or too_long:
+    alone = isinstance(seen, int) and not isinstance(attention_mask, dict)  # a dict has attention's own mask, too
+    needed = seen + length if alone else max(columns, length)
+    if rows != batch_size or columns != needed:
         past = f"the {seen} tokens in the cache and " if isinstance(seen, int) and seen else ""
         raise ValueError(
             f"attention_mask has {columns} columns and {rows} rows: allowed is a row for each of the batch's {batch_size}, "
