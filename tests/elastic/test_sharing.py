@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import io
+import pickle
 import weakref
 
 import pytest
@@ -327,6 +329,31 @@ def test_a_submodel_that_is_no_longer_the_parents_refuses(change):
     with pytest.raises(RuntimeError, match="no longer its parent's"):
         small(prompt())
     assert parent.submodel("all") is not small
+
+
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded])
+@torch.no_grad()
+def test_a_copys_submodels_are_its_own(copied):
+    """Of the parent, and of a submodel, which then is one of a copied parent."""
+    parent, _ = parent_of("dense")
+    small, ids = parent.submodel("all"), prompt(2, 11)
+    expected = small(ids).logits
+    other = copied(parent)
+    other.lm_head.weight.mul_(2)
+    torch.testing.assert_close(other.submodel("all")(ids).logits, 2 * expected, rtol=0, atol=1e-5)
+    alone = copied(small)
+    alone.lm_head.weight.mul_(2)
+    torch.testing.assert_close(alone(ids).logits, 2 * expected, rtol=0, atol=1e-5)
+    parent.resize_token_embeddings(90)  # the first one's submodels are no longer its own; those of the copies are
+    torch.testing.assert_close(alone(ids).logits, 2 * expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(other.submodel("all")(ids).logits, 2 * expected, rtol=0, atol=1e-5)
 
 
 def test_submodels_see_training_steps():

@@ -1,6 +1,8 @@
 """Smaller models nested in a vision-language one: loaded and cut, equal to the language model's own child behind the same tower."""
 
+import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -152,6 +154,18 @@ def test_live_parent(made, tmp_path):
     for budget in (["half"], BudgetSchedule("half", "full", at=3)):
         with pytest.raises(ValueError, match="allowed is one budget for all rows"):
             parent.generate(**inputs, budget=budget)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@torch.no_grad()
+def test_a_live_parents_copy_has_its_own_submodels(copied):
+    text = {"elastic": {"version": 1, "budgets": {"half": BUDGETS["half"]}}}
+    live, batch = NemotronHElasticForConditionalGeneration.from_model(vl_model(text=text)), prompt([2, 5, 7])
+    expected = live.submodel("half")(**batch).logits
+    other = copied(live)
+    other.lm_head.weight.mul_(2)
+    torch.testing.assert_close(other.submodel("half")(**batch).logits, 2 * expected)
+    assert torch.equal(live.submodel("half")(**batch).logits, expected)
 
 
 def test_what_is_for_text_models_says_so(made, tmp_path, capsys):

@@ -25,6 +25,7 @@ PyTorch's kernels read whole rows (docs/results/elastic_sharing).
 import copy
 import os
 from collections.abc import Mapping
+from functools import partial
 from inspect import signature
 from typing import Any
 from weakref import WeakValueDictionary
@@ -195,8 +196,18 @@ class NemotronHElasticForCausalLM(NemotronHForCausalLM):
                 f"budget {child.name!r}: {len(large)} matrices ({size:.1f} MiB) are copies, as what it keeps of them is "
                 f"no prefix together with the parent's other budgets: {large[0].path}{', ...' * (len(large) > 1)}"
             )
-        small.model.register_forward_pre_hook(lambda _module, _args: _check_ties(small._ties))
+        small.model.register_forward_pre_hook(partial(_check_ties, small._ties))
         return small.eval()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy, or a pickle, makes submodels of its own weights."""
+        return {**vars(self), "_submodels": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._submodels = WeakValueDictionary()
+        for tie in self._ties:  # pickle makes two tensors of a tensor and its view
+            tie.tie()
 
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
@@ -234,7 +245,7 @@ def refuse_other_forms(arguments: Mapping[str, Any]) -> None:
             raise ValueError(f"{name}={value!r}: allowed is {known[name].default!r}; an ordinary model saves otherwise")
 
 
-def _check_ties(ties: list[Tie]) -> None:
+def _check_ties(ties: list[Tie], *_: object) -> None:
     """What a submodel asks before each forward.
 
     Raises:

@@ -121,6 +121,14 @@ class NemotronHElasticForConditionalGeneration(NemotronHVLForConditionalGenerati
             save_directory, state_dict=self.state_dict() if state_dict is None else state_dict, **kwargs
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """As `NemotronHElasticForCausalLM.__getstate__`."""
+        return {**vars(self), "_submodels": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._submodels = WeakValueDictionary()
+
     def _apply(self, fn, recurse: bool = True):
         super()._apply(fn, recurse)
         self.live._apply(fn, recurse)  # its submodels follow
