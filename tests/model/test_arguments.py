@@ -136,3 +136,15 @@ def test_tuples_by_the_configuration():
     model.config.return_dict = False
     output = model(ids, labels=ids)
     assert type(output) is tuple and len(output) == len(expected) and torch.equal(output[1], expected[1])
+
+
+def test_a_classifiers_tuples_by_the_configuration():
+    model, ids = tiny_model(model_class=NemotronHForSequenceClassification, pad_token_id=0, num_labels=3), prompt(2, 9)
+    expected = model(ids, labels=torch.tensor([0, 2]))
+    for asked in ({"return_dict": False}, {}):
+        output = model(ids, labels=torch.tensor([0, 2]), **asked)
+        assert type(output) is tuple if asked else torch.equal(output.loss, expected.loss)
+    model.config.return_dict = False
+    output = model(ids, labels=torch.tensor([0, 2]))
+    assert type(output) is tuple and torch.equal(output[0], expected.loss) and torch.equal(output[1], expected.logits)
+    assert torch.equal(model(ids, return_dict=True).logits, expected.logits)

@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from inspect import signature
+from inspect import signature, unwrap
 
 import torch
 from torch import Tensor, nn
@@ -504,6 +504,7 @@ class NemotronHForSequenceClassification(GenericForSequenceClassification, Nemot
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -518,7 +519,9 @@ class NemotronHForSequenceClassification(GenericForSequenceClassification, Nemot
     ) -> SequenceClassifierOutputWithPast:
         """As transformers', under both names of the cache; `labels` are (b) classes. Other arguments as `NemotronHModel`'s."""
         named = {CACHE_NAME: one_cache(cache, past_key_values), "labels": labels, "use_cache": use_cache, **kwargs}
-        return super().forward(input_ids, attention_mask, position_ids, inputs_embeds=inputs_embeds, **named)
+        classify = unwrap(GenericForSequenceClassification.forward)  # wrapped, it cannot ask the stack for names
+        named |= {"inputs_embeds": inputs_embeds, "return_dict": True}
+        return classify(self, input_ids, attention_mask, position_ids, **named)
 
 
 class NemotronHPuzzleModel(NemotronHModel):
