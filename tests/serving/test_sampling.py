@@ -28,6 +28,14 @@ def test_repetition_is_penalised_as_in_transformers():
     torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-40, 5e-324])
+@pytest.mark.parametrize("more", [{}, {"top_k": 5, "top_p": 0.9, "min_p": 0.1}, {"repetition_penalty": 1e-45}])
+def test_the_smallest_temperatures_take_the_likeliest(temperature, more):
+    greedy, small = (Request(tokens=[3, 8], temperature=it, **more) for it in (0, temperature))
+    drawn = {draw(random_logits(), small, {}, torch.Generator().manual_seed(seed)) for seed in range(5)}
+    assert drawn == {draw(random_logits(), greedy, {}, torch.Generator())}
+
+
 def test_draws_have_their_probabilities():
     logits, generator = torch.tensor([1.0, 0.0, -torch.inf, 2.0, -1.0, -torch.inf]), torch.Generator().manual_seed(0)
     counts = torch.zeros(len(logits))

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .requests import Request, TokenScore
 
+LEAST_TEMPERATURE = 1e-30  # fp32 has it, and no two different logits are near enough to be drawn both
+
 
 def draw(logits: Tensor, request: Request, written: Mapping[int, int], generator: torch.Generator) -> int:
     """A token id.
@@ -21,10 +23,16 @@ def draw(logits: Tensor, request: Request, written: Mapping[int, int], generator
     penalise(logits, request, written)
     if request.temperature == 0:
         return int(logits.argmax())
-    probabilities = narrowed(logits / request.temperature, request).softmax(-1)
+    probabilities = narrowed(scaled(logits, request.temperature), request).softmax(-1)
     reached = probabilities.cumsum(-1, dtype=torch.float64)  # one number is drawn; torch.multinomial draws one for each
     drawn = torch.rand((), dtype=torch.float64, generator=generator, device=logits.device) * reached[-1]
     return int(torch.searchsorted(reached, drawn, right=True).clamp(max=len(logits) - 1))
+
+
+def scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Logits by temperature, with 0 for the likeliest, so that none of them is infinite, however small the temperature."""
+    below = (logits - logits.max()).nan_to_num(0.0, neginf=-torch.inf)  # of penalties a logit may be infinite
+    return below / max(temperature, LEAST_TEMPERATURE)
 
 
 def penalise(logits: Tensor, request: Request, written: Mapping[int, int]) -> None:
