@@ -5,9 +5,12 @@ import json
 import pytest
 
 pytest.importorskip("fastapi")
+from tokenizers import Tokenizer  # noqa: E402
+from tokenizers.models import WordLevel  # noqa: E402
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast  # noqa: E402
 
-from nemotron_h_hf.serving.chat import CAN_PARSE, Reader, joined  # noqa: E402
+from nemotron_h_hf.serving.chat import CAN_PARSE, Conversation, Reader, joined  # noqa: E402
+from nemotron_h_hf.serving.protocol import Message  # noqa: E402
 from nemotron_h_hf.tokenizer_files import RESPONSE_TEMPLATES, portable_config, response_template_for  # noqa: E402
 
 pytestmark = pytest.mark.skipif(not CAN_PARSE, reason="this transformers has no parser")
@@ -38,6 +41,16 @@ def test_reasoning_content_and_calls(name, size):
     (call,) = message["tool_calls"]
     assert call["function"]["name"] == "add" and json.loads(call["function"]["arguments"]) == {"a": 41, "note": "x < 3"}
     assert found.num_calls == 1 and "index" not in call
+
+
+@pytest.mark.parametrize("knows, role", [("system", "system"), ("developer", "developer")])
+def test_a_developer_is_the_system_where_the_template_knows_no_other(knows, role):
+    """A template that names the roles it shows passes over all others."""
+    shown = "{% if m.role in ('NAME', 'user') %}[{{ m.role }}]{{ m.content }}{% endif %}"
+    template = "{% for m in messages %}" + shown.replace("NAME", knows) + "{% endfor %}"
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a")), chat_template=template)
+    messages = [Message(role="developer", content="Be brief."), Message(role="user", content="Hi.")]
+    assert Conversation(tokenizer, messages).text == f"[{role}]Be brief.[user]Hi."
 
 
 def test_two_calls_have_two_indices():

@@ -60,6 +60,8 @@ class Conversation:
         )
         self._check_options()
         plain = [_plain(message) for message in messages]
+        if "developer" not in str(tokenizer.chat_template):  # most know the older name alone, and pass over others
+            plain = [it | {"role": "system"} if it["role"] == "developer" else it for it in plain]
         self.text = self._render(plain, add_generation_prompt=True)
         self.tokens = self._encode(self.text)
         self.marks = [mark for mark in map(self._mark, self._parts(plain)) if mark]
