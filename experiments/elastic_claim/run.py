@@ -1,6 +1,8 @@
 """One elastic run against separate distillation runs with the same tokens: search of both sides, runs, table and pictures.
 
-    python experiments/elastic_claim/run.py prepare --pretrained runs/box/pretrained/model     # text, the ordered parent, the cuts
+    git worktree add --detach runs/first 6799a51         # the parent: the first model of 0.1.0, pretrained as a whole alone
+    python experiments/elastic_claim/run.py prepare --pretrained runs/first/src/nemotron_h_hf/assets/nemotron-h-tiny
+                                                                        # text, the parent in order of importance, the cuts
     python experiments/elastic_claim/run.py search --arm elastic        # each of VARIANTS and rates, a short run on other held-out text
     python experiments/elastic_claim/run.py search --arm separate       # learning rates
     python experiments/elastic_claim/run.py elastic --seed 0            # T tokens: the parent and two nested models
@@ -9,22 +11,23 @@
     python experiments/elastic_claim/run.py separate --seed 0 --budget half --times 2      # T tokens: for the ratio
     python experiments/elastic_claim/run.py report                      # losses of all, results.json, tables, plots
 
-Each line is one process. A command that was stopped resumes when it is repeated, one that is finished does nothing. The parent is
-what experiments/tiny_box/run.py train leaves in pretrained/, trained as a whole alone; the sizes of both nested models are those
-that the router of the embedded model found, the same in all runs. Every run is one `nemotron-h` command, which is printed first.
+Each line is one process. A command that was stopped resumes when it is repeated, one that is finished does nothing. The parent may be
+any model with the embedded tokenizer; the sizes of both nested models are SIZES of it, the same in all runs. Every run is one
+`nemotron-h` command, which is printed first.
 """
 
 import argparse
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from statistics import mean, stdev
 
 import torch
 from matplotlib.figure import Figure
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from nemotron_h_hf import EMBEDDED_MODEL
 from nemotron_h_hf.cost import num_parameters
@@ -32,7 +35,7 @@ from nemotron_h_hf.data.blended_rows import one_round
 from nemotron_h_hf.data.fine_tuning_records import encode_record
 from nemotron_h_hf.data.sources import Source
 from nemotron_h_hf.data.stdlib_text import as_jsonl, corpus_digest, read_documents, split_documents
-from nemotron_h_hf.elastic.budgets import read_elastic
+from nemotron_h_hf.elastic.budgets import Budget, read_elastic
 from nemotron_h_hf.elastic.cut.cutting import slice_checkpoint
 from nemotron_h_hf.elastic.prepare.elasticize import elasticize
 from nemotron_h_hf.environment import machine, versions
@@ -42,16 +45,22 @@ from nemotron_h_hf.whole_files import whole_file, write_json, write_text
 
 FOLDER = Path(__file__).parents[2] / "docs" / "results" / "elastic_claim"
 LENGTH, ROWS_PER_STEP = 1024, 4
-NESTED = ("three_quarters", "half")
+SIZES = {  # shares of the parent's; they come to about three quarters and half of its parameters
+    "three_quarters": {"hidden_size": 5 / 6, "intermediate_size": 2 / 3},
+    "half": {"hidden_size": 2 / 3, "intermediate_size": 1 / 2, "mamba_head_dim": 3 / 4},
+}
+NESTED = tuple(SIZES)
 BUDGETS = ("full", *NESTED)
 SEEDS = (0, 1, 2)
 SEARCH_SEED, SEARCH_TOKENS = 100, 400_000
 RATES = {"adamw": ("5e-4", "1e-3", "2e-3"), "muon": ("1e-3", "2e-3", "4e-3")}
 EVEN = [{"weights": {"full": 1, "three_quarters": 1, "half": 1}}]
 PAPER = [{"until": "60%"}, {"weights": {"full": 0.5, "three_quarters": 0.3, "half": 0.2}}]
+MIDDLE = [{"weights": {"full": 0.1, "three_quarters": 0.6, "half": 0.3}}]
 SMALL = [{"weights": {"full": 0.1, "three_quarters": 0.4, "half": 0.5}}]
 VARIANTS = {  # what differs from one elastic run to another
     "paper": ["--stages", json.dumps(PAPER)],
+    "middle": ["--stages", json.dumps(MIDDLE)],
     "small": ["--stages", json.dumps(SMALL)],
     "sandwich": ["--stages", json.dumps(EVEN), "--sandwich"],
     "live": ["--stages", json.dumps(SMALL), "--live_teacher"],
@@ -65,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("step", choices=("prepare", "search", "elastic", "separate", "report"))
-    add("--pretrained", type=Path, default=Path("runs/box/pretrained/model"), help="the parent, for prepare")
+    add("--pretrained", type=Path, default=EMBEDDED_MODEL, help="the parent, for prepare")
     add("--seed", type=int, default=0, help="of a run (0)")
     add("--seeds", type=int, nargs="+", default=SEEDS, help="of report (0 1 2)")
     add("--budget", choices=NESTED, default="half", help="of separate (half)")
@@ -73,7 +82,8 @@ def main() -> None:
     add("--arm", choices=("elastic", "separate"), default="elastic", help="of search (elastic)")
     add("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS), help="of search --arm elastic (all)")
     add("--optimizers", nargs="+", choices=tuple(RATES), default=list(RATES), help="of search (both)")
-    add("--tokens", type=int, default=1_600_000, help="T, of the elastic run and of both separate ones")
+    add("--rates", nargs="+", help="of search (those of RATES)")
+    add("--tokens", type=int, default=800_000, help="T, of the elastic run and of both separate ones")
     add("--search-tokens", type=int, default=SEARCH_TOKENS, help="T of search")
     add("--runs", type=Path, default=Path("runs/elastic_claim"), help="where runs are kept")
     add("--output", type=Path, default=FOLDER, help="where report writes")
@@ -106,14 +116,15 @@ def prepare(arguments: argparse.Namespace) -> None:
     parts["train"] = [document for document in train if document.name not in left_out]
     for name, documents in parts.items():
         write_text(runs / f"{name}.jsonl", as_jsonl(documents))
-    named = read_elastic(AutoConfig.from_pretrained(EMBEDDED_MODEL))
-    sizes = {name: replace(named.budgets[name], trained=False, loss=None) for name in BUDGETS}
+    parent = AutoConfig.from_pretrained(arguments.pretrained)
+    sizes = {name: Budget(name=name, **sizes_of(parent, SIZES.get(name, {}))) for name in BUDGETS}
     if not (runs / "parent").is_dir():
         model = AutoModelForCausalLM.from_pretrained(arguments.pretrained, dtype=torch.float32)
         model.config.elastic = None
         calibration = rows_of(runs / "calibration.jsonl")[:NUM_CALIBRATION_ROWS]
         validation = rows_of(runs / "validation.jsonl")[:16]
-        choices = {field: list(of) for field, of in named.choices.items()}
+        choices = {field: sorted({getattr(parent, field)} | {getattr(one, field) or getattr(parent, field) for one in sizes.values()},
+                                 reverse=True) for field in SIZES["half"]}  # fmt: skip
         elasticize(model, calibration, validation, choices=choices, depth_rows=[], work=runs / "work")  # widths alone
         model.config.elastic = replace(read_elastic(model.config), budgets=sizes).to_dict()
         model.save_pretrained(runs / "parent")
@@ -122,6 +133,11 @@ def prepare(arguments: argparse.Namespace) -> None:
         if not (runs / f"cut-{name}" / "config.json").is_file():
             slice_checkpoint(runs / "parent", sizes[name], runs / f"cut-{name}")
     print(f"{runs / 'parent'} is ordered", flush=True)
+
+
+def sizes_of(parent: PreTrainedConfig, shares: Mapping[str, float]) -> dict[str, int]:
+    """Shares of the parent's sizes, each a multiple of eight."""
+    return {field: 8 * round(getattr(parent, field) * share / 8) for field, share in shares.items()}
 
 
 def rows_of(path: Path) -> list[dict[str, torch.Tensor]]:
@@ -140,7 +156,7 @@ def search(arguments: argparse.Namespace) -> None:
     ways = arguments.variants if arguments.arm == "elastic" else ["separate"]
     for way in ways:
         for optimizer in arguments.optimizers:
-            for rate in RATES[optimizer]:
+            for rate in arguments.rates or RATES[optimizer]:
                 name = f"{way}/{optimizer}/{rate}"
                 found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
                 if name not in found:
@@ -164,24 +180,36 @@ def searched(arguments: argparse.Namespace, way: str, optimizer: str, rate: str)
     return found
 
 
-def best(arguments: argparse.Namespace, arm: str) -> tuple[str, str, str]:
-    """Way, optimizer and rate that `search` found."""
-    found = json.loads((arguments.runs / f"search-{arm}.json").read_text(encoding="utf-8"))
-    return tuple(min(found, key=lambda name: mean(found[name][budget] for budget in NESTED)).split("/"))
+def best_separate(arguments: argparse.Namespace, budget: str) -> tuple[str, str, str]:
+    """Way, optimizer and rate with the least loss of a nested model in the search of the separate arm."""
+    found = searched_losses(arguments, "separate")
+    return tuple(min(found, key=lambda name: found[name][budget]).split("/"))
+
+
+def best_elastic(arguments: argparse.Namespace) -> tuple[str, str, str]:
+    """Way, optimizer and rate that are the best beside the separate runs at the size where they do worst."""
+    separate, found = searched_losses(arguments, "separate"), searched_losses(arguments, "elastic")
+    goals = {budget: min(losses[budget] for losses in separate.values()) for budget in NESTED}
+    return tuple(min(found, key=lambda name: max(found[name][budget] - goals[budget] for budget in NESTED)).split("/"))
+
+
+def searched_losses(arguments: argparse.Namespace, arm: str) -> dict[str, dict[str, float]]:
+    """Way, optimizer and rate -> budget -> loss, of `search`."""
+    return json.loads((arguments.runs / f"search-{arm}.json").read_text(encoding="utf-8"))
 
 
 def train_elastic(arguments: argparse.Namespace) -> None:
-    """One run for the parent and both nested models, the best way of the search."""
+    """One run for the parent and both nested models, in the best way of the search."""
     folder = arguments.runs / f"elastic-{arguments.seed}"
-    run_elastic(arguments, folder, *best(arguments, "elastic"), arguments.seed, arguments.tokens)
+    run_elastic(arguments, folder, *best_elastic(arguments), arguments.seed, arguments.tokens)
 
 
 def train_separate(arguments: argparse.Namespace) -> None:
-    """One nested model by itself, from the same cut."""
+    """One nested model by itself, from the same cut, with the optimizer and rate that were the best for it."""
     name, seed = arguments.budget, arguments.seed
     tokens = round(arguments.times * arguments.tokens / len(NESTED))
     run_separate(arguments, separate_folder(arguments, name, seed, arguments.times), name,
-                 *best(arguments, "separate")[1:], seed, tokens)  # fmt: skip
+                 *best_separate(arguments, name)[1:], seed, tokens)  # fmt: skip
 
 
 def separate_folder(arguments: argparse.Namespace, budget: str, seed: int, times: float) -> Path:
@@ -249,16 +277,16 @@ def report(arguments: argparse.Namespace) -> None:
             for folder in sorted(runs.glob(f"separate-{budget}-{seeds[0]}*")):
                 times = folder.name.partition("-x")[2] or "1"
                 found = [separate_folder(arguments, budget, seed, float(times)) for seed in seeds]
-                if all((one / "model" / "config.json").is_file() for one in found):
-                    row["separate"][times] = [loss(f"{one.name}/model") for one in found]
+                finished = [one.name for one in found if (one / "model" / "config.json").is_file()]
+                row["separate"][times] = [loss(f"{name}/model") for name in finished]
+        row["ratio"] = ratio(row)
         rows.append(row)
-    searches = {
-        arm: json.loads((runs / f"search-{arm}.json").read_text(encoding="utf-8")) for arm in ("elastic", "separate")
-    }
+    searches = {arm: searched_losses(arguments, arm) for arm in ("elastic", "separate")}
     write_json(arguments.output / "results.json", {
         "command": "python experiments/elastic_claim/run.py prepare | search | elastic | separate | report",
         "tokens": arguments.tokens, "search_tokens": arguments.search_tokens, "seeds": list(seeds),
-        "chosen": {arm: best(arguments, arm) for arm in searches}, "searches": searches, "losses": rows,
+        "chosen": {"elastic": best_elastic(arguments)} | {name: best_separate(arguments, name) for name in NESTED},
+        "searches": searches, "losses": rows,
         "machine": machine(), "versions": versions(),
     })  # fmt: skip
     written = f"{table(rows)}\n\n{search_table(searches)}\n"
@@ -282,26 +310,38 @@ def held_out_loss(folder: Path, text: Path, budget: str | None = None) -> float:
     return total / count
 
 
+def ratio(row: Mapping) -> float | None:
+    """How many times T / 2 tokens separate runs need for the mean loss of the elastic ones: straight lines between the measured
+    points over the logarithm of their tokens; None where it lies outside of them."""
+    goal = mean(row["elastic"])
+    points = sorted((float(times), mean(losses)) for times, losses in row["separate"].items())
+    for (fewer, high), (more, low) in pairwise(points):
+        if low <= goal <= high:
+            return round(fewer * (more / fewer) ** ((high - goal) / (high - low)), 2)
+    return None
+
+
 def parameters_of(folder: Path) -> int:
     return num_parameters(AutoConfig.from_pretrained(folder))
 
 
 def table(rows: Sequence[dict]) -> str:
-    """Markdown: mean and standard deviation over the seeds; the last column holds the differences within a seed."""
+    """Markdown: mean and standard deviation over the seeds; then the differences within a seed."""
 
     def cell(values: Sequence[float]) -> str:
         return f"{mean(values):.3f}" + (f" ± {stdev(values):.3f}" if len(values) > 1 else "")
 
     times = sorted({times for row in rows for times in row["separate"]}, key=float)
     heads = ["model", "parameters", "cut, not trained", *(f"separate, {float(t):g} x T/2 tokens each" for t in times),
-             "one elastic run, T tokens", "elastic - separate"]  # fmt: skip
+             "one elastic run, T tokens", "elastic - separate", "separate as good at"]  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         separate = row["separate"].get("1")
         difference = cell([a - b for a, b in zip(row["elastic"], separate, strict=True)]) if separate else "–"
         cells = [f"{row['parameters']:,}", f"{row['cut']:.3f}"]
         cells += [cell(row["separate"][t]) if t in row["separate"] else "–" for t in times]
-        lines.append(f"| {' | '.join((row['budget'], *cells, cell(row['elastic']), difference))} |")
+        reached = f"{row['ratio']} x T/2" if row["ratio"] else "–"
+        lines.append(f"| {' | '.join((row['budget'], *cells, cell(row['elastic']), difference, reached))} |")
     return "\n".join(lines)
 
 
