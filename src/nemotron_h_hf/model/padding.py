@@ -154,9 +154,8 @@ def check_mask(attention_mask: Any, batch_size: int, length: int, cache: object 
     if torch.compiler.is_compiling():
         return
     seen = sequence_length(cache) if isinstance(cache, Cache) else 0
-    if (
-        not isinstance(seen, int) and seen.device.type == "cpu"
-    ):  # a static cache counts on its device: no other is asked
+    # A static cache counts on its device, and asking any but the CPU would wait for it.
+    if not isinstance(seen, int) and seen.device.type == "cpu":
         seen = int(seen)
     rows, columns = real.shape
     alone = isinstance(seen, int) and not isinstance(attention_mask, dict)  # a dict has attention's own mask, too

@@ -176,16 +176,14 @@ class NemotronHTrainingArguments(TrainingArguments):
         if "activation_checkpointing" in TrainingArguments.__dataclass_fields__ and self.gradient_checkpointing:
             self.activation_checkpointing, self.gradient_checkpointing = True, None  # its name since transformers 5.23
         super().__post_init__()
-        if self.ddp_find_unused_parameters is None and not (self.gradient_checkpointing_kwargs or {}).get(
-            "use_reentrant"
-        ):
+        reentrant = (self.gradient_checkpointing_kwargs or {}).get("use_reentrant")
+        if self.ddp_find_unused_parameters is None and not reentrant:
             # Layers that a budget leaves out and the projector in a step without pictures have no gradient. transformers
             # turns this off with gradient checkpointing, of which only the reentrant form cannot have it.
             self.ddp_find_unused_parameters = True
         # Asking for the device joins the other processes; only then is their number known
-        if (
-            self.n_gpu > 1
-        ):  # transformers would train by torch's DataParallel, and a step have more rows than are counted
+        # transformers would train by torch's DataParallel, and a step have more rows than are counted.
+        if self.n_gpu > 1:
             logger.warning(
                 f"{self.n_gpu} GPUs are here and this is one process, which takes the first; accelerate launch takes all"
             )
