@@ -61,6 +61,7 @@ SMALL = [{"weights": {"full": 0.1, "three_quarters": 0.4, "half": 0.5}}]
 VARIANTS = {  # what differs from one elastic run to another
     "paper": ["--stages", json.dumps(PAPER)],
     "middle": ["--stages", json.dumps(MIDDLE)],
+    "middle, then paper": ["--stages", json.dumps([{"until": "60%", **MIDDLE[0]}, PAPER[1]])],
     "small": ["--stages", json.dumps(SMALL)],
     "sandwich": ["--stages", json.dumps(EVEN), "--sandwich"],
     "live": ["--stages", json.dumps(SMALL), "--live_teacher"],
@@ -260,10 +261,10 @@ def report(arguments: argparse.Namespace) -> None:
     losses_file = runs / "losses.json"
     losses = json.loads(losses_file.read_text(encoding="utf-8")) if losses_file.is_file() else {}
 
-    def loss(name: str, budget: str | None = None) -> float:
-        key = name if budget is None else f"{name} {budget}"
+    def loss(name: str, budget: str | None = None, text: str = "held_out") -> float:
+        key = " ".join((name, *([budget] if budget else []), *([text] if text != "held_out" else [])))
         if key not in losses:
-            losses[key] = held_out_loss(runs / name, runs / "held_out.jsonl", budget)
+            losses[key] = held_out_loss(runs / name, runs / f"{text}.jsonl", budget)
             write_json(losses_file, losses)
         return losses[key]
 
@@ -281,7 +282,9 @@ def report(arguments: argparse.Namespace) -> None:
                 row["separate"][times] = [loss(f"{name}/model") for name in finished]
         row["ratio"] = ratio(row)
         rows.append(row)
-    searches = {arm: searched_losses(arguments, arm) for arm in ("elastic", "separate")}
+    start = {"full": "parent"} | {name: f"cut-{name}" for name in NESTED}
+    searches = {"start": {"not trained/–/–": {name: loss(model, text="validation") for name, model in start.items()}}}
+    searches |= {arm: searched_losses(arguments, arm) for arm in ("elastic", "separate")}
     write_json(arguments.output / "results.json", {
         "command": "python experiments/elastic_claim/run.py prepare | search | elastic | separate | report",
         "tokens": arguments.tokens, "search_tokens": arguments.search_tokens, "seeds": list(seeds),

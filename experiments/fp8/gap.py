@@ -184,7 +184,12 @@ def plot(options: argparse.Namespace) -> None:
         millions = [t / 1e6 for t in tokens]
         for gap in smooth:
             axes.plot(millions, [100 * g for g in gap], color=colour, alpha=0.3, linewidth=0.8)
-        axes.plot(millions, [100 * c for c in centre], color=colour, label=f"{precision}, {len(seeds)} seeds")
+        axes.plot(
+            millions,
+            [100 * c for c in centre],
+            color=colour,
+            label=f"{precision}, {len(seeds)} seed{'s' * (len(seeds) > 1)}",
+        )
         if half:
             low, high = ([100 * (c + sign * h) for c, h in zip(centre, half)] for sign in (-1, 1))
             axes.fill_between(
