@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import os
 import re
@@ -54,6 +56,29 @@ def test_every_command_has_help(name, module, capsys):
         cli.main([name, "--help"])
     assert done.value.code == 0
     assert f"nemotron-h {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [row[0] for row in cli.COMMANDS])
+def test_errors_of_options_name_no_private_function(name, monkeypatch):
+    """argparse says "invalid NAME value" with the name of an option's type, unless that says itself what is allowed."""
+    parsers = []
+
+    def keep(parser, *_args, **_more):
+        parsers.append(parser)
+        sys.exit(0)
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", keep)
+    with pytest.raises(SystemExit):
+        cli.main([name])
+    (parser,) = parsers
+    for action in parser._actions:
+        if action.type is None:
+            continue
+        with contextlib.suppress(argparse.ArgumentTypeError):
+            try:
+                action.type("no such value")
+            except (TypeError, ValueError):
+                assert re.fullmatch(r"[A-Za-z]\w*", getattr(action.type, "__name__", "?")), action.option_strings
 
 
 def test_errors_are_one_line(capsys):

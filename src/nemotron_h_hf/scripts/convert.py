@@ -70,7 +70,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _stages(text: str) -> int | list[int]:
-    counts = [int(part) for part in text.split(",")]
+    try:
+        counts = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: allowed is a number of stages, or the layers of each: 14,12"
+        ) from None
     return counts[0] if len(counts) == 1 else counts
 
 
