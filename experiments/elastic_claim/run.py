@@ -374,6 +374,7 @@ def draw_losses(rows: Sequence[dict], path: Path) -> None:
             xlabel="tokens of the separate run, T/2",
             ylabel="held-out loss, nats per token",
         )
+        axes.set_xscale("log", base=2)
         axes.grid(alpha=0.3)
         axes.legend()
     with whole_file(path) as part:
